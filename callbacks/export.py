@@ -1,0 +1,35 @@
+"""The student as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class ExportStudent(Callback):
+    """Writes ``student/`` in the run folder at the end, and ``student-step-N/`` every N optimizer steps.
+
+    Args:
+        every: optimizer steps between exports, None for the end only.
+        path: folder, default ``student`` in the run folder.
+    """
+
+    def __init__(self, every: int | None = None, path: str | None = None) -> None:
+        self.every, self.path = every, path
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.path) if self.path else Path(trainer.default_root_dir) / "student"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Export on schedule."""
+        if self.every and trainer.global_step % self.every == 0:
+            folder = self._folder(trainer)
+            pl_module.export_student(folder.with_name(f"{folder.name}-step-{trainer.global_step}"))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the final student."""
+        pl_module.export_student(self._folder(trainer))

@@ -1,0 +1,100 @@
+"""What a run did, in one file and one short table."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+METRICS = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
+
+
+class Summary(Callback):
+    """``summary.json`` in the run folder, and the table at the end. Counts go on over a resumed run."""
+
+    def __init__(self) -> None:
+        self._start: dict[str, float | None] = {}
+        self._end: dict[str, float | None] = {}
+        self._tokens = 0
+        self._seconds = 0.0
+        self._clock = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on counting."""
+        return {"start": dict(self._start), "tokens": self._tokens, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._start, self._tokens = dict(state_dict["start"]), state_dict["tokens"]
+        self._seconds = state_dict["seconds"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + (time.perf_counter() - self._clock if self._clock else 0.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._clock = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the first measurement as the start and the newest as the end."""
+        found = {name: trainer.callback_metrics.get(key) for name, key in METRICS.items()}
+        values = {name: None if value is None else float(value) for name, value in found.items()}
+        if getattr(getattr(pl_module, "validation", None), "samples", 4) != 4:
+            values["avg_at_4"] = None
+        self._end = values
+        if not self._start:
+            self._start = dict(values)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the sampled tokens of all ranks."""
+        self._tokens += int(trainer.callback_metrics["train/tokens"])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file and show the table: after ``on_train_end``, whose validation is the run's end."""
+        if stage != "fit" or trainer.interrupted or not trainer.is_global_zero or trainer.global_step == 0:
+            return
+        summary = self.values(trainer, pl_module)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".summary.json"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, folder / "summary.json")
+        rank_zero_info(table(summary, folder))
+
+    def values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        measured = {
+            f"{name}_{when}": values.get(name)
+            for name in METRICS
+            for when, values in (("start", self._start), ("end", self._end))
+        }
+        return measured | {
+            "steps": trainer.global_step,
+            "tokens": self._tokens,
+            "seconds": round(self._elapsed(), 3),
+            "seed": getattr(pl_module, "seed", None),
+            "strategy": type(getattr(pl_module, "weighting", None)).__name__,
+        }
+
+
+def table(summary: dict[str, Any], folder: Path) -> str:
+    """Start against end, where the files are, and what to do next."""
+    labels = {"greedy": "greedy accuracy", "avg_at_4": "avg@4", "reverse_kl": "reverse KL (nats/token)"}
+    rows = [f"{'':26}{'start':>9}{'end':>9}"]
+    for name, label in labels.items():
+        start, end = summary[f"{name}_start"], summary[f"{name}_end"]
+        if end is not None:
+            rows.append(f"{label:26}{'-' if start is None else f'{start:.3f}':>9}{end:>9.3f}")
+    rows += [
+        f"{summary['strategy']}, {summary['steps']} steps, {summary['tokens']:,} sampled tokens, {summary['seconds']:.0f} s",
+        f"run folder: {folder} (summary.json, metrics.csv, checkpoints/, student/)",
+        f"next: python train.py fit --config {folder}/config.yaml --model.weighting Uniform --run_dir {folder}-uniform",
+    ]
+    return "\n".join(["", *rows])

@@ -1,0 +1,3 @@
+"""Position-aware on-policy distillation of language models on PyTorch Lightning."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,265 @@
+"""Advantage transforms: an ordered list of maps A -> A' between the signal and the loss.
+
+They may change the sign of A, so they can't be weights. Strategies go on reading the raw log ratio; only the loss reads
+A'. Sources named "reported in" were read about, not read.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_opd.masked import masked_values, return_to_go
+from lit_opd.types import InputError, TokenSignal
+
+
+class AdvantageTransform(ABC):
+    """One map A -> A'. Subclass it and write ``transform``."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Optional ``TokenSignal`` fields it reads; they are computed only when named here."""
+        return frozenset()
+
+    @property
+    def is_baseline(self) -> bool:
+        """True when it subtracts a baseline, which only weights that ignore token t leave unbiased."""
+        return False
+
+    @property
+    def replaces(self) -> bool:
+        """True when it ignores the advantage it is given: transforms before it are without effect."""
+        return False
+
+    @abstractmethod
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """A' [B, T] nats from A [B, T] nats, 0 where masked; values off the mask are ignored."""
+
+    def __call__(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """Checked A'.
+
+        Args:
+            advantage: [B, T] nats.
+            signal: what is known of the tokens.
+        Returns:
+            [B, T] nats, the dtype of the signal, detached, exactly 0 where masked.
+        Raises:
+            InputError: a required field is missing, or the subclass returned a wrong shape or a non-finite value.
+        """
+        self._check_inputs(signal)
+        with torch.no_grad():
+            changed = self.transform(masked_values(advantage, signal.mask), signal)
+            self._check_shape(changed, signal)
+            changed = masked_values(changed.detach(), signal.mask).to(signal.log_ratio.dtype)
+        self._check_finite(changed)
+        return changed
+
+    def _check_inputs(self, signal: TokenSignal) -> None:
+        for required in sorted(self.requires):
+            if getattr(signal, required, None) is None:
+                raise InputError(
+                    f"`{type(self).__name__}` requires `TokenSignal.{required}`, which was not computed; give it, or "
+                    "use models that can"
+                )
+
+    def _check_shape(self, changed: Any, signal: TokenSignal) -> None:
+        if not isinstance(changed, Tensor) or changed.shape != signal.mask.shape:
+            got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+            raise InputError(
+                f"`{type(self).__name__}.transform` must return a tensor [B, T] = {tuple(signal.mask.shape)}, got {got}"
+            )
+
+    def _check_finite(self, changed: Tensor) -> None:
+        good = torch.isfinite(changed).all()
+        message = f"`{type(self).__name__}.transform` must be finite on valid tokens"
+        if changed.is_cuda:
+            torch._assert_async(good, message)  # no host synchronisation inside the step
+        elif not bool(good):
+            raise InputError(f"{message}, got {float(changed[~torch.isfinite(changed)][0])}")
+
+    def _require(self, field: str, ok: bool, allowed: str) -> None:
+        """Raise an InputError that names class, field, range and value unless ``ok``."""
+        if not ok:
+            raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")
+
+
+class Identity(AdvantageTransform):
+    """A' = A."""
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """The advantage itself, [B, T] nats."""
+        return advantage
+
+
+class Clip(AdvantageTransform):
+    """A' = clamp(A, -c, c).
+
+    Args:
+        c: nats, > 0.
+    Raises:
+        ValueError: c is not a finite number > 0.
+    """
+
+    def __init__(self, c: float = 5.0) -> None:
+        self.c = c
+        self._require("c", math.isfinite(c) and c > 0, "a finite number > 0")
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """clamp(A, -c, c), [B, T] nats."""
+        return advantage.clamp(-self.c, self.c)
+
+
+class SoftLog(AdvantageTransform):
+    """A' = sign(A) * log(1 + |A|): linear near 0, logarithmic far away."""
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """sign(A) * log(1 + |A|), [B, T]."""
+        return advantage.sign() * advantage.abs().log1p()
+
+
+class Sign(AdvantageTransform):
+    """A' = sign(A): the teacher's vote, 0 where it agrees exactly."""
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """sign(A), [B, T]."""
+        return advantage.sign()
+
+
+class Power(AdvantageTransform):
+    """A' = exp(alpha * q) - exp(alpha * s): bounded by 1, and small where both find the token unlikely.
+
+    Source: PowerOPD, reported in arXiv 2606.17199. Made from the log-probs, not from A: put it first.
+
+    Args:
+        alpha: > 0.
+    Raises:
+        ValueError: alpha is not a finite number > 0.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._require("alpha", math.isfinite(alpha) and alpha > 0, "a finite number > 0")
+
+    @property
+    def replaces(self) -> bool:
+        """Reads q and s only."""
+        return True
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """exp(alpha q) - exp(alpha s), [B, T]."""
+        return (self.alpha * signal.teacher_logprobs).exp() - (self.alpha * signal.student_logprobs).exp()
+
+
+class RewardExtrapolation(AdvantageTransform):
+    """A' = A + (strength - 1) * (q - reference): follows the teacher beyond its own step from a reference model.
+
+    Source: ExOPD, reported in arXiv 2602.12125 (strength is its lambda). 1 is ``Identity``, 0 pulls to the reference.
+
+    Args:
+        strength: >= 0.
+    Raises:
+        ValueError: a negative or non-finite strength.
+    """
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+        self._require("strength", math.isfinite(strength) and strength >= 0, "a finite number >= 0")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The reference model's log-probs."""
+        return frozenset({"reference_logprobs"})
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """A + (strength - 1)(q - reference), [B, T] nats."""
+        assert signal.reference_logprobs is not None  # required above
+        return advantage + (self.strength - 1.0) * (signal.teacher_logprobs - signal.reference_logprobs)
+
+
+class DiscountedReturn(AdvantageTransform):
+    """A'_t = sum over k >= t of discount^(i_k - i_t) * A_k: the return-to-go, i the position inside the mask.
+
+    1 gives the unbiased gradient of the sequence KL(student || teacher), 0 is ``Identity``.
+
+    Args:
+        discount: in [0, 1].
+    Raises:
+        ValueError: discount outside [0, 1].
+    """
+
+    def __init__(self, discount: float) -> None:
+        self.discount = discount
+        self._require("discount", 0.0 <= discount <= 1.0, "in [0, 1]")
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """The discounted return-to-go, [B, T] nats."""
+        return return_to_go(advantage, signal.mask, discount=self.discount)
+
+
+class ValueBaseline(AdvantageTransform):
+    """A'_t = A_t + KL_t, with KL_t = KL(student || teacher) at t, exact: subtracts -KL_t, the mean of A_t.
+
+    Source: vOPD, reported in arXiv 2605.07865. Lowers the variance and leaves the expected gradient alone as long as
+    the weight ignores token t and later ones: see ``baseline_warning``.
+    """
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The full-vocabulary KL of each token."""
+        return frozenset({"token_kl"})
+
+    @property
+    def is_baseline(self) -> bool:
+        """-KL_t is one."""
+        return True
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """A + KL, [B, T] nats."""
+        assert signal.token_kl is not None  # required above
+        return advantage + signal.token_kl
+
+
+class ReadsTokens(Protocol):
+    """The part of a weighting strategy that ``baseline_warning`` looks at."""
+
+    @property
+    def depends_on(self) -> str:
+        """What the weight at t reads: "prefix", "token" or "sequence"."""
+
+
+def apply_transforms(transforms: Sequence[AdvantageTransform], signal: TokenSignal) -> TokenSignal:
+    """The signal with ``advantage`` set to the raw log ratio run through ``transforms`` in order.
+
+    An advantage the signal already carries is not read, so that applying twice is applying once.
+    """
+    advantage = signal.log_ratio
+    for transform in transforms:
+        advantage = transform(advantage, signal)
+    return replace(signal, advantage=advantage, validate=False)  # each transform checked its own output
+
+
+def baseline_warning(transforms: Sequence[AdvantageTransform], strategy: ReadsTokens) -> str | None:
+    """Why a value baseline and this strategy do not go together, or None where they do."""
+    baselines = [type(transform).__name__ for transform in transforms if transform.is_baseline]
+    if not baselines or strategy.depends_on == "prefix":
+        return None
+    return (
+        f"`{type(strategy).__name__}` weights by the {strategy.depends_on} (depends_on = {strategy.depends_on!r}), so "
+        f"the baseline of `{baselines[0]}` no longer averages out (E[w grad log pi] is not 0) and changes the expected "
+        "gradient; use a strategy that reads the prefix only, or no baseline"
+    )
+
+
+def order_warning(transforms: Sequence[AdvantageTransform]) -> str | None:
+    """Names the transforms that are without effect because a later one ignores their output, or None."""
+    last = max((place for place, transform in enumerate(transforms) if transform.replaces), default=0)
+    if not last:
+        return None
+    idle = ", ".join(f"`{type(transform).__name__}`" for transform in transforms[:last])
+    return f"{idle} has no effect: `{type(transforms[last]).__name__}` after it starts from the log-probs; put it first"

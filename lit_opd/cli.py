@@ -1,0 +1,231 @@
+"""``python train.py fit|validate|test|predict --config FILE [--config OVERLAY] [overrides]``.
+
+``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
+one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_opd.module import OPDModule
+from lit_opd.prompts import PromptDataModule
+from lit_opd.types import InputError
+
+USAGE_ERROR = 2
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    "max_steps": 100,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 10,
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,
+}
+MODEL_DEFAULTS: dict[str, Any] = {
+    "model.teacher": {"class_path": "lit_opd.teacher.LocalTeacher"},
+    "model.sampler": {"class_path": "lit_opd.rollout.TransformersSampler"},
+    "model.weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting"},
+    "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
+}
+SECRET_WORDS = ("api_key", "token_secret", "password")
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved config to ``config.yaml`` of the run folder once the run is really starting."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Nothing yet: a later check may still refuse the run."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the file on rank 0."""
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
+class OPDCLI(LightningCLI):
+    """The command line of this project.
+
+    Args:
+        default_callbacks: makes the callbacks every run gets, unless the config names one of the same class.
+        args: command line, default ``sys.argv``.
+        run: False only parses and instantiates.
+    """
+
+    def __init__(
+        self, *, default_callbacks: Callable[[], list[Callback]] = list, args: ArgsType = None, run: bool = True
+    ) -> None:
+        self._default_callbacks = default_callbacks
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            model_class=OPDModule,
+            datamodule_class=PromptDataModule,
+            save_config_callback=RunConfig,
+            seed_everything_default=42,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    # -- parsing -----------------------------------------------------------------------------------------------------
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of a run that belong to neither trainer, model nor data."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="run folder; default runs/<first config>")
+        parser.add_argument("--overwrite", type=bool, default=False, help="delete what is in the run folder")
+        parser.add_argument("--num_threads", type=int | None, default=None, help="torch threads; default torch's own")
+        parser.add_argument("--wandb.mode", type=Literal["offline", "online", "disabled"], default="offline")
+        parser.add_argument("--wandb.project", type=str, default="lit-opd")
+        parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between checkpoints")
+        parser.add_argument("--vars", type=dict, default={}, help="free values for ${vars.name}")
+        parser.set_defaults(MODEL_DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As Lightning does, with an unresolvable ``${...}`` as a parser error."""
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            parser.error(f"the config has an interpolation that cannot be resolved: {str(error).splitlines()[0]}")
+
+    @property
+    def settings(self) -> Any:
+        """The namespace of the chosen subcommand (or the whole config without one)."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    # -- the run folder ----------------------------------------------------------------------------------------------
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder: ``--run_dir``, or ``runs/<name of the first config>``."""
+        if self.settings.get("run_dir"):
+            return Path(self.settings["run_dir"])
+        configs = self.settings.get("config") or []
+        return Path("runs") / (Path(str(configs[0])).stem if configs else "default")
+
+    def before_instantiate_classes(self) -> None:
+        """Threads, run folder and checkpoint path, before anything is built."""
+        if self.settings.get("num_threads"):
+            torch.set_num_threads(self.settings["num_threads"])
+        sys.path.insert(0, os.getcwd())
+        if not self.subcommand:
+            return
+        self._resolve_checkpoint()
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+            self._claim_run_dir()
+        self.settings["trainer"]["default_root_dir"] = str(self.run_dir)
+
+    def _resolve_checkpoint(self) -> None:
+        path = self.settings.get("ckpt_path")
+        if path is None:
+            return
+        found = self.run_dir / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
+        if not found.exists():
+            raise InputError(f"`--ckpt_path` must be a checkpoint, got {path!r}, but there is no {found}")
+        self.settings["ckpt_path"] = str(found)
+
+    def _claim_run_dir(self) -> None:
+        """Refuse a folder with something in it; nothing is written or deleted before every check has passed."""
+        folder = self.run_dir
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"`--run_dir` must be a folder, got the file {folder}")
+        occupied = folder.is_dir() and any(folder.iterdir())
+        if occupied and not self.settings.get("ckpt_path") and not self.settings.get("overwrite"):
+            raise InputError(
+                f"`--run_dir` must be empty or new, but {folder} has files in it; give another --run_dir, go on with "
+                "--ckpt_path last, or delete what is there with --overwrite true"
+            )
+
+    def before_fit(self) -> None:
+        """Every check that needs no weights, then the folder."""
+        self.model.check(self.trainer, self.datamodule)
+        if rank_zero_only.rank != 0:
+            return
+        if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
+            _empty(self.run_dir)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"`--run_dir` must be writable, got {self.run_dir}: {error}") from error
+
+    def before_validate(self) -> None:
+        """Every check that needs no weights."""
+        self.model.check(self.trainer, self.datamodule)
+
+    before_test = before_predict = before_validate
+
+    # -- the trainer -------------------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the run folder's loggers and the default callbacks."""
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs.setdefault("logger", self._loggers())
+        trainer = super().instantiate_trainer(**kwargs)
+        given = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
+        for callback in extra:
+            every = self.settings.get("checkpoint_every")
+            if hasattr(callback, "use_run_dir") and every:
+                callback.use_run_dir(self.run_dir, every)
+        _attach(trainer, extra)
+        return trainer
+
+    def _loggers(self) -> list[Logger]:
+        if self.subcommand != "fit":
+            return []
+        folder, wandb = str(self.run_dir), self.settings["wandb"]
+        loggers: list[Logger] = [CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)]
+        if wandb["mode"] != "disabled":
+            offline = wandb["mode"] == "offline"
+            loggers.append(
+                WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
+            )
+        return loggers
+
+
+def _attach(trainer: Trainer, extra: list[Callback]) -> None:
+    """Add callbacks to a built trainer; progress bars and checkpoints take the place of Lightning's own."""
+    from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+    kept = list(trainer.callbacks)  # type: ignore[attr-defined]
+    for kind in (ProgressBar, Checkpoint):
+        if any(isinstance(callback, kind) for callback in extra):
+            kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]
+    connector = trainer._callback_connector
+    trainer.callbacks = connector._reorder_callbacks(kept + extra)  # type: ignore[attr-defined]
+
+
+def _empty(folder: Path) -> None:
+    """Delete the contents of a run folder that is to be overwritten."""
+    import shutil
+
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[str] | None = None) -> None:
+    """Run the command line; wrong input ends with one line and exit status 2."""
+    try:
+        OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
+    except InputError as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(USAGE_ERROR)

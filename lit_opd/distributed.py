@@ -1,0 +1,65 @@
+"""The few collectives the package needs; every one is the identity on a single process."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """True when a process group with more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if not is_distributed():
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values, op=op)
+    return values
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Elementwise sum over the ranks of a tensor that has the same shape on each."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def all_max(values: Tensor) -> Tensor:
+    """Elementwise maximum over the ranks of a tensor that has the same shape on each."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def all_min(values: Tensor) -> Tensor:
+    """Elementwise minimum over the ranks of a tensor that has the same shape on each."""
+    return _reduced(values, dist.ReduceOp.MIN)
+
+
+def gather_rows(values: Tensor) -> Tensor:
+    """Concatenation over ranks, in rank order, along dim 0; ranks may hold different numbers of rows.
+
+    Args:
+        values: [N, ...] with the same trailing shape on every rank.
+    Returns:
+        [sum of N, ...].
+    """
+    if not is_distributed():
+        return values
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=values.device)
+    counts[rank()] = len(values)
+    counts = all_sum(counts)
+    padded = values.new_zeros((int(counts.max()), *values.shape[1:]))
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])

@@ -1,0 +1,130 @@
+"""Problems x samples -> answers -> metrics. The module's validation and the evaluation callback both delegate here."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_opd.grading import exact_match
+from lit_opd.metrics import PositionBands, WeightedMean
+from lit_opd.types import InputError, PromptBatch, Rollout, TokenSignal
+
+VALIDATION_DOMAIN = 1  # sample j of validation draws from the streams of domain 1 + j; training uses 0
+BANDS = 10
+
+
+@dataclass
+class ValidationSettings:
+    """What ``validation_step`` measures.
+
+    Args:
+        greedy: exact match of greedy answers, where the data has answers.
+        samples: samples a prompt for avg@k, where the data has answers; sample 0 also serves the divergence.
+        divergence: full-vocabulary KL(student || teacher) and disagreement by position, on samples drawn as in training.
+        max_new_tokens: response slots, default the sampler's.
+        before_training: measure once before the first step.
+        batch_limit: validation batches whose samples are drawn; greedy answers use all. None for all.
+    """
+
+    greedy: bool = True
+    samples: int = 4
+    divergence: bool = True
+    max_new_tokens: int | None = None
+    before_training: bool = True
+    batch_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 0), ("max_new_tokens", 1), ("batch_limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"`ValidationSettings.{name}` must be >= {least}, got {value}")
+
+
+class Evaluator(nn.Module):
+    """Collects validation metrics over batches and ranks.
+
+    Args:
+        settings: what to measure.
+    """
+
+    def __init__(self, settings: ValidationSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        names = ("greedy_accuracy", "avg_at_k", "reverse_kl", "disagreement", "truncated_fraction", "response_length")
+        self.means = nn.ModuleDict({name: WeightedMean() for name in names})
+        self.bands = PositionBands(BANDS)
+
+    def add_answers(self, name: str, rollout: Rollout, decode: Callable[[Rollout], list[str]]) -> None:
+        """Grade the responses of rows that have an answer and count.
+
+        Args:
+            name: "greedy_accuracy" or "avg_at_k".
+            rollout: B rows.
+            decode: response texts of a rollout.
+        """
+        answers, counted = rollout.prompts.answers, rollout.prompts.counted
+        assert answers is not None and counted is not None
+        graded = [
+            answer is not None and exact_match(text, answer)
+            for text, answer in zip(decode(rollout), answers, strict=True)
+        ]
+        has_answer = torch.tensor([answer is not None for answer in answers], device=counted.device)
+        self.means[name].update(torch.tensor(graded, device=counted.device).double(), has_answer & counted)
+
+    def add_lengths(self, rollout: Rollout) -> None:
+        """Count truncated rows and response tokens of sampled responses, [B, T]."""
+        counted = rollout.prompts.counted
+        assert counted is not None
+        self.means["truncated_fraction"].update((~rollout.finished).double(), counted)
+        self.means["response_length"].update(rollout.lengths.double(), counted)
+
+    def add_divergence(self, signal: TokenSignal, counted: Tensor) -> None:
+        """Full-vocabulary KL where known, and disagreement by position.
+
+        Args:
+            signal: [B, T]; ``token_kl`` may be None.
+            counted: bool [B].
+        """
+        mask = signal.mask & counted.unsqueeze(-1)
+        if signal.token_kl is not None:
+            self.means["reverse_kl"].update(signal.token_kl, mask)
+        self.means["disagreement"].update(signal.disagreement, mask)
+        self.bands.update(signal.disagreement, mask)
+
+    def compute(self) -> dict[str, float]:
+        """Means over everything since the last reset, by metric name; what was not measured is left out."""
+        with (
+            warnings.catch_warnings()
+        ):  # every rank computes every metric, updated or not, since computing is a collective
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            values = {f"val/{name}": float(metric.compute()) for name, metric in self.means.items()}  # type: ignore[operator]
+            bands = self.bands.compute().tolist()
+        for band, value in enumerate(bands):
+            values[f"val/disagreement/band_{band * 100 // BANDS:02d}"] = value
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for metric in [*self.means.values(), self.bands]:
+            metric.reset()  # type: ignore[operator]
+
+
+def has_answers(prompts: PromptBatch) -> bool:
+    """True when at least one row has a reference answer."""
+    return any(answer is not None for answer in prompts.answers or ())
+
+
+def decoder(tokenizer: Any) -> Callable[[Rollout], list[str]]:
+    """A function from a rollout to its response texts, special tokens left out."""
+
+    def decode(rollout: Rollout) -> list[str]:
+        rows = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True)]
+        return [str(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    return decode

@@ -1,0 +1,96 @@
+"""Sums, means and running sums over the True entries of a mask. Shapes: see ``types``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lit_opd.types import at_least_float32
+
+COUNT_SLACK = 1e-9  # far above the rounding of fraction * length, far below one token
+
+
+def masked_values(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` [B, T] in at least float32, exactly 0 where ``mask`` is False, whatever stood there (NaN too)."""
+    values = at_least_float32(values)
+    return torch.where(mask, values, values.new_zeros(()))
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the valid tokens of each row: [B, T] -> [B]; 0 for an empty row."""
+    return masked_values(values, mask).sum(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the valid tokens of each row: [B, T] -> [B]; 0 for an empty row."""
+    return masked_sum(values, mask) / mask.sum(-1).clamp(min=1)
+
+
+def exclusive_cumsum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the valid tokens strictly before each column: [B, T] -> [B, T], 0 at the first."""
+    values = masked_values(values, mask)
+    return values.cumsum(-1) - values
+
+
+def return_to_go(values: Tensor, mask: Tensor, *, discount: float = 1.0) -> Tensor:
+    """sum over k >= t of discount^(position_k - position_t) * values_k: [B, T] -> [B, T], 0 where masked.
+
+    Positions count inside the mask, so a hole does not discount.
+    """
+    values = masked_values(values, mask)
+    if discount == 1.0:
+        return masked_values(values.flip(-1).cumsum(-1).flip(-1), mask)
+    running = values.new_zeros(values.shape[0])
+    columns = []
+    for column in range(values.shape[1] - 1, -1, -1):
+        valid = mask[:, column]
+        running = torch.where(valid, values[:, column] + discount * running, running)
+        columns.append(torch.where(valid, running, running.new_zeros(())))
+    return torch.stack(columns[::-1], -1) if columns else values
+
+
+def positions(mask: Tensor) -> Tensor:
+    """1-based position inside the mask: bool [B, T] -> int64 [B, T], 0 where masked."""
+    return torch.where(mask, mask.cumsum(-1), 0)
+
+
+def lengths(mask: Tensor) -> Tensor:
+    """Valid tokens a row: bool [B, T] -> int64 [B]."""
+    return mask.sum(-1)
+
+
+def ceil_count(fraction: float, counts: Tensor) -> Tensor:
+    """ceil(fraction * counts) in int64, forgiving the last bits of a product that is whole (0.3 * 50 is 15)."""
+    return torch.ceil(counts.double() * fraction - COUNT_SLACK).long()
+
+
+def floor_count(fraction: float, counts: Tensor) -> Tensor:
+    """floor(fraction * counts) in int64, forgiving the last bits of a product that is whole ((1 - 0.9) * 20 is 2)."""
+    return torch.floor(counts.double() * fraction + COUNT_SLACK).long()
+
+
+def valid_columns(mask: Tensor) -> Tensor:
+    """Columns of each row with the valid ones first, in order: bool [B, T] -> int64 [B, T]; the masked ones follow."""
+    return mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+
+
+def shifted_right(values: Tensor) -> Tensor:
+    """Each column gets the value of the one before it, the first gets 0: [B, T] -> [B, T]."""
+    return pad(values, (1, 0))[..., :-1]
+
+
+def affine_scan(gain: Tensor, gift: Tensor) -> Tensor:
+    """x_t = gain_t * x_{t-1} + gift_t along the row from x_0 = 0: two [B, T] -> [B, T].
+
+    Doubling (Hillis and Steele): log2 T rounds on whole tensors in place of T steps. For gains in [0, 1] and gifts >= 0
+    nothing cancels, so the rounding is that of the plain loop.
+    """
+    reach = 1
+    while reach < gain.shape[-1]:
+        earlier_gain, earlier_gift = gain[..., :-reach], gift[..., :-reach]
+        later = gain[..., reach:]
+        gift = torch.cat([gift[..., :reach], later * earlier_gift + gift[..., reach:]], -1)
+        gain = torch.cat([gain[..., :reach], later * earlier_gain], -1)
+        reach *= 2
+    return gift

@@ -1,0 +1,275 @@
+"""Loading student and teacher, agreement of their tokenizers, LoRA, export."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lit_opd.types import InputError
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+NAMED_DIFFERENCES = 10  # differing tokens listed in an error
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters on the student (package ``peft``, extra ``lora``).
+
+    Args:
+        rank: rank of the adapters.
+        alpha: scale numerator; the update is alpha / rank * B A.
+        dropout: dropout on the adapter's input; anything but 0 makes sampler and scorer differ.
+        target_modules: module names to adapt, or "all-linear".
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class StudentSettings:
+    """What the student is loaded from and how.
+
+    Args:
+        path: a Hugging Face folder or hub id.
+        dtype: of the master weights; keep float32 and choose bf16 compute with ``--trainer.precision bf16-mixed``.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+        gradient_checkpointing: recompute activations in the backward pass.
+        lora: train adapters only.
+        pad_token: the tokenizer's pad token where it has none of its own.
+        trust_remote_code: run the model's own Python code; off unless you trust its author.
+    """
+
+    path: str
+    dtype: Dtype = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
+    pad_token: str | None = None
+    trust_remote_code: bool = False
+
+
+def _require_reachable(path: str, field: str) -> None:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.isdir(path)
+    if looks_local and not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
+        raise InputError(
+            f"`{field}` must be a Hugging Face folder with a config.json, or a hub id, got {path!r}; "
+            "check the path (relative paths start at the current folder)"
+        )
+
+
+def _hub_error(field: str, path: str, error: Exception) -> InputError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(
+        f"`{field}` could not be loaded from {path!r}: {first}. Without a network, download the model elsewhere and give "
+        "its local folder"
+    )
+
+
+def load_config(path: str, field: str, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of ``path``; ``field`` names the setting in errors."""
+    from transformers import AutoConfig
+
+    _require_reachable(path, field)
+    try:
+        return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _hub_error(field, path, error) from error
+
+
+def load_generation_config(path: str) -> Any:
+    """The generation config of ``path``; transformers' defaults where the folder has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(os.path.expanduser(path))
+    except OSError:
+        return GenerationConfig()
+
+
+def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of ``path``, left-padding.
+
+    Raises:
+        InputError: it cannot be loaded, or has no pad token and none is configured.
+    """
+    from transformers import AutoTokenizer
+
+    _require_reachable(path, field)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _hub_error(field, path, error) from error
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise InputError(f"`pad_token` must be a token of the tokenizer at {path!r}, got {pad_token!r}")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"`{field}`: the tokenizer at {path!r} has no pad token and none is configured; set "
+            "`model.student.pad_token` to one of its tokens (one that never occurs in a response is best)"
+        )
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_causal_lm(
+    path: str, field: str, *, dtype: str, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+) -> Any:
+    """A causal language model in ``dtype``, safetensors only unless the folder has nothing else it can load safely."""
+    from transformers import AutoModelForCausalLM
+
+    _require_reachable(path, field)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            os.path.expanduser(path),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _hub_error(field, path, error) from error
+
+
+def agree_vocabularies(student: Any, teacher: Any, *, student_rows: int, teacher_rows: int) -> int:
+    """Check that both tokenizers map the same tokens to the same ids.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+        student_rows: rows of the student's embedding, padding included.
+        teacher_rows: rows of the teacher's embedding.
+    Returns:
+        number of leading vocabulary entries both models share; rows beyond are padding and are cut.
+    Raises:
+        InputError: naming the first ten tokens that differ.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differing = [token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token)]
+    if differing:
+        shown = ", ".join(
+            f"{token!r} (student {ours.get(token, 'absent')}, teacher {theirs.get(token, 'absent')})"
+            for token in differing[:NAMED_DIFFERENCES]
+        )
+        raise InputError(
+            f"`model.teacher.path` must share the student's vocabulary, but {len(differing)} tokens differ: {shown}; "
+            "choose a teacher of the same tokenizer family"
+        )
+    used = max(ours.values(), default=-1) + 1
+    shared = min(student_rows, teacher_rows)
+    if shared < used:
+        raise InputError(
+            f"the embeddings must cover the tokenizer's {used} ids, got student {student_rows} and teacher {teacher_rows} rows"
+        )
+    return shared
+
+
+def build_student(settings: StudentSettings) -> Any:
+    """The student with its options applied: LoRA, gradient checkpointing, frozen or trainable weights, no dropout."""
+    model = load_causal_lm(
+        settings.path,
+        "model.student.path",
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.dtype in ("bfloat16", "float16"):
+        warnings.warn(
+            f"`model.student.dtype` is {settings.dtype}: AdamW at a small learning rate loses most updates on half-precision "
+            "weights; keep float32 and set --trainer.precision bf16-mixed",
+            stacklevel=2,
+        )
+    _remove_dropout(model)
+    _clear_generation_defaults(model)
+    if settings.lora is not None:
+        model = _with_lora(model, settings.lora)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if settings.lora is not None:
+            model.enable_input_require_grads()
+    return model
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Dropout would make the scored policy another than the sampled one."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _clear_generation_defaults(model: Any) -> None:
+    """A checkpoint's own defaults (repetition penalty, top-k ...) would silently bend the sampled distribution."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
+
+
+def _with_lora(model: nn.Module, settings: LoraSettings) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError(
+            "`model.student.lora` needs the package peft; install the extra: pip install -e '.[lora]'"
+        ) from error
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def export_folder(
+    model: Any, tokenizer: Any, path: str | Path, *, state: dict[str, Any] | None, generation: Any = None
+) -> Path:
+    """Write a Hugging Face folder atomically: safetensors, tokenizer, generation config; LoRA merged.
+
+    Args:
+        model: a transformers model or a PEFT wrapper of one.
+        tokenizer: saved beside it.
+        path: the folder; replaced when it exists.
+        state: full weights by name where the model is sharded, else None.
+        generation: the generation config to write, None for the model's own.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        plain = _merged(model)
+        original, plain.generation_config = plain.generation_config, generation or plain.generation_config
+        try:
+            plain.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+        finally:
+            plain.generation_config = original
+        tokenizer.save_pretrained(temporary)
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _merged(model: Any) -> Any:
+    """The plain transformers model; adapters are merged into a copy, so that training can go on."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    import copy
+
+    return copy.deepcopy(model).merge_and_unload()

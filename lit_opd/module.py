@@ -1,0 +1,499 @@
+"""The LightningModule: holds student and teacher and wires prompts -> rollout -> signal -> weights -> loss -> record."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_opd.advantage import AdvantageTransform, baseline_warning
+from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
+from lit_opd.models import (
+    StudentSettings,
+    agree_vocabularies,
+    build_student,
+    export_folder,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+)
+from lit_opd.objective import Aggregation, Objective, PolicyLoss
+from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
+from lit_opd.scoring import ScoringModel
+from lit_opd.sharding import full_state, gathered, is_sharded, shard
+from lit_opd.step import Update, apply_truncated, scalars, total_updates
+from lit_opd.teacher import Teacher
+from lit_opd.types import InputError, PromptBatch, Rollout, StepRecord, TokenSignal
+from lit_opd.weighting.base import WeightingStrategy
+from lit_opd.weighting.importance import ImportanceWeighting
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+Truncated = Literal["keep", "mask", "drop"]
+
+ALWAYS_AVAILABLE = frozenset({"student_entropy", "sampler_logprobs"})
+
+
+def default_optimizer(parameters: Iterable) -> Optimizer:
+    """AdamW at the published run's setting: lr 1e-5, weight decay 0.01, betas (0.9, 0.999)."""
+    return torch.optim.AdamW(parameters, lr=1e-5)
+
+
+class OPDModule(L.LightningModule):
+    """On-policy distillation of a student from a frozen teacher.
+
+    Constructors store settings only; tokenizers are read in ``setup``, weights in ``configure_model``.
+
+    Args:
+        student: what to train.
+        teacher: who scores.
+        sampler: how responses are drawn; its temperature is also the scoring temperature.
+        weighting: how much each token counts, default ``ImportanceWeighting()``.
+        advantage: transforms of the advantage, in order.
+        objective: default ``PolicyLoss()``.
+        aggregation: how token losses become one scalar.
+        mini_batches: optimizer steps a pass over the rollout batch.
+        epochs: passes over the rollout batch.
+        token_budget: padded tokens a micro-batch may hold; None for one micro-batch.
+        truncated: rows that did not end by themselves: "keep", "mask" (valid rows without valid tokens) or "drop" (never scored).
+        optimizer: from parameters to an optimizer, default AdamW with lr 1e-5.
+        lr_scheduler: from optimizer to a scheduler stepped once an optimizer step, default constant.
+        gradient_clip_norm: global norm bound, None for none.
+        validation: what ``validation_step`` measures.
+        seed: of the sampling streams; None takes the run's ``seed_everything``.
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        student: StudentSettings,
+        teacher: Teacher,
+        sampler: Sampler | None = None,
+        weighting: WeightingStrategy | None = None,
+        advantage: list[AdvantageTransform] | None = None,
+        objective: Objective | None = None,
+        aggregation: Aggregation = "sequence-mean",
+        mini_batches: int = 1,
+        epochs: int = 1,
+        token_budget: int | None = None,
+        truncated: Truncated = "keep",
+        optimizer: OptimizerFactory = default_optimizer,
+        lr_scheduler: SchedulerFactory | None = None,
+        gradient_clip_norm: float | None = 1.0,
+        validation: ValidationSettings | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # the teacher is in no checkpoint; load_state_dict below checks the rest
+        self.student_settings, self.teacher = student, teacher
+        self.student: ScoringModel | None = None
+        self.sampler = sampler or TransformersSampler()
+        self.weighting = weighting if weighting is not None else ImportanceWeighting()
+        self.advantage = list(advantage or [])
+        self.objective = objective or PolicyLoss()
+        self.aggregation, self.truncated = aggregation, truncated
+        self.mini_batches, self.epochs, self.token_budget = mini_batches, epochs, token_budget
+        self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
+        self.gradient_clip_norm = gradient_clip_norm
+        self.validation = validation or ValidationSettings()
+        self.evaluator = Evaluator(self.validation)
+        self.seed = seed
+        self._validated_at: int | None = None
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        for name in ("mini_batches", "epochs", "token_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"`OPDModule.{name}` must be >= 1, got {value}")
+        if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
+            raise InputError(f"`OPDModule.gradient_clip_norm` must be > 0 or null, got {self.gradient_clip_norm}")
+
+    # -- what is known without weights -------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer, left-padding."""
+        settings = self.student_settings
+        return load_tokenizer(
+            settings.path,
+            "model.student.path",
+            pad_token=settings.pad_token,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    @cached_property
+    def student_config(self) -> Any:
+        """The student's transformers configuration."""
+        settings = self.student_settings
+        return load_config(settings.path, "model.student.path", trust_remote_code=settings.trust_remote_code)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Leading vocabulary entries that student and teacher share; checked token by token."""
+        rows = self.student_config.get_text_config().vocab_size
+        shared = rows
+        for tokenizer, teacher_rows in self.teacher.tokenizers():
+            shared = min(
+                shared, agree_vocabularies(self.tokenizer, tokenizer, student_rows=rows, teacher_rows=teacher_rows)
+            )
+        return shared
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response."""
+        if self.sampler.stop_token_ids is not None:
+            found = set(self.sampler.stop_token_ids)
+        else:
+            configured = load_generation_config(self.student_settings.path).eos_token_id
+            found = set(configured if isinstance(configured, list) else [configured])
+            found = (found | {self.tokenizer.eos_token_id}) - {None}
+        if not found or not all(0 <= stop < self.vocabulary for stop in found):
+            raise InputError(
+                f"`model.sampler.stop_token_ids` must name ids in [0, {self.vocabulary}), got {sorted(found)}; the model's "
+                "generation config and tokenizer name no end of sequence"
+            )
+        return tuple(sorted(found))
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Optional signal fields that something in this run reads."""
+        parts = [self.weighting.requires, self.objective.requires, *(step.requires for step in self.advantage)]
+        return frozenset().union(*parts)
+
+    @property
+    def needs_scoring_pass(self) -> bool:
+        """True when weights or denominators must be known before micro-batches are cut, or the batch is reused."""
+        reused = self.mini_batches * self.epochs > 1
+        return reused or self.weighting.scope == "batch" or self.weighting.drops_tokens
+
+    @property
+    def progress(self) -> float:
+        """Training progress p in [0, 1] of the coming optimizer step."""
+        total = total_updates(
+            max_steps=self.trainer.max_steps,
+            batches=self.trainer.estimated_stepping_batches if self.trainer.max_steps < 0 else 0,
+            updates_per_batch=self.mini_batches * self.epochs,
+        )
+        return 1.0 if total <= 1 else min(1.0, self.global_step / (total - 1))
+
+    # -- Lightning: before the run -----------------------------------------------------------------------------------
+
+    def check(self, trainer: L.Trainer, data: Any) -> None:
+        """Every check that needs no weights, data included; an InputError here costs no GPU time and leaves no file.
+
+        Args:
+            trainer: the trainer the run will use.
+            data: the ``PromptDataModule``.
+        """
+        self.trainer = trainer
+        _ = self.vocabulary, self.stop_ids
+        if data is not None:
+            data.use_tokenizer(self.tokenizer)
+            data.trainer = trainer
+            data.setup("fit")
+        self._check_run(data)
+
+    def setup(self, stage: str) -> None:
+        """The same checks for those who call the trainer themselves."""
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self._check_run(getattr(self.trainer, "datamodule", None))
+        _ = self.vocabulary, self.stop_ids
+
+    def _check_run(self, data: Any) -> None:
+        self._check_trainer()
+        missing = self.required - self.teacher.provides - ALWAYS_AVAILABLE
+        if missing:
+            raise InputError(
+                f"`{type(self.weighting).__name__}` with `{type(self.teacher).__name__}` lacks {sorted(missing)}: "
+                "this teacher cannot give it; choose another weighting, objective or teacher"
+            )
+        self._check_room(data)
+        warning = baseline_warning(self.advantage, self.weighting)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
+
+    def _check_trainer(self) -> None:
+        updates = self.mini_batches * self.epochs
+        if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
+            raise InputError(
+                f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {self.trainer.max_steps}"
+            )
+        if str(self.trainer.precision).startswith("16"):
+            raise InputError(f"`trainer.precision` must be 32-true, 64-true or bf16, got {self.trainer.precision}")
+        if self.trainer.gradient_clip_val is not None:
+            raise InputError("`trainer.gradient_clip_val` has no effect here; set `model.gradient_clip_norm`")
+        if self.trainer.accumulate_grad_batches != 1:
+            raise InputError("`trainer.accumulate_grad_batches` has no effect here; set `model.token_budget`")
+
+    def _check_room(self, data: Any) -> None:
+        limit = getattr(data, "max_prompt_tokens", None)
+        window = getattr(self.student_config.get_text_config(), "max_position_embeddings", None)
+        response = self.sampler.max_new_tokens
+        if limit is not None and window is not None and limit + response > window:
+            raise InputError(
+                f"`model.sampler.max_new_tokens` must leave room in the context window of {window} tokens, got {response} "
+                f"after prompts of up to {limit}; lower it or `data.max_prompt_tokens`"
+            )
+        if limit is not None and self.token_budget is not None and limit + response > self.token_budget:
+            raise InputError(
+                f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {self.token_budget}"
+            )
+
+    def configure_model(self) -> None:
+        """Load student and teacher, choose the scoring path, shard where the strategy brings a device mesh."""
+        if self.student is not None:
+            return
+        student = ScoringModel(build_student(self.student_settings), vocabulary=self.vocabulary)
+        student.choose_path("student")
+        self.teacher.load(vocabulary=self.vocabulary)
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:
+            shard(student, mesh["data_parallel"])
+            self.teacher.shard(mesh["data_parallel"])
+        self.student = student.train()
+
+    def configure_optimizers(self) -> Any:
+        """The configured optimizer over trainable parameters, and its schedule."""
+        assert self.student is not None
+        optimizer = self.optimizer_factory([p for p in self.student.parameters() if p.requires_grad])
+        if self.scheduler_factory is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler_factory(optimizer)}
+
+    # -- Lightning: the step -----------------------------------------------------------------------------------------
+
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One rollout batch: sample, score, update.
+
+        Returns:
+            {"loss": scalar, "step": ``StepRecord``}.
+        """
+        clock = _Clock()
+        with clock("sampling"):
+            self.phase("sampling", 0, 1)
+            sampled = self.generate(prompts)
+            update = Update(self, apply_truncated(sampled, self.truncated), sampled)
+        with clock("scoring"):
+            update.score_teacher()
+            update.score_student()
+        with clock("updating"):
+            loss = update.run()
+        record = update.record(clock.seconds)
+        self._log_step(loss, record)
+        return {"loss": loss, "step": record}
+
+    def apply_gradients(self) -> Tensor:
+        """Clip, step, schedule, clear; returns the global gradient norm before clipping, scalar.
+
+        Raises:
+            FloatingPointError: the norm is not finite; no weight was changed.
+        """
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+        bound = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, bound)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"the gradient norm is {float(norm)} at optimizer step {self.global_step + 1}; no weight was changed"
+            )
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        if scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr]
+        return norm.detach()
+
+    def generate(self, prompts: PromptBatch, settings: SamplingSettings | None = None) -> Rollout:
+        """Responses of the current student, [B, T].
+
+        Args:
+            prompts: B rows on the module's device.
+            settings: default those of training at this step; see ``sampling_settings``.
+        """
+        assert self.student is not None
+        with gathered(self.student) if is_sharded(self.student) else nullcontext():
+            return self.sampler.sample(self.student, prompts, settings or self.sampling_settings())
+
+    def sampling_settings(self, **changes: Any) -> SamplingSettings:
+        """The sampler's settings at this optimizer step, with fields changed by name."""
+        values: dict[str, Any] = {
+            "max_new_tokens": self.sampler.max_new_tokens,
+            "stop_ids": self.stop_ids,
+            "pad_id": self.tokenizer.pad_token_id,
+            "vocabulary": self.vocabulary,
+            "temperature": self.sampler.temperature,
+            "top_p": self.sampler.top_p,
+            "top_k": self.sampler.top_k,
+            "seed": self.seed or 0,
+            "step": self.global_step,
+            "weights_version": self.global_step,
+        }
+        return SamplingSettings(**(values | changes))
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Tell callbacks that have ``on_phase`` how far the current phase is."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            listener = getattr(callback, "on_phase", None)
+            if listener is not None:
+                listener(name, done, total)
+
+    def _log_step(self, loss: Tensor, record: StepRecord) -> None:
+        values: dict[str, Any] = {"train/loss": loss, **scalars(record)}
+        values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
+        values["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
+
+    # -- Lightning: validation ---------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Measure the start, unless the run goes on from a checkpoint."""
+        if self.global_step == 0 and self.validation.before_training:
+            self._validate_now()
+
+    def on_train_end(self) -> None:
+        """Measure the end, unless that was just done."""
+        if self._validated_at != self.global_step:
+            self._validate_now()
+
+    def _validate_now(self) -> None:
+        """Run the fit loop's own validation loop, as Lightning does between training batches."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        if loop.skip:
+            return
+        self.trainer.validating = True
+        loop.run()
+        self.trainer.training = True
+
+    def on_validation_epoch_start(self) -> None:
+        """Start from empty metrics."""
+        self.evaluator.reset()
+
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Greedy answers, sampled answers, divergence from the teacher; see ``ValidationSettings``."""
+        settings, decode = self.validation, decoder(self.tokenizer)
+        length = settings.max_new_tokens or self.sampler.max_new_tokens
+        if settings.greedy and has_answers(prompts):
+            rollout = self.generate(prompts, self.sampling_settings(greedy=True, max_new_tokens=length))
+            self.evaluator.add_answers("greedy_accuracy", rollout, decode)
+        if settings.batch_limit is not None and batch_idx >= settings.batch_limit:
+            return
+        for sample in range(max(settings.samples if has_answers(prompts) else 0, int(settings.divergence))):
+            stream = {"domain": VALIDATION_DOMAIN + sample, "step": 0}
+            rollout = self.generate(prompts, self.sampling_settings(max_new_tokens=length, **stream))
+            self.evaluator.add_lengths(rollout)
+            if settings.samples > sample:
+                self.evaluator.add_answers("avg_at_k", rollout, decode)
+            if sample == 0 and settings.divergence:
+                self.evaluator.add_divergence(self.divergence(rollout), prompts.counted)  # type: ignore[arg-type]
+            self.phase("evaluating", sample + 1, settings.samples)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was measured."""
+        self._validated_at = self.global_step
+        self.log_dict({name: torch.tensor(value) for name, value in self.evaluator.compute().items()})
+
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(prompts, batch_idx)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> tuple[Rollout, TokenSignal]:
+        """A sampled response a row and its signal, [B, T]."""
+        rollout = self.generate(prompts)
+        return rollout, self.divergence(rollout)
+
+    @torch.no_grad()
+    def divergence(self, rollout: Rollout) -> TokenSignal:
+        """Log-probs of student and teacher, and full-vocabulary KL(student || teacher) where the teacher can give it."""
+        assert self.student is not None
+        temperature = self.sampler.temperature
+        full = "token_kl" in self.teacher.provides
+        with self._whole_models():
+            teacher = self.teacher.score(rollout, temperature=temperature)
+            against = self.teacher.full_head(rollout) if full else None
+            wants = frozenset({"token_kl"}) if full else frozenset()
+            student, token_kl = self.student(rollout, temperature=temperature, wants=wants, against=against)
+        return TokenSignal(
+            student_logprobs=student.logprobs,
+            teacher_logprobs=teacher.logprobs,
+            mask=rollout.mask,
+            row_keys=rollout.prompts.row_keys,
+            token_kl=token_kl,
+        )
+
+    @contextmanager
+    def _whole_models(self) -> Iterator[None]:
+        policy = getattr(self.teacher, "policy", None)
+        if policy is not None and is_sharded(policy):
+            with gathered(policy):
+                yield
+        else:
+            yield
+
+    # -- checkpoints and export --------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Everything but the teacher, which is frozen and loaded from its own folder."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith("teacher.")}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the student's weights.
+
+        Raises:
+            InputError: the checkpoint is of another architecture; the first names are listed.
+        """
+        own = self.state_dict()
+        missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+        shapes = [name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape]
+        wrong = sorted([*missing, *unexpected, *shapes])
+        if wrong:
+            raise InputError(
+                f"`--ckpt_path` must be a checkpoint of this student, but {len(wrong)} weights are missing, extra or of "
+                f"another shape: {', '.join(wrong[:5])}; give the config the run was started with"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def export_student(self, path: str | Path) -> Path:
+        """Write the student as a Hugging Face folder (safetensors, tokenizer, generation config; LoRA merged).
+
+        Called on every rank; rank 0 writes. The folder appears whole or not at all.
+        """
+        assert self.student is not None
+        state = full_state(self.student) if is_sharded(self.student) else None
+        if rank_zero_only.rank == 0:
+            generation = load_generation_config(self.student_settings.path)
+            export_folder(self.student.model, self.tokenizer, path, state=state, generation=generation)
+        self.trainer.strategy.barrier("export_student")
+        return Path(path)
+
+
+class _Clock:
+    """Wall seconds of the phases of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,7 @@
+"""From weighted signals to one scalar."""
+
+from lit_opd.objective.aggregation import Aggregation, aggregate, denominator
+from lit_opd.objective.base import Objective, TokenLoss
+from lit_opd.objective.policy import PolicyLoss
+
+__all__ = ["Aggregation", "Objective", "PolicyLoss", "TokenLoss", "aggregate", "denominator"]

@@ -1,0 +1,46 @@
+"""What every objective promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lit_opd.types import InputError, TokenSignal
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLoss:
+    """Per-token loss before aggregation.
+
+    Args:
+        values: [B, T] with gradient, 0 where masked.
+        clipped: bool [B, T], True where clipping cut the gradient.
+    """
+
+    values: Tensor
+    clipped: Tensor
+
+
+class Objective(ABC):
+    """Turns one forward's log-probs, the signal and the weights into a loss per token."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Optional ``TokenSignal`` fields it reads."""
+        return frozenset()
+
+    @abstractmethod
+    def token_loss(self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor) -> TokenLoss:
+        """The weighted loss of each token.
+
+        Args:
+            student_logprobs: [B, T] nats, with gradient.
+            signal: detached; its student log-probs are those before the batch's first update.
+            weights: [B, T], detached, 0 where a token does not count.
+        """
+
+    def _require(self, field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")

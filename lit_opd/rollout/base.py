@@ -1,0 +1,127 @@
+"""What every sampling engine promises."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.types import FinishReason, InputError, PromptBatch, Provenance, Rollout
+
+Phase = Callable[[str, int, int], None]  # name, done, total
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """One call's worth of sampling settings.
+
+    Args:
+        max_new_tokens: response slots, >= 1.
+        stop_ids: token ids that end a response.
+        pad_id: fills finished rows.
+        vocabulary: leading vocabulary entries that may be sampled.
+        temperature: > 0.
+        top_p: nucleus mass in (0, 1].
+        top_k: candidates, 0 for all.
+        greedy: take the likeliest token; temperature, top_p and top_k do not apply.
+        seed: run seed.
+        step: optimizer step; row r's tokens depend on (seed, step, domain, row key r) and the weights only.
+        domain: keeps evaluation's random streams apart from training's.
+        weights_version: optimizer steps the weights have seen, recorded on the rollout.
+        synced: keep all ranks in the decode loop until the last is done (sharded weights gathered token by token).
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    vocabulary: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False
+    seed: int = 0
+    step: int = 0
+    domain: int = 0
+    weights_version: int = 0
+    synced: bool = False
+
+    def provenance(self, engine: str) -> Provenance:
+        """The record of how a rollout came about."""
+        if self.greedy:
+            return Provenance(engine, temperature=0.0, weights_version=self.weights_version)
+        return Provenance(engine, self.temperature, self.top_p, self.top_k, self.weights_version)
+
+
+class Sampler(ABC):
+    """Draws responses from the student.
+
+    Args:
+        max_new_tokens: response slots, >= 1.
+        temperature: > 0; scoring divides the logits by the same value.
+        top_p: nucleus mass in (0, 1].
+        top_k: candidates, 0 for all.
+        stop_token_ids: ids that end a response, default those of the model's generation config and tokenizer.
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop_token_ids: list[int] | None = None,
+    ) -> None:
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.top_p, self.top_k, self.stop_token_ids = top_p, top_k, stop_token_ids
+        self._require("max_new_tokens", max_new_tokens >= 1, ">= 1; a response needs at least one token")
+        self._require("temperature", 0 < temperature < math.inf, "> 0; greedy decoding cannot be trained on")
+        self._require("top_p", 0 < top_p <= 1, "in (0, 1]")
+        self._require("top_k", top_k >= 0, ">= 0 (0 keeps all candidates)")
+
+    def _require(self, field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")
+
+    @abstractmethod
+    def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
+        """One response a row.
+
+        Args:
+            model: the student's ``ScoringModel``.
+            prompts: B left-padded prompts on the model's device.
+            settings: see ``SamplingSettings``.
+        Returns:
+            a rollout of B rows, T <= max_new_tokens.
+        """
+
+
+def finish(prompts: PromptBatch, ids: Tensor, logprobs: Tensor, settings: SamplingSettings, *, engine: str) -> Rollout:
+    """The record of sampled columns: lengths from the first stop id, masks from lengths, finish reasons.
+
+    Args:
+        prompts: B rows.
+        ids: int64 [B, T]; what stands behind a row's first stop id is ignored.
+        logprobs: [B, T] nats under the sampled distribution.
+        settings: what was asked for.
+        engine: recorded as provenance.
+    """
+    stops = torch.isin(ids, torch.tensor(settings.stop_ids, dtype=ids.dtype, device=ids.device))
+    slots = ids.shape[1]
+    first = torch.where(stops.any(-1), stops.int().argmax(-1), slots)
+    mask = torch.arange(slots, device=ids.device) <= first.unsqueeze(-1)
+    reason = torch.where(first < slots, int(FinishReason.STOP), int(FinishReason.LENGTH)).to(torch.int8)
+    return Rollout(
+        prompts=prompts,
+        response_ids=torch.where(mask, ids, settings.pad_id),
+        mask=mask,
+        sampler_logprobs=logprobs,
+        finish_reason=reason,
+        provenance=settings.provenance(engine),
+    )

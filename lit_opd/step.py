@@ -1,0 +1,334 @@
+"""One rollout batch turned into optimizer steps: denominators, micro-batches, backward, record.
+
+The order of things: the teacher scores the whole batch; where weights need other rows, where a strategy drops tokens or where
+the batch is used more than once, the student scores it once too, without gradient; denominators are summed over micro-
+batches and ranks; then each micro-batch runs forward and backward. A rank with fewer micro-batches than another runs
+dummies of weight zero, because sharded collectives must match.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_opd.advantage import apply_transforms
+from lit_opd.distributed import all_max, all_sum, world_size
+from lit_opd.objective import aggregate, denominator
+from lit_opd.sharding import sync_gradients
+from lit_opd.types import InputError, Rollout, StepRecord, TokenScores, TokenSignal
+
+if TYPE_CHECKING:
+    from lit_opd.module import OPDModule
+
+
+def micro_batches(lengths: Tensor, *, token_budget: int | None) -> list[Tensor]:
+    """Rows cut into groups whose padded size (rows x longest row) stays within the budget, longest first.
+
+    Args:
+        lengths: int64 [B] on the CPU, prompt and response tokens of each row.
+        token_budget: None for one group.
+    Returns:
+        list of int64 row indices; every row once.
+    Raises:
+        InputError: a row alone is over the budget.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    if token_budget is None or not len(order):
+        return [order] if len(order) else []
+    if int(lengths.max()) > token_budget:
+        raise InputError(
+            f"`OPDModule.token_budget` must hold the longest row, got {token_budget} for a row of {int(lengths.max())} tokens; "
+            "raise it, or lower `model.sampler.max_new_tokens`"
+        )
+    groups: list[list[int]] = [[]]
+    longest = 0
+    for row in order.tolist():
+        longest = max(longest, int(lengths[row])) if groups[-1] else int(lengths[row])
+        if longest * (len(groups[-1]) + 1) > token_budget:
+            groups.append([])
+            longest = int(lengths[row])
+        groups[-1].append(row)
+    return [torch.tensor(group) for group in groups]
+
+
+def row_lengths(rollout: Rollout) -> Tensor:
+    """Prompt and response tokens of each row, int64 [B] on the CPU; the longer of the two prompts where templates differ."""
+    prompt = rollout.prompts.mask.sum(-1)
+    if rollout.prompts.teacher_mask is not None:
+        prompt = torch.maximum(prompt, rollout.prompts.teacher_mask.sum(-1))
+    return (prompt + rollout.lengths).cpu()
+
+
+def apply_truncated(rollout: Rollout, policy: str) -> Rollout:
+    """Rows that did not end by themselves: "keep" trains on them, "mask" keeps the row without any valid token, "drop"
+    removes it before it is scored. Both of the latter leave every denominator. A batch left without rows keeps one,
+    fully masked."""
+    if policy == "keep":
+        return rollout
+    finished = rollout.finished
+    masked = replace(rollout, mask=rollout.mask & finished.unsqueeze(-1))
+    if policy == "mask":
+        return masked
+    rows = finished.nonzero().squeeze(-1)
+    return masked.rows(rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device))
+
+
+@dataclass
+class _Parts:
+    """[B, T] results collected from micro-batches, in the batch's row order."""
+
+    values: dict[str, Tensor]
+
+    def put(self, name: str, rows: Tensor, part: Tensor, shape: tuple[int, ...]) -> None:
+        part = part.detach()
+        if name not in self.values:
+            self.values[name] = part.new_zeros(shape)
+        self.values[name][rows.to(part.device), : part.shape[1]] = part
+
+    def get(self, name: str) -> Tensor | None:
+        return self.values.get(name)
+
+
+class Update:
+    """Runs the optimizer steps of one rollout batch for ``module``.
+
+    Args:
+        module: the ``OPDModule``.
+        rollout: B rows, already without what ``truncated`` removes.
+        sampled: the rollout as sampled, for the record.
+    """
+
+    def __init__(self, module: OPDModule, rollout: Rollout, sampled: Rollout) -> None:
+        self.module, self.rollout, self.sampled = module, rollout, sampled
+        self.progress = module.progress
+        self.step = module.global_step
+        self.lengths = row_lengths(rollout)
+        self.parts = _Parts({})
+        self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
+        self.weights: Tensor | None = None
+        self.kept: Tensor | None = None
+
+    # -- scoring -----------------------------------------------------------------------------------------------------
+
+    def score_teacher(self) -> None:
+        """The teacher's scores of the whole batch, in micro-batches."""
+        groups = self._groups(torch.arange(len(self.rollout)))
+        total = self._most(len(groups))
+        for index in range(total):
+            rows = groups[index] if index < len(groups) else groups[0]
+            part = self.rollout.rows(rows).trimmed()
+            scores = self.module.teacher.score(
+                part, temperature=self.module.sampler.temperature, requires=self.module.required
+            )
+            self._put_scores("teacher", rows, scores)
+            self.module.phase("scoring", index + 1, total)
+        _require_finite(self.parts.values["teacher_logprobs"], self.rollout)
+
+    def score_student(self) -> None:
+        """The student's scores without gradient, where the weights or the denominators need them first."""
+        if not self.module.needs_scoring_pass:
+            return
+        groups = self._groups(torch.arange(len(self.rollout)))
+        for index in range(self._most(len(groups))):
+            rows = groups[index] if index < len(groups) else groups[0]
+            with torch.no_grad():
+                self._put_scores("student", rows, self._student_scores(self.rollout.rows(rows).trimmed(), rows))
+        self.full = self._signal(self.parts.values, self.rollout, validate=True)
+        self.weights = self.module.weighting(self.full, self.progress)
+        self.kept = self.module.weighting.kept(self.full, self.progress)
+
+    def _put_scores(self, who: str, rows: Tensor, scores: TokenScores) -> None:
+        shape = tuple(self.rollout.mask.shape)
+        self.parts.put(f"{who}_logprobs", rows, scores.logprobs, shape)
+        if scores.entropy is not None:
+            self.parts.put(f"{who}_entropy", rows, scores.entropy, shape)
+
+    def _student_scores(self, part: Rollout, rows: Tensor) -> TokenScores:
+        wants = frozenset({"entropy"}) if "student_entropy" in self.module.required else frozenset()
+        against = None
+        if "token_kl" in self.module.required:
+            wants |= {"token_kl"}
+            against = self.module.teacher.full_head(part)
+        scores, divergence = self.module.student(
+            part, temperature=self.module.sampler.temperature, wants=wants, against=against
+        )
+        if divergence is not None:
+            self.parts.put("token_kl", rows, divergence, tuple(self.rollout.mask.shape))
+        return scores
+
+    def _signal(self, values: dict[str, Tensor], rollout: Rollout, *, validate: bool) -> TokenSignal:
+        names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "token_kl")
+        signal = TokenSignal(
+            **{name: values[name] for name in names if name in values},  # type: ignore[arg-type]
+            mask=rollout.mask,
+            sampler_logprobs=rollout.sampler_logprobs,
+            row_keys=rollout.prompts.row_keys,
+            step=self.step,
+            validate=validate,
+        )
+        return apply_transforms(self.module.advantage, signal)
+
+    # -- updating ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Tensor:
+        """All optimizer steps of the batch; returns the mean reported loss, scalar."""
+        module = self.module
+        losses = []
+        rows = torch.arange(len(self.rollout))
+        updates = module.epochs * module.mini_batches
+        for _ in range(module.epochs):
+            for chunk in torch.tensor_split(rows, module.mini_batches):
+                losses.append(self._optimizer_step(chunk))
+                module.phase("updating", len(losses), updates)
+        return torch.stack(losses).mean()
+
+    def _optimizer_step(self, rows: Tensor) -> Tensor:
+        module = self.module
+        total = self._denominator(rows)
+        groups = self._groups(rows)
+        count = self._most(len(groups))
+        loss = torch.zeros((), device=self.rollout.mask.device)
+        for index in range(count):
+            dummy = index >= len(groups)
+            part = torch.zeros(1, dtype=torch.int64) if dummy else groups[index]
+            with synchronised(module, last=index == count - 1):
+                share = self._micro_loss(part, total, dummy=dummy)
+                module.manual_backward(share * world_size())
+            loss = loss + share.detach()
+        self.grad_norm = module.apply_gradients()
+        return all_sum(loss)
+
+    def _denominator(self, rows: Tensor) -> Tensor:
+        index = rows.to(self.rollout.mask.device)
+        mask = self.rollout.mask[index]
+        kept = mask if self.kept is None else self.kept[index]
+        module = self.module
+        share = denominator(module.aggregation, kept=kept, mask=mask, max_new_tokens=module.sampler.max_new_tokens)
+        return all_sum(share)
+
+    def _micro_loss(self, rows: Tensor, total: Tensor, *, dummy: bool) -> Tensor:
+        """This micro-batch's share of the reduced loss; a dummy's is an exact zero with a gradient of zero."""
+        module = self.module
+        part = self.rollout.rows(rows).trimmed()
+        scores = self._student_scores(part, rows)
+        signal, weights, kept = self._weighted(part, rows, scores)
+        result = module.objective.token_loss(scores.logprobs, signal, weights)
+        if dummy:
+            return scores.logprobs.sum() * 0.0
+        shape = tuple(self.rollout.mask.shape)
+        self.parts.put("loss", rows, result.values, shape)
+        self.parts.put("clipped", rows, result.clipped, shape)
+        return aggregate(result.values, kept=kept, aggregation=module.aggregation, denominator=total)
+
+    def _weighted(self, part: Rollout, rows: Tensor, scores: TokenScores) -> tuple[TokenSignal, Tensor, Tensor]:
+        columns = part.mask.shape[1]
+        if self.full is not None and self.weights is not None and self.kept is not None:
+            index = rows.to(part.mask.device)
+            signal = _cut(self.full.rows(rows), columns)
+            return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
+        self._put_scores("student", rows, replace(scores, logprobs=scores.logprobs.detach()))
+        index = rows.to(part.mask.device)
+        values = {name: value[index][:, :columns] for name, value in self.parts.values.items()}
+        signal = self._signal(values, part, validate=not part.mask.is_cuda)
+        weights = self.module.weighting(signal, self.progress)
+        self.parts.put("weights", rows, weights, tuple(self.rollout.mask.shape))
+        return signal, weights, part.mask
+
+    # -- what is left behind -----------------------------------------------------------------------------------------
+
+    def record(self, seconds: dict[str, float]) -> StepRecord:
+        """What callbacks may read of this batch."""
+        signal = self.full or self._signal(self.parts.values, self.rollout, validate=False)
+        weights = self.weights if self.weights is not None else self.parts.values["weights"]
+        return StepRecord(
+            rollout=self.rollout,
+            signal=signal,
+            weights=weights,
+            kept=self.kept if self.kept is not None else self.rollout.mask,
+            loss=self.parts.values["loss"],
+            clipped=self.parts.values["clipped"],
+            finish_reason=self.sampled.finish_reason,
+            sampled_tokens=self.sampled.lengths.sum(),
+            grad_norm=self.grad_norm,
+            progress=self.progress,
+            step=self.module.global_step,
+            seconds=seconds,
+        )
+
+    def _groups(self, rows: Tensor) -> list[Tensor]:
+        return [rows[group] for group in micro_batches(self.lengths[rows], token_budget=self.module.token_budget)]
+
+    def _most(self, count: int) -> int:
+        return int(all_max(torch.tensor(count, device=self.rollout.mask.device)))
+
+
+def _cut(signal: TokenSignal, columns: int) -> TokenSignal:
+    tensors = {
+        name: value[:, :columns]
+        for name, value in vars(signal).items()
+        if isinstance(value, Tensor) and value.ndim == 2 and name in TokenSignal.__dataclass_fields__
+    }
+    return replace(signal, validate=False, **tensors)
+
+
+def _require_finite(logprobs: Tensor, rollout: Rollout) -> None:
+    bad = ~torch.isfinite(logprobs).all(-1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise InputError(
+            f"`teacher_logprobs` must be finite on valid tokens, got a non-finite value in row {row} "
+            f"(data row {rollout.prompts.row_ids[row]!r}); score this row with the teacher alone to see why"
+        )
+
+
+def synchronised(module: Any, *, last: bool) -> Any:
+    """Gradient reduction over ranks on the last micro-batch only."""
+    sync_gradients(module.student, last)
+    model = module.trainer.strategy.model
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def scalars(record: StepRecord) -> dict[str, Tensor]:
+    """Step statistics over all ranks, one collective; names are documented in docs/metrics.md.
+
+    Returns:
+        scalars by metric name.
+    """
+    signal, kept, weights = record.signal, record.kept, record.weights
+    ratio, mask = signal.log_ratio, signal.mask
+    truncated = record.finish_reason != 0
+    sums = torch.stack(
+        [value.double().sum() for value in (
+            mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
+            torch.ones_like(record.finish_reason), -signal.student_logprobs,
+        )]
+    )  # fmt: skip
+    tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise = all_sum(sums).unbind()
+    tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
+    return {
+        "train/reverse_kl_k1": kl / tokens,
+        "train/disagreement": gap / tokens,
+        "train/weight_mean": weight / counted,
+        "train/weight_ess": weight.square() / (counted * square).clamp(min=torch.finfo(torch.float64).tiny),
+        "train/clip_fraction": clipped / tokens,
+        "train/student_nll": surprise / tokens,
+        "train/tokens": sampled,
+        "train/truncated_fraction": cut / rows,
+        "train/response_length": sampled / rows,
+        "train/grad_norm": record.grad_norm.double(),
+    }
+
+
+def total_updates(*, max_steps: int, batches: float, updates_per_batch: int) -> int:
+    """Optimizer steps the run will make, 1 where that is not known."""
+    if max_steps > 0:
+        return max_steps
+    return int(batches) * updates_per_batch if math.isfinite(batches) else 1

@@ -1,0 +1,49 @@
+"""What every teacher promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import nn
+
+from lit_opd.scoring import Head
+from lit_opd.types import InputError, Rollout, TokenScores
+
+
+class Teacher(nn.Module, ABC):
+    """Scores tokens it did not sample. Frozen; in neither the optimizer nor the checkpoint."""
+
+    @property
+    @abstractmethod
+    def provides(self) -> frozenset[str]:
+        """Optional ``TokenSignal`` fields this teacher can give: "teacher_entropy", "token_kl", "teacher_topk"."""
+
+    @abstractmethod
+    def tokenizers(self) -> list[Any]:
+        """(tokenizer, embedding rows) of every model behind this teacher, without loading weights."""
+
+    @abstractmethod
+    def load(self, *, vocabulary: int) -> None:
+        """Load the weights; ``vocabulary`` leading entries count. Idempotent."""
+
+    def shard(self, mesh: Any) -> None:
+        """Spread the weights over a device mesh; nothing to do for a teacher that holds none here."""
+
+    @abstractmethod
+    def score(
+        self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
+    ) -> TokenScores:
+        """Log-probs of the sampled tokens.
+
+        Args:
+            rollout: B rows.
+            temperature: divides the logits, as for the student.
+            requires: optional fields, a subset of ``provides``.
+        Returns:
+            [B, T] nats, 0 where masked.
+        """
+
+    def full_head(self, rollout: Rollout) -> Head:
+        """Hidden states of the valid tokens and the output head, for full-vocabulary divergences."""
+        raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")

@@ -1,0 +1,92 @@
+"""Makes the assets: a warmed-up teacher and student with their tokenizer, and the prompts for distillation."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from lit_opd.testbed.accuracy import accuracy
+from lit_opd.testbed.task import Automaton, Problem, make_automaton, records, sample_problems, write_records
+from lit_opd.testbed.tokenizer import make_tokenizer
+from lit_opd.testbed.warmup import STUDENT, TEACHER, warm_up
+from lit_opd.types import InputError
+
+NUM_TRAIN, NUM_VAL = 4096, 256
+NUM_SAMPLED_PROMPTS, NUM_SAMPLES = 64, 4
+PROMPT_SEED = 1
+ENTRIES = ("teacher", "student", "train.jsonl", "val.jsonl")
+
+
+def build(out: Path, *, seed: int = 0) -> None:
+    """Train both models (about 2 minutes on one core) and write the folder ``out``, whole or not at all.
+
+    Args:
+        out: replaced when it is an older build.
+        seed: of the initial weights and the warm-up problems; tables and prompts do not depend on it.
+
+    Raises:
+        InputError: when ``out`` exists and is not an older build.
+    """
+    require_replaceable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".building-") as folder:
+        draft = Path(folder) / "new"
+        draft.mkdir()
+        write_prompts(draft, make_automaton())
+        write_models(draft, make_automaton(), seed=seed)
+        if out.exists():
+            os.rename(out, Path(folder) / "old")
+        os.rename(draft, out)
+    print(f"wrote {out}, {folder_bytes(out) / 1e6:.2f} MB")
+
+
+def require_replaceable(out: Path) -> None:
+    """Refuse to replace anything but a build: a folder that holds only what a build holds."""
+    if out.exists() and not (out.is_dir() and all(entry.name in ENTRIES for entry in out.iterdir())):
+        raise InputError(
+            f"`build.out` must be a new folder or an older build (only {', '.join(ENTRIES)}), got {out}; "
+            "name another folder"
+        )
+
+
+def prompt_split(automaton: Automaton) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """Problems to train on and to validate on: one draw of different problems cut in two, so no prompt is in both."""
+    problems = sample_problems(automaton, count=NUM_TRAIN + NUM_VAL, seed=PROMPT_SEED)
+    return problems[:NUM_TRAIN], problems[NUM_TRAIN:]
+
+
+def write_prompts(out: Path, automaton: Automaton) -> None:
+    """Write train.jsonl and val.jsonl."""
+    train, val = prompt_split(automaton)
+    write_records(out / "train.jsonl", records(train, name="train"))
+    write_records(out / "val.jsonl", records(val, name="val"))
+
+
+def write_models(out: Path, automaton: Automaton, *, seed: int) -> None:
+    """Train, measure and save ``teacher/`` and ``student/``."""
+    tokenizer = make_tokenizer()
+    for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
+        print(f"{name}: {plan}")
+        model = warm_up(plan, automaton, tokenizer, seed=seed)
+        print(f"{name}: {describe(model, tokenizer, automaton, seed=seed)}", flush=True)
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+
+
+def describe(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, automaton: Automaton, *, seed: int) -> str:
+    """Size and accuracy of ``model`` on the validation problems, in one line."""
+    rows = records(prompt_split(automaton)[1], name="val")
+    greedy = accuracy(model, tokenizer, rows)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sampled = accuracy(model, tokenizer, rows[:NUM_SAMPLED_PROMPTS], samples=NUM_SAMPLES)
+    return f"{model.num_parameters()} parameters, greedy {greedy:.3f}, avg@{NUM_SAMPLES} {sampled:.3f}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below ``folder``, bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

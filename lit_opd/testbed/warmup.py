@@ -1,0 +1,157 @@
+"""Supervised warm-up: a tiny Qwen3 learns the automaton's tables from fresh legal paths, in chat format."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from lit_opd.testbed.task import CODE_LENGTH, Automaton, Problem, sample_problem, sample_problems
+from lit_opd.testbed.tokenizer import MAX_LENGTH, prompt_ids
+
+FIRST_WEIGHT = 4.0
+BOX_WEIGHT = 2.0
+CHECK_EVERY = 5
+CHECK_SEED, NUM_CHECKED = 2, 512
+INITIALIZER_RANGE = 0.05
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Size of a model and how long it is trained.
+
+    Args:
+        hidden_size: width; the feed-forward is twice as wide, 4 heads share it.
+        num_steps: optimizer steps, at most.
+        cosine: let the learning rate fall to 0 along a cosine; otherwise it stays constant after its rise.
+        target_fraction: stop as soon as this fraction of held-out problems is answered without an error.
+        lr: peak learning rate of AdamW (no weight decay).
+        rise_steps: steps over which the learning rate rises linearly.
+        batch_size: fresh problems a step.
+        max_grad_norm: gradients are clipped to this norm.
+    """
+
+    hidden_size: int
+    num_steps: int
+    cosine: bool
+    target_fraction: float | None = None
+    lr: float = 4e-3
+    rise_steps: int = 10
+    batch_size: int = 64
+    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.98)
+
+    def lr_factor(self, step: int) -> float:
+        """What ``lr`` is multiplied with in ``step`` (0-based)."""
+        rise = min(1.0, (step + 1) / self.rise_steps)
+        return rise * (0.5 * (1 + math.cos(math.pi * step / self.num_steps)) if self.cosine else 1.0)
+
+
+TEACHER = WarmUp(hidden_size=128, num_steps=300, cosine=True)
+STUDENT = WarmUp(hidden_size=64, num_steps=400, cosine=False, target_fraction=0.42)
+
+
+def make_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A 2-layer Qwen3 with random weights in float32: 348k parameters at 128 wide, 92k at 64."""
+    num_heads = 4
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=INITIALIZER_RANGE,
+        attn_implementation="sdpa",
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def supervised_batch(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Prompt ids int64 [B, P] and response ids int64 [B, T], the end symbol included. Problems of one length only."""
+    prompts = [prompt_ids(tokenizer, problem.prompt) for problem in problems]
+    responses = [tokenizer.encode(problem.response) + [tokenizer.eos_token_id] for problem in problems]
+    return torch.tensor(prompts), torch.tensor(responses)
+
+
+def response_logits(model: Qwen3ForCausalLM, prompts: Tensor, responses: Tensor) -> Tensor:
+    """[B, T, V]: the logits that score each response token (those at t score token t + 1)."""
+    ids = torch.cat([prompts, responses], -1)
+    return model(input_ids=ids[:, :-1], logits_to_keep=responses.shape[1]).logits
+
+
+def token_weights(num_tokens: int) -> Tensor:
+    """[T], what each response token counts in the loss, mean 1.
+
+    The first token is read across the generation marker and the first boxed one across the box: each a step of its own,
+    met once in a path. At weight 1 the marker's is learned last, and most errors stand on the very first token.
+    """
+    weights = torch.ones(num_tokens)
+    weights[0] = FIRST_WEIGHT
+    weights[-(CODE_LENGTH + 2)] = BOX_WEIGHT
+    return weights / weights.mean()
+
+
+@torch.no_grad()
+def faultless_fraction(model: Qwen3ForCausalLM, prompts: Tensor, responses: Tensor) -> float:
+    """Fraction of rows whose every response token is the model's first choice: there greedy gives the reference."""
+    choices = response_logits(model, prompts, responses).argmax(-1)
+    return (choices == responses).all(-1).float().mean().item()
+
+
+def supervised_step(
+    model: Qwen3ForCausalLM, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> Tensor:
+    """One optimizer step on prompts and responses; returns the weighted mean loss a response token, nats."""
+    prompts, responses = batch
+    logits = response_logits(model, prompts, responses)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses, reduction="none")
+    loss = (losses * token_weights(responses.shape[1])).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+def warm_up(plan: WarmUp, automaton: Automaton, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
+    """Train a new model on fresh legal paths; cross-entropy on the response tokens, the end symbol included.
+
+    Args:
+        plan: size and schedule.
+        automaton: the tables to learn.
+        tokenizer: makes the chat format.
+        seed: of the initial weights and the problems; torch's global stream is left as it was found.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make_model(plan.hidden_size, tokenizer)
+    rng = random.Random(seed)
+    held_out = supervised_batch(sample_problems(automaton, count=NUM_CHECKED, seed=CHECK_SEED), tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=plan.betas, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
+    began = time.monotonic()
+    for step in range(1, plan.num_steps + 1):
+        problems = [sample_problem(automaton, rng) for _ in range(plan.batch_size)]
+        loss = supervised_step(model, supervised_batch(problems, tokenizer), optimizer, plan.max_grad_norm)
+        schedule.step()
+        if step % CHECK_EVERY == 0 or step == plan.num_steps:
+            fraction = faultless_fraction(model, *held_out)
+            seconds = time.monotonic() - began
+            print(f"step {step}  loss {loss.item():.4f}  faultless {fraction:.3f}  {seconds:.0f} s", flush=True)
+            if plan.target_fraction is not None and fraction >= plan.target_fraction:
+                break
+    return model.eval()

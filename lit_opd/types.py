@@ -1,0 +1,375 @@
+"""The records that cross rooms, and the one legend of tensor shapes.
+
+    B   rows: one sampled response each (prompts x samples per prompt)
+    P   prompt slots, left-padded
+    T   response slots, right-padded; column t is response token t in every row
+    V   vocabulary entries
+    K   entries of a top-k list
+
+Every per-position tensor is response-aligned, [B, T]. A mask is True where the student sampled a token (the end symbol
+included) and False on padding. Records are frozen; floating fields rise to at least float32 (float64 stays float64)
+and are detached; log-probabilities, entropies and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the field, the value and the remedy."""
+
+
+class FinishReason(IntEnum):
+    """Why a response ended; the values of ``Rollout.finish_reason``."""
+
+    STOP = 0  # the student emitted a stop id
+    LENGTH = 1  # max_new_tokens or the context window was reached
+    BUDGET = 2  # a length budget cut the row
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """``values`` (any shape) in float32, or unchanged when already float32 or float64."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _moved(value: Any, device: Any) -> Any:
+    if isinstance(value, (Tensor, _Record)):
+        return value.to(device)
+    return value
+
+
+def _taken(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, Tensor) and value.ndim:
+        return value[rows.to(value.device)]
+    if isinstance(value, _Record):
+        return value.rows(rows)
+    if isinstance(value, tuple):
+        return tuple(value[int(row)] for row in rows)
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """What the records share: moving to a device and taking rows."""
+
+    def to(self, device: Any) -> Self:
+        """The same record with every tensor on ``device``."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self) if f.init})
+
+    def rows(self, index: Tensor) -> Self:
+        """The record restricted to the rows ``index`` (int64 [N]), in that order."""
+        return replace(self, **{f.name: _taken(getattr(self, f.name), index) for f in fields(self) if f.init})
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _require_shape(self, name: str, shape: tuple[int, ...], *, like: str) -> None:
+        value = getattr(self, name)
+        if value is not None and tuple(value.shape) != shape:
+            raise InputError(
+                f"`{type(self).__name__}.{name}` must have shape {shape} like {like}, got {tuple(value.shape)}"
+            )
+
+    def _require_dtype(self, name: str, dtype: torch.dtype) -> None:
+        value = getattr(self, name)
+        if value is not None and value.dtype != dtype:
+            raise InputError(f"`{type(self).__name__}.{name}` must be {dtype}, got {value.dtype}")
+
+    def _require_count(self, name: str, count: int) -> None:
+        value = getattr(self, name)
+        if value is not None and len(value) != count:
+            raise InputError(f"`{type(self).__name__}.{name}` must have one entry a row ({count}), got {len(value)}")
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch(_Record):
+    """Tokenised prompts, left-padded.
+
+    Args:
+        ids: int64 [B, P]; padding holds any valid token id.
+        mask: bool [B, P], True on prompt tokens.
+        row_keys: int64 [B]; names the random stream of the row, made from row id and sample index.
+        row_ids: B strings; the data row each prompt came from (samples of one prompt share it).
+        answers: B reference answers, None where the data has none.
+        teachers: B names of the teacher that scores the row, None for the only one.
+        teacher_ids: int64 [B, P'] where the teacher renders its own template, else None (it reads ``ids``).
+        teacher_mask: bool [B, P'], given together with ``teacher_ids``.
+        counted: bool [B], False on rows that only fill a batch (evaluation on several ranks); default all True.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    row_keys: Tensor
+    row_ids: tuple[str, ...]
+    answers: tuple[str | None, ...] | None = None
+    teachers: tuple[str | None, ...] | None = None
+    teacher_ids: Tensor | None = None
+    teacher_mask: Tensor | None = None
+    counted: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows = len(self.row_ids)
+        if self.ids.ndim != 2 or self.ids.shape[0] != rows:
+            raise InputError(f"`PromptBatch.ids` must be [B = {rows}, P], got {tuple(self.ids.shape)}")
+        for name in ("answers", "teachers"):
+            self._set(name, (None,) * rows if getattr(self, name) is None else tuple(getattr(self, name)))
+            self._require_count(name, rows)
+        if self.counted is None:
+            self._set("counted", torch.ones(rows, dtype=torch.bool, device=self.ids.device))
+        self._require_shape("mask", tuple(self.ids.shape), like="`ids`")
+        self._require_shape("row_keys", (rows,), like="the rows")
+        self._require_shape("counted", (rows,), like="the rows")
+        if (self.teacher_ids is None) != (self.teacher_mask is None):
+            raise InputError("`PromptBatch.teacher_ids` and `teacher_mask` must be given together")
+        if self.teacher_ids is not None:
+            self._require_shape("teacher_mask", tuple(self.teacher_ids.shape), like="`teacher_ids`")
+        for name, dtype in (("ids", torch.int64), ("mask", torch.bool), ("row_keys", torch.int64)):
+            self._require_dtype(name, dtype)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Provenance:
+    """How a rollout was sampled. Rollouts of unlike provenance must not be mixed in one batch.
+
+    Args:
+        engine: "transformers", "vllm", ...
+        temperature: the sampling temperature; 0 stands for greedy decoding.
+        top_p: nucleus mass in (0, 1].
+        top_k: number of candidates, 0 for all.
+        weights_version: optimizer steps the sampled weights had seen.
+    """
+
+    engine: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    weights_version: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Provenance) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout(_Record):
+    """Responses the student sampled.
+
+    Args:
+        prompts: the ``PromptBatch`` they answer.
+        response_ids: int64 [B, T]; padding holds any valid token id.
+        mask: bool [B, T], True on sampled tokens, the end symbol included; made from lengths, never from ``ids != pad``.
+        sampler_logprobs: [B, T] nats under the distribution that was really sampled from, 0 where masked.
+        finish_reason: int8 [B] of ``FinishReason``.
+        provenance: engine, temperature, top-p, top-k and weights version.
+    """
+
+    prompts: PromptBatch
+    response_ids: Tensor
+    mask: Tensor
+    sampler_logprobs: Tensor
+    finish_reason: Tensor
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.response_ids.shape)
+        if len(shape) != 2 or shape[0] != len(self.prompts):
+            raise InputError(f"`Rollout.response_ids` must be [B = {len(self.prompts)}, T], got {shape}")
+        self._require_shape("mask", shape, like="`response_ids`")
+        self._require_shape("sampler_logprobs", shape, like="`response_ids`")
+        self._require_shape("finish_reason", shape[:1], like="the rows")
+        for name, dtype in (("response_ids", torch.int64), ("mask", torch.bool), ("finish_reason", torch.int8)):
+            self._require_dtype(name, dtype)
+        sampled = at_least_float32(self.sampler_logprobs.detach())
+        self._set("sampler_logprobs", torch.where(self.mask, sampled, sampled.new_zeros(())))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B], sampled tokens a row."""
+        return self.mask.sum(-1)
+
+    @property
+    def finished(self) -> Tensor:
+        """bool [B], True where the student ended the response itself."""
+        return self.finish_reason == int(FinishReason.STOP)
+
+    def trimmed(self) -> Rollout:
+        """The same rows without columns that are padding in all of them (prompt left, response right)."""
+        columns = max(int(self.lengths.max()), 1) if len(self) else 1
+        prompts = _trim_prompts(self.prompts)
+        cut = {name: getattr(self, name)[:, :columns] for name in ("response_ids", "mask", "sampler_logprobs")}
+        return replace(self, prompts=prompts, **cut)
+
+
+def _trim_prompts(prompts: PromptBatch) -> PromptBatch:
+    changes = {}
+    for ids, mask in (("ids", "mask"), ("teacher_ids", "teacher_mask")):
+        if getattr(prompts, mask) is not None:
+            used = getattr(prompts, mask).any(0).nonzero()
+            start = int(used[0]) if len(used) else 0
+            changes |= {name: getattr(prompts, name)[:, start:] for name in (ids, mask)}
+    return replace(prompts, **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(_Record):
+    """The K likeliest tokens at each position.
+
+    Args:
+        ids: int64 [B, T, K].
+        logprobs: [B, T, K] nats.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores(_Record):
+    """What a policy says of given tokens; optional fields are None unless they were asked for.
+
+    Args:
+        logprobs: [B, T] nats, 0 where masked.
+        entropy: [B, T] nats, full vocabulary, 0 where masked.
+        topk: the K likeliest tokens.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    topk: TopK | None = None
+
+
+_LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")
+_OTHER_FIELDS = ("advantage", "student_entropy", "teacher_entropy", "token_kl")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenSignal(_Record):
+    """What is known of each sampled token: all that a weighting strategy may read.
+
+    Args:
+        student_logprobs: [B, T] nats, s_t.
+        teacher_logprobs: [B, T] nats, q_t.
+        mask: bool [B, T], may have holes; content where it is False may be anything and is stored as 0.
+        advantage: [B, T] nats, the transformed advantage, read by the loss only; default the log ratio.
+        row_keys: int64 [B], names the random stream of the row; default 0..B-1.
+        step: optimizer step, for random strategies.
+        sampler_logprobs: [B, T] nats, b_t.
+        reference_logprobs: [B, T] nats of a third model.
+        student_entropy: [B, T] nats.
+        teacher_entropy: [B, T] nats.
+        token_kl: [B, T] nats, KL(student || teacher) over the full vocabulary.
+        student_topk: the student's likeliest tokens.
+        teacher_topk: the teacher's likeliest tokens.
+        validate: check that valid tokens have finite values (one host synchronisation).
+
+    Raises:
+        InputError: for shapes that do not align, or a non-finite value on a valid token (the row is named).
+    """
+
+    student_logprobs: Tensor
+    teacher_logprobs: Tensor
+    mask: Tensor
+    advantage: Tensor | None = None
+    row_keys: Tensor | None = None
+    step: int = 0
+    sampler_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    token_kl: Tensor | None = None
+    student_topk: TopK | None = None
+    teacher_topk: TopK | None = None
+    validate: bool = field(default=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mask.ndim != 2:
+            raise InputError(f"`TokenSignal.mask` must be [B, T], got {tuple(self.mask.shape)}")
+        self._require_dtype("mask", torch.bool)
+        for name in _LOGPROB_FIELDS + _OTHER_FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                self._require_shape(name, tuple(self.mask.shape), like="`mask`")
+                value = at_least_float32(value.detach())
+                self._set(name, torch.where(self.mask, value, value.new_zeros(())))
+        if self.row_keys is None:
+            self._set("row_keys", torch.arange(len(self.mask), device=self.mask.device))
+        self._require_shape("row_keys", tuple(self.mask.shape[:1]), like="the rows")
+        if self.validate:
+            self._require_finite()
+
+    def _require_finite(self) -> None:
+        for name in _LOGPROB_FIELDS + _OTHER_FIELDS:
+            value = getattr(self, name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                row, column = (~torch.isfinite(value)).nonzero()[0].tolist()
+                key = int(self.row_keys[row])  # type: ignore[index]
+                raise InputError(
+                    f"`TokenSignal.{name}` must be finite on valid tokens, got {float(value[row, column])} in row {row} "
+                    f"(row key {key}), column {column}; look at this row's text and at the model that scored it"
+                )
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """[B, T] nats, teacher - student, 0 where masked: the raw signal that strategies read."""
+        return self.teacher_logprobs - self.student_logprobs
+
+    @cached_property
+    def disagreement(self) -> Tensor:
+        """[B, T] nats, |log ratio|, 0 where masked."""
+        return self.log_ratio.abs()
+
+    @property
+    def effective_advantage(self) -> Tensor:
+        """[B, T] nats, the transformed advantage, or the log ratio where none was set; read by the loss."""
+        return self.log_ratio if self.advantage is None else self.advantage
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepRecord(_Record):
+    """What one rollout batch left behind; ``outputs["step"]`` of ``training_step``. All that observing callbacks may read.
+
+    Args:
+        rollout: the B rows that were trained on.
+        signal: their signal, before the batch's first update.
+        weights: [B, T], 0 where a token does not count.
+        kept: bool [B, T], tokens in the denominator.
+        loss: [B, T] weighted token losses of the last pass, 0 where masked.
+        clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
+        finish_reason: int8 [rows sampled], before truncated rows were dropped.
+        sampled_tokens: int64 scalar, tokens sampled on this rank, before truncated rows were dropped.
+        grad_norm: scalar, global gradient norm before clipping at the batch's last update.
+        progress: training progress in [0, 1] that the strategy saw.
+        step: optimizer steps done, this batch's included.
+        seconds: wall seconds of each phase: sampling, scoring, updating.
+    """
+
+    rollout: Rollout
+    signal: TokenSignal
+    weights: Tensor
+    kept: Tensor
+    loss: Tensor
+    clipped: Tensor
+    finish_reason: Tensor
+    sampled_tokens: Tensor
+    grad_norm: Tensor
+    progress: float
+    step: int
+    seconds: dict[str, float]

@@ -1,0 +1,124 @@
+"""Fixed rollouts through the real module and the real Trainer, for tests of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lit_opd.models import StudentSettings
+from lit_opd.module import OPDModule
+from lit_opd.rollout import Sampler
+from lit_opd.teacher import LocalTeacher
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
+
+NUM_LETTERS = 40
+
+
+class FixedSampler(Sampler):
+    """Returns the same responses whatever the student is; engine "fixed"."""
+
+    def __init__(self, rollout: Rollout | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.rollout = rollout
+
+    def sample(self, model: Any, prompts: PromptBatch, settings: Any) -> Rollout:
+        """The rows of the stored rollout whose keys were asked for."""
+        assert self.rollout is not None
+        stored = {int(key): row for row, key in enumerate(self.rollout.prompts.row_keys)}
+        return self.rollout.rows(torch.tensor([stored[int(key)] for key in prompts.row_keys]))
+
+
+def rollout(*, lengths: list[int], prompt_lengths: list[int], truncated: set[int], seed: int = 0) -> Rollout:
+    """Random ragged rows; a row that is not truncated ends with EOS (id 1). Padding holds garbage on purpose."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, slots, columns = len(lengths), max(prompt_lengths), max(lengths)
+
+    def letters(*shape: int) -> Tensor:
+        return torch.randint(4, NUM_LETTERS, shape, generator=generator)
+
+    prompt_mask = torch.arange(slots) >= slots - torch.tensor(prompt_lengths).unsqueeze(-1)
+    mask = torch.arange(columns) < torch.tensor(lengths).unsqueeze(-1)
+    ids = letters(rows, columns)
+    finish = torch.full((rows,), int(FinishReason.STOP), dtype=torch.int8)
+    for row, length in enumerate(lengths):
+        if row in truncated:
+            finish[row] = int(FinishReason.LENGTH)
+        else:
+            ids[row, length - 1] = 1
+    prompts = PromptBatch(
+        ids=letters(rows, slots),
+        mask=prompt_mask,
+        row_keys=torch.arange(100, 100 + rows),
+        row_ids=tuple(f"row-{row}" for row in range(rows)),
+    )
+    return Rollout(prompts, ids, mask, torch.zeros(rows, columns), finish, Provenance("fixed"))
+
+
+def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", **settings: Any) -> OPDModule:
+    """A module that trains on ``fixed`` with plain gradient descent at learning rate 1."""
+    defaults: dict[str, Any] = {
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        "gradient_clip_norm": None,
+        "sampler": FixedSampler(fixed, max_new_tokens=fixed.mask.shape[1]),
+    }
+    student, teacher = folders
+    return OPDModule(
+        StudentSettings(student, dtype=dtype), LocalTeacher(teacher, dtype=dtype), **(defaults | settings)
+    )
+
+
+class Collect(L.Callback):
+    """Keeps losses and records."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.records: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep them."""
+        self.losses.append(float(outputs["loss"]))
+        self.records.append(outputs["step"])
+
+
+def fit(trained: OPDModule, prompts: PromptBatch, *, steps: int = 1, **trainer: Any) -> Collect:
+    """Run the real Trainer on one repeated batch of prompts."""
+    collect = Collect()
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": steps,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    loader = DataLoader([prompts] * 8, batch_size=None)
+    L.Trainer(**(settings | trainer), callbacks=[collect]).fit(trained, loader)
+    return collect
+
+
+def weights(trained: OPDModule) -> dict[str, Tensor]:
+    """A copy of the student's weights by name."""
+    assert trained.student is not None
+    return {name: value.detach().clone() for name, value in trained.student.causal_lm.named_parameters()}
+
+
+def gradient(trained: OPDModule, prompts: PromptBatch, **trainer: Any) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of one optimizer step, read off the change that SGD at learning rate 1 makes."""
+    trained.configure_model()
+    before = weights(trained)
+    collect = fit(trained, prompts, **trainer)
+    after = weights(trained)
+    return collect.losses[0], {name: before[name] - after[name] for name in before}
+
+
+def relative_gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Norm of the difference over the norm of ``theirs``."""
+    difference = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs)
+    norm = sum(float(value.square().sum()) for value in theirs.values())
+    return (difference / norm) ** 0.5
