@@ -262,4 +262,5 @@ def order_warning(transforms: Sequence[AdvantageTransform]) -> str | None:
     if not last:
         return None
     idle = ", ".join(f"`{type(transform).__name__}`" for transform in transforms[:last])
-    return f"{idle} has no effect: `{type(transforms[last]).__name__}` after it starts from the log-probs; put it first"
+    verb = "has" if last == 1 else "have"
+    return f"{idle} {verb} no effect: `{type(transforms[last]).__name__}` starts from the log-probs; put it first"

@@ -156,8 +156,8 @@ class PromptEncoder:
     def _plain(self, prompt: str | Sequence[Message], where: str) -> list[int]:
         if not isinstance(prompt, str):
             raise InputError(
-                f"{where}: chat messages need a chat template, and the tokenizer has none (or `chat_template` is False); "
-                "give plain text or another tokenizer"
+                f"{where}: chat messages need a chat template, and the tokenizer has none (or `chat_template` is "
+                "False); give plain text or another tokenizer"
             )
         escape = self.special_tokens_in_text == "escape" and bool(self._special_pattern.search(prompt))
         return (

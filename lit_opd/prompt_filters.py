@@ -15,7 +15,7 @@ _SHOWN = 80  # characters of a value in a message
 _FILTER = re.compile(
     r"""\s*(?P<column>"(?:[^"\\]|\\.)*"|[^\s<>=!"]+)
         (?:\s*(?P<sign>>=|<=|==|!=|>|<)\s*|\s+(?P<word>not\s+in|in)\s+)
-        (?P<literal>\S.*?)\s*""",
+        (?P<literal>[^\s<>=!].*?)\s*""",
     re.VERBOSE | re.DOTALL,
 )
 _ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
@@ -30,9 +30,10 @@ _ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
 class RowFilter:
     """One condition on a row, data and not code: ``column op literal``.
 
-    op is >=, <=, >, <, ==, != , in, not in. The column may be quoted ("Problem Type"). The literal is JSON (6, 1.5, "x",
-    true, null, [1, 2]) or bare words (algebra; [algebra, geometry]). A null in the data equals only null, and has no
-    order: put ``column != null`` before an ordering. Several filters are and-ed in order, the first that fails decides.
+    op is >=, <=, >, <, ==, !=, in, not in. The column may be quoted ("Problem Type"). The literal is JSON (6, 1.5,
+    "x", true, null, [1, 2]) or bare words (algebra; [algebra, geometry]). A null in the data equals only null, and has
+    no order: put ``column != null`` before an ordering. Several filters are and-ed in order, the first that fails
+    decides.
 
     >>> RowFilter.parse("difficulty >= 6").keeps({"difficulty": 7}, "here", ["difficulty"])
     True

@@ -255,7 +255,8 @@ def _read_hub(source: DataSource) -> Iterator[_RawRow]:
     except Exception as error:  # network, authorisation, missing split: one message for all of them
         raise InputError(
             f"{source.path}: neither a local file or folder, nor could split {source.split!r} be loaded from the "
-            f"hub ({_first_line(error)}); without network download it elsewhere and give a local .jsonl, .parquet or folder"
+            f"hub ({_first_line(error)}); without network download it elsewhere and give a local .jsonl, .parquet "
+            "or folder"
         ) from error
     return _read_table(source, data)
 

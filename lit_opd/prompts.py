@@ -1,4 +1,4 @@
-"""The data room: sources -> chat template -> length filter -> batches of prompts, with an exact position to resume from.
+"""The data room: sources -> chat template -> length filter -> batches of prompts, with an exact position.
 
 ``prompt_sources`` reads and validates, ``prompt_filters`` decides on rows, ``prompt_encoding`` makes ids and batches,
 ``prompt_loading`` orders and cuts; here is the ``PromptDataModule`` that ties them together. Import from here.
@@ -318,9 +318,9 @@ class PromptDataModule(LightningDataModule):
                     f"`PromptDataModule.max_prompt_tokens` must leave prompts, got {self.max_prompt_tokens}: all "
                     f"{len(rows)} {stage} prompts are longer, the longest has {longest} tokens; raise it"
                 )
-            limit = self.max_prompt_tokens
             rank_zero_info(
-                f"{stage}: dropped {len(too_long)} of {len(rows)} prompts longer than {limit} tokens (longest {longest})"
+                f"{stage}: dropped {len(too_long)} of {len(rows)} prompts longer than {self.max_prompt_tokens} tokens "
+                f"(longest {longest})"
             )
         return [prompt for prompt in encoded if not self._too_long(prompt)]
 

@@ -137,6 +137,25 @@ class PromptBatch(_Record):
         return len(self.row_ids)
 
 
+def _accept_same_value(record: type[_Record]) -> None:
+    """Let a field be "set" to what it already is.
+
+    Lightning's precision plugins (64-true, bf16-true) rebuild a batch field by field and fail on a frozen one, although a
+    prompt batch holds nothing they would convert.
+    """
+    refuse = record.__setattr__
+
+    def set_same(self: _Record, name: str, value: Any) -> None:
+        current = self.__dict__.get(name)
+        if current is not value and not (isinstance(value, tuple) and value == current):
+            refuse(self, name, value)
+
+    record.__setattr__ = set_same  # type: ignore[assignment, method-assign]
+
+
+_accept_same_value(PromptBatch)
+
+
 @dataclass(frozen=True, eq=False)
 class Provenance:
     """How a rollout was sampled. Rollouts of unlike provenance must not be mixed in one batch.

@@ -84,7 +84,17 @@ class Collect(L.Callback):
         self.records.append(outputs["step"])
 
 
-def fit(trained: OPDModule, prompts: PromptBatch, *, steps: int = 1, **trainer: Any) -> Collect:
+class StartWeights(L.Callback):
+    """Keeps the weights at the start of training."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep them."""
+        self.weights = weights(pl_module)
+
+
+def fit(
+    trained: OPDModule, prompts: PromptBatch, *, steps: int = 1, watch: L.Callback | None = None, **trainer: Any
+) -> Collect:
     """Run the real Trainer on one repeated batch of prompts."""
     collect = Collect()
     settings: dict[str, Any] = {
@@ -98,23 +108,23 @@ def fit(trained: OPDModule, prompts: PromptBatch, *, steps: int = 1, **trainer: 
         "num_sanity_val_steps": 0,
     }
     loader = DataLoader([prompts] * 8, batch_size=None)
-    L.Trainer(**(settings | trainer), callbacks=[collect]).fit(trained, loader)
+    L.Trainer(**(settings | trainer), callbacks=[collect, *([watch] if watch else [])]).fit(trained, loader)
     return collect
 
 
 def weights(trained: OPDModule) -> dict[str, Tensor]:
     """A copy of the student's weights by name."""
     assert trained.student is not None
-    return {name: value.detach().clone() for name, value in trained.student.causal_lm.named_parameters()}
+    named = trained.student.causal_lm.named_parameters()
+    return {name: getattr(value, "full_tensor", lambda value=value: value)().detach().clone() for name, value in named}
 
 
 def gradient(trained: OPDModule, prompts: PromptBatch, **trainer: Any) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of one optimizer step, read off the change that SGD at learning rate 1 makes."""
-    trained.configure_model()
-    before = weights(trained)
-    collect = fit(trained, prompts, **trainer)
+    start = StartWeights()
+    collect = fit(trained, prompts, watch=start, **trainer)
     after = weights(trained)
-    return collect.losses[0], {name: before[name] - after[name] for name in before}
+    return collect.losses[0], {name: start.weights[name] - after[name] for name in after}
 
 
 def relative_gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

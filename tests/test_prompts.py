@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_opd import distributed, prompts
@@ -31,8 +32,8 @@ from lit_opd.types import InputError, PromptBatch
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<pad>"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if think is defined and not think %}no thought\n{% endif %}"
-    "{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if think is defined and not think %}no thought\n{% endif %}{% endif %}"
 )
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -45,10 +46,15 @@ def make_tokenizer(
     words = BYTES + ["".join(pair) for pair in merges]
     core = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True) for token in (PAD, START, END)])
     core.add_tokens([AddedToken("<think>", special=False)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=END, pad_token=PAD if pad else None, extra_special_tokens=[START], **options
+        tokenizer_object=core,
+        eos_token=END,
+        pad_token=PAD if pad else None,
+        additional_special_tokens=[START],
+        **options,
     )
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -346,17 +352,13 @@ def test_special_token_strings_in_data_stay_text(tokenizer: PreTrainedTokenizerF
     assert allowed == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) != ids
 
 
-def test_the_careful_path_equals_transformers_own_sanitiser(tokenizer: PreTrainedTokenizerFast) -> None:
-    messages = [{"role": "user", "content": "hello <|im_end|> and"}]
-    try:
-        wanted = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-        )
-    except TypeError:
+@pytest.mark.parametrize("text", ["hello <|im_end|> and", "<|im_end|>", "<|im_<|im_end|>end|>", "a<pad><pad>b "])
+def test_the_careful_path_equals_transformers_own_sanitiser(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         pytest.skip("this transformers has no sanitiser")
-    if END in "".join(tokenizer.convert_ids_to_tokens(wanted)[3:-8]):
-        pytest.skip("this transformers ignores `sanitize_control_tokens`")
-    assert tokenizer.decode(PromptEncoder(tokenizer).encode(messages)) == tokenizer.decode(wanted)
+    messages = [{"role": "user", "content": text}]
+    options = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+    assert PromptEncoder(tokenizer).encode(messages) == tokenizer.apply_chat_template(messages, **options)
 
 
 def test_special_tokens_in_the_configured_system_prompt_are_trusted(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -458,8 +460,7 @@ def test_batches_are_left_padded_and_keyed_by_row_and_sample(tokenizer: PreTrain
 
 
 def test_row_keys_are_fixed_for_ever() -> None:
-    # printf 'aime-0\0001' | b2sum -l 64, first bit cleared
-    assert row_key("aime-0", 1) == 0x1B4F21A9C5E7D1D2 or 0 <= row_key("aime-0", 1) < 2**63
+    assert row_key("aime-0", 1) == 0x4971F7DE1DAAA2B3  # printf 'aime-0\\0001' | b2sum -l 64, first bit cleared
     assert row_key("a", 11) != row_key("a1", 1)
     assert len({row_key(f"r{n}", k) for n in range(1000) for k in range(8)}) == 8000
 
@@ -477,7 +478,7 @@ def test_no_pad_token_is_an_error_and_end_is_never_taken_silently(tmp_path: Path
 
 def test_the_teachers_own_template_gives_teacher_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = problems(tmp_path, 4)
-    other = make_tokenizer("{% for m in messages %}Q: {{ m.content }}{% endfor %}\nA:")
+    other = make_tokenizer("{% for m in messages %}Q: {{ m.content }}{% endfor %}{{ '\nA:' }}")
     module = PromptDataModule(path, prompt_batch=4).use_tokenizer(tokenizer, other)
     batch = module.train_dataloader().batch(0)
     texts = {f"train-{n}": f"hello {n}" * (n % 3 + 1) for n in range(4)}
@@ -659,7 +660,8 @@ def test_settings_come_from_yaml_with_nested_sources() -> None:
     parser.add_class_arguments(PromptDataModule, "data")
     text = (
         "{train: [a.jsonl, {path: b.parquet, weight: 2, filter: ['difficulty >= 6']}], val: v.jsonl, "
-        "template_options: {enable_thinking: false}, chat_template: auto, filter: level > 1, teacher_chat_template: true}"
+        "filter: level > 1, template_options: {enable_thinking: false}, chat_template: auto, "
+        "teacher_chat_template: true}"
     )
     data = parser.instantiate_classes(parser.parse_string(f"data: {text}")).data
     assert data.train == ["a.jsonl", DataSource("b.parquet", weight=2, filter=["difficulty >= 6"])]

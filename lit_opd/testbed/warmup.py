@@ -17,7 +17,7 @@ from lit_opd.testbed.tokenizer import MAX_LENGTH, prompt_ids
 
 FIRST_WEIGHT = 4.0
 BOX_WEIGHT = 2.0
-CHECK_EVERY = 5
+CHECK_EVERY = 2
 CHECK_SEED, NUM_CHECKED = 2, 512
 INITIALIZER_RANGE = 0.05
 
@@ -54,7 +54,7 @@ class WarmUp:
 
 
 TEACHER = WarmUp(hidden_size=128, num_steps=300, cosine=True)
-STUDENT = WarmUp(hidden_size=64, num_steps=400, cosine=False, target_fraction=0.42)
+STUDENT = WarmUp(hidden_size=64, num_steps=400, cosine=False, target_fraction=0.37)
 
 
 def make_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

@@ -34,7 +34,7 @@ class WeightingStrategy(nn.Module, ABC):
 
     @property
     def scope(self) -> Scope:
-        """"batch" when a row's weights depend on other rows: then they are computed before micro-batches are cut."""
+        """Either "sequence", or "batch" when weights depend on other rows: then no micro-batch is cut before them."""
         return "sequence"
 
     @property

@@ -51,5 +51,6 @@ class PrefixRatioTilt(WeightingStrategy):
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
         """exp(clip(alpha * prefix sum of A, low, high)), [B, T]; the sum in float64, exp would magnify its rounding."""
         ratio = signal.teacher_logprobs.double() - signal.student_logprobs.double()
-        behind = shifted_right(masked_values(ratio, signal.mask).cumsum(-1))  # A_t itself never enters, not even to leave
+        # shifted, not subtracted: the rounding of A_t - A_t would let the weight at t read token t
+        behind = shifted_right(masked_values(ratio, signal.mask).cumsum(-1))
         return (self.alpha * behind).clamp(self.low, self.high).exp()

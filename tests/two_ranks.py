@@ -1,0 +1,69 @@
+"""Run under torchrun on two processes: gradients of fixed rollouts, and fits with sampling inside. Writes to argv[1]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from lit_opd.distributed import rank
+from lit_opd.rollout import TransformersSampler
+from tests import cases, fixed
+
+
+def strategy(name: str) -> Strategy:
+    """DDP or FSDP2 on gloo."""
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def this_rank(rows: Any) -> Any:
+    """Every second row."""
+    return rows.rows(torch.arange(rank_from_environment(), len(rows), 2))
+
+
+def rank_from_environment() -> int:
+    import os
+
+    return int(os.environ["RANK"])
+
+
+def gradients(folders: tuple[str, str], name: str) -> dict[str, Any]:
+    """Loss and gradient of every case, each rank holding half of the rows."""
+    out = {}
+    for key, settings in cases.gradient_cases().items():
+        whole = cases.rollout()
+        trained = fixed.module(folders, whole, **settings)
+        prompts = this_rank(whole.prompts)
+        out[key] = fixed.gradient(
+            trained, prompts, devices=2, strategy=strategy(name), use_distributed_sampler=False
+        )
+    return out
+
+
+def sampled_fit(folders: tuple[str, str], name: str) -> list[float]:
+    """Three steps with sampling inside; uneven response lengths."""
+    whole = cases.rollout()
+    sampler = TransformersSampler(max_new_tokens=12)
+    trained = fixed.module(folders, whole, sampler=sampler, dtype="float32", token_budget=60)
+    prompts = this_rank(whole.prompts)
+    collect = fixed.fit(
+        trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False
+    )
+    return [*collect.losses, *(float(record.rollout.lengths.sum()) for record in collect.records)]
+
+
+def main() -> None:
+    """Every check under one strategy."""
+    torch.set_num_threads(1)
+    out, name, student, teacher = sys.argv[1:]
+    results = {"gradients": gradients((student, teacher), name), "fit": sampled_fit((student, teacher), name)}
+    torch.save(results, Path(out) / f"rank-{rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()
