@@ -137,7 +137,7 @@ class PromptDataModule(LightningDataModule):
         self.val_fraction, self.val_batch, self.val_limit = val_fraction, val_batch, val_limit
         self.seed, self.special_tokens_in_text = seed, special_tokens_in_text
         self.tokenizer_path, self.pad_token = tokenizer, pad_token
-        self._tokenizers: tuple[Any, Any] | None = None
+        self._tokenizers: tuple[Any | None, Any | None] = (None, None)  # what `use_tokenizer` was given
         self._forget()
 
     def _forget(self) -> None:
@@ -151,9 +151,10 @@ class PromptDataModule(LightningDataModule):
     # ------------------------------------------------------------------------------------------------- tokenizers
 
     def use_tokenizer(self, tokenizer: Any, teacher_tokenizer: Any | None = None) -> PromptDataModule:
-        """Tokenise with these objects (plain Python and tests); what was set up before is forgotten."""
-        self._tokenizers = (tokenizer, teacher_tokenizer)
-        self._forget()
+        """Tokenise with these objects before those of the settings; other ones forget what was set up with the last."""
+        if self._tokenizers[0] is not tokenizer or self._tokenizers[1] is not teacher_tokenizer:
+            self._tokenizers = (tokenizer, teacher_tokenizer)
+            self._forget()
         return self
 
     @property
@@ -203,25 +204,21 @@ class PromptDataModule(LightningDataModule):
         )
 
     def _both_tokenizers(self) -> tuple[Any, Any | None]:
-        if self._tokenizers is not None:
-            return self._tokenizers
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        student = (
-            _loaded_tokenizer(self.tokenizer_path, "tokenizer")
-            if self.tokenizer_path
-            else getattr(module, "tokenizer", None)
-        )
+        student = self._found_tokenizer(self._tokenizers[0], self.tokenizer_path, "tokenizer")
         if student is None:
             raise InputError(
                 "`PromptDataModule.tokenizer` must be a tokenizer folder or hub id when the module has no `tokenizer`, "
                 "got None; set it, or call `use_tokenizer`"
             )
-        teacher = (
-            _loaded_tokenizer(self.teacher_tokenizer_path, "teacher_tokenizer")
-            if self.teacher_tokenizer_path
-            else getattr(module, "teacher_tokenizer", None)
-        )
-        return student, teacher
+        return student, self._found_tokenizer(self._tokenizers[1], self.teacher_tokenizer_path, "teacher_tokenizer")
+
+    def _found_tokenizer(self, given: Any | None, path: str | None, name: str) -> Any | None:
+        """The object given to ``use_tokenizer``, else the configured path's, else the trainer's module's."""
+        if given is not None:
+            return given
+        if path:
+            return _loaded_tokenizer(path, name)
+        return getattr(self.trainer.lightning_module, name, None) if self.trainer is not None else None
 
     # ------------------------------------------------------------------------------------------------------ set-up
 

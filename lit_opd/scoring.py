@@ -191,7 +191,7 @@ class ScoringModel(nn.Module):
         Returns:
             scores [B, T], and KL(this || against) [B, T] in nats where asked for, else None.
         """
-        head, targets = self.head(rollout, own_template=own_template)
+        head, targets = self._head(rollout, own_template=own_template)
         logprobs = _scatter(token_logprobs(head, targets, temperature=temperature), rollout.mask)
         entropy = divergence = None
         if "entropy" in wants:
@@ -202,8 +202,11 @@ class ScoringModel(nn.Module):
             divergence = _scatter(token_kl(head, against, temperature=temperature), rollout.mask)
         return TokenScores(logprobs=logprobs, entropy=entropy), divergence
 
-    def head(self, rollout: Rollout, *, own_template: bool = False) -> tuple[Head, Tensor]:
-        """Hidden states of the valid tokens with the head, and their token ids [N]."""
+    def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
+        """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
+        return self._head(rollout, own_template=own_template)[0]
+
+    def _head(self, rollout: Rollout, *, own_template: bool) -> tuple[Head, Tensor]:
         prompts = rollout.prompts
         use_own = own_template and prompts.teacher_ids is not None
         prompt_ids, prompt_mask = (

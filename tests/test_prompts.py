@@ -493,6 +493,11 @@ def test_the_teachers_own_template_gives_teacher_ids(tmp_path: Path, tokenizer: 
     same = PromptDataModule(path, prompt_batch=4).use_tokenizer(tokenizer, make_tokenizer())
     assert same.train_dataloader().batch(0).teacher_ids is None
     assert module_of(tokenizer, path, prompt_batch=4).teacher_encoder is None
+    other.save_pretrained(tmp_path / "teacher")  # a configured folder holds also when the student's object is given
+    configured = module_of(tokenizer, path, prompt_batch=4, teacher_tokenizer=str(tmp_path / "teacher"))
+    assert torch.equal(configured.train_dataloader().batch(0).teacher_ids, batch.teacher_ids)
+    loader = configured.train_dataloader()
+    assert configured.use_tokenizer(tokenizer).train_dataloader() is loader  # the same tokenizer again forgets nothing
 
 
 # ------------------------------------------------------------------------------------------------- order and mixing

@@ -384,6 +384,8 @@ EXTRA = [
     w.SequenceMeanOne(w.Product([w.TIP(0.3), w.DASH()])),
     w.BatchMeanOne(w.FiRe()),
     w.BatchMeanOne(w.Constant(0.0)),
+    w.AnnealedPrefixMask(start=0.1, min_tokens=9),
+    w.AnnealedPrefixWeight(start=0.1, schedule="linear", min_tokens=9),
     w.Reversed(w.AnnealedPrefixMask(shrink_denominator=True)),
     w.Shuffled(w.Product([w.FirstFraction(0.5), w.LinearDecay(1.0)]), seed=9),
     w.Product([w.TrustRegion(), w.EntropyGate(), w.SequenceMeanOne(w.ImportanceWeighting())]),

@@ -87,7 +87,7 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def full_head(self, rollout: Rollout) -> Head:
         """Hidden states [N, H] and head of the valid tokens."""
-        return self._loaded().head(rollout, own_template=True)[0]
+        return self._loaded().head(rollout, own_template=True)
 
     def _loaded(self) -> ScoringModel:
         if self.policy is None:

@@ -54,7 +54,7 @@ class WarmUp:
 
 
 TEACHER = WarmUp(hidden_size=128, num_steps=300, cosine=True)
-STUDENT = WarmUp(hidden_size=64, num_steps=400, cosine=False, target_fraction=0.37)
+STUDENT = WarmUp(hidden_size=64, num_steps=400, cosine=False, target_fraction=0.34)
 
 
 def make_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
