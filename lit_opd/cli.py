@@ -6,20 +6,23 @@ one-line errors. Checks that need no weights run before the trainer starts, so a
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
 from lit_opd.prompts import PromptDataModule
 from lit_opd.types import InputError
@@ -33,6 +36,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "val_check_interval": 10,
     "log_every_n_steps": 1,
     "use_distributed_sampler": False,
+    "enable_model_summary": False,
 }
 MODEL_DEFAULTS: dict[str, Any] = {
     "model.teacher": {"class_path": "lit_opd.teacher.LocalTeacher"},
@@ -40,7 +44,15 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "model.weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting"},
     "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
 }
-SECRET_WORDS = ("api_key", "token_secret", "password")
+NOISE = (  # other people's warnings that say nothing about a run of ours
+    "Using ModelCheckpoint with manual optimization",  # our checkpoints are meant to be of the updated weights
+    "Found .* module.s. in eval mode",  # the teacher
+    "You defined a `validation_step` but have no `val_dataloader`",
+    ".*isinstance.treespec, LeafSpec.*",
+    "The .* does not have many workers",  # prompts are tokenised once, at start
+    "Experiment logs directory .* exists and is not empty",
+    "Total length of `list` across ranks is zero",
+)
 
 
 class RunConfig(SaveConfigCallback):
@@ -125,6 +137,9 @@ class OPDCLI(LightningCLI):
         sys.path.insert(0, os.getcwd())
         if not self.subcommand:
             return
+        precision = str(self.settings["trainer"].get("precision"))
+        if precision.startswith("16"):
+            raise InputError(f"`trainer.precision` must be 32-true, 64-true or a bf16 one, got {precision}: float16 overflows")
         self._resolve_checkpoint()
         if self.subcommand == "fit" and rank_zero_only.rank == 0:
             self._claim_run_dir()
@@ -189,13 +204,23 @@ class OPDCLI(LightningCLI):
         if self.subcommand != "fit":
             return []
         folder, wandb = str(self.run_dir), self.settings["wandb"]
-        loggers: list[Logger] = [CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)]
+        loggers: list[Logger] = [RunCSVLogger(folder, continued_from=self._checkpoint_step())]
         if wandb["mode"] != "disabled":
             offline = wandb["mode"] == "offline"
             loggers.append(
                 WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
             )
         return loggers
+
+
+    def _checkpoint_step(self) -> int | None:
+        """Optimizer step of the checkpoint the run goes on from; None for a new run."""
+        path = self.settings.get("ckpt_path")
+        if path is None:
+            return None
+        if Path(path).is_dir():  # a sharded checkpoint keeps its counters beside the shards
+            path = Path(path) / "meta.pt"
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def _attach(trainer: Trainer, extra: list[Callback]) -> None:
@@ -218,14 +243,41 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+class _NoTips(logging.Filter):
+    """Lets everything through but Lightning's product tips."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for a tip."""
+        return "Tip:" not in record.getMessage()
+
+
+def _quieten() -> None:
+    """Leave the screen to this project's own output."""
+    from transformers.utils import logging as transformers_logging
+
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.logger_connector"):
+        logging.getLogger(name).addFilter(_NoTips())
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("WANDB_SILENT", "true")
+
+
 def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[str] | None = None) -> None:
     """Run the command line; wrong input ends with one line and exit status 2."""
+    _quieten()
     try:
         OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
-    except InputError as error:
-        _fail(error)
+    except Exception as error:
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from error
 
 
-def _fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(USAGE_ERROR)
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The InputError behind what a library made of it, None where there is none."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -244,7 +244,10 @@ class OPDModule(L.LightningModule):
     def _check_room(self, data: Any) -> None:
         limit = getattr(data, "max_prompt_tokens", None)
         window = getattr(self.student_config.get_text_config(), "max_position_embeddings", None)
-        response = self.sampler.max_new_tokens
+        response, ranks = self.sampler.max_new_tokens, self.trainer.world_size
+        batch = getattr(data, "prompt_batch", ranks)
+        if batch % ranks:
+            raise InputError(f"`data.prompt_batch` must be a multiple of the {ranks} ranks, got {batch}")
         if limit is not None and window is not None and limit + response > window:
             raise InputError(
                 f"`model.sampler.max_new_tokens` must leave room in the context window of {window} tokens, got {response} "
@@ -357,6 +360,7 @@ class OPDModule(L.LightningModule):
         values: dict[str, Any] = {"train/loss": loss, **scalars(record)}
         values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
         values["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        values["step"] = self.global_step  # Lightning would count batches, from 0
         self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
 
     # -- Lightning: validation ---------------------------------------------------------------------------------------
@@ -406,7 +410,10 @@ class OPDModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log what was measured."""
         self._validated_at = self.global_step
-        self.log_dict({name: torch.tensor(value) for name, value in self.evaluator.compute().items()})
+        values = {name: torch.tensor(value) for name, value in self.evaluator.compute().items()}
+        if self.trainer.state.fn == "fit":
+            values["step"] = torch.tensor(float(self.global_step))
+        self.log_dict(values)
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """As in validation."""

@@ -194,6 +194,18 @@ def test_transforms_before_one_that_starts_anew_are_named():
     assert "`Clip`, `Sign` have no effect" in message and "`Power`" in message and "SoftLog" not in message
 
 
+class Shifted(adv.AdvantageTransform):
+    def transform(self, advantage, signal):
+        return advantage + advantage.sum(-1, keepdim=True) + 1.0
+
+
+def test_a_subclass_sees_and_leaves_zeros_where_masked():
+    signal = random_signal(holey_mask(8, 23))
+    got = Shifted()(torch.where(signal.mask, 2.0, math.nan).double(), signal)
+    want = torch.where(signal.mask, 3.0 + 2.0 * signal.mask.sum(-1, keepdim=True), 0.0).double()
+    assert torch.equal(got, want)
+
+
 class WrongShape(adv.AdvantageTransform):
     def transform(self, advantage, signal):
         return advantage[0]

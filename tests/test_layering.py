@@ -32,7 +32,8 @@ BELOW_MODULE = set(ALLOWED)
 ALLOWED["step"] = BELOW_MODULE | {"module"}  # for annotations only, see the test below
 ALLOWED["module"] = BELOW_MODULE | {"step"}
 ALLOWED["testbed"] = BELOW_MODULE
-ALLOWED["cli"] = BELOW_MODULE | {"step", "module", "testbed", "preflight", "report"}
+ALLOWED["logs"] = {"types"}
+ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "report"}
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
 

@@ -277,6 +277,17 @@ class WrongKeep(Uniform):
         return signal.mask[0]
 
 
+class KeepEverything(Uniform):
+    def keep(self, signal, progress):
+        return torch.ones_like(signal.mask)
+
+
+def test_a_subclass_cannot_keep_or_weigh_masked_tokens():
+    signal = random_signal(holey_mask(6, 11))
+    weights, kept = outputs(KeepEverything(), signal)
+    assert torch.equal(kept, signal.mask) and torch.equal(weights, signal.mask.double())
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [

@@ -387,6 +387,7 @@ EXTRA = [
     w.AnnealedPrefixMask(start=0.1, min_tokens=9),
     w.AnnealedPrefixWeight(start=0.1, schedule="linear", min_tokens=9),
     w.Reversed(w.AnnealedPrefixMask(shrink_denominator=True)),
+    w.Product([w.LastFraction(0.6), w.FirstFraction(0.7)]),
     w.Shuffled(w.Product([w.FirstFraction(0.5), w.LinearDecay(1.0)]), seed=9),
     w.Product([w.TrustRegion(), w.EntropyGate(), w.SequenceMeanOne(w.ImportanceWeighting())]),
 ]
@@ -426,6 +427,25 @@ def test_tip_breaks_ties_by_position_and_then_by_row_key():
     assert w.TIP(0.5)(signal).tolist() == [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
     # ceil(0.2 * 5) = 1: the first position of the smaller key
     assert w.TIP(0.2)(signal).tolist() == [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+
+
+def test_tip_gives_ties_only_the_seats_that_higher_scores_left():
+    entropy = torch.tensor([[0.0, 0.5, 1.0, 0.5, 0.5, 0.9]])  # the divergence is constant: score = entropy
+    signal = replace(small_signal([-1.0] * 6, [-1.0] * 6), student_entropy=entropy)
+    # ceil(0.5 * 6) = 3: 1.0 and 0.9, then the first of three tied at 0.5
+    assert w.TIP(0.5)(signal).tolist() == [[0.0, 1.0, 1.0, 0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(("constant", "varied"), [("token_kl", "student_entropy"), ("student_entropy", "token_kl")])
+def test_tip_ignores_a_statistic_that_is_constant_on_valid_tokens(constant, varied):
+    """With the masked 0 in the range it would be 1 on every token, and so would every score."""
+    signal = TokenSignal(
+        student_logprobs=torch.zeros(1, 4),
+        teacher_logprobs=torch.zeros(1, 4),
+        mask=torch.tensor([[True, True, True, False]]),
+        **{constant: torch.full((1, 4), 9.0), varied: torch.tensor([[1.0, 3.0, 2.0, 5.0]])},
+    )
+    assert w.TIP(0.3)(signal).tolist() == [[0.0, 1.0, 0.0, 0.0]]
 
 
 # ---------------------------------------------------------------------------------------------- neutral parameters
@@ -547,9 +567,9 @@ def test_hand_computed_rows(strategy, want):
 
 
 def test_counts_forgive_the_rounding_of_whole_products():
-    """0.3 * 50 is 15.000000000000002 - ulp either way, (1 - 0.9) * 20 just below 2."""
+    """In floats 0.14 * 50 is just above 7, and (1 - 0.9) * 20 just below 2."""
     row = random_signal(torch.ones(1, 50, dtype=torch.bool))
-    for n, fraction, count in ((50, 0.3, 15), (10, 0.7, 7), (29, 1.0, 29), (3, 0.1, 1)):
+    for n, fraction, count in ((50, 0.3, 15), (50, 0.14, 7), (25, 0.28, 7), (3, 0.1, 1)):
         part = replace(row, mask=torch.arange(50).unsqueeze(0) < n)
         for cls in (w.FirstFraction, w.LastFraction, w.RandomFraction):
             assert int(cls(fraction).kept(part).sum()) == count

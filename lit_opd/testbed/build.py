@@ -1,4 +1,8 @@
-"""Makes the assets: a warmed-up teacher and student with their tokenizer, and the prompts for distillation."""
+"""Makes the assets: a warmed-up teacher and student with their tokenizer, and the prompts for distillation.
+
+Measured with seed 0 (greedy on 256 validation prompts, avg@4 on 64, temperature 1): teacher greedy .996, avg@4 .926
+after 300 steps; student greedy .461, avg@4 .234 after 214 steps, where its target fraction stopped it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ ENTRIES = ("teacher", "student", "train.jsonl", "val.jsonl")
 
 
 def build(out: Path, *, seed: int = 0) -> None:
-    """Train both models (about 2 minutes on one core) and write the folder ``out``, whole or not at all.
+    """Train both models (about 4 minutes on a busy core) and write the folder ``out``, whole or not at all.
 
     Args:
         out: replaced when it is an older build.

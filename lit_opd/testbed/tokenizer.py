@@ -1,8 +1,11 @@
 """The testbed's tokenizer: one token a character, `\\boxed{` one token, and a chat template.
 
-The template puts one marker before each message and closes assistant messages with the end symbol:
+The template puts one marker before a user message and the end symbol after an assistant's; the response follows the
+prompt directly:
 
-    <user> f s j ... 4 1 7 <assistant> 0 9 3 ... \\boxed{ 0 9 3 } <eos>
+    <user> f s j ... 4 1 7 0 9 3 ... \\boxed{ 0 9 3 } <eos>
+
+A marker where the response begins would make its first code a special case, read across one token more than the others.
 """
 
 from __future__ import annotations
@@ -14,18 +17,17 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_opd.testbed.task import BOX
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-SYSTEM, USER, ASSISTANT = "<system>", "<user>", "<assistant>"
-SPECIAL_TOKENS = (PAD, EOS, UNKNOWN, SYSTEM, USER, ASSISTANT)
+PAD, EOS, UNKNOWN, USER = "<pad>", "<eos>", "<unk>", "<user>"
+SPECIAL_TOKENS = (PAD, EOS, UNKNOWN, USER)
 CHARACTERS = string.digits + string.ascii_letters + "={}\\ .,\n"
 MAX_LENGTH = 256
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{{- '<' + message['role'] + '>' + message['content'] -}}"
+    "{%- if message['role'] == 'user' -%}{{- '<user>' -}}{%- endif -%}"
+    "{{- message['content'] -}}"
     "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
 )
 
 
@@ -40,7 +42,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        additional_special_tokens=[USER],
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -49,6 +51,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """Token ids of ``prompt`` in chat format, up to and including the generation marker."""
+    """Token ids of ``prompt`` in chat format; the response follows directly."""
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
