@@ -28,9 +28,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def exclusive_cumsum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the valid tokens strictly before each column: [B, T] -> [B, T], 0 at the first."""
-    values = masked_values(values, mask)
-    return values.cumsum(-1) - values
+    """Sum over the valid tokens strictly before each column: [B, T] -> [B, T], 0 at the first.
+
+    A shifted sum, not a sum minus its own term: rounding must not let token t into what stands before it.
+    """
+    return shifted_right(masked_values(values, mask).cumsum(-1))
 
 
 def return_to_go(values: Tensor, mask: Tensor, *, discount: float = 1.0) -> Tensor:

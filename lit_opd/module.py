@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_opd.advantage import AdvantageTransform, baseline_warning
+from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.models import (
     StudentSettings,
@@ -224,9 +224,9 @@ class OPDModule(L.LightningModule):
                 "this teacher cannot give it; choose another weighting, objective or teacher"
             )
         self._check_room(data)
-        warning = baseline_warning(self.advantage, self.weighting)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=2)
+        for warning in (baseline_warning(self.advantage, self.weighting), order_warning(self.advantage)):
+            if warning is not None:
+                warnings.warn(warning, stacklevel=2)
 
     def _check_trainer(self) -> None:
         updates = self.mini_batches * self.epochs

@@ -235,7 +235,7 @@ class Rollout(_Record):
 
 
 def _trim_prompts(prompts: PromptBatch) -> PromptBatch:
-    changes = {}
+    changes: dict[str, Any] = {}
     for ids, mask in (("ids", "mask"), ("teacher_ids", "teacher_mask")):
         if getattr(prompts, mask) is not None:
             used = getattr(prompts, mask).any(0).nonzero()

@@ -66,9 +66,7 @@ def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", 
         "sampler": FixedSampler(fixed, max_new_tokens=fixed.mask.shape[1]),
     }
     student, teacher = folders
-    return OPDModule(
-        StudentSettings(student, dtype=dtype), LocalTeacher(teacher, dtype=dtype), **(defaults | settings)
-    )
+    return OPDModule(StudentSettings(student, dtype=dtype), LocalTeacher(teacher, dtype=dtype), **(defaults | settings))
 
 
 class Collect(L.Callback):

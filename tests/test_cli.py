@@ -166,7 +166,9 @@ def test_a_strategy_in_the_users_own_file_is_one_override(world, tmp_path, monke
 
 def test_interpolation_follows_overrides(world, tmp_path):
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("vars: {rate: 0.5}\nmodel: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: '${vars.rate}'}}}\n")
+    overlay.write_text(
+        "vars: {rate: 0.5}\nmodel: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: '${vars.rate}'}}}\n"
+    )
     run(world, tmp_path / "run", "--config", str(overlay), "--vars.rate", "0.25", "--trainer.max_steps", "2")
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["model"]["optimizer"]["init_args"]["lr"] == 0.25
@@ -225,7 +227,10 @@ BAD = {
     "no response": (given("--model.sampler.max_new_tokens", "0"), ["max_new_tokens", "0"]),
     "no temperature": (given("--model.sampler.temperature", "0"), ["temperature", "0"]),
     "top-p": (given("--model.sampler.top_p", "1.5"), ["top_p", "1.5"]),
-    "more ranks than prompts": (given("--trainer.devices", "2", "--data.prompt_batch", "1"), ["prompt_batch", "2 ranks"]),
+    "more ranks than prompts": (
+        given("--trainer.devices", "2", "--data.prompt_batch", "1"),
+        ["prompt_batch", "2 ranks"],
+    ),
     "nothing to resume": (given("--ckpt_path", "last"), ["--ckpt_path", "last.ckpt"]),
     "w_max": (given("--model.weighting.w_max", "0.5"), ["ImportanceWeighting.w_max", "0.5"]),
     "clip in the trainer": (given("--trainer.gradient_clip_val", "1"), ["gradient_clip_norm"]),
@@ -265,4 +270,3 @@ def test_padded_rows_of_the_teachers_embedding_are_cut(world, tmp_path):
     overrides = bad_teacher(rows=80)(tmp_path)
     run(world, tmp_path / "run", *overrides, "--trainer.max_steps", "2")
     assert (tmp_path / "run" / "summary.json").exists()
-

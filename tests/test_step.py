@@ -135,7 +135,11 @@ def test_dropped_tokens_leave_the_denominator(folders, rollout, aggregation, bud
 @pytest.mark.parametrize("truncated", ["mask", "drop"])
 def test_truncated_rows_leave_loss_and_denominator(folders, rollout, truncated):
     trained = fixed.module(
-        folders, rollout, truncated=truncated, weighting=ImportanceWeighting(), objective=PolicyLoss(importance_cap=None)
+        folders,
+        rollout,
+        truncated=truncated,
+        weighting=ImportanceWeighting(),
+        objective=PolicyLoss(importance_cap=None),
     )
     loss, ours = fixed.gradient(trained, rollout.prompts)
     expected, theirs = slow_step(folders, rollout, torch.float64, weigh=importance_weights, skip=TRUNCATED)
@@ -178,7 +182,9 @@ def test_truncated_importance_sampling_scales_each_token(folders, rollout):
     collect = fixed.fit(plain, rollout.prompts)
     lower = collect.records[0].signal.student_logprobs - 1.0
     shifted = replace(rollout, sampler_logprobs=lower)
-    _, base = fixed.gradient(fixed.module(folders, rollout, weighting=Uniform(), objective=PolicyLoss(importance_cap=None)), rollout.prompts)
+    _, base = fixed.gradient(
+        fixed.module(folders, rollout, weighting=Uniform(), objective=PolicyLoss(importance_cap=None)), rollout.prompts
+    )
     for cap, factor in ((5.0, torch.e), (2.0, 2.0)):
         trained = fixed.module(folders, shifted, weighting=Uniform(), objective=PolicyLoss(importance_cap=cap))
         _, ours = fixed.gradient(trained, rollout.prompts)

@@ -39,9 +39,7 @@ def gradients(folders: tuple[str, str], name: str) -> dict[str, Any]:
         whole = cases.rollout()
         trained = fixed.module(folders, whole, **settings)
         prompts = this_rank(whole.prompts)
-        out[key] = fixed.gradient(
-            trained, prompts, devices=2, strategy=strategy(name), use_distributed_sampler=False
-        )
+        out[key] = fixed.gradient(trained, prompts, devices=2, strategy=strategy(name), use_distributed_sampler=False)
     return out
 
 
@@ -51,9 +49,7 @@ def sampled_fit(folders: tuple[str, str], name: str) -> list[float]:
     sampler = TransformersSampler(max_new_tokens=12)
     trained = fixed.module(folders, whole, sampler=sampler, dtype="float32", token_budget=60)
     prompts = this_rank(whole.prompts)
-    collect = fixed.fit(
-        trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False
-    )
+    collect = fixed.fit(trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False)
     return [*collect.losses, *(float(record.rollout.lengths.sum()) for record in collect.records)]
 
 

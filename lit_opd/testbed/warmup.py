@@ -16,6 +16,7 @@ from lit_opd.testbed.task import Automaton, Problem, sample_problem
 from lit_opd.testbed.tokenizer import MAX_LENGTH, prompt_ids
 
 LOG_EVERY = 20
+INITIALIZER_RANGE = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class WarmUp:
         return rise * (0.5 * (1 + math.cos(math.pi * step / self.num_steps)) if self.cosine else 1.0)
 
 
-TEACHER = WarmUp(hidden_size=128, num_steps=200, cosine=True)
-STUDENT = WarmUp(hidden_size=64, num_steps=160, cosine=False)
+TEACHER = WarmUp(hidden_size=128, num_steps=240, cosine=True)
+STUDENT = WarmUp(hidden_size=64, num_steps=175, cosine=False)
 
 
 def make_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -68,6 +69,7 @@ def make_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3For
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        initializer_range=INITIALIZER_RANGE,
         attn_implementation="sdpa",
         dtype="float32",
     )
