@@ -19,9 +19,9 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
 from lit_opd.prompts import PromptDataModule
@@ -139,9 +139,11 @@ class OPDCLI(LightningCLI):
             return
         precision = str(self.settings["trainer"].get("precision"))
         if precision.startswith("16"):
-            raise InputError(f"`trainer.precision` must be 32-true, 64-true or a bf16 one, got {precision}: float16 overflows")
+            raise InputError(
+                f"`trainer.precision` must be 32-true, 64-true or a bf16 one, got {precision}: float16 overflows"
+            )
         self._resolve_checkpoint()
-        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+        if self.subcommand == "fit" and is_rank_zero():
             self._claim_run_dir()
         self.settings["trainer"]["default_root_dir"] = str(self.run_dir)
 
@@ -169,7 +171,7 @@ class OPDCLI(LightningCLI):
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
         self.model.check(self.trainer, self.datamodule)
-        if rank_zero_only.rank != 0:
+        if not is_rank_zero():
             return
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
             _empty(self.run_dir)
@@ -211,7 +213,6 @@ class OPDCLI(LightningCLI):
                 WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
             )
         return loggers
-
 
     def _checkpoint_step(self) -> int | None:
         """Optimizer step of the checkpoint the run goes on from; None for a new run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
@@ -20,6 +21,11 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank, 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
+
+
+def is_rank_zero() -> bool:
+    """True on the rank that writes files, also before a process group is up (launchers set the rank in the environment)."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
 def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
