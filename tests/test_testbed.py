@@ -17,7 +17,7 @@ from lit_opd.testbed.accuracy import boxed_answer
 from lit_opd.testbed.build import build, folder_bytes
 from lit_opd.testbed.task import NUM_LEGAL, NUM_OPERATIONS, NUM_STATES, sample_problem
 from lit_opd.testbed.tokenizer import prompt_ids
-from lit_opd.testbed.warmup import supervised_batch, token_weights
+from lit_opd.testbed.warmup import make_model, supervised_batch, supervised_step
 from lit_opd.types import InputError
 
 NUM_GRADED = 128
@@ -107,7 +107,7 @@ def test_short_chains_still_give_different_problems_and_too_many_are_refused():
 def test_prompt_and_response_have_the_stated_token_counts(tokenizer):
     for problem in sample_problems(make_automaton(), count=20, seed=1):
         assert len(tokenizer.encode(problem.prompt)) == 40  # 12 words x 3 + "=" + 3
-        assert len(prompt_ids(tokenizer, problem.prompt)) == 42  # and the two markers
+        assert len(prompt_ids(tokenizer, problem.prompt)) == 41  # and the marker before it
         assert len(tokenizer.encode(problem.response)) + 1 == 42  # 12 codes x 3 + box + 3 + brace + end symbol
 
 
@@ -118,7 +118,7 @@ def test_every_code_is_equally_far_from_its_operation(tokenizer):
     for step, (word, code) in enumerate(zip(problem.words, problem.codes, strict=True)):
         begin = 1 + 3 * step
         assert "".join(tokens[begin : begin + 3]) == word
-        assert "".join(tokens[begin + 41 : begin + 44]) == code
+        assert "".join(tokens[begin + 40 : begin + 43]) == code
 
 
 def test_text_survives_encoding_and_decoding(tokenizer):
@@ -136,12 +136,12 @@ def test_text_survives_encoding_and_decoding(tokenizer):
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\\boxed{7}")) == ["\\boxed{", "7", "}"]
 
 
-def test_the_template_renders_every_role_and_marks_where_to_answer(tokenizer):
+def test_the_template_renders_every_role_and_the_response_follows_directly(tokenizer):
     messages = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "abc=123"}]
     ask = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert ask == "<system>Be terse.<user>abc=123<assistant>"
-    told = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "456"}], tokenize=False)
-    assert told == ask + "456<eos>"
+    assert ask == "Be terse.<user>abc=123"
+    told = [*messages, {"role": "assistant", "content": "456"}, messages[1]]
+    assert tokenizer.apply_chat_template(told, tokenize=False) == ask + "456<eos><user>abc=123"
 
 
 def test_special_tokens_are_distinct_and_padding_goes_left(tokenizer):
@@ -150,15 +150,22 @@ def test_special_tokens_are_distinct_and_padding_goes_left(tokenizer):
     assert tokenizer.decode([tokenizer.eos_token_id, *tokenizer.encode("1")], skip_special_tokens=True) == "1"
 
 
-def test_supervision_ends_with_the_end_symbol_and_weighs_the_two_odd_tokens(tokenizer):
+def test_supervision_is_the_prompt_then_the_response_and_the_end_symbol(tokenizer):
     problem = sample_problems(make_automaton(), count=1, seed=4)[0]
     prompts, responses = supervised_batch([problem], tokenizer)
-    assert tokenizer.decode(prompts[0]) == f"<user>{problem.prompt}<assistant>"
+    assert tokenizer.decode(prompts[0]) == f"<user>{problem.prompt}"
     assert tokenizer.decode(responses[0]) == problem.response + "<eos>"
-    weights = token_weights(responses.shape[1])
-    assert weights.mean().item() == pytest.approx(1.0)
-    odd = {index: round((w / weights[1]).item(), 3) for index, w in enumerate(weights) if w != weights[1]}
-    assert odd == {0: 4.0, responses[0].tolist().index(tokenizer.encode("\\boxed{")[0]) + 1: 2.0}
+
+
+def test_the_supervised_step_takes_the_mean_loss_of_the_response_tokens(tokenizer):
+    prompts, responses = supervised_batch(sample_problems(make_automaton(), count=2, seed=4), tokenizer)
+    model = make_model(16, tokenizer)
+    with torch.no_grad():  # a slow loop: the logits before each response token, one token at a time
+        logprobs = model(input_ids=torch.cat([prompts, responses], -1)).logits.log_softmax(-1)
+    want = -sum(logprobs[row, 40 + t, responses[row, t]] for row in range(2) for t in range(42)) / 84
+    loss = supervised_step(model, (prompts, responses), torch.optim.SGD(model.parameters(), lr=0.1), 1.0)
+    torch.testing.assert_close(loss, want)
+    assert supervised_step(model, (prompts, responses), torch.optim.SGD(model.parameters(), lr=0.1), 1.0) < loss
 
 
 @pytest.mark.parametrize(
@@ -233,7 +240,7 @@ def graded(folder, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "low", "high"), [("teacher", 348_160, 0.95, 1.0), ("student", 92_160, 0.38, 0.50)]
+    ("name", "parameters", "low", "high"), [("teacher", 347_648, 0.95, 1.0), ("student", 91_904, 0.36, 0.52)]
 )
 def test_the_shipped_checkpoints_start_where_the_docs_say(name, parameters, low, high, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(ASSETS / name)

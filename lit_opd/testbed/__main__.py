@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The two commands and their options."""
     parser = argparse.ArgumentParser(prog="python -m lit_opd.testbed", description="The embedded default task.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="train teacher and student, write the assets (about 4 minutes)")
+    build = commands.add_parser("build", help="train teacher and student, write the assets (about 2 minutes)")
     build.add_argument("--out", type=Path, default=ASSETS, help="folder to write (default: the shipped assets)")
     build.add_argument("--seed", type=int, default=0, help="initial weights and warm-up problems")
     data = commands.add_parser("data", help="write prompts with their answers")

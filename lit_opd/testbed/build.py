@@ -1,7 +1,10 @@
 """Makes the assets: a warmed-up teacher and student with their tokenizer, and the prompts for distillation.
 
-Measured with seed 0 (greedy on 256 validation prompts, avg@4 on 64, temperature 1): teacher greedy .996, avg@4 .926
-after 300 steps; student greedy .461, avg@4 .234 after 214 steps, where its target fraction stopped it.
+Measured on 2026-11-22 with seed 0, one thread of a 2-core x86 CPU (greedy on 256 validation prompts, avg@4 on 64,
+temperature 1):
+
+    teacher   347,648 parameters   240 steps   82 s   greedy 1.000   avg@4 .977
+    student    91,904 parameters   176 steps   24 s   greedy  .438   avg@4 .207
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ ENTRIES = ("teacher", "student", "train.jsonl", "val.jsonl")
 
 
 def build(out: Path, *, seed: int = 0) -> None:
-    """Train both models (about 4 minutes on a busy core) and write the folder ``out``, whole or not at all.
+    """Train both models (about 2 minutes on one core) and write the folder ``out``, whole or not at all.
 
     Args:
         out: replaced when it is an older build.

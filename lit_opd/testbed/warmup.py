@@ -1,4 +1,10 @@
-"""Supervised warm-up: a tiny Qwen3 learns the automaton's tables from fresh legal paths, in chat format."""
+"""Supervised warm-up: a tiny Qwen3 learns the automaton's tables from fresh legal paths, in chat format.
+
+Measured on 2026-11-22, seed 0, one thread of a 2-core x86 CPU. The teacher at an initializer range of 0.05: greedy .879
+after 170 steps, 1.000 after 240 (with cosine to that step); at 0.02 it still erred in 40 % of the problems after 220.
+The student does not decay, so a step moves its greedy accuracy by up to .1 either way: .31 after 166 steps, .49 after
+172, .38 after 175, .44 after 176, .49 after 181. On another machine it may land that far from .44.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +22,7 @@ from lit_opd.testbed.task import Automaton, Problem, sample_problem
 from lit_opd.testbed.tokenizer import MAX_LENGTH, prompt_ids
 
 LOG_EVERY = 20
-INITIALIZER_RANGE = 0.05
+INITIALIZER_RANGE = 0.05  # at 0.02, Qwen3's default, both learn later and the teacher does not finish
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class WarmUp:
 
 
 TEACHER = WarmUp(hidden_size=128, num_steps=240, cosine=True)
-STUDENT = WarmUp(hidden_size=64, num_steps=175, cosine=False)
+STUDENT = WarmUp(hidden_size=64, num_steps=176, cosine=False)
 
 
 def make_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
