@@ -116,6 +116,7 @@ def measure(run: Path, config: dict[str, Any]) -> tuple[dict[str, float], list[d
     prompts = held_out(config, tokenizer)
     written = sample(load_policy(teacher_path), prompts, tokenizer, teacher_path, new_tokens)
     figures: dict[str, float] = {"prompts": len(prompts), "teacher_tokens": float(written.mask.sum())}
+    figures["distinct_2_teacher"] = distinct_2(written)
     answers: list[list[str]] = []
     for name, path in (("start", start), ("end", end)):
         policy = load_policy(path)
@@ -154,6 +155,7 @@ def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) ->
     ):
         rows.append((label, figures[f"{name}_start"], figures[f"{name}_end"]))
     lines += [f"| {label} | {a:.3f} | {b:.3f} | {(b / a - 1) * 100:+.0f} % |" for label, a, b in rows]
+    lines += ["", f"The teacher's own samples have distinct-2 {figures['distinct_2_teacher']:.3f}."]
     for sample_row in shown:
         lines += ["", f"> {' '.join(sample_row['prompt'].split())}", ""]
         lines += [f"- {name}: {' '.join(sample_row[name].split())}" for name in ("start", "end")]

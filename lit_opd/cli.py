@@ -51,6 +51,7 @@ NOISE = (  # other people's warnings that say nothing about a run of ours
     ".*isinstance.treespec, LeafSpec.*",
     "The .* does not have many workers",  # prompts are tokenised once, at start
     "Experiment logs directory .* exists and is not empty",
+    "Couldn't infer the batch indices",  # predictions carry their row ids
     "Total length of `list` across ranks is zero",
 )
 
@@ -170,7 +171,7 @@ class OPDCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
-        self.model.check(self.trainer, self.datamodule)
+        self._check_all()
         if not is_rank_zero():
             return
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
@@ -182,9 +183,17 @@ class OPDCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Every check that needs no weights."""
-        self.model.check(self.trainer, self.datamodule)
+        self._check_all()
 
     before_test = before_predict = before_validate
+
+    def _check_all(self) -> None:
+        """The module's checks, then those of callbacks that have some."""
+        self.model.check(self.trainer, self.datamodule)
+        for callback in self.trainer.callbacks:
+            check = getattr(callback, "check", None)
+            if check is not None and self.subcommand != "predict":
+                check(self.model, self.datamodule)
 
     # -- the trainer -------------------------------------------------------------------------------------------------
 

@@ -142,7 +142,9 @@ def load_causal_lm(
         raise _hub_error(field, path, error) from error
 
 
-def agree_vocabularies(student: Any, teacher: Any, *, student_rows: int, teacher_rows: int) -> int:
+def agree_vocabularies(
+    student: Any, teacher: Any, *, student_rows: int, teacher_rows: int, field: str = "model.teacher.path"
+) -> int:
     """Check that both tokenizers map the same tokens to the same ids.
 
     Args:
@@ -150,6 +152,7 @@ def agree_vocabularies(student: Any, teacher: Any, *, student_rows: int, teacher
         teacher: the teacher's tokenizer.
         student_rows: rows of the student's embedding, padding included.
         teacher_rows: rows of the teacher's embedding.
+        field: names the teacher's setting in errors.
     Returns:
         number of leading vocabulary entries both models share; rows beyond are padding and are cut.
     Raises:
@@ -163,7 +166,7 @@ def agree_vocabularies(student: Any, teacher: Any, *, student_rows: int, teacher
             for token in differing[:NAMED_DIFFERENCES]
         )
         raise InputError(
-            f"`model.teacher.path` must share the student's vocabulary, but {len(differing)} tokens differ: {shown}; "
+            f"`{field}` must share the student's vocabulary, but {len(differing)} tokens differ: {shown}; "
             "choose a teacher of the same tokenizer family"
         )
     used = max(ours.values(), default=-1) + 1
@@ -226,7 +229,7 @@ def _with_lora(model: nn.Module, settings: LoraSettings) -> Any:
         ) from error
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it, a float serves
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         task_type="CAUSAL_LM",

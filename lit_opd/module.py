@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
+from lit_opd.distributed import is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.models import (
     StudentSettings,
@@ -35,7 +35,7 @@ from lit_opd.scoring import ScoringModel
 from lit_opd.sharding import full_state, gathered, is_sharded, shard
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
-from lit_opd.types import InputError, PromptBatch, Rollout, StepRecord, TokenSignal
+from lit_opd.types import InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.importance import ImportanceWeighting
 
@@ -43,7 +43,8 @@ OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 Truncated = Literal["keep", "mask", "drop"]
 
-ALWAYS_AVAILABLE = frozenset({"student_entropy", "sampler_logprobs"})
+ALWAYS_AVAILABLE = frozenset({"student_entropy", "student_topk", "sampler_logprobs"})
+_STUDENT_EXTRAS = frozenset({"student_entropy", "student_topk"})  # named in `wants` without "student_"
 
 
 def default_optimizer(parameters: Iterable) -> Optimizer:
@@ -73,6 +74,7 @@ class OPDModule(L.LightningModule):
         gradient_clip_norm: global norm bound, None for none.
         validation: what ``validation_step`` measures.
         seed: of the sampling streams; None takes the run's ``seed_everything``.
+        reference: a third frozen model, for what reads its log-probs (``RewardExtrapolation``); usually the initial student.
     Raises:
         InputError: a value outside its range.
     """
@@ -95,11 +97,14 @@ class OPDModule(L.LightningModule):
         gradient_clip_norm: float | None = 1.0,
         validation: ValidationSettings | None = None,
         seed: int | None = None,
+        reference: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # the teacher is in no checkpoint; load_state_dict below checks the rest
-        self.student_settings, self.teacher = student, teacher
+        self.student_settings, self.teacher, self.reference = student, teacher, reference
+        if reference is not None:
+            reference.field = "model.reference"
         self.student: ScoringModel | None = None
         self.sampler = sampler or TransformersSampler()
         self.weighting = weighting if weighting is not None else ImportanceWeighting()
@@ -147,10 +152,10 @@ class OPDModule(L.LightningModule):
         """Leading vocabulary entries that student and teacher share; checked token by token."""
         rows = self.student_config.get_text_config().vocab_size
         shared = rows
-        for tokenizer, teacher_rows in self.teacher.tokenizers():
-            shared = min(
-                shared, agree_vocabularies(self.tokenizer, tokenizer, student_rows=rows, teacher_rows=teacher_rows)
-            )
+        for scorer in self.scorers.values():
+            for tokenizer, scorer_rows in scorer.tokenizers():
+                named = {"student_rows": rows, "teacher_rows": scorer_rows, "field": f"{scorer.field}.path"}
+                shared = min(shared, agree_vocabularies(self.tokenizer, tokenizer, **named))
         return shared
 
     @cached_property
@@ -168,6 +173,13 @@ class OPDModule(L.LightningModule):
                 "generation config and tokenizer name no end of sequence"
             )
         return tuple(sorted(found))
+
+    @property
+    def scorers(self) -> dict[str, Teacher]:
+        """The frozen models that score sampled tokens, by role: the teacher, and the reference where something reads it."""
+        if self.reference is None or "reference_logprobs" not in self.required:
+            return {"teacher": self.teacher}
+        return {"teacher": self.teacher, "reference": self.reference}
 
     @property
     def required(self) -> frozenset[str]:
@@ -217,16 +229,33 @@ class OPDModule(L.LightningModule):
 
     def _check_run(self, data: Any) -> None:
         self._check_trainer()
-        missing = self.required - self.teacher.provides - ALWAYS_AVAILABLE
-        if missing:
-            raise InputError(
-                f"`{type(self.weighting).__name__}` with `{type(self.teacher).__name__}` lacks {sorted(missing)}: "
-                "this teacher cannot give it; choose another weighting, objective or teacher"
-            )
+        self._check_scorers()
         self._check_room(data)
-        for warning in (baseline_warning(self.advantage, self.weighting), order_warning(self.advantage)):
+        for warning in (baseline_warning(self.advantage, self.weighting), order_warning(self.advantage), *self._idle()):
             if warning is not None:
                 warnings.warn(warning, stacklevel=2)
+
+    def _check_scorers(self) -> None:
+        if self.reference is None and "reference_logprobs" in self.required:
+            raise InputError(
+                "`model.reference` must be a teacher such as `LocalTeacher` when reference_logprobs are read, got null; "
+                "give it the path of the initial student"
+            )
+        missing = self.required - self.teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
+        if missing:
+            asking = [part for part in (self.weighting, self.objective, *self.advantage) if part.requires & missing]
+            names = " and ".join(f"`{type(part).__name__}`" for part in asking)
+            raise InputError(
+                f"{names} must have {sorted(missing)}, which `{type(self.teacher).__name__}` cannot give; choose another "
+                "weighting, objective, advantage transform or teacher"
+            )
+
+    def _idle(self) -> Iterator[str]:
+        """Warnings about settings without effect."""
+        if self.advantage and not self.objective.reads_advantage:
+            yield f"`model.advantage` has no effect: `{type(self.objective).__name__}` reads no advantage"
+        if self.reference is not None and "reference" not in self.scorers:
+            yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
 
     def _check_trainer(self) -> None:
         updates = self.mini_batches * self.epochs
@@ -248,6 +277,9 @@ class OPDModule(L.LightningModule):
         batch = getattr(data, "prompt_batch", ranks)
         if batch % ranks:
             raise InputError(f"`data.prompt_batch` must be a multiple of the {ranks} ranks, got {batch}")
+        rows = batch // ranks * getattr(data, "samples_per_prompt", self.mini_batches)
+        if rows < self.mini_batches:
+            raise InputError(f"`model.mini_batches` must be at most the {rows} rows of a rank, got {self.mini_batches}")
         if limit is not None and window is not None and limit + response > window:
             raise InputError(
                 f"`model.sampler.max_new_tokens` must leave room in the context window of {window} tokens, got {response} "
@@ -264,11 +296,13 @@ class OPDModule(L.LightningModule):
             return
         student = ScoringModel(build_student(self.student_settings), vocabulary=self.vocabulary)
         student.choose_path("student")
-        self.teacher.load(vocabulary=self.vocabulary)
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
             shard(student, mesh["data_parallel"])
-            self.teacher.shard(mesh["data_parallel"])
+        for scorer in self.scorers.values():
+            scorer.load(vocabulary=self.vocabulary)
+            if mesh is not None:
+                scorer.shard(mesh["data_parallel"])
         self.student = student.train()
 
     def configure_optimizers(self) -> Any:
@@ -422,28 +456,37 @@ class OPDModule(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> tuple[Rollout, TokenSignal]:
-        """A sampled response a row and its signal, [B, T]."""
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> Prediction:
+        """A sampled response a row, its signal, and the weights the strategy gives it at the end of training."""
         rollout = self.generate(prompts)
-        return rollout, self.divergence(rollout)
+        signal = self.divergence(rollout)
+        return Prediction(rollout=rollout, signal=signal, weights=self.weighting(signal, 1.0))
 
     @torch.no_grad()
     def divergence(self, rollout: Rollout) -> TokenSignal:
-        """Log-probs of student and teacher, and full-vocabulary KL(student || teacher) where the teacher can give it."""
+        """Log-probs of student and teacher, what the weighting reads, and full-vocabulary KL(student || teacher) where the
+        teacher can give it."""
         assert self.student is not None
         temperature = self.sampler.temperature
         full = "token_kl" in self.teacher.provides
         with self._whole_models():
-            teacher = self.teacher.score(rollout, temperature=temperature)
+            reads = self.weighting.requires
+            teacher = self.teacher.score(rollout, temperature=temperature, requires=reads & self.teacher.provides)
             against = self.teacher.full_head(rollout) if full else None
-            wants = frozenset({"token_kl"}) if full else frozenset()
-            student, token_kl = self.student(rollout, temperature=temperature, wants=wants, against=against)
+            wants = frozenset({"token_kl"} if full else ()) | {n[8:] for n in reads if n in _STUDENT_EXTRAS}
+            student = self.student(rollout, temperature=temperature, wants=wants, against=against)
         return TokenSignal(
             student_logprobs=student.logprobs,
             teacher_logprobs=teacher.logprobs,
             mask=rollout.mask,
             row_keys=rollout.prompts.row_keys,
-            token_kl=token_kl,
+            step=self.global_step,
+            sampler_logprobs=rollout.sampler_logprobs,
+            token_kl=student.token_kl,
+            student_entropy=student.entropy,
+            teacher_entropy=teacher.entropy,
+            student_topk=student.topk,
+            teacher_topk=teacher.topk,
         )
 
     @contextmanager
@@ -457,10 +500,10 @@ class OPDModule(L.LightningModule):
 
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Everything but the teacher, which is frozen and loaded from its own folder."""
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Everything but teacher and reference, which are frozen and loaded from their own folders."""
         state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.startswith("teacher.")}
+        return {name: value for name, value in state.items() if not name.startswith(("teacher.", "reference."))}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the student's weights.
@@ -486,7 +529,7 @@ class OPDModule(L.LightningModule):
         """
         assert self.student is not None
         state = full_state(self.student) if is_sharded(self.student) else None
-        if rank_zero_only.rank == 0:
+        if is_rank_zero():
             generation = load_generation_config(self.student_settings.path)
             export_folder(self.student.model, self.tokenizer, path, state=state, generation=generation)
         self.trainer.strategy.barrier("export_student")

@@ -10,21 +10,23 @@ then gather the head's weight, and generation goes through the wrapper for the s
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_opd.types import InputError, Rollout, TokenScores, at_least_float32
+from lit_opd.types import InputError, Rollout, TokenScores, TopK, at_least_float32
 
-TILE_ELEMENTS = 2**23  # logits held at once: 32 MiB in float32
+TILE_ELEMENTS = 2**23  # logits in one block: 32 MiB in float32; a divergence holds about eight blocks
 PROBE_TOKENS = 4
 PROBE_TOLERANCE = 1e-3  # nats; bf16 models get the looser bound below
 PROBE_TOLERANCE_HALF = 0.1
 
-OPTIONAL_SCORES = frozenset({"entropy", "token_kl"})
+TOP_K = 32  # entries of the top-k lists that strategies may require
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,53 +62,104 @@ def _tiles(count: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[target], recomputed tile by tile in the backward pass."""
+class TokenTerm(ABC):
+    """One number a token made from its logits; ``per_token`` evaluates it a tile at a time.
+
+    Subclass it and write ``value``; ``gradient`` falls back on autograd through it.
+    """
+
+    @abstractmethod
+    def value(self, logits: Tensor, rows: slice) -> Tensor:
+        """[n] from temperature-scaled ``logits`` [n, V] of the tokens ``rows``."""
+
+    def gradient(self, logits: Tensor, rows: slice, upstream: Tensor) -> Tensor:
+        """d(sum of upstream * value)/d logits, [n, V]; ``upstream`` is [n]."""
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            value = self.value(leaf, rows)
+        return torch.autograd.grad(value, leaf, upstream)[0]
+
+
+class _TokenLogprob(TokenTerm):
+    """log softmax(logits)[target], with a gradient that needs one block."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def value(self, logits: Tensor, rows: slice) -> Tensor:
+        picked = logits.gather(-1, self.targets[rows].unsqueeze(-1)).squeeze(-1)
+        return picked - logits.logsumexp(-1)
+
+    def gradient(self, logits: Tensor, rows: slice, upstream: Tensor) -> Tensor:
+        upstream = upstream.unsqueeze(-1)
+        return logits.softmax(-1).mul_(-upstream).scatter_add_(-1, self.targets[rows].unsqueeze(-1), upstream)
+
+
+class _PerToken(torch.autograd.Function):
+    """A ``TokenTerm`` of every token, recomputed tile by tile in the backward pass."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, term: TokenTerm, temperature: float
     ) -> Tensor:
         head = Head(hidden, weight, bias)
         out = hidden.new_empty(len(hidden), dtype=at_least_float32(hidden[:0]).dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _tiles(len(hidden), len(weight)):
-                logits = head.logits(rows, temperature)
-                picked = logits.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
-                out[rows] = picked - logits.logsumexp(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature = temperature
+            for rows in _tiles(len(hidden), head.vocabulary):
+                out[rows] = term.value(head.logits(rows, temperature), rows)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.term, ctx.temperature = term, temperature
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, targets = ctx.saved_tensors
-        head = Head(hidden, weight, bias)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        accumulator = at_least_float32(weight[:0]).dtype
-        d_weight = torch.zeros_like(weight, dtype=accumulator) if wants_weight else None
-        d_bias = torch.zeros_like(bias, dtype=accumulator) if wants_bias else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _tiles(len(hidden), len(weight)):
-                logits = head.logits(rows, ctx.temperature)
-                coefficient = gradient[rows].unsqueeze(-1) / ctx.temperature
-                d_logits = logits.softmax(-1).mul_(-coefficient)
-                d_logits.scatter_add_(-1, targets[rows].unsqueeze(-1), coefficient)
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0)
-                d_logits = d_logits.to(hidden.dtype)
-                if d_hidden is not None:
-                    d_hidden[rows] = d_logits @ weight
-                if d_weight is not None:
-                    d_weight += d_logits.T @ hidden[rows]
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            None,
-            None,
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        head = Head(*ctx.saved_tensors)
+        sums = _HeadGradient(head, ctx.needs_input_grad[:3])
+        with torch.autocast(head.hidden.device.type, enabled=False):
+            for rows in _tiles(len(head.hidden), head.vocabulary):
+                scaled = upstream[rows] / ctx.temperature
+                sums.add(ctx.term.gradient(head.logits(rows, ctx.temperature), rows, scaled), rows)
+        return (*sums.result(), None, None)
+
+
+class _HeadGradient:
+    """Gradients of hidden states, weight and bias, summed over tiles in at least float32."""
+
+    def __init__(self, head: Head, wanted: Sequence[bool]) -> None:
+        self.head = head
+        self.hidden = torch.empty_like(head.hidden) if wanted[0] else None
+        self.weight, self.bias = (
+            torch.zeros_like(value, dtype=at_least_float32(value[:0]).dtype) if want and value is not None else None
+            for value, want in zip((head.weight, head.bias), wanted[1:], strict=True)
         )
+
+    def add(self, d_logits: Tensor, rows: slice) -> None:
+        """Add the tile ``rows``, whose logits have the gradient ``d_logits`` [n, V] before the temperature."""
+        if self.bias is not None:
+            self.bias += d_logits.sum(0)
+        d_logits = d_logits.to(self.head.hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = d_logits if self.head.weight is None else d_logits @ self.head.weight
+        if self.weight is not None:
+            self.weight += d_logits.T @ self.head.hidden[rows]
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        """In the dtypes of the inputs."""
+        pairs = ((self.hidden, self.head.hidden), (self.weight, self.head.weight), (self.bias, self.head.bias))
+        return tuple(None if sums is None or like is None else sums.to(like.dtype) for sums, like in pairs)
+
+
+def per_token(head: Head, term: TokenTerm, *, temperature: float = 1.0) -> Tensor:
+    """``term`` at each token, differentiable in hidden states, weight and bias; holds one tile of logits at a time.
+
+    Args:
+        head: N hidden states and the head.
+        term: what to compute of the logits.
+        temperature: > 0, divides the logits.
+    Returns:
+        [N], at least float32.
+    """
+    return _PerToken.apply(head.hidden, head.weight, head.bias, term, temperature)  # type: ignore[no-any-return]
 
 
 def token_logprobs(head: Head, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -119,9 +172,7 @@ def token_logprobs(head: Head, targets: Tensor, *, temperature: float = 1.0) -> 
     Returns:
         [N] nats, at least float32.
     """
-    if head.weight is None:
-        return head.logits(slice(None), temperature).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return _TokenLogprobs.apply(head.hidden, head.weight, head.bias, targets, temperature)  # type: ignore[no-any-return]
+    return per_token(head, _TokenLogprob(targets), temperature=temperature)
 
 
 @torch.no_grad()
@@ -145,9 +196,34 @@ def token_kl(student: Head, teacher: Head, *, temperature: float = 1.0) -> Tenso
     return torch.cat(parts) if parts else at_least_float32(student.hidden.new_zeros(0))
 
 
+@torch.no_grad()
+def token_topk(head: Head, *, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The k likeliest entries at each token, likeliest first, no gradient.
+
+    Returns:
+        ids int64 [N, K] and log-probs [N, K] nats, K the smaller of k and V.
+    """
+    k = min(k, head.vocabulary)
+    ids = torch.zeros(len(head.hidden), k, dtype=torch.int64, device=head.hidden.device)
+    logprobs = head.hidden.new_zeros(len(head.hidden), k, dtype=at_least_float32(head.hidden[:0]).dtype)
+    for rows in _tiles(len(head.hidden), head.vocabulary):
+        logits = head.logits(rows, temperature)
+        best = logits.topk(k)
+        ids[rows], logprobs[rows] = best.indices, best.values - logits.logsumexp(-1, keepdim=True)
+    return ids, logprobs
+
+
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """[N] values of the valid tokens -> [B, T], 0 where masked, differentiable."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    """[N, ...] values of the valid tokens -> [B, T, ...], 0 where masked, differentiable."""
+    spread = mask.reshape(*mask.shape, *(1,) * (values.ndim - 1)).expand(*mask.shape, *values.shape[1:])
+    return values.new_zeros(spread.shape).masked_scatter(spread, values)
+
+
+class TokenDivergence(Protocol):
+    """A divergence of two heads over the same N tokens."""
+
+    def __call__(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
+        """[N] nats, differentiable in the student."""
 
 
 class ScoringModel(nn.Module):
@@ -178,29 +254,37 @@ class ScoringModel(nn.Module):
         temperature: float = 1.0,
         wants: frozenset[str] = frozenset(),
         against: Head | None = None,
+        divergence: TokenDivergence | None = None,
         own_template: bool = False,
-    ) -> tuple[TokenScores, Tensor | None]:
+    ) -> TokenScores:
         """Score the sampled tokens of ``rollout``.
 
         Args:
             rollout: B rows; only valid tokens are scored.
             temperature: > 0, divides the logits.
-            wants: any of "entropy", "token_kl".
-            against: the teacher's head for "token_kl".
+            wants: any of "entropy", "topk", "token_kl" (KL(this || against)); without gradient.
+            against: the teacher's head, for "token_kl" and ``divergence``.
+            divergence: from this head and the teacher's to [N], with gradient; None for none.
             own_template: read ``prompts.teacher_ids`` where the batch has them.
         Returns:
-            scores [B, T], and KL(this || against) [B, T] in nats where asked for, else None.
+            [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
         """
         head, targets = self._head(rollout, own_template=own_template)
-        logprobs = _scatter(token_logprobs(head, targets, temperature=temperature), rollout.mask)
-        entropy = divergence = None
+        if against is None and ("token_kl" in wants or divergence is not None):
+            raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
+        found: dict[str, Tensor] = {"logprobs": token_logprobs(head, targets, temperature=temperature)}
         if "entropy" in wants:
-            entropy = _scatter(token_entropy(head, temperature=temperature), rollout.mask)
-        if "token_kl" in wants:
-            if against is None:
-                raise InputError("`ScoringModel.forward` needs `against` for token_kl; the teacher gave no full head")
-            divergence = _scatter(token_kl(head, against, temperature=temperature), rollout.mask)
-        return TokenScores(logprobs=logprobs, entropy=entropy), divergence
+            found["entropy"] = token_entropy(head, temperature=temperature)
+        if against is not None and "token_kl" in wants:
+            found["token_kl"] = token_kl(head, against, temperature=temperature)
+        if against is not None and divergence is not None:
+            found["divergence"] = divergence(head, against, temperature=temperature)
+        topk = self._topk(head, rollout.mask, temperature) if "topk" in wants else None
+        return TokenScores(**{name: _scatter(value, rollout.mask) for name, value in found.items()}, topk=topk)
+
+    def _topk(self, head: Head, mask: Tensor, temperature: float) -> TopK:
+        ids, logprobs = token_topk(head, k=TOP_K, temperature=temperature)
+        return TopK(ids=_scatter(ids, mask), logprobs=_scatter(logprobs, mask))
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""

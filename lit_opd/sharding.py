@@ -36,9 +36,14 @@ def is_sharded(policy: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(policy: nn.Module) -> Iterator[None]:
-    """Hold the full weights while the block runs: one gather for a whole rollout instead of one a token."""
-    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+def gathered(policy: nn.Module, *, blocks: bool = True) -> Iterator[None]:
+    """Hold the full weights while the block runs: one gather for a whole rollout instead of one a token.
+
+    Args:
+        policy: a sharded ``ScoringModel``.
+        blocks: False for what is outside the repeated blocks only: embedding, last norm and head.
+    """
+    units = [module for module in policy.modules() if isinstance(module, FSDPModule) and (blocks or module is policy)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
     try:

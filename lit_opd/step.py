@@ -1,16 +1,16 @@
 """One rollout batch turned into optimizer steps: denominators, micro-batches, backward, record.
 
-The order of things: the teacher scores the whole batch; where weights need other rows, where a strategy drops tokens or where
-the batch is used more than once, the student scores it once too, without gradient; denominators are summed over micro-
-batches and ranks; then each micro-batch runs forward and backward. A rank with fewer micro-batches than another runs
-dummies of weight zero, because sharded collectives must match.
+The order of things: the teacher (and a reference model where something reads it) scores the whole batch; where weights
+need other rows, where a strategy drops tokens or where the batch is used more than once, the student scores it once too,
+without gradient; denominators are summed over micro-batches and ranks; then each micro-batch runs forward and backward.
+A rank with fewer micro-batches than another runs dummies of weight zero, because sharded collectives must match.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +21,15 @@ from lit_opd.advantage import apply_transforms
 from lit_opd.distributed import all_max, all_sum, world_size
 from lit_opd.objective import aggregate, denominator
 from lit_opd.sharding import sync_gradients
-from lit_opd.types import InputError, Rollout, StepRecord, TokenScores, TokenSignal
+from lit_opd.types import InputError, Rollout, StepRecord, TokenScores, TokenSignal, TopK
 
 if TYPE_CHECKING:
     from lit_opd.module import OPDModule
+
+_SIGNAL_FIELDS = (
+    "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
+)  # fmt: skip
+_STUDENT_WANTS = {"student_entropy": "entropy", "student_topk": "topk", "token_kl": "token_kl"}
 
 
 def micro_batches(lengths: Tensor, *, token_budget: int | None) -> list[Tensor]:
@@ -79,20 +84,38 @@ def apply_truncated(rollout: Rollout, policy: str) -> Rollout:
     return masked.rows(rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device))
 
 
-@dataclass
 class _Parts:
-    """[B, T] results collected from micro-batches, in the batch's row order."""
+    """Results collected from micro-batches by ``TokenSignal`` field (or "weights", "loss", "clipped"), [B, T] or
+    [B, T, K], in the batch's row order; a top-k list is two of them."""
 
-    values: dict[str, Tensor]
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = tuple(mask.shape)
+        self.values: dict[str, Tensor] = {}
 
-    def put(self, name: str, rows: Tensor, part: Tensor, shape: tuple[int, ...]) -> None:
+    def put(self, name: str, rows: Tensor, part: Tensor) -> None:
+        """Store ``part`` [rows, columns, ...] without its gradient."""
         part = part.detach()
         if name not in self.values:
-            self.values[name] = part.new_zeros(shape)
+            self.values[name] = part.new_zeros(self.shape + part.shape[2:])
         self.values[name][rows.to(part.device), : part.shape[1]] = part
 
-    def get(self, name: str) -> Tensor | None:
-        return self.values.get(name)
+    def put_scores(self, who: str, rows: Tensor, scores: TokenScores) -> None:
+        """Store what ``who`` ("student", "teacher", "reference") says of the rows."""
+        found = {f"{who}_logprobs": scores.logprobs, f"{who}_entropy": scores.entropy, "token_kl": scores.token_kl}
+        if scores.topk is not None:
+            found |= {f"{who}_topk.ids": scores.topk.ids, f"{who}_topk.logprobs": scores.topk.logprobs}
+        for name, value in found.items():
+            if value is not None:
+                self.put(name, rows, value)
+
+    def signal_fields(self, rows: Tensor, columns: int) -> dict[str, Any]:
+        """The optional and required fields of a ``TokenSignal`` of some rows and the leading columns."""
+        cut = {name: value[rows.to(value.device), :columns] for name, value in self.values.items()}
+        fields: dict[str, Any] = {name: cut[name] for name in _SIGNAL_FIELDS if name in cut}
+        for name in ("student_topk", "teacher_topk"):
+            if f"{name}.ids" in cut:
+                fields[name] = TopK(ids=cut[f"{name}.ids"], logprobs=cut[f"{name}.logprobs"])
+        return fields
 
 
 class Update:
@@ -109,7 +132,7 @@ class Update:
         self.progress = module.progress
         self.step = module.global_step
         self.lengths = row_lengths(rollout)
-        self.parts = _Parts({})
+        self.parts = _Parts(rollout.mask)
         self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
         self.weights: Tensor | None = None
         self.kept: Tensor | None = None
@@ -117,18 +140,19 @@ class Update:
     # -- scoring -----------------------------------------------------------------------------------------------------
 
     def score_teacher(self) -> None:
-        """The teacher's scores of the whole batch, in micro-batches."""
+        """Scores of the whole batch by the frozen models, in micro-batches."""
         groups = self._groups(torch.arange(len(self.rollout)))
         total = self._most(len(groups))
         for index in range(total):
             rows = groups[index] if index < len(groups) else groups[0]
             part = self.rollout.rows(rows).trimmed()
-            scores = self.module.teacher.score(
-                part, temperature=self.module.sampler.temperature, requires=self.module.required
-            )
-            self._put_scores("teacher", rows, scores)
+            for who, model in self.module.scorers.items():
+                requires = self.module.required if who == "teacher" else frozenset()
+                scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
+                self.parts.put_scores(who, rows, scores)
             self.module.phase("scoring", index + 1, total)
-        _require_finite(self.parts.values["teacher_logprobs"], self.rollout)
+        for who in self.module.scorers:
+            _require_finite(f"{who}_logprobs", self.parts.values[f"{who}_logprobs"], self.rollout)
 
     def score_student(self) -> None:
         """The student's scores without gradient, where the weights or the denominators need them first."""
@@ -137,35 +161,36 @@ class Update:
         groups = self._groups(torch.arange(len(self.rollout)))
         for index in range(self._most(len(groups))):
             rows = groups[index] if index < len(groups) else groups[0]
-            with torch.no_grad():
-                self._put_scores("student", rows, self._student_scores(self.rollout.rows(rows).trimmed(), rows))
-        self.full = self._signal(self.parts.values, self.rollout, validate=True)
+            with torch.no_grad(), self.module.teacher.whole_head():
+                self.parts.put_scores("student", rows, self._student_scores(self.rollout.rows(rows).trimmed()))
+        self.full = self._signal(self.rollout, validate=True)
         self.weights = self.module.weighting(self.full, self.progress)
         self.kept = self.module.weighting.kept(self.full, self.progress)
 
-    def _put_scores(self, who: str, rows: Tensor, scores: TokenScores) -> None:
-        shape = tuple(self.rollout.mask.shape)
-        self.parts.put(f"{who}_logprobs", rows, scores.logprobs, shape)
-        if scores.entropy is not None:
-            self.parts.put(f"{who}_entropy", rows, scores.entropy, shape)
-
-    def _student_scores(self, part: Rollout, rows: Tensor) -> TokenScores:
-        wants = frozenset({"entropy"}) if "student_entropy" in self.module.required else frozenset()
-        against = None
-        if "token_kl" in self.module.required:
-            wants |= {"token_kl"}
-            against = self.module.teacher.full_head(part)
-        scores, divergence = self.module.student(
-            part, temperature=self.module.sampler.temperature, wants=wants, against=against
+    def _student_scores(self, part: Rollout) -> TokenScores:
+        """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted."""
+        assert self.module.student is not None
+        lacking = self.module.required if self.full is None else frozenset()
+        wants = frozenset(want for name, want in _STUDENT_WANTS.items() if name in lacking)
+        divergence = self.module.objective.token_divergence if self._trains_on_distribution else None
+        scores: TokenScores = self.module.student(
+            part,
+            temperature=self.module.sampler.temperature,
+            wants=wants,
+            against=self.module.teacher.full_head(part) if divergence or "token_kl" in wants else None,
+            divergence=divergence,
         )
-        if divergence is not None:
-            self.parts.put("token_kl", rows, divergence, tuple(self.rollout.mask.shape))
         return scores
 
-    def _signal(self, values: dict[str, Tensor], rollout: Rollout, *, validate: bool) -> TokenSignal:
-        names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "token_kl")
+    @property
+    def _trains_on_distribution(self) -> bool:
+        return torch.is_grad_enabled() and "teacher_distribution" in self.module.objective.requires
+
+    def _signal(self, rollout: Rollout, *, rows: Tensor | None = None, validate: bool) -> TokenSignal:
+        """The signal of ``rollout``, which is the batch's ``rows`` (default all of them)."""
+        rows = torch.arange(len(rollout)) if rows is None else rows
         signal = TokenSignal(
-            **{name: values[name] for name in names if name in values},  # type: ignore[arg-type]
+            **self.parts.signal_fields(rows, rollout.mask.shape[1]),
             mask=rollout.mask,
             sampler_logprobs=rollout.sampler_logprobs,
             row_keys=rollout.prompts.row_keys,
@@ -195,10 +220,9 @@ class Update:
         count = self._most(len(groups))
         loss = torch.zeros((), device=self.rollout.mask.device)
         for index in range(count):
-            dummy = index >= len(groups)
-            part = torch.zeros(1, dtype=torch.int64) if dummy else groups[index]
-            with synchronised(module, last=index == count - 1):
-                share = self._micro_loss(part, total, dummy=dummy)
+            # the backward pass reads the teacher's head again
+            with synchronised(module, last=index == count - 1), module.teacher.whole_head():
+                share = self._micro_loss(groups[index], total) if index < len(groups) else self._dummy_loss()
                 module.manual_backward(share * world_size())
             loss = loss + share.detach()
         self.grad_norm = module.apply_gradients()
@@ -212,19 +236,20 @@ class Update:
         share = denominator(module.aggregation, kept=kept, mask=mask, max_new_tokens=module.sampler.max_new_tokens)
         return all_sum(share)
 
-    def _micro_loss(self, rows: Tensor, total: Tensor, *, dummy: bool) -> Tensor:
-        """This micro-batch's share of the reduced loss; a dummy's is an exact zero with a gradient of zero."""
+    def _micro_loss(self, rows: Tensor, total: Tensor) -> Tensor:
+        """This micro-batch's share of the reduced loss."""
         module = self.module
         part = self.rollout.rows(rows).trimmed()
-        scores = self._student_scores(part, rows)
+        scores = self._student_scores(part)
         signal, weights, kept = self._weighted(part, rows, scores)
-        result = module.objective.token_loss(scores.logprobs, signal, weights)
-        if dummy:
-            return scores.logprobs.sum() * 0.0
-        shape = tuple(self.rollout.mask.shape)
-        self.parts.put("loss", rows, result.values, shape)
-        self.parts.put("clipped", rows, result.clipped, shape)
+        result = module.objective.token_loss(scores.logprobs, signal, weights, divergence=scores.divergence)
+        self.parts.put("loss", rows, result.values)
+        self.parts.put("clipped", rows, result.clipped)
         return aggregate(result.values, kept=kept, aggregation=module.aggregation, denominator=total)
+
+    def _dummy_loss(self) -> Tensor:
+        """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
+        return self._student_scores(self.rollout.rows(torch.zeros(1, dtype=torch.int64)).trimmed()).logprobs.sum() * 0.0
 
     def _weighted(self, part: Rollout, rows: Tensor, scores: TokenScores) -> tuple[TokenSignal, Tensor, Tensor]:
         columns = part.mask.shape[1]
@@ -232,19 +257,17 @@ class Update:
             index = rows.to(part.mask.device)
             signal = _cut(self.full.rows(rows), columns)
             return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
-        self._put_scores("student", rows, replace(scores, logprobs=scores.logprobs.detach()))
-        index = rows.to(part.mask.device)
-        values = {name: value[index][:, :columns] for name, value in self.parts.values.items()}
-        signal = self._signal(values, part, validate=not part.mask.is_cuda)
+        self.parts.put_scores("student", rows, scores)
+        signal = self._signal(part, rows=rows, validate=not part.mask.is_cuda)
         weights = self.module.weighting(signal, self.progress)
-        self.parts.put("weights", rows, weights, tuple(self.rollout.mask.shape))
+        self.parts.put("weights", rows, weights)
         return signal, weights, part.mask
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 
     def record(self, seconds: dict[str, float]) -> StepRecord:
         """What callbacks may read of this batch."""
-        signal = self.full or self._signal(self.parts.values, self.rollout, validate=False)
+        signal = self.full if self.full is not None else self._signal(self.rollout, validate=False)
         weights = self.weights if self.weights is not None else self.parts.values["weights"]
         return StepRecord(
             rollout=self.rollout,
@@ -269,21 +292,24 @@ class Update:
 
 
 def _cut(signal: TokenSignal, columns: int) -> TokenSignal:
-    tensors = {
-        name: value[:, :columns]
-        for name, value in vars(signal).items()
-        if isinstance(value, Tensor) and value.ndim == 2 and name in TokenSignal.__dataclass_fields__
-    }
-    return replace(signal, validate=False, **tensors)
+    """The leading columns of a signal."""
+    changes: dict[str, Any] = {}
+    for field in fields(signal):
+        value = getattr(signal, field.name)
+        if isinstance(value, TopK):
+            changes[field.name] = TopK(ids=value.ids[:, :columns], logprobs=value.logprobs[:, :columns])
+        elif isinstance(value, Tensor) and value.ndim > 1:
+            changes[field.name] = value[:, :columns]
+    return replace(signal, **(changes | {"validate": False}))
 
 
-def _require_finite(logprobs: Tensor, rollout: Rollout) -> None:
+def _require_finite(name: str, logprobs: Tensor, rollout: Rollout) -> None:
     bad = ~torch.isfinite(logprobs).all(-1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise InputError(
-            f"`teacher_logprobs` must be finite on valid tokens, got a non-finite value in row {row} "
-            f"(data row {rollout.prompts.row_ids[row]!r}); score this row with the teacher alone to see why"
+            f"`{name}` must be finite on valid tokens, got a non-finite value in row {row} "
+            f"(data row {rollout.prompts.row_ids[row]!r}); score this row with that model alone to see why"
         )
 
 

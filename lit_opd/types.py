@@ -265,11 +265,15 @@ class TokenScores(_Record):
         logprobs: [B, T] nats, 0 where masked.
         entropy: [B, T] nats, full vocabulary, 0 where masked.
         topk: the K likeliest tokens.
+        token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
+        divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
     """
 
     logprobs: Tensor
     entropy: Tensor | None = None
     topk: TopK | None = None
+    token_kl: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 _LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")
@@ -392,3 +396,18 @@ class StepRecord(_Record):
     progress: float
     step: int
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prediction(_Record):
+    """What ``predict_step`` returns: responses, and what training would have made of their tokens.
+
+    Args:
+        rollout: B rows.
+        signal: their signal under student and teacher.
+        weights: [B, T], the run's strategy at the end of training (progress 1), 0 where masked.
+    """
+
+    rollout: Rollout
+    signal: TokenSignal
+    weights: Tensor

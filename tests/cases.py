@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_opd.types import Rollout
-from lit_opd.weighting import BatchMeanOne, FirstFraction, ImportanceWeighting
+from torch import Tensor
+
+from lit_opd.advantage import RewardExtrapolation, ValueBaseline
+from lit_opd.objective import Divergence
+from lit_opd.types import Rollout, TokenSignal
+from lit_opd.weighting import BatchMeanOne, FirstFraction, ImportanceWeighting, LinearDecay, WeightingStrategy
 from tests import fixed
 
 LENGTHS = [5, 1, 9, 7, 3, 9, 2]
@@ -19,6 +23,20 @@ def rollout() -> Rollout:
     return fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=TRUNCATED)
 
 
+class TopKMass(WeightingStrategy):
+    """The teacher's mass on its three likeliest tokens plus the student's likewise."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Both lists."""
+        return frozenset({"student_topk", "teacher_topk"})
+
+    def weights(self, signal: TokenSignal, progress: float) -> Tensor:
+        """[B, T] in [0, 2]."""
+        assert signal.student_topk is not None and signal.teacher_topk is not None
+        return sum(top.logprobs[..., :3].exp().sum(-1) for top in (signal.student_topk, signal.teacher_topk))
+
+
 def gradient_cases() -> dict[str, dict[str, Any]]:
     """Settings of the module by name: every aggregation, and a strategy of each scope."""
     weightings = {"sequence": ImportanceWeighting, "batch": lambda: BatchMeanOne(ImportanceWeighting())}
@@ -30,4 +48,14 @@ def gradient_cases() -> dict[str, dict[str, Any]]:
     found["dropped tokens"] = {"weighting": FirstFraction(0.3), "token_budget": BUDGET}
     found["masked rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "mask"}
     found["dropped rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "drop"}
+    found |= {
+        f"divergence/{name}": {"objective": objective, "weighting": weighting, "token_budget": BUDGET}
+        for name, objective, weighting in (
+            ("reverse_kl", Divergence("reverse_kl"), ImportanceWeighting()),
+            ("jsd top 6/batch", Divergence("jsd", top_k=6), BatchMeanOne(ImportanceWeighting())),
+        )
+    }
+    found["token kl"] = {"advantage": [ValueBaseline()], "weighting": LinearDecay(0.5), "token_budget": BUDGET}
+    found["token kl/batch"] = found["token kl"] | {"weighting": BatchMeanOne(TopKMass())}
+    found["reference"] = {"advantage": [RewardExtrapolation(1.5)], "with_reference": True, "token_budget": BUDGET}
     return found

@@ -59,13 +59,18 @@ def rollout(*, lengths: list[int], prompt_lengths: list[int], truncated: set[int
 
 
 def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", **settings: Any) -> OPDModule:
-    """A module that trains on ``fixed`` with plain gradient descent at learning rate 1."""
+    """A module that trains on ``fixed`` with plain gradient descent at learning rate 1.
+
+    ``with_reference`` makes the initial student its reference model.
+    """
     defaults: dict[str, Any] = {
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
         "gradient_clip_norm": None,
         "sampler": FixedSampler(fixed, max_new_tokens=fixed.mask.shape[1]),
     }
     student, teacher = folders
+    if settings.pop("with_reference", False):
+        defaults["reference"] = LocalTeacher(student, dtype=dtype)
     return OPDModule(StudentSettings(student, dtype=dtype), LocalTeacher(teacher, dtype=dtype), **(defaults | settings))
 
 

@@ -26,13 +26,14 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"types", "masked", "scoring"},
     "metrics": {"masked"},
     "grading": set(),
-    "evaluation": {"prompts", "metrics", "grading", "types"},
+    "evaluation": {"prompts", "metrics", "grading", "types", "distributed"},
 }
 BELOW_MODULE = set(ALLOWED)
 ALLOWED["step"] = BELOW_MODULE | {"module"}  # for annotations only, see the test below
 ALLOWED["module"] = BELOW_MODULE | {"step"}
 ALLOWED["testbed"] = BELOW_MODULE
 ALLOWED["logs"] = {"types"}
+ALLOWED["report"] = {"types"}
 ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "report"}
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}

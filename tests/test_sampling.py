@@ -65,7 +65,7 @@ def test_seed_step_domain_and_key_each_change_the_sample(policy):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_scorer_agree(policy, temperature):
     rollout = sampler.sample(policy, prompts(16), settings(temperature=temperature))  # generate's logits are float32
-    scores, _ = policy(rollout, temperature=temperature)
+    scores = policy(rollout, temperature=temperature)
     torch.testing.assert_close(rollout.sampler_logprobs, scores.logprobs.detach(), rtol=0, atol=1e-5, check_dtype=False)
 
 
@@ -171,7 +171,7 @@ def test_a_checkpoints_generation_defaults_do_not_bend_the_distribution(tmp_path
     )
     policy = ScoringModel(build_student(StudentSettings(folder, dtype="float64")), vocabulary=64)
     rollout = sampler.sample(policy, prompts(16), settings(temperature=2.0))
-    scores, _ = policy(rollout, temperature=2.0)
+    scores = policy(rollout, temperature=2.0)
     torch.testing.assert_close(rollout.sampler_logprobs, scores.logprobs.detach(), rtol=0, atol=1e-5, check_dtype=False)
 
 

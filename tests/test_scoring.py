@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lit_opd import scoring
 from lit_opd.models import LoraSettings, StudentSettings, build_student, export_folder
-from lit_opd.scoring import Head, ScoringModel, token_entropy, token_kl, token_logprobs
+from lit_opd.scoring import Head, ScoringModel, token_entropy, token_kl, token_logprobs, token_topk
 from tests import fixed, tiny
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -58,6 +58,16 @@ def test_tiled_entropy_and_divergence_equal_the_plain_ones(tile):
     torch.testing.assert_close(token_kl(student, teacher, temperature=0.7), (p.exp() * (p - q)).sum(-1))
 
 
+@pytest.mark.parametrize("k", [1, 6, 101, 200])
+def test_tiled_top_k_lists_equal_the_sorted_table(tile, k):
+    """No more than V entries; likeliest first."""
+    head = random_head(torch.float64, bias=True)
+    ids, logprobs = token_topk(head, k=k, temperature=0.7)
+    best = full_logprobs(head, 0.7).sort(-1, descending=True)
+    assert torch.equal(ids, best.indices[:, :k])
+    torch.testing.assert_close(logprobs, best.values[:, :k])
+
+
 def test_no_token_gives_no_score_and_zero_gradient():
     head = random_head(torch.float32, bias=False, tokens=0)
     out = token_logprobs(head, torch.zeros(0, dtype=torch.int64))
@@ -99,7 +109,7 @@ def test_scores_are_those_of_the_models_own_logits(build, plain):
         policy.choose_path("student")
     assert policy.plain is plain
     rollout = fixed.rollout(lengths=[3, 6, 1], prompt_lengths=[4, 2, 5], truncated={1})
-    scores, _ = policy(rollout, temperature=0.8, wants=frozenset({"entropy"}))
+    scores = policy(rollout, temperature=0.8, wants=frozenset({"entropy"}))
     for row in range(3):
         prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]]
         response = rollout.response_ids[row][rollout.mask[row]]
@@ -115,7 +125,7 @@ def test_scores_are_those_of_the_models_own_logits(build, plain):
 
 def gradients(policy: ScoringModel, rollout) -> dict[str, torch.Tensor]:
     policy.train()
-    policy(rollout)[0].logprobs.sum().backward()
+    policy(rollout).logprobs.sum().backward()
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -149,10 +159,10 @@ def test_lora_trains_adapters_only_and_exports_the_merged_model(tmp_path):
                 p.add_(0.1)
     rollout = fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
     with torch.no_grad():
-        ours = policy(rollout)[0].logprobs
+        ours = policy(rollout).logprobs
         export_folder(model, tiny.tokenizer(), tmp_path / "out", state=None)
         merged = ScoringModel(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), vocabulary=64)
         base = ScoringModel(AutoModelForCausalLM.from_pretrained(folder), vocabulary=64)
-        torch.testing.assert_close(merged(rollout)[0].logprobs, ours, rtol=1e-4, atol=1e-4)
-        assert float((base(rollout)[0].logprobs - ours).abs().max()) > 0.01
+        torch.testing.assert_close(merged(rollout).logprobs, ours, rtol=1e-4, atol=1e-4)
+        assert float((base(rollout).logprobs - ours).abs().max()) > 0.01
     assert any(p.requires_grad for p in policy.parameters())  # the export left the adapters in place

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_opd.scoring import Head
 from lit_opd.types import InputError, TokenSignal
 
 
@@ -24,21 +25,33 @@ class TokenLoss:
 
 
 class Objective(ABC):
-    """Turns one forward's log-probs, the signal and the weights into a loss per token."""
+    """Turns one forward's scores, the signal and the weights into a loss per token."""
 
     @property
     def requires(self) -> frozenset[str]:
-        """Optional ``TokenSignal`` fields it reads."""
+        """Optional ``TokenSignal`` fields it reads; "teacher_distribution" for what ``token_divergence`` needs."""
         return frozenset()
 
+    @property
+    def reads_advantage(self) -> bool:
+        """False when advantage transforms would have no effect."""
+        return True
+
+    def token_divergence(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
+        """What an objective that requires "teacher_distribution" makes of both heads: [N], with gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define token_divergence")
+
     @abstractmethod
-    def token_loss(self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor) -> TokenLoss:
+    def token_loss(
+        self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
+    ) -> TokenLoss:
         """The weighted loss of each token.
 
         Args:
             student_logprobs: [B, T] nats, with gradient.
             signal: detached; its student log-probs are those before the batch's first update.
             weights: [B, T], detached, 0 where a token does not count.
+            divergence: [B, T] with gradient, ``token_divergence`` where "teacher_distribution" is required, else None.
         """
 
     def _require(self, field: str, ok: bool, allowed: str) -> None:

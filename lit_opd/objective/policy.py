@@ -35,7 +35,9 @@ class PolicyLoss(Objective):
         self._require("dual_clip", dual_clip is None or dual_clip > 1, "> 1 or null")
         self._require("importance_cap", importance_cap is None or importance_cap > 0, "> 0 or null")
 
-    def token_loss(self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor) -> TokenLoss:
+    def token_loss(
+        self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
+    ) -> TokenLoss:
         """See the class; [B, T]."""
         advantage = signal.effective_advantage
         ratio = (student_logprobs - signal.student_logprobs).exp()

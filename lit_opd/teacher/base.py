@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -14,10 +15,13 @@ from lit_opd.types import InputError, Rollout, TokenScores
 class Teacher(nn.Module, ABC):
     """Scores tokens it did not sample. Frozen; in neither the optimizer nor the checkpoint."""
 
+    field = "model.teacher"  # what errors call it; the module renames a reference model
+
     @property
     @abstractmethod
     def provides(self) -> frozenset[str]:
-        """Optional ``TokenSignal`` fields this teacher can give: "teacher_entropy", "token_kl", "teacher_topk"."""
+        """What this teacher can give beyond log-probs: "teacher_entropy", "teacher_topk", "token_kl" and
+        "teacher_distribution"; the last two need ``full_head``."""
 
     @abstractmethod
     def tokenizers(self) -> list[Any]:
@@ -47,3 +51,7 @@ class Teacher(nn.Module, ABC):
     def full_head(self, rollout: Rollout) -> Head:
         """Hidden states of the valid tokens and the output head, for full-vocabulary divergences."""
         raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Keep what ``full_head`` returned usable while the block runs; a sharded teacher would free the weight."""
+        return nullcontext()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from lit_opd.models import Dtype, load_causal_lm, load_config, load_tokenizer
 from lit_opd.scoring import Head, ScoringModel
-from lit_opd.sharding import shard
+from lit_opd.sharding import gathered, is_sharded, shard
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import Rollout, TokenScores
 
-FIELD = "model.teacher.path"
+# name in a signal's requirements -> name in the model's forward
+_WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
 
 
 class LocalTeacher(Teacher):
@@ -42,13 +44,13 @@ class LocalTeacher(Teacher):
     @property
     def provides(self) -> frozenset[str]:
         """Everything that needs the full distribution."""
-        return frozenset({"teacher_entropy", "token_kl", "teacher_topk"})
+        return frozenset({"teacher_entropy", "teacher_topk", "token_kl", "teacher_distribution"})
 
     def tokenizers(self) -> list[Any]:
         """This model's tokenizer and embedding rows."""
-        config = load_config(self.path, FIELD, trust_remote_code=self.trust_remote_code)
-        pad = self.pad_token
-        tokenizer = load_tokenizer(self.path, FIELD, pad_token=pad, trust_remote_code=self.trust_remote_code)
+        field, pad = f"{self.field}.path", self.pad_token
+        config = load_config(self.path, field, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(self.path, field, pad_token=pad, trust_remote_code=self.trust_remote_code)
         return [(tokenizer, config.get_text_config().vocab_size)]
 
     def load(self, *, vocabulary: int) -> None:
@@ -57,13 +59,13 @@ class LocalTeacher(Teacher):
             return
         model = load_causal_lm(
             self.path,
-            FIELD,
+            f"{self.field}.path",
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
         self.policy = ScoringModel(model, vocabulary=vocabulary)
-        self.policy.choose_path("teacher")
+        self.policy.choose_path(self.field.removeprefix("model."))
         self.policy.requires_grad_(False)
         self.policy.eval()
 
@@ -79,15 +81,20 @@ class LocalTeacher(Teacher):
     def score(
         self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
     ) -> TokenScores:
-        """Log-probs (and entropy where required), [B, T] nats."""
-        wants = frozenset({"entropy"}) if "teacher_entropy" in requires else frozenset()
-        scores, _ = self._loaded()(rollout, temperature=temperature, wants=wants, own_template=True)
+        """Log-probs (entropy and top-k where required), [B, T] nats."""
+        wants = frozenset(want for name, want in _WANTS.items() if name in requires)
+        scores: TokenScores = self._loaded()(rollout, temperature=temperature, wants=wants, own_template=True)
         return scores
 
     @torch.no_grad()
     def full_head(self, rollout: Rollout) -> Head:
         """Hidden states [N, H] and head of the valid tokens."""
         return self._loaded().head(rollout, own_template=True)
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Gathers the unit that owns the head, where the weights are sharded."""
+        policy = self._loaded()
+        return gathered(policy, blocks=False) if is_sharded(policy) else nullcontext()
 
     def _loaded(self) -> ScoringModel:
         if self.policy is None:

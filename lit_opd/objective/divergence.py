@@ -1,0 +1,125 @@
+"""Differentiable divergences between the whole distributions of student and teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_opd.objective.base import Objective, TokenLoss
+from lit_opd.scoring import Head, TokenTerm, per_token
+from lit_opd.types import TokenSignal
+
+DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd"]
+
+
+class Divergence(Objective):
+    """Minimises a divergence of student and teacher at every sampled prefix, exactly rather than from one token.
+
+        p, q       = student, teacher over the vocabulary at t, at the sampling temperature
+        reverse_kl : D_t = KL(p || q)                                       mode-seeking
+        forward_kl : D_t = KL(q || p)                                       mass-covering
+        jsd        : D_t = beta KL(q || m) + (1 - beta) KL(p || m),   m = beta q + (1 - beta) p
+        loss_t     = w_t * D_t
+
+    Nats, exact per token; the gradient goes through p only and treats the prefix as given, as that of uniform on-policy
+    distillation does on average. The generalised JSD is that of GKD (reported in arXiv 2306.13649), P the teacher and Q
+    the student: it lies in [0, log 2], is symmetric at beta = 1/2, and vanishes at both ends, with
+    jsd / beta -> KL(q || p) as beta -> 0 and jsd / (1 - beta) -> KL(p || q) as beta -> 1.
+
+    With ``top_k`` the vocabulary is cut to k tokens and one bucket that holds the rest of the mass: the k likeliest of
+    the distribution that the average runs over (p for reverse_kl, q for forward_kl, m for jsd), chosen anew at every
+    token. This is a lower bound that rises with k; k >= V - 1 is the full divergence.
+
+    Left out: advantage, its transforms, clips and the sampler's importance weight; the prefixes are those that were
+    sampled, also in later updates of the same batch. Source: method.md section 4.7.
+
+    Args:
+        kind: "reverse_kl", "forward_kl" or "jsd".
+        top_k: >= 1, None for the full vocabulary.
+        beta: the teacher's share of the mixture, in (0, 1); read by "jsd" only.
+    Raises:
+        ValueError: a value outside its range, or a ``beta`` that would have no effect.
+    """
+
+    def __init__(self, kind: DivergenceKind, top_k: int | None = None, beta: float = 0.5) -> None:
+        self.kind, self.top_k, self.beta = kind, top_k, beta
+        self._require("kind", kind in get_args(DivergenceKind), f"one of {', '.join(get_args(DivergenceKind))}")
+        is_count = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
+        self._require("top_k", top_k is None or is_count, "an integer >= 1 or null")
+        self._require("beta", 0.0 < beta < 1.0, "in (0, 1)")
+        self._require("beta", kind == "jsd" or beta == 0.5, "left out unless kind is jsd")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The teacher's distribution over the whole vocabulary."""
+        return frozenset({"teacher_distribution"})
+
+    @property
+    def reads_advantage(self) -> bool:
+        """The divergence takes its place."""
+        return False
+
+    def token_divergence(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
+        """D_t, [N] nats, differentiable in the student's head and hidden states."""
+        return per_token(student, _DivergenceTerm(self, teacher, temperature), temperature=temperature)
+
+    def token_loss(
+        self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
+    ) -> TokenLoss:
+        """w_t * D_t, [B, T]; nothing is ever clipped."""
+        assert divergence is not None  # what requires "teacher_distribution" is given it
+        return TokenLoss(values=weights * divergence, clipped=torch.zeros_like(signal.mask))
+
+
+class _DivergenceTerm(TokenTerm):
+    """``Divergence`` of a tile of tokens."""
+
+    def __init__(self, spec: Divergence, teacher: Head, temperature: float) -> None:
+        self.spec, self.teacher, self.temperature = spec, teacher, temperature
+
+    def value(self, logits: Tensor, rows: slice) -> Tensor:
+        """[n] nats."""
+        with torch.no_grad():
+            teacher = self.teacher.logits(rows, self.temperature).log_softmax(-1)
+        student = logits.log_softmax(-1)
+        if self.spec.top_k is not None and self.spec.top_k < logits.shape[-1]:
+            chosen = self._averaged_over(student.detach(), teacher).topk(self.spec.top_k).indices
+            student, teacher = _bucketed(student, chosen), _bucketed(teacher, chosen)
+        if self.spec.kind == "reverse_kl":
+            return _kl(student, teacher)
+        if self.spec.kind == "forward_kl":
+            return _kl(teacher, student)
+        mixture = self._mixture(student, teacher)
+        return self.spec.beta * _kl(teacher, mixture) + (1.0 - self.spec.beta) * _kl(student, mixture)
+
+    def _averaged_over(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Log-probs [n, V] of the distribution whose likeliest tokens are kept."""
+        if self.spec.kind == "jsd":
+            return self._mixture(student, teacher)
+        return student if self.spec.kind == "reverse_kl" else teacher
+
+    def _mixture(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """log(beta q + (1 - beta) p), [n, V]."""
+        beta = self.spec.beta
+        return torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+
+
+def _bucketed(logprobs: Tensor, chosen: Tensor) -> Tensor:
+    """Log-probs of the chosen tokens and, last, of all others together: [n, V], int64 [n, K] -> [n, K + 1].
+
+    The rest is summed up, not taken as 1 - the chosen, which would lose small tails to rounding.
+    """
+    rest = logprobs.scatter(-1, chosen, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([logprobs.gather(-1, chosen), rest], -1)
+
+
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first || second) from log-probs: [n, V] -> [n] nats.
+
+    Each summand f log(f/s) - f + s is >= 0, and 0 with zero gradient where both agree; the last two cancel in the sum.
+    """
+    f, s = first.exp(), second.exp()
+    return (f * (first - second) - f + s).sum(-1)
