@@ -28,8 +28,8 @@ class ExportStudent(Callback):
         """Export on schedule."""
         if self.every and trainer.global_step % self.every == 0:
             folder = self._folder(trainer)
-            pl_module.export_student(folder.with_name(f"{folder.name}-step-{trainer.global_step}"))
+            pl_module.export_student(folder.with_name(f"{folder.name}-step-{trainer.global_step}"))  # type: ignore[operator]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the final student."""
-        pl_module.export_student(self._folder(trainer))
+        pl_module.export_student(self._folder(trainer))  # type: ignore[operator]

@@ -190,7 +190,7 @@ class OPDCLI(LightningCLI):
     def _check_all(self) -> None:
         """The module's checks, then those of callbacks that have some."""
         self.model.check(self.trainer, self.datamodule)
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             check = getattr(callback, "check", None)
             if check is not None and self.subcommand != "predict":
                 check(self.model, self.datamodule)

@@ -53,7 +53,9 @@ def drop_later_lines(path: Path, step: int) -> None:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         names = list(reader.fieldnames or [])
-        kept = [row for row in reader if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+        kept = [
+            row for row in reader if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step
+        ]
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)

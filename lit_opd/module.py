@@ -243,7 +243,8 @@ class OPDModule(L.LightningModule):
             )
         missing = self.required - self.teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
         if missing:
-            asking = [part for part in (self.weighting, self.objective, *self.advantage) if part.requires & missing]
+            parts: list[Any] = [self.weighting, self.objective, *self.advantage]
+            asking = [part for part in parts if part.requires & missing]
             names = " and ".join(f"`{type(part).__name__}`" for part in asking)
             raise InputError(
                 f"{names} must have {sorted(missing)}, which `{type(self.teacher).__name__}` cannot give; choose another "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ class Mine(WeightingStrategy):
 
 def test_a_strategy_in_the_users_own_file_is_one_override(world, tmp_path, monkeypatch):
     (tmp_path / "my_file.py").write_text(STRATEGY)
+    monkeypatch.delitem(sys.modules, "my_file", raising=False)  # another test has one too
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     overrides = ["--trainer.max_steps", "2", "--model.weighting", "my_file.Mine", "--model.weighting.k", "3"]

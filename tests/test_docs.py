@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_of_the_readme_runs(workplace, monkeypatch):
     """In their order, with fewer and smaller steps."""
+    monkeypatch.delitem(sys.modules, "my_file", raising=False)  # another test has one too
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
     commands = readme_commands()

@@ -7,6 +7,7 @@ import json
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_statistics_count_every_sample_once_and_equal_a_slow_loop():
     by_problem = [[row for row in samples if row["problem"] == problem] for problem in range(7)]
     rates = [sum(row["correct"] for row in rows) / 5 for rows in by_problem]
     assert values["avg_at_k"] == pytest.approx(sum(rates) / 7)
-    assert (values["avg_at_k_low"], values["avg_at_k_high"]) == bootstrap_interval(torch.tensor(rates, dtype=torch.float64), seed=1)
+    interval = bootstrap_interval(torch.tensor(rates, dtype=torch.float64), seed=1)
+    assert (values["avg_at_k_low"], values["avg_at_k_high"]) == interval
     for k in (1, 4, 5):
         drawn = [itertools.combinations([row["correct"] for row in rows], k) for rows in by_problem]
         shares = [[any(draw) for draw in draws] for draws in drawn]
@@ -198,6 +200,27 @@ def test_the_order_depends_on_the_seed_alone_and_streams_on_the_set(tmp_path):
     assert ids == [problem.problem_id for problem in again.problems]
     assert ids != [problem.problem_id for problem in other.problems] and ids != sorted(ids)
     assert {problem.prompt.row_id for problem in first.problems} == {f"one/{n}" for n in range(9)}
+
+
+def test_a_bare_hub_id_reads_the_test_split_and_else_train(monkeypatch):
+    """A stand-in for the hub, which has no network here."""
+    asked: list[tuple[str, str]] = []
+    held = {"org/math": "test", "org/aime_2024": "train"}
+
+    def load_dataset(path: str, name: str | None, split: str):
+        asked.append((path, split))
+        if held.get(path) != split:
+            raise ValueError(f"no split {split}")
+        return [{"problem": "1 + 1", "answer": "2"}]
+
+    monkeypatch.setattr("lit_opd.prompt_sources._datasets", lambda path: SimpleNamespace(load_dataset=load_dataset))
+    assert [loaded.name for loaded in load("org/math", "org/aime_2024")] == ["math", "aime_2024"]
+    assert [split for path, split in asked if path == "org/aime_2024"] == ["test", "validation", "train"]
+    asked.clear()
+    assert load(DataSource("org/aime_2024", id_prefix="a"), DataSource("org/math", split="test"))
+    assert asked[-1] == ("org/math", "test") and len(asked) == 4
+    with pytest.raises(InputError, match="org/nowhere"):
+        load("org/nowhere")
 
 
 def test_sets_need_names_of_their_own(tmp_path):

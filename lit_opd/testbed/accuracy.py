@@ -41,7 +41,7 @@ def respond(
     for start in range(0, len(rows), BATCH_SIZE):
         ids = torch.tensor(rows[start : start + BATCH_SIZE])
         sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=not greedy,

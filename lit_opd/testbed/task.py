@@ -107,11 +107,13 @@ def sample_problem(automaton: Automaton, rng: random.Random, *, chain_length: in
     """One legal path: a uniform start state, then a uniform legal operation a step."""
     if chain_length < 1:
         raise InputError(f"`sample_problem.chain_length` must be 1 or more, got {chain_length}; the default is 12")
-    state = rng.randrange(NUM_STATES)
+    state: int = rng.randrange(NUM_STATES)
     start, words, codes = automaton.codes[state], [], []
     for _ in range(chain_length):
         op = rng.choice(automaton.legal(state))
-        state = automaton.targets[state][op]
+        target = automaton.targets[state][op]
+        assert target is not None  # op is a legal one
+        state = target
         words.append(automaton.words[op])
         codes.append(automaton.codes[state])
     return Problem(words=tuple(words), start=start, codes=tuple(codes))

@@ -78,7 +78,7 @@ def make_model(hidden_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3For
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         initializer_range=INITIALIZER_RANGE,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
         dtype="float32",
     )
     return Qwen3ForCausalLM(config)

@@ -1,4 +1,4 @@
-"""Problems x samples -> answers -> metrics. The module's validation and the evaluation callback both delegate here."""
+"""What the module's validation measures: exact match, avg@k, divergence from the teacher."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_opd.grading import exact_match
+from lit_opd.grading import Grader, is_integer, math_verify_available
 from lit_opd.metrics import PositionBands, WeightedMean
 from lit_opd.types import InputError, PromptBatch, Rollout, TokenSignal
 
@@ -59,6 +61,10 @@ class Evaluator(nn.Module):
         names = ("greedy_accuracy", "avg_at_k", "reverse_kl", "disagreement", "truncated_fraction", "response_length")
         self.means = nn.ModuleDict({name: WeightedMean() for name in names})
         self.bands = PositionBands(BANDS)
+        self.grader = Grader(mathematics=math_verify_available())
+
+    def _mean(self, name: str) -> WeightedMean:
+        return cast(WeightedMean, self.means[name])
 
     def add_answers(self, name: str, rollout: Rollout, decode: Callable[[Rollout], list[str]]) -> None:
         """Grade the responses of rows that have an answer and count.
@@ -70,19 +76,27 @@ class Evaluator(nn.Module):
         """
         answers, counted = rollout.prompts.answers, rollout.prompts.counted
         assert answers is not None and counted is not None
-        graded = [
-            answer is not None and exact_match(text, answer)
-            for text, answer in zip(decode(rollout), answers, strict=True)
-        ]
+        rows = [row for row, answer in enumerate(answers) if answer is not None]
+        texts, references = decode(rollout), [answer for answer in answers if answer is not None]
+        self._say_how(references)
+        graded = torch.zeros(len(answers), dtype=torch.float64)
+        grades = self.grader.grade([texts[row] for row in rows], references)
+        graded[rows] = torch.tensor([float(grade.correct) for grade in grades], dtype=torch.float64)
         has_answer = torch.tensor([answer is not None for answer in answers], device=counted.device)
-        self.means[name].update(torch.tensor(graded, device=counted.device).double(), has_answer & counted)
+        self._mean(name).update(graded.to(counted.device), has_answer & counted)
+
+    def _say_how(self, references: list[str]) -> None:
+        if not self.grader.mathematics and not all(map(is_integer, references)):
+            rank_zero_warn_once(
+                "validation compares answers that are no integers as text; pip install 'lit-opd[eval]' for more"
+            )
 
     def add_lengths(self, rollout: Rollout) -> None:
         """Count truncated rows and response tokens of sampled responses, [B, T]."""
         counted = rollout.prompts.counted
         assert counted is not None
-        self.means["truncated_fraction"].update((~rollout.finished).double(), counted)
-        self.means["response_length"].update(rollout.lengths.double(), counted)
+        self._mean("truncated_fraction").update((~rollout.finished).double(), counted)
+        self._mean("response_length").update(rollout.lengths.double(), counted)
 
     def add_divergence(self, signal: TokenSignal, counted: Tensor) -> None:
         """Full-vocabulary KL where known, and disagreement by position.
@@ -93,8 +107,8 @@ class Evaluator(nn.Module):
         """
         mask = signal.mask & counted.unsqueeze(-1)
         if signal.token_kl is not None:
-            self.means["reverse_kl"].update(signal.token_kl, mask)
-        self.means["disagreement"].update(signal.disagreement, mask)
+            self._mean("reverse_kl").update(signal.token_kl, mask)
+        self._mean("disagreement").update(signal.disagreement, mask)
         self.bands.update(signal.disagreement, mask)
 
     def compute(self) -> dict[str, float]:
@@ -113,6 +127,12 @@ class Evaluator(nn.Module):
         """Forget everything."""
         for metric in [*self.means.values(), self.bands]:
             metric.reset()  # type: ignore[operator]
+
+
+@lru_cache
+def rank_zero_warn_once(message: str) -> None:
+    """Warn once a process."""
+    rank_zero_warn(message)
 
 
 def has_answers(prompts: PromptBatch) -> bool:

@@ -1,0 +1,379 @@
+"""Where in the response do student and teacher disagree, and where does the gradient come from?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from callbacks.profile_history import ProfileHistory
+from callbacks.tracking import crossed, log_media, log_numbers, wandb_runs
+from lit_opd.metrics import (
+    PROFILE_BANDS,
+    PROFILE_QUANTITIES,
+    PositionProfileSums,
+    ProfileTables,
+    token_quantities,
+)
+from lit_opd.report.lines import append_lines, drop_lines_after
+from lit_opd.report.profile import BinnedProfile, ProfileWindow, Scale
+from lit_opd.types import InputError, StepRecord
+
+FILE = "profile.jsonl"
+PICTURES = "pictures"
+
+
+class PositionProfile(Callback):
+    """Profiles every rollout by position: ``profile.jsonl``, ``pictures/``, and the run's loggers.
+
+    Every logged name and picture is explained in docs/reading-the-plots.md. Positions count inside the mask, from 1. Sums are
+    reduced over ranks and over the window, then divided once; rank 0 writes.
+
+    Args:
+        every: optimizer steps in a logging window.
+        bins: bins of the absolute position, fewer where responses have fewer positions.
+        scale: spacing of the absolute bins, "linear" or "log".
+        relative_bins: equal bins of the relative position (position - 1/2) / length.
+        length: last position of the absolute bins; default the sampler's ``max_new_tokens``.
+        pictures_every: windows between pictures, W&B charts and tables; None for the end only. The first window's table
+            is logged too.
+        pictures_share: drawing on the way is put off while it would take more than this share of the training time (a set
+            takes seconds, a tiny model's step too); None for no limit.
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        every: int = 1,
+        bins: int = 64,
+        scale: Scale = "linear",
+        relative_bins: int = 10,
+        length: int | None = None,
+        pictures_every: int | None = 10,
+        pictures_share: float | None = 0.01,
+    ) -> None:
+        self.every, self.bins, self.scale = every, bins, scale
+        self.relative_bins, self.length = relative_bins, length
+        self.pictures_every, self.pictures_share = pictures_every, pictures_share
+        for name in ("every", "bins", "relative_bins", "length", "pictures_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"`PositionProfile.{name}` must be >= 1, got {value}")
+        if scale not in ("linear", "log"):
+            raise InputError(f"`PositionProfile.scale` must be 'linear' or 'log', got {scale!r}")
+        self.metric: PositionProfileSums | None = None
+        self.history = ProfileHistory()
+        self._now: ProfileWindow | None = None
+        self._drawn = 0  # windows when pictures were last drawn
+        self._written = 0  # step of the last window
+        self._pending = 0  # rollout batches since
+        self._start: ProfileWindow | None = None
+        self._restored: dict[str, Any] | None = None
+        self._drawing = _Allowance(pictures_share)
+
+    # -- the run's life ----------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the metric; go on from a checkpoint's state."""
+        length = self.length or getattr(getattr(pl_module, "sampler", None), "max_new_tokens", None)
+        if length is None:
+            raise InputError("`PositionProfile.length` must be set: this module has no sampler.max_new_tokens")
+        metric = PositionProfileSums(length, bins=self.bins, scale=self.scale, relative_bins=self.relative_bins)
+        self.metric = metric.to(pl_module.device)
+        self._pending, self._written = 0, trainer.global_step
+        self._drawing = _Allowance(self.pictures_share)
+        if self._restored is not None:
+            self._restore(self._restored, first_rank=trainer.is_global_zero)
+            self._restored = None
+        if trainer.is_global_zero:
+            self._continue_file(trainer)
+
+    def _restore(self, state: dict[str, Any], *, first_rank: bool) -> None:
+        assert self.metric is not None
+        self._written = state["written"]
+        self._start = None if state["start"] is None else ProfileWindow.from_json(state["start"])
+        sums = state["sums"]
+        if state["pending"] and sums["sums"].shape != self.metric.sums.shape:
+            rank_zero_warn("PositionProfile: other bins than the checkpoint's; its unfinished window is left out")
+        elif state["pending"]:
+            self._pending = state["pending"]
+            if first_rank:  # the state holds the sums of all ranks
+                self.metric.sums.copy_(sums["sums"])
+                self.metric.extra.copy_(sums["extra"])
+
+    def _continue_file(self, trainer: Trainer) -> None:
+        """Drop the windows that the run will make again; the rest is the heat maps' past."""
+        kept = drop_lines_after(self._folder(trainer) / FILE, self._written)
+        self.history = ProfileHistory()
+        for line in kept:
+            self._now = ProfileWindow.from_json(line)
+            self._start = self._start or self._now
+            self.history.add(self._now)
+        self._drawn = len(self.history)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the record; close the window on schedule."""
+        record: StepRecord = outputs["step"]
+        self.add(record)
+        if crossed(record.step, self._written, self.every):
+            self._close_window(trainer, record.step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close what is open, then charts and pictures."""
+        if self._pending:
+            self._close_window(trainer, trainer.global_step)
+        if trainer.is_global_zero and self.history:
+            self._show(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that was stopped by hand has its pictures too."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.history:
+            self._draw(trainer)
+
+    # -- a window ----------------------------------------------------------------------------------------------------
+
+    def add(self, record: StepRecord) -> None:
+        """Add one rollout batch to the window; no host synchronisation."""
+        assert self.metric is not None
+        self.metric.update(record_quantities(record), mask=record.signal.mask, kept=record.kept)
+        self._pending += 1
+
+    def _close_window(self, trainer: Trainer, step: int) -> None:
+        assert self.metric is not None
+        computed = self.metric.compute().cpu()  # the window's one transfer
+        tables = self.metric.tables(computed)
+        edges, previous = self.metric.edges, self._written
+        self.metric.reset()
+        self._pending, self._written = 0, step
+        if not trainer.is_global_zero:
+            return
+        window = build_window(tables, edges=edges, step=step, previous_step=previous, scale=self.scale)
+        self._now = window
+        self.history.add(window)
+        append_lines(self._folder(trainer) / FILE, [window.to_json()])
+        log_numbers(trainer, window.scalars, step)
+        if self._start is None:
+            self._start = window
+            if wandb_runs(trainer):
+                log_media(trainer, {"profile_bins": wandb_bins(window)}, step)
+        elif self._pictures_due() and step != trainer.max_steps and self._drawing.allowed():
+            self._show(trainer)
+
+    # -- charts and pictures -----------------------------------------------------------------------------------------
+
+    def _pictures_due(self) -> bool:
+        return self.pictures_every is not None and len(self.history) - self._drawn >= self.pictures_every
+
+    def _show(self, trainer: Trainer) -> None:
+        assert self._now is not None
+        self._drawn = len(self.history)
+        with self._drawing:
+            self._show_now(trainer)
+
+    def _show_now(self, trainer: Trainer) -> None:
+        assert self._now is not None
+        self._chart(trainer)
+        pictures = self._draw(trainer)
+        if wandb_runs(trainer):
+            import wandb
+
+            media = {f"profile_pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
+            log_media(trainer, media, self._now.step)
+
+    def _draw(self, trainer: Trainer) -> dict[str, Path]:
+        from callbacks.profile_pictures import draw_all  # matplotlib takes half a second to import
+
+        assert self._start is not None and self._now is not None
+        return draw_all(self.history, now=self._now, start=self._start, folder=self._folder(trainer) / PICTURES)
+
+    def _chart(self, trainer: Trainer) -> None:
+        """Line series now against start, and the table of raw bins, to W&B."""
+        assert self._start is not None and self._now is not None
+        if wandb_runs(trainer):
+            log_media(trainer, wandb_charts(self._now, self._start), self._now.step)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors. Called on every rank; an open window's sums are reduced over them."""
+        state: dict[str, Any] = {
+            "written": self._written,
+            "pending": self._pending,
+            "start": None if self._start is None else self._start.to_json(),
+            "sums": {},
+        }
+        if self._pending and self.metric is not None:
+            with self.metric.sync_context():
+                state["sums"] = {name: getattr(self.metric, name).detach().clone().cpu() for name in ("sums", "extra")}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._restored = state_dict
+
+
+class _Allowance:
+    """Keeps the time spent inside ``with`` below a share of the time since it was made."""
+
+    FIRST_GUESS = 3.0  # seconds one use takes, until one was timed
+
+    def __init__(self, share: float | None) -> None:
+        self.share, self.made = share, time.perf_counter()
+        self.spent, self.last = 0.0, self.FIRST_GUESS
+
+    def allowed(self) -> bool:
+        """True when one more use, as long as the last one, stays within the share."""
+        elapsed = time.perf_counter() - self.made
+        return self.share is None or self.spent + self.last <= self.share * elapsed
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.last = time.perf_counter() - self._entered
+        self.spent += self.last
+
+
+def record_quantities(record: StepRecord) -> dict[str, Tensor]:
+    """Quantity -> [B, T] of ``PROFILE_QUANTITIES``; entropies only where the run computes them."""
+    signal = record.signal
+    found = token_quantities(
+        mask=signal.mask,
+        log_ratio=signal.log_ratio,
+        advantage=signal.effective_advantage,
+        weights=record.weights,
+        kept=record.kept,
+        clipped=record.clipped,
+    )
+    found["truncated_fraction"] = (~record.rollout.finished).unsqueeze(-1).expand_as(signal.mask)
+    for name in ("student_entropy", "teacher_entropy"):
+        value = getattr(signal, name)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+# -- from sums to a window ---------------------------------------------------------------------------------------------
+
+
+def build_window(tables: ProfileTables, *, edges: Tensor, step: int, previous_step: int, scale: Scale) -> ProfileWindow:
+    """Means of a window's sums; see ``ProfileWindow``."""
+    first, last = edges[:-1].tolist(), (edges[1:] - 1).tolist()
+    bins = tables.relative.shape[-1]
+    absolute = _binned(tables.absolute, first, last, whole=tables.relative)
+    widths = torch.tensor(last) - torch.tensor(first) + 1
+    absolute.values["survivor_fraction"] = _plain(
+        torch.tensor(absolute.count).double() / (widths * max(tables.rows, 1))
+    )
+    return ProfileWindow(
+        step=step,
+        previous_step=previous_step,
+        rows=tables.rows,
+        tokens=int(tables.relative[1, 0].sum()),
+        scale=scale,
+        absolute=absolute,
+        relative=_binned(
+            tables.relative,
+            [b / bins for b in range(bins)],
+            [(b + 1) / bins for b in range(bins)],
+            whole=tables.relative,
+        ),
+        scalars=_scalars(tables),
+    )
+
+
+def _means(sums: Tensor, whole: Tensor) -> dict[str, tuple[float | None, ...]]:
+    """Quantity -> values by cell; ``gradient_share`` is the cell's part of the sum of |w A|. Absent quantities stay out.
+
+    Args:
+        sums: float64 [2, Q, cells].
+        whole: float64 [2, Q, cells'], cells' covering every token once.
+    """
+    seen = [place for place in range(len(PROFILE_QUANTITIES)) if bool(whole[1, place].any())]
+    values = {PROFILE_QUANTITIES[place]: _plain(sums[0, place] / sums[1, place]) for place in seen}
+    size = PROFILE_QUANTITIES.index("gradient_size")
+    values["gradient_share"] = _plain(sums[0, size] / whole[0, size].sum())
+    return values
+
+
+def _binned(sums: Tensor, start: Sequence[float], end: Sequence[float], *, whole: Tensor) -> BinnedProfile:
+    count = tuple(int(number) for number in sums[1, 0])
+    return BinnedProfile(start=tuple(start), end=tuple(end), count=count, values=_means(sums, whole))
+
+
+def _scalars(tables: ProfileTables) -> dict[str, float]:
+    means = _means(tables.bands, tables.relative)
+    found: dict[str, float | None] = {"train/gradient_scale_proxy": _finite(tables.gradient_scale)}
+    for place, band in enumerate(PROFILE_BANDS):
+        found |= {f"profile/{band}/{name}": values[place] for name, values in means.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _plain(values: Tensor) -> tuple[float | None, ...]:
+    """Python numbers, None where not finite (JSON has no NaN)."""
+    return tuple(_finite(value) for value in values.tolist())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# -- W&B ---------------------------------------------------------------------------------------------------------------
+
+
+def wandb_charts(now: ProfileWindow, start: ProfileWindow) -> dict[str, Any]:
+    """A line series a quantity and axis, and the table of raw bins."""
+    import wandb
+
+    media: dict[str, Any] = {}
+    for axis, label in (("absolute", "position"), ("relative", "position in the response, fraction")):
+        for name in getattr(now, axis).values:
+            lines = {f"step {window.step}": _points(getattr(window, axis), name) for window in (start, now)}
+            media[f"profile_by_{axis}_position/{name}"] = wandb.plot.line_series(
+                xs=[xs for xs, _ in lines.values()],
+                ys=[ys for _, ys in lines.values()],
+                keys=list(lines),
+                title=f"{name} by {axis} position",
+                xname=label,
+            )
+    media["profile_bins"] = wandb_bins(now)
+    return media
+
+
+def wandb_bins(window: ProfileWindow) -> Any:
+    """The raw numbers as a W&B table, one row a bin, absolute bins first."""
+    import wandb
+
+    columns: list[Any] = ["axis", "from", "to", "count"]
+    columns += list(dict.fromkeys([*window.absolute.values, *window.relative.values]))
+    return wandb.Table(columns=columns, data=_bin_rows(window, columns))
+
+
+def _points(binned: BinnedProfile, name: str) -> tuple[list[float], list[float]]:
+    """Positions and values where something was counted."""
+    values = binned.values.get(name, (None,) * len(binned.start))
+    found = [(x, y) for x, y in zip(binned.centres, values, strict=True) if y is not None]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _bin_rows(window: ProfileWindow, columns: Sequence[str]) -> list[list[Any]]:
+    rows = []
+    for axis in ("absolute", "relative"):
+        content = getattr(window, axis).to_json()
+        for place in range(len(content["count"])):
+            cells = (content[name][place] if name in content else None for name in columns[1:])
+            rows.append([axis, *cells])
+    return rows

@@ -1,0 +1,62 @@
+"""What the heat maps need of every past window, in a few hundred bytes each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lit_opd.report.profile import ProfileWindow, Scale
+
+HEAT_QUANTITIES = ("disagreement", "weight", "survivor_fraction")
+
+
+class ProfileHistory:
+    """Windows in order of their steps; windows of other bins than the newest are forgotten."""
+
+    def __init__(self) -> None:
+        self.scale: Scale = "linear"
+        self._edges: dict[str, Any] = {}
+        self._steps: list[tuple[int, int]] = []
+        self._rows: dict[tuple[str, str], list[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, window: ProfileWindow) -> None:
+        """Append a window."""
+        edges = {
+            "absolute": np.array([*window.absolute.start, window.absolute.end[-1] + 1.0]) - 0.5,
+            "relative": np.array([*window.relative.start, window.relative.end[-1]]),
+        }
+        if not self._edges or any(not np.array_equal(edges[axis], self._edges[axis]) for axis in edges):
+            self._steps, self._rows = [], {}
+        self._edges, self.scale = edges, window.scale
+        self._steps.append((window.previous_step, window.step))
+        for axis in edges:
+            values = getattr(window, axis).values
+            for name in HEAT_QUANTITIES:
+                if name in values:
+                    row = np.array([np.nan if value is None else value for value in values[name]], dtype=np.float32)
+                    self._rows.setdefault((axis, name), []).append(row)
+
+    def edges(self, axis: str) -> Any:
+        """[bins + 1], bin edges: half positions (absolute) or fractions (relative)."""
+        return self._edges[axis]
+
+    def step_edges(self, most: int) -> Any:
+        """[columns + 1] optimizer steps at which the columns of ``table`` start and end."""
+        groups = np.array_split(np.array(self._steps, dtype=float), min(most, len(self)))
+        return np.array([groups[0][0, 0], *(group[-1, 1] for group in groups)])
+
+    def table(self, axis: str, name: str, most: int) -> Any:
+        """[columns, bins], at most ``most`` columns: more windows are averaged in groups; NaN where nothing was counted."""
+        groups = np.array_split(np.stack(self._rows[axis, name]), min(most, len(self)))
+        return np.stack([_mean(group) for group in groups])
+
+
+def _mean(rows: Any) -> Any:
+    """[N, bins] -> [bins], over what is no NaN."""
+    seen = np.isfinite(rows)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(seen, rows, 0.0).sum(0) / seen.sum(0)

@@ -1,0 +1,114 @@
+"""What the student writes, with what the teacher thinks of it; and whole rollout batches for replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.tracking import crossed, log_media, wandb_runs
+from lit_opd.report.lines import append_lines, drop_lines_after
+from lit_opd.report.replay import save_record
+from lit_opd.types import FinishReason, InputError, StepRecord
+
+FILE = "samples.jsonl"
+FOLDER = "rollouts"
+TENTHS = 10
+
+
+class RolloutSamples(Callback):
+    """A few responses of the first batch and of every N steps after: ``samples.jsonl`` and a W&B table ``samples``.
+
+    Args:
+        every: optimizer steps between samples.
+        count: rows shown, the first ones of rank 0's batch (prompts come shuffled, so they are a fair sample).
+        save_rollouts_every: optimizer steps between whole batches saved as ``rollouts/step-N.safetensors`` (further ranks
+            add ``-rank-R``), read back by ``lit_opd.report.replay.load_rollout``; None for none.
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    def __init__(self, every: int = 10, count: int = 4, save_rollouts_every: int | None = None) -> None:
+        self.every, self.count, self.save_rollouts_every = every, count, save_rollouts_every
+        for name in ("every", "count", "save_rollouts_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"`RolloutSamples.{name}` must be >= 1, got {value}")
+        self._last = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the lines of steps that the run will make again."""
+        self._last = trainer.global_step
+        if trainer.is_global_zero:
+            drop_lines_after(Path(trainer.default_root_dir) / FILE, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write on schedule."""
+        record: StepRecord = outputs["step"]
+        last, self._last = self._last, record.step
+        if trainer.is_global_zero and (last == 0 or crossed(record.step, last, self.every)):
+            self._write_samples(trainer, pl_module.tokenizer, record)
+        if self.save_rollouts_every and crossed(record.step, last, self.save_rollouts_every):
+            suffix = "" if trainer.is_global_zero else f"-rank-{trainer.global_rank}"
+            path = Path(trainer.default_root_dir) / FOLDER / f"step-{record.step}{suffix}.safetensors"
+            save_record(record, path, rank=str(trainer.global_rank), world_size=str(trainer.world_size))
+
+    def _write_samples(self, trainer: Trainer, tokenizer: Any, record: StepRecord) -> None:
+        samples = sample_rows(record, tokenizer, self.count)
+        append_lines(Path(trainer.default_root_dir) / FILE, samples)
+        if wandb_runs(trainer):
+            log_media(trainer, {"samples": wandb_table(samples)}, record.step)
+
+
+def sample_rows(record: StepRecord, tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` rows as lines of ``samples.jsonl``; one transfer of those rows only."""
+    rows = torch.arange(min(count, len(record.rollout)))
+    rollout, signal = record.rollout.rows(rows).to("cpu"), record.signal.rows(rows).to("cpu")
+    weights = record.weights[: len(rows)].cpu()
+    prompts = rollout.prompts
+    found = []
+    for row in rows.tolist():
+        mask = rollout.mask[row]
+        ratio, weight = signal.log_ratio[row][mask], weights[row][mask]
+        found.append(
+            {
+                "step": record.step,
+                "row_id": prompts.row_ids[row],
+                "prompt": tokenizer.decode(prompts.ids[row][prompts.mask[row]], skip_special_tokens=False),
+                "response": tokenizer.decode(rollout.response_ids[row][mask], skip_special_tokens=False),
+                "answer": None if prompts.answers is None else prompts.answers[row],
+                "teacher": None if prompts.teachers is None else prompts.teachers[row],
+                "length": int(mask.sum()),
+                "finish_reason": FinishReason(int(rollout.finish_reason[row])).name.lower(),
+                "reverse_kl_k1": _mean(-ratio),
+                "disagreement": _mean(ratio.abs()),
+                "weight_mean": _mean(weight),
+                "disagreement_by_tenth": _tenths(ratio.abs()),
+                "weight_by_tenth": _tenths(weight),
+            }
+        )
+    return found
+
+
+def _mean(values: torch.Tensor) -> float | None:
+    """None for a row without tokens."""
+    return float(values.double().mean()) if len(values) else None
+
+
+def _tenths(values: torch.Tensor) -> list[float | None]:
+    """Means over the tenths of the response, by (position - 1/2) / length; None where a short response has no token."""
+    place = (2 * torch.arange(len(values)) + 1) * TENTHS // (2 * max(len(values), 1))
+    return [_mean(values[place == tenth]) for tenth in range(TENTHS)]
+
+
+def wandb_table(samples: Sequence[dict[str, Any]]) -> Any:
+    """The samples without their lists."""
+    import wandb
+
+    columns: list[Any] = [name for name, value in samples[0].items() if not isinstance(value, list)]
+    return wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])

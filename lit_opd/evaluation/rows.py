@@ -1,0 +1,168 @@
+"""``evaluation.jsonl``: one graded sample a line, appended as it comes, read back after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lit_opd.grading import Outcome, vote
+from lit_opd.metrics import NO_VOTE, RIGHT_VOTE
+from lit_opd.prompt_encoding import stable_hash
+from lit_opd.types import InputError
+
+_VOTES = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRow:
+    """One graded sample; the fields are the keys of a line.
+
+    Args:
+        set: name of the evaluation set.
+        step: optimizer steps the student had seen.
+        problem_id: row id in the set.
+        sample: 0..samples-1.
+        reference: the right answer.
+        answer: the answer cut out of the text, None where there is none.
+        correct: it equals the reference.
+        category: correct, wrong, truncated (unclosed box), timeout (no verdict) or no_answer.
+        length: response tokens, the end symbol included.
+        finish_reason: stop, length or budget.
+        text: the response.
+        problems: problems in this evaluation of the set, after a budget.
+        samples: samples a problem; the evaluation is complete with problems x samples lines.
+        tokens: tokens the run had sampled for training.
+        settings: fingerprint of sampling settings, seed and rendered prompts.
+    """
+
+    set: str
+    step: int
+    problem_id: str
+    sample: int
+    reference: str
+    answer: str | None
+    correct: bool
+    category: str
+    length: int
+    finish_reason: str
+    text: str
+    problems: int
+    samples: int
+    tokens: int
+    settings: str
+
+    @property
+    def truncated(self) -> bool:
+        """The response was cut, or its last box is not closed."""
+        return self.finish_reason != "stop" or self.category == Outcome.TRUNCATED
+
+    @property
+    def vote(self) -> int:
+        """What this sample counts for in a majority vote."""
+        if self.answer is None:
+            return NO_VOTE
+        return RIGHT_VOTE if self.correct else RIGHT_VOTE + 1 + stable_hash(vote(self.answer)) % _VOTES
+
+
+_KEYS = {field.name for field in fields(AnswerRow)}
+
+
+class EvaluationFile:
+    """The lines of one run.
+
+    Args:
+        path: created with the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def repair(self) -> None:
+        """Cut a last line that a kill left without its end."""
+        if not self.path.is_file():
+            return
+        with self.path.open("r+b") as file:
+            whole = sum(len(line) for line in file if line.endswith(b"\n"))
+            file.truncate(whole)
+
+    def append(self, rows: Iterable[AnswerRow]) -> None:
+        """Write the lines and flush them."""
+        text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def rows(self) -> Iterator[AnswerRow]:
+        """The lines, one at a time.
+
+        Raises:
+            InputError: a line is broken; file and line are named.
+        """
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield _row(line, f"{self.path}:{number}")
+
+
+def _row(line: bytes, where: str) -> AnswerRow:
+    try:
+        values: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: must be a JSON object ({error}); delete the line or the file") from error
+    if not isinstance(values, dict) or not _KEYS <= values.keys():
+        missing = sorted(_KEYS - set(values)) if isinstance(values, dict) else sorted(_KEYS)
+        raise InputError(f"{where}: not a line of an evaluation.jsonl, it lacks {', '.join(missing[:5])}")
+    return AnswerRow(**{name: values[name] for name in _KEYS})
+
+
+@dataclass(frozen=True)
+class PastEvaluation:
+    """A complete evaluation that a file holds.
+
+    Args:
+        set: name of the set.
+        step: optimizer steps.
+        settings: fingerprint.
+        tokens: tokens sampled for training up to then.
+        accuracy: avg@k by problem id.
+    """
+
+    set: str
+    step: int
+    settings: str
+    tokens: int
+    accuracy: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """avg@k of the set."""
+        return sum(self.accuracy.values()) / len(self.accuracy)
+
+
+def past_evaluations(rows: Iterable[AnswerRow]) -> list[PastEvaluation]:
+    """The complete evaluations, in the order of their first lines; doubled lines count once."""
+    correct: dict[tuple[str, int, str], dict[tuple[str, int], bool]] = defaultdict(dict)
+    expected: dict[tuple[str, int, str], tuple[int, int]] = {}
+    for row in rows:
+        key = (row.set, row.step, row.settings)
+        correct[key].setdefault((row.problem_id, row.sample), row.correct)
+        expected[key] = (row.problems * row.samples, row.tokens)
+    found = []
+    for key, samples in correct.items():
+        count, tokens = expected[key]
+        if len(samples) >= count:
+            found.append(PastEvaluation(*key, tokens=tokens, accuracy=_by_problem(samples)))
+    return found
+
+
+def _by_problem(samples: dict[tuple[str, int], bool]) -> dict[str, float]:
+    verdicts: dict[str, list[bool]] = defaultdict(list)
+    for (problem_id, _), correct in samples.items():
+        verdicts[problem_id].append(correct)
+    return {problem_id: sum(values) / len(values) for problem_id, values in verdicts.items()}

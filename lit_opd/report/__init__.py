@@ -1,0 +1,1 @@
+"""What a run leaves behind, read back: position profiles, samples, whole rollouts."""

@@ -1,0 +1,88 @@
+"""One logging window of the position profile as a record, and as a line of ``profile.jsonl``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_opd.report.lines import read_lines
+
+Scale = Literal["linear", "log"]
+_WHOLE = ("from", "to", "count")
+
+
+@dataclass(frozen=True)
+class BinnedProfile:
+    """Means by bin along one axis; N bins.
+
+    Args:
+        start: [N] first position of each bin (absolute) or its lower edge in [0, 1] (relative).
+        end: [N] last position of each bin, included (absolute), or its upper edge (relative).
+        count: [N] sampled tokens.
+        values: quantity -> [N] values, None where nothing was counted.
+    """
+
+    start: tuple[float, ...]
+    end: tuple[float, ...]
+    count: tuple[int, ...]
+    values: dict[str, tuple[float | None, ...]]
+
+    @property
+    def centres(self) -> list[float]:
+        """[N], the middle of each bin."""
+        return [(low + high) / 2 for low, high in zip(self.start, self.end, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists by column name."""
+        columns = {"from": self.start, "to": self.end, "count": self.count, **self.values}
+        return {name: list(column) for name, column in columns.items()}
+
+    @classmethod
+    def from_json(cls, columns: dict[str, Any]) -> BinnedProfile:
+        """The inverse of ``to_json``."""
+        whole = {name: tuple(columns[name]) for name in _WHOLE}
+        values = {name: tuple(column) for name, column in columns.items() if name not in _WHOLE}
+        return cls(start=whole["from"], end=whole["to"], count=whole["count"], values=values)
+
+
+@dataclass(frozen=True)
+class ProfileWindow:
+    """What was seen since the window before, over all ranks.
+
+    Args:
+        step: optimizer steps done at the window's end.
+        previous_step: optimizer steps done at its start.
+        rows: responses with at least one token.
+        tokens: sampled tokens.
+        scale: spacing of the absolute bins.
+        absolute: by position 1, 2, ... inside the response.
+        relative: by (position - 1/2) / length.
+        scalars: what went to the loggers, by logged name.
+    """
+
+    step: int
+    previous_step: int
+    rows: int
+    tokens: int
+    scale: Scale
+    absolute: BinnedProfile
+    relative: BinnedProfile
+    scalars: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of ``profile.jsonl``."""
+        plain = {name: getattr(self, name) for name in ("step", "previous_step", "rows", "tokens", "scale")}
+        binned = {"absolute": self.absolute.to_json(), "relative": self.relative.to_json()}
+        return {**plain, **binned, "scalars": dict(self.scalars)}
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> ProfileWindow:
+        """The inverse of ``to_json``."""
+        binned = {axis: BinnedProfile.from_json(line[axis]) for axis in ("absolute", "relative")}
+        return cls(**{**line, **binned})
+
+
+def read_profile(path: str | Path) -> list[ProfileWindow]:
+    """Every window of a ``profile.jsonl``, in order."""
+    return [ProfileWindow.from_json(line) for line in read_lines(Path(path))]
