@@ -103,3 +103,17 @@ def test_links_of_the_readme_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
     assert not missing
+
+
+def test_every_paper_named_anywhere_is_in_the_one_list_of_references():
+    """And the list names nothing that the repository does not use."""
+    pattern = re.compile(r"\b2\d{3}\.\d{5}\b")
+    listed = set(re.findall(r"^\| (2\d{3}\.\d{5}) \|", (ROOT / "docs" / "references.md").read_text(), flags=re.M))
+    sources = [
+        path
+        for folder in ("lit_opd", "callbacks", "configs", "docs", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    texts = [path for path in [*sources, ROOT / "README.md"] if path.suffix in {".py", ".md", ".yaml"}]
+    named = {found for path in texts if path.name != "references.md" for found in pattern.findall(path.read_text())}
+    assert named == listed
