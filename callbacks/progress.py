@@ -1,4 +1,4 @@
-"""One line that says what is happening."""
+"""What is happening now: bars on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any, TextIO
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 
-BAR_WIDTH = 24
+EVALUATING = "evaluating"
+SHOWN = ("greedy_accuracy", "avg_at_k", "reverse_kl")
 
 
 class Progress(ProgressBar):
-    """A bar with phase, tokens per second, KL and truncation; plain lines where the output is not a terminal.
+    """Phase, tokens per second, KL, truncation and time left; a second bar for generation inside an evaluation.
 
     Args:
-        every: optimizer steps between plain lines.
+        every: optimizer steps between plain lines, where the output is not a terminal.
         stream: where to write, default standard error.
     """
 
@@ -28,7 +32,8 @@ class Progress(ProgressBar):
         self._enabled = True
         self._numbers = ""
         self._start = (0.0, 0)
-        self._width = 0
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     @property
     def stream(self) -> TextIO:
@@ -43,15 +48,41 @@ class Progress(ProgressBar):
         """Speak again."""
         self._enabled = True
 
+    # -- what Lightning and the module tell ------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bars on a terminal."""
+        if not self._enabled or not self.stream.isatty():
+            return
+        columns = (
+            TextColumn("{task.description:>10}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bars = Bars(*columns, console=Console(file=self.stream, force_terminal=True), transient=True)
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._tasks = {"training": self._bars.add_task("training", total=total, note="")}
+        self._tasks[EVALUATING] = self._bars.add_task(EVALUATING, total=1, note="", visible=False)
+        self._bars.start()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where the clock started."""
         self._start = (time.perf_counter(), trainer.global_step)
 
     def on_phase(self, name: str, done: int, total: int) -> None:
-        """Show the phase on a terminal."""
-        if self._enabled and self.stream.isatty():
-            part = f" {done}/{total}" if total > 1 else ""
-            self._overwrite(f"{self._bar()} {name}{part}{self._numbers}")
+        """Show the phase on a terminal; an evaluation has a bar of its own."""
+        if self._bars is None:
+            return
+        if name.startswith(EVALUATING):
+            self._bars.update(
+                self._tasks[EVALUATING], description=name, completed=done, total=total, visible=done < total
+            )
+            return
+        part = f" {done}/{total}" if total > 1 else ""
+        self._bars.update(
+            self._tasks["training"], completed=self.trainer.global_step, note=f"{name}{part}{self._numbers}"
+        )
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,30 +95,36 @@ class Progress(ProgressBar):
         self._numbers = (
             f" | {_number(logged, 'train/tokens') / seconds:,.0f} tokens/s"
             f" | KL {_number(logged, 'train/reverse_kl_k1'):.3f}"
-            f" | truncated {_number(logged, 'train/truncated_fraction'):.0%}"
+            f" | truncated {_number(logged, 'train/truncated_fraction'):.0%}{self._remaining()}"
         )
-        if self.stream.isatty():
-            self._overwrite(f"{self._bar()} done{self._numbers}{self._remaining()}")
+        if self._bars is not None:
+            self._bars.update(self._tasks["training"], completed=trainer.global_step, note=f"done{self._numbers}")
         elif trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            self._line(f"step {trainer.global_step}/{trainer.max_steps}{self._numbers}{self._remaining()}")
+            self._line(f"step {trainer.global_step}/{trainer.max_steps}{self._numbers}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Numbers of the validation that ended."""
-        shown = ("greedy_accuracy", "avg_at_k", "reverse_kl")
-        found = {name: trainer.callback_metrics.get(f"val/{name}") for name in shown}
+        found = {name: trainer.callback_metrics.get(f"val/{name}") for name in SHOWN}
         text = ", ".join(f"{name} {float(value):.3f}" for name, value in found.items() if value is not None)
         if self._enabled and text:
             self._line(f"validation at step {trainer.global_step}: {text}")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """A line of its own above the bar."""
+        """A line of its own above the bars."""
         if self._enabled:
             self._line(" ".join(str(arg) for arg in args))
 
-    def _bar(self) -> str:
-        step, total = self.trainer.global_step, max(self.trainer.max_steps, 1)
-        filled = round(BAR_WIDTH * min(1.0, step / total))
-        return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {step}/{total}"
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the bars away, after an error too."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the bars away, so that the message can be read."""
+        self.teardown(trainer, pl_module, "fit")
+
+    # -- writing -----------------------------------------------------------------------------------------------------------
 
     def _remaining(self) -> str:
         started, first = self._start
@@ -95,16 +132,12 @@ class Progress(ProgressBar):
         left = (self.trainer.max_steps - self.trainer.global_step) * (time.perf_counter() - started) / max(done, 1)
         return f" | {left:.0f} s left" if self.trainer.max_steps > 0 else ""
 
-    def _overwrite(self, text: str) -> None:
-        self.stream.write("\r" + text.ljust(self._width))
-        self.stream.flush()
-        self._width = len(text)
-
     def _line(self, text: str) -> None:
-        start = "\r" if self.stream.isatty() else ""
-        self.stream.write(f"{start}{text.ljust(self._width)}\n")
-        self.stream.flush()
-        self._width = 0
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+        else:
+            self.stream.write(f"{text}\n")
+            self.stream.flush()
 
 
 def _number(metrics: dict[str, torch.Tensor], name: str) -> float:
