@@ -86,6 +86,7 @@ class Summary(Callback):
 
 def table(summary: dict[str, Any], folder: Path) -> str:
     """Start against end, where the files are, and what to do next."""
+    other = "ImportanceWeighting" if summary["strategy"] == "Uniform" else "Uniform"
     labels = {"greedy": "greedy accuracy", "avg_at_4": "avg@4", "reverse_kl": "reverse KL (nats/token)"}
     rows = [f"{'':26}{'start':>9}{'end':>9}"]
     for name, label in labels.items():
@@ -95,6 +96,6 @@ def table(summary: dict[str, Any], folder: Path) -> str:
     rows += [
         f"{summary['strategy']}, {summary['steps']} steps, {summary['tokens']:,} sampled tokens, {summary['seconds']:.0f} s",
         f"run folder: {folder} (summary.json, metrics.csv, checkpoints/, student/)",
-        f"next: python train.py fit --config {folder}/config.yaml --model.weighting Uniform --run_dir {folder}-uniform",
+        f"next: python train.py fit --config {folder}/config.yaml --model.weighting {other} --run_dir {folder}-{other.lower()}",
     ]
     return "\n".join(["", *rows])

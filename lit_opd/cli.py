@@ -218,9 +218,9 @@ class OPDCLI(LightningCLI):
         loggers: list[Logger] = [RunCSVLogger(folder, continued_from=self._checkpoint_step())]
         if wandb["mode"] != "disabled":
             offline = wandb["mode"] == "offline"
-            loggers.append(
-                WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
-            )
+            logger = WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
+            logger._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns about any value
+            loggers.append(logger)
         return loggers
 
     def _checkpoint_step(self) -> int | None:
