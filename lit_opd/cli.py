@@ -284,6 +284,16 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
             raise
         print(f"error: {cause}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from error
+    finally:
+        _finish_wandb()
+
+
+def _finish_wandb() -> None:
+    """Close the run's W&B file, so that a second fit in the same process gets a file of its own."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
