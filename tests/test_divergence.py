@@ -376,7 +376,9 @@ def test_a_teacher_without_the_full_distribution_fails_before_the_first_rollout(
         folders, rollout, objective=Divergence("reverse_kl"), sampler=NeverSample(rollout, max_new_tokens=9)
     )
     trained.teacher = LogprobsOnly(folders[1])
-    with pytest.raises(InputError, match=r"`Divergence` must have \['teacher_distribution'\], which `LogprobsOnly` cannot give"):
+    with pytest.raises(
+        InputError, match=r"`Divergence` must have \['teacher_distribution'\], which `LogprobsOnly` cannot give"
+    ):
         fixed.fit(trained, rollout.prompts)
 
 

@@ -258,3 +258,45 @@ def _module(folders, vllm, teacher):
 
 def test_exported_folder_is_absolute():
     assert ReloadEndpoint("here").folder == Path("here").absolute()
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_takes_routed_teachers_and_servers(folders, tmp_path, capsys):
+    import json
+
+    import yaml
+
+    from callbacks import default_callbacks
+    from lit_opd.cli import main
+
+    rows = [{"prompt": f"{i} + {i} =", "teacher": "ab"[i % 2]} for i in range(8)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with fake.serving(folders[1]) as scores, fake.serving(folders[0], model="student") as draws:
+        away = {"urls": [scores.url], "tokenizer_path": folders[1]} | FAST
+        teachers = {
+            "a": {"class_path": "lit_opd.teacher.LocalTeacher", "init_args": {"path": folders[1]}},
+            "b": {"class_path": "lit_opd.teacher.RemoteTeacher", "init_args": away},
+        }
+        sync = {"class_path": "lit_opd.rollout.ReloadEndpoint", "init_args": {"folder": str(tmp_path / "student")}}
+        drawing = {"urls": [draws.url], "max_new_tokens": 8, "sync": sync} | FAST
+        config = {
+            "wandb": {"mode": "disabled"},
+            "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 2},
+            "model": {
+                "student": {"path": folders[0]},
+                "teacher": {"class_path": "lit_opd.teacher.RoutedTeacher", "init_args": {"teachers": teachers}},
+                "sampler": {"class_path": "lit_opd.rollout.VLLMSampler", "init_args": drawing},
+            },
+            "data": {"train": str(data), "prompt_batch": 4, "max_prompt_tokens": 24, "teacher_column": "teacher"},
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        main(default_callbacks, ["fit", "--config", str(tmp_path / "config.yaml"), "--run_dir", str(tmp_path / "run")])
+        assert draws.reloads >= 2 and scores.requests
+    with pytest.raises(SystemExit):
+        main(
+            default_callbacks, ["fit", "--config", str(tmp_path / "config.yaml"), "--run_dir", str(tmp_path / "again")]
+        )
+    assert scores.url in capsys.readouterr().err and not (tmp_path / "again").exists()
