@@ -25,6 +25,7 @@ from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
 from lit_opd.prompts import PromptDataModule
+from lit_opd.server import ServerError
 from lit_opd.types import InputError
 
 USAGE_ERROR = 2
@@ -296,8 +297,8 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The InputError behind what a library made of it, None where there is none."""
-    while error is not None and not isinstance(error, InputError):
+def _input_error(error: BaseException | None) -> InputError | ServerError | None:
+    """The InputError or ServerError behind what a library made of it, None where there is none."""
+    while error is not None and not isinstance(error, InputError | ServerError):
         error = error.__cause__ or error.__context__
     return error

@@ -231,6 +231,7 @@ class OPDModule(L.LightningModule):
         self._check_trainer()
         self._check_scorers()
         self._check_room(data)
+        self._check_servers(data)
         for warning in (baseline_warning(self.advantage, self.weighting), order_warning(self.advantage), *self._idle()):
             if warning is not None:
                 warnings.warn(warning, stacklevel=2)
@@ -290,6 +291,14 @@ class OPDModule(L.LightningModule):
             raise InputError(
                 f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {self.token_budget}"
             )
+
+    def _check_servers(self, data: Any) -> None:
+        limit = getattr(data, "max_prompt_tokens", None)
+        response = max(self.sampler.max_new_tokens, self.validation.max_new_tokens or 0)
+        tokens = None if limit is None else limit + response
+        for scorer in self.scorers.values():
+            scorer.check(temperature=self.sampler.temperature, tokens=tokens)
+        self.sampler.check(tokens=tokens)
 
     def configure_model(self) -> None:
         """Load student and teacher, choose the scoring path, shard where the strategy brings a device mesh."""
@@ -365,8 +374,10 @@ class OPDModule(L.LightningModule):
             settings: default those of training at this step; see ``sampling_settings``.
         """
         assert self.student is not None
+        settings = settings or self.sampling_settings()
+        self.sampler.prepare(self.export_student, settings.weights_version)
         with gathered(self.student) if is_sharded(self.student) else nullcontext():
-            return self.sampler.sample(self.student, prompts, settings or self.sampling_settings())
+            return self.sampler.sample(self.student, prompts, settings)
 
     def sampling_settings(self, **changes: Any) -> SamplingSettings:
         """The sampler's settings at this optimizer step, with fields changed by name."""

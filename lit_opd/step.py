@@ -225,8 +225,27 @@ class Update:
                 share = self._micro_loss(groups[index], total) if index < len(groups) else self._dummy_loss()
                 module.manual_backward(share * world_size())
             loss = loss + share.detach()
+        self._check_sampler_gap(rows)
         self.grad_norm = module.apply_gradients()
         return all_sum(loss)
+
+    def _check_sampler_gap(self, rows: Tensor) -> None:
+        """Before weights change: the sampler's log-probs are near the student's, where the sampler sets a bound."""
+        bound = self.module.sampler.max_logprob_gap
+        if bound is None:
+            return
+        index = rows.to(self.rollout.mask.device)
+        mask = self.rollout.mask[index]
+        student, sampler = self.parts.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
+        gap = torch.where(mask, (student - sampler).abs(), 0.0).sum(dtype=torch.float64)
+        total, tokens = all_sum(torch.stack([gap, mask.sum().double()])).tolist()
+        mean = total / max(tokens, 1.0)
+        if not mean <= bound:
+            raise InputError(
+                f"`model.sampler.max_logprob_gap` must bound the mean |student - sampler log-prob|, got {mean:.3g} nats over "
+                f"{bound} at optimizer step {self.step + 1}; no weight was changed. The servers sample from other weights, "
+                "dtype or temperature: check them and `model.sampler.sync`"
+            )
 
     def _denominator(self, rows: Tensor) -> Tensor:
         index = rows.to(self.rollout.mask.device)
@@ -331,13 +350,17 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     signal, kept, weights = record.signal, record.kept, record.weights
     ratio, mask = signal.log_ratio, signal.mask
     truncated = record.finish_reason != 0
+    assert signal.sampler_logprobs is not None
+    sampler_gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
     sums = torch.stack(
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
-            torch.ones_like(record.finish_reason), -signal.student_logprobs,
+            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap,
         )]
     )  # fmt: skip
-    tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise = all_sum(sums).unbind()
+    tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap = all_sum(
+        sums
+    ).unbind()
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
     return {
         "train/reverse_kl_k1": kl / tokens,
@@ -346,6 +369,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/weight_ess": weight.square() / (counted * square).clamp(min=torch.finfo(torch.float64).tiny),
         "train/clip_fraction": clipped / tokens,
         "train/student_nll": surprise / tokens,
+        "train/sampler_gap": sampler_gap / tokens,
         "train/tokens": sampled,
         "train/truncated_fraction": cut / rows,
         "train/response_length": sampled / rows,

@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "streams": set(),
+    "server": {"types"},
     "masked": {"types"},
     "distributed": set(),
     "prompts": {"types", "distributed"},  # with its helpers prompt_*.py
     "models": {"types"},
     "sharding": {"types", "models"},
     "scoring": {"types"},
-    "rollout": {"types", "masked", "models", "distributed", "streams"},
-    "teacher": {"types", "models", "scoring", "sharding"},
+    "rollout": {"types", "masked", "models", "distributed", "streams", "server"},
+    "teacher": {"types", "models", "scoring", "sharding", "server"},
     "advantage": {"types", "masked", "weighting"},
     "weighting": {"types", "masked", "distributed", "streams"},
     "objective": {"types", "masked", "scoring"},

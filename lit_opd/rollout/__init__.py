@@ -2,5 +2,15 @@
 
 from lit_opd.rollout.base import Sampler, SamplingSettings
 from lit_opd.rollout.generate import TransformersSampler
+from lit_opd.rollout.sync import ReloadEndpoint, RestartCommand, WeightSync
+from lit_opd.rollout.vllm import VLLMSampler
 
-__all__ = ["Sampler", "SamplingSettings", "TransformersSampler"]
+__all__ = [
+    "ReloadEndpoint",
+    "RestartCommand",
+    "Sampler",
+    "SamplingSettings",
+    "TransformersSampler",
+    "VLLMSampler",
+    "WeightSync",
+]

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class Sampler(ABC):
         InputError: a value outside its range.
     """
 
+    max_logprob_gap: float | None = None  # nats, bound on the step's mean |student - sampler log-prob|
+
     def __init__(
         self,
         max_new_tokens: int = 512,
@@ -88,6 +91,17 @@ class Sampler(ABC):
     def _require(self, field: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")
+
+    def check(self, *, tokens: int | None) -> None:  # noqa: B027
+        """What can be checked before a run; ``tokens`` is the longest prompt and response together, None if not known."""
+
+    def prepare(self, export: Callable[[Path], Any], weights_version: int) -> None:  # noqa: B027
+        """Bring the engine to the student's weights before it samples; nothing to do for one that reads the student itself.
+
+        Args:
+            export: writes the student as a Hugging Face folder; must be called on every rank or none.
+            weights_version: optimizer steps the weights have seen.
+        """
 
     @abstractmethod
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:

@@ -2,5 +2,7 @@
 
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.local import LocalTeacher
+from lit_opd.teacher.remote import RemoteTeacher
+from lit_opd.teacher.routed import RoutedTeacher
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["LocalTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher"]

@@ -27,6 +27,16 @@ class Teacher(nn.Module, ABC):
     def tokenizers(self) -> list[Any]:
         """(tokenizer, embedding rows) of every model behind this teacher, without loading weights."""
 
+    def check(self, *, temperature: float, tokens: int | None) -> None:
+        """What can be checked without weights, before a run.
+
+        Args:
+            temperature: of sampling and scoring.
+            tokens: the longest prompt and response together, None where it is not known.
+        Raises:
+            InputError: this teacher cannot score such a run.
+        """
+
     @abstractmethod
     def load(self, *, vocabulary: int) -> None:
         """Load the weights; ``vocabulary`` leading entries count. Idempotent."""

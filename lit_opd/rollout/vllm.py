@@ -1,0 +1,226 @@
+"""Sampling from vLLM servers that hold a copy of the student."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_opd.distributed import gather_objects, is_rank_zero, world_size
+from lit_opd.rollout.base import Sampler, SamplingSettings, finish
+from lit_opd.rollout.sync import WeightSync
+from lit_opd.server import Malformed, ServerError, Servers, checked_logprob
+from lit_opd.streams import stream_seed
+from lit_opd.types import InputError, PromptBatch, Rollout
+
+ENGINE = "vllm"
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+_TRIES = 3  # samplings of one batch whose servers went away
+
+
+class VLLMSampler(Sampler):
+    """Samples from servers that speak vLLM's ``/v1/completions`` with token-id prompts; one request a row, each with a seed
+    of its own, so that a row's tokens do not depend on the others (as far as the server's arithmetic does not).
+
+    Keep ``PolicyLoss.importance_cap``: server and trainer never compute exactly the same log-probs.
+
+    Args:
+        urls: addresses such as http://host:8000; several share the load.
+        model: the name the servers must serve; None takes the only one they serve.
+        sync: how new weights reach the servers before the first batch and after every update; None never pushes, and the
+            servers go on sampling from what they started with.
+        max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
+        logprobs_mode: what the servers were started with (``--logprobs-mode``). Raw log-probs are those of the sampled
+            distribution only at temperature 1, top_p 1 and top_k 0: anything else needs processed ones.
+        max_concurrency: requests in flight at once, all servers together.
+        timeout: seconds a request may take as a whole.
+        retry_seconds: how long a failing request is tried again, with growing pauses.
+        max_response_bytes: longest answer that is read.
+        api_key_env: environment variable with the servers' key, None for none.
+        max_new_tokens, temperature, top_p, top_k, stop_token_ids: see ``Sampler``.
+    Raises:
+        InputError: a value outside its range, or log-probs that would not be those of the sampled distribution.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        model: str | None = None,
+        sync: WeightSync | None = None,
+        max_logprob_gap: float | None = 0.5,
+        logprobs_mode: LogprobsMode = "raw_logprobs",
+        max_concurrency: int = 256,
+        timeout: float = 1800.0,
+        retry_seconds: float = 300.0,
+        max_response_bytes: int = 64 * 2**20,
+        api_key_env: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop_token_ids: list[int] | None = None,
+    ) -> None:
+        super().__init__(max_new_tokens, temperature, top_p, top_k, stop_token_ids)
+        self.max_logprob_gap, self.logprobs_mode, self.sync = max_logprob_gap, logprobs_mode, sync
+        self._require("max_logprob_gap", max_logprob_gap is None or max_logprob_gap > 0, "> 0 or null")
+        if logprobs_mode == "raw_logprobs" and not _plain(temperature, top_p, top_k):
+            raise InputError(
+                f"`VLLMSampler.logprobs_mode` must be processed_logprobs when temperature {temperature}, top_p {top_p}, top_k "
+                f"{top_k} are not 1, 1, 0, got {logprobs_mode}; start the servers with --logprobs-mode processed_logprobs"
+            )
+        self.servers = Servers(
+            urls,
+            model=model,
+            field="model.sampler",
+            max_concurrency=max_concurrency,
+            timeout=timeout,
+            retry_seconds=retry_seconds,
+            max_response_bytes=max_response_bytes,
+            api_key_env=api_key_env,
+        )
+        self._version: int | None = None  # weights the servers have; None before the first push
+
+    def check(self, *, tokens: int | None) -> None:
+        """Every server answers, serves the model and holds ``tokens``."""
+        self.servers.check(tokens=tokens)
+
+    def prepare(self, export: Callable[[Path], Any], weights_version: int) -> None:
+        """Push the student's weights unless the servers have them; called on every rank."""
+        if self._version == weights_version:
+            return
+        if self.sync is None:
+            if self._version is None:
+                self._version = weights_version
+            else:
+                warnings.warn(
+                    "`model.sampler.sync` is null: the servers go on sampling from the weights they started with",
+                    stacklevel=2,
+                )
+            return
+        export(self.sync.folder)
+        self._push()
+        self._version = weights_version
+
+    def _push(self) -> None:
+        """Rank 0 pushes; its failure is every rank's, so that none waits for it."""
+        assert self.sync is not None
+        failure = None
+        if is_rank_zero():
+            try:
+                self.sync.push(self.servers)
+            except (ServerError, InputError) as error:
+                failure = str(error)
+        failures = [text for text in gather_objects([failure]) if text is not None]
+        if failures:
+            raise ServerError(failures[0])
+
+    @torch.no_grad()
+    def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
+        """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``. ``model`` is not read.
+
+        The log-probs are NaN where they are not known: an evaluation at another temperature, top-p or top-k on servers
+        that give raw ones.
+
+        Raises:
+            ServerError: the servers failed for good.
+        """
+        if self.servers.model is None:
+            self.servers.check(tokens=None)
+        for _ in range(_TRIES):
+            lost = self.servers.num_lost
+            rows = self._sampled(prompts, settings)
+            if self.sync is None or self.servers.num_lost == lost:
+                return self._rollout(prompts, rows, settings)
+            self._after_loss()
+        raise self.servers.error(f"went away in each of {_TRIES} samplings of one batch")
+
+    def _after_loss(self) -> None:
+        """A server that went away may be back with the weights it starts with: push again."""
+        if world_size() > 1:
+            raise self.servers.error("went away while sampling and may have come back with old weights")
+        self._push()
+
+    def _sampled(self, prompts: PromptBatch, settings: SamplingSettings) -> list[tuple[list[int], list[float]]]:
+        ids, mask, keys = prompts.ids.cpu(), prompts.mask.cpu(), prompts.row_keys.tolist()
+        texts = [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
+        common = _request(settings)
+
+        def parse(choices: list[dict[str, Any]], index: int) -> tuple[list[int], list[float]]:
+            return sampled_tokens(choices[0], texts[index], settings)
+
+        bodies = [
+            common | {"prompt": [text], "seed": stream_seed(settings.seed, settings.step, settings.domain, key)}
+            for text, key in zip(texts, keys, strict=True)
+        ]
+        return self.servers.complete(bodies, parse)
+
+    def _rollout(
+        self, prompts: PromptBatch, rows: list[tuple[list[int], list[float]]], settings: SamplingSettings
+    ) -> Rollout:
+        columns = max(len(tokens) for tokens, _ in rows)
+        ids = torch.full((len(rows), columns), settings.pad_id, dtype=torch.int64)
+        logprobs = torch.zeros(len(rows), columns)
+        for row, (tokens, values) in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            logprobs[row, : len(values)] = torch.tensor(values)
+        known = settings.greedy or self.logprobs_mode == "processed_logprobs"
+        if not known and not _plain(settings.temperature, settings.top_p, settings.top_k):
+            logprobs.fill_(torch.nan)
+        version = settings.weights_version if self._version is None else self._version
+        device = prompts.ids.device
+        settings = replace(settings, weights_version=version)
+        return finish(prompts, ids.to(device), logprobs.to(device), settings, engine=ENGINE)
+
+
+def _plain(temperature: float, top_p: float, top_k: int) -> bool:
+    return temperature == 1.0 and top_p == 1.0 and top_k == 0
+
+
+def _request(settings: SamplingSettings) -> dict[str, Any]:
+    """What all rows ask for; our stop ids only, whatever the server's model names as its own."""
+    return {
+        "max_tokens": settings.max_new_tokens,
+        "temperature": 0.0 if settings.greedy else settings.temperature,
+        "top_p": 1.0 if settings.greedy else settings.top_p,
+        "top_k": 0 if settings.greedy else settings.top_k,
+        "stop_token_ids": list(settings.stop_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+
+
+def sampled_tokens(
+    choice: dict[str, Any], prompt: list[int], settings: SamplingSettings
+) -> tuple[list[int], list[float]]:
+    """Token ids and log-probs (nats) of one choice.
+
+    Args:
+        choice: with "token_ids", "logprobs" and "prompt_token_ids".
+        prompt: token ids that were sent.
+        settings: what was asked for.
+    Raises:
+        Malformed: something is missing, of another length, or of another prompt.
+    """
+    tokens, found = choice.get("token_ids"), choice.get("logprobs")
+    values = found.get("token_logprobs") if isinstance(found, dict) else None
+    if not isinstance(tokens, list) or not isinstance(values, list):
+        raise Malformed("has no token_ids or no log-probs of sampled tokens; vLLM 0.10.2 or later gives both")
+    if choice.get("prompt_token_ids", prompt) not in (prompt, None):
+        raise Malformed("is of another prompt")
+    if len(values) != len(tokens) or not 1 <= len(tokens) <= settings.max_new_tokens:
+        raise Malformed(
+            f"has {len(tokens)} tokens and {len(values)} log-probs, 1 to {settings.max_new_tokens} were asked for"
+        )
+    if not all(type(token) is int and 0 <= token < settings.vocabulary for token in tokens):
+        raise Malformed(f"has token ids outside [0, {settings.vocabulary}), which student and teacher share")
+    stopped = tokens[-1] in settings.stop_ids
+    if any(token in settings.stop_ids for token in tokens[:-1]) or not (
+        stopped or len(tokens) == settings.max_new_tokens
+    ):
+        raise Malformed(f"does not end at its first stop id or after {settings.max_new_tokens} tokens")
+    return tokens, [checked_logprob(value, f"at position {at}") for at, value in enumerate(values)]

@@ -1,0 +1,126 @@
+"""Several teachers, one of them for each row."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_opd.sharding import is_sharded
+from lit_opd.teacher.base import Teacher
+from lit_opd.types import InputError, Rollout, TokenScores, TopK
+
+_NEEDS_ONE_HEAD = frozenset({"token_kl", "teacher_distribution"})
+
+
+class RoutedTeacher(Teacher):
+    """Each row is scored by the teacher its prompt names (``PromptBatch.teachers``, a column of the data).
+
+    It provides what all of its teachers do, less the divergences over the full vocabulary: those need one output head.
+
+    Args:
+        teachers: teacher by name.
+    Raises:
+        InputError: no teacher.
+    """
+
+    def __init__(self, teachers: dict[str, Teacher]) -> None:
+        super().__init__()
+        if not teachers:
+            raise InputError("`RoutedTeacher.teachers` must name at least one teacher, got none")
+        self.names = list(teachers)
+        self.teachers = nn.ModuleList(teachers.values())  # a ModuleDict refuses names with dots
+
+    def named(self) -> dict[str, Teacher]:
+        """Teacher by name; errors call each by its own setting."""
+        found: dict[str, Teacher] = {}
+        for name, teacher in zip(self.names, self.teachers, strict=True):
+            assert isinstance(teacher, Teacher)
+            teacher.field = f"{self.field}.teachers.{name}"
+            found[name] = teacher
+        return found
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What all of them can give, less what needs one head."""
+        return frozenset.intersection(*(teacher.provides for teacher in self.named().values())) - _NEEDS_ONE_HEAD
+
+    def tokenizers(self) -> list[Any]:
+        """Those of every teacher."""
+        return [pair for teacher in self.named().values() for pair in teacher.tokenizers()]
+
+    def check(self, *, temperature: float, tokens: int | None) -> None:
+        """Check every teacher."""
+        for teacher in self.named().values():
+            teacher.check(temperature=temperature, tokens=tokens)
+
+    def load(self, *, vocabulary: int) -> None:
+        """Load every teacher."""
+        for teacher in self.named().values():
+            teacher.load(vocabulary=vocabulary)
+
+    def shard(self, mesh: Any) -> None:
+        """Shard every teacher."""
+        for teacher in self.named().values():
+            teacher.shard(mesh)
+
+    @torch.no_grad()
+    def score(
+        self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
+    ) -> TokenScores:
+        """Scores of every row by its own teacher, in the rollout's order; see ``Teacher.score``.
+
+        Raises:
+            InputError: a row names no teacher, or one that is not here.
+        """
+        rows = self._rows_by_name(rollout)
+        parts: list[tuple[Tensor, TokenScores]] = []
+        for name, teacher in self.named().items():
+            wanted = rows[name] or (
+                [0] if _holds_shards(teacher) else []
+            )  # collectives must match those of other ranks
+            if wanted:
+                part = rollout.rows(torch.tensor(wanted))
+                scores = teacher.score(part, temperature=temperature, requires=requires)
+                if rows[name]:
+                    parts.append((torch.tensor(wanted), scores))
+        return _merged(parts, len(rollout))
+
+    def _rows_by_name(self, rollout: Rollout) -> dict[str, list[int]]:
+        rows: dict[str, list[int]] = {name: [] for name in self.names}
+        for row, name in enumerate(rollout.prompts.teachers or ()):
+            if name is None or name not in rows:
+                raise InputError(
+                    f"`PromptBatch.teachers` must name one of {self.names}, got {name!r} in row {row} (data row "
+                    f"{rollout.prompts.row_ids[row]!r}); fill the data's teacher column or add the teacher"
+                )
+            rows[name].append(row)
+        return rows
+
+
+def _holds_shards(teacher: Teacher) -> bool:
+    return any(is_sharded(part) for part in teacher.modules())
+
+
+def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
+    """One record of ``count`` rows from the records of some of them each."""
+
+    def spread(values: list[Tensor]) -> Tensor:
+        dtype = torch.promote_types(values[0].dtype, values[-1].dtype)
+        out = values[0].new_zeros((count, *values[0].shape[1:]), dtype=dtype)
+        for (rows, _), value in zip(parts, values, strict=True):
+            out[rows.to(out.device)] = value.to(out)
+        return out
+
+    found: dict[str, Any] = {}
+    for field in fields(TokenScores):
+        values = [getattr(scores, field.name) for _, scores in parts]
+        if any(value is None for value in values):
+            continue
+        if field.name == "topk":
+            found["topk"] = TopK(spread([v.ids for v in values]), spread([v.logprobs for v in values]))
+        else:
+            found[field.name] = spread(values)
+    return TokenScores(**found)

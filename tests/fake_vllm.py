@@ -1,0 +1,169 @@
+"""A local HTTP server that answers as vLLM's ``/v1/completions`` does, by running a tiny transformers model."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+EOS = 1
+Fault = Callable[["FakeServer", BaseHTTPRequestHandler, dict], bool]  # True: the fault has answered
+
+
+class FakeServer(ThreadingHTTPServer):
+    """``faults`` are taken one a completion request, from the front; ``requests`` counts those that were answered."""
+
+    daemon_threads = True
+
+    def __init__(self, path: str, *, model: str, window: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.causal_lm = AutoModelForCausalLM.from_pretrained(path)
+        self.served_model, self.window = model, window
+        self.lock = threading.Lock()
+        self.faults: list[Fault] = []
+        self.always: Fault | None = None
+        self.requests, self.reloads = 0, 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is no news."""
+
+    @torch.no_grad()
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        choices = [self._choice(index, prompt, body) for index, prompt in enumerate(body["prompt"])]
+        return {"model": self.served_model, "choices": choices[::-1]}  # vLLM promises no order
+
+    def _choice(self, index: int, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        ids, start = list(prompt), len(prompt)
+        generator = torch.Generator().manual_seed(body.get("seed", 0) % 2**32)
+        values: list[float] = []
+        while len(values) < body["max_tokens"] and not (values and ids[-1] in body.get("stop_token_ids", [EOS])):
+            logprobs = self.logprobs(ids)[-1]
+            greedy = body["temperature"] == 0
+            token = int(logprobs.argmax() if greedy else torch.multinomial(logprobs.exp(), 1, generator=generator))
+            ids.append(token)
+            values.append(float(logprobs[token]))
+        choice: dict[str, Any] = {"index": index, "finish_reason": "stop", "text": ""}
+        if "prompt_logprobs" in body:
+            scored = self.logprobs(prompt)
+            pairs = [{str(token): {"logprob": float(scored[at, token])}} for at, token in enumerate(prompt[1:])]
+            choice["prompt_logprobs"] = [None, *pairs]
+        if body.get("return_token_ids"):
+            choice |= {"token_ids": ids[start:], "prompt_token_ids": prompt, "logprobs": {"token_logprobs": values}}
+        return choice
+
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        return self.causal_lm(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+    def reply(self, data: bytes, status: int = 200, length: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        card = {"id": self.server.served_model, "max_model_len": self.server.window}
+        self.reply(json.dumps({"data": [card]}).encode())
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            with server.lock:
+                server.causal_lm = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"])
+                server.reloads += 1
+            return self.reply(b"")
+        if self.path == "/reset_prefix_cache":
+            return self.reply(b'{"success": true}')
+        with server.lock:
+            fault = server.faults.pop(0) if server.faults else server.always
+        if fault is None or not fault(server, self, body):
+            with server.lock:
+                server.requests += 1
+                data = json.dumps(server.complete(body)).encode()
+            self.reply(data)
+
+
+# -- faults: what a proxy or a sick server does ------------------------------------------------------------------------
+
+
+def status(code: int, **headers: str) -> Fault:
+    return lambda server, handler, body: handler.reply(b"no", code, **headers) or True
+
+
+def delay(seconds: float) -> Fault:
+    return lambda server, handler, body: bool(time.sleep(seconds))
+
+
+def raw(data: bytes, length: int | None = None) -> Fault:
+    return lambda server, handler, body: handler.reply(data, length=length) or True
+
+
+def cut(server: FakeServer, handler: Any, body: dict) -> bool:
+    data = json.dumps(server.complete(body)).encode()
+    handler.reply(data[: len(data) // 2], length=len(data))
+    handler.close_connection = True
+    return True
+
+
+def hang_up(server: FakeServer, handler: Any, body: dict) -> bool:
+    handler.close_connection = True
+    return True
+
+
+def trickle(server: FakeServer, handler: Any, body: dict) -> bool:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    try:
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.1)
+    except OSError:
+        pass
+    return True
+
+
+def changed(change: Callable[[dict], Any]) -> Fault:
+    """The right answer after ``change``."""
+
+    def fault(server: FakeServer, handler: Any, body: dict) -> bool:
+        answer = server.complete(body)
+        change(answer)
+        handler.reply(json.dumps(answer).encode())
+        return True
+
+    return fault
+
+
+@contextmanager
+def serving(path: str, *, model: str = "tiny", window: int = 64) -> Iterator[FakeServer]:
+    server = FakeServer(path, model=model, window=window)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
