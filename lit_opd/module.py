@@ -33,7 +33,7 @@ from lit_opd.models import (
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
-from lit_opd.sharding import full_state, gathered, is_sharded, shard
+from lit_opd.sharding import check_strategy, full_state, gathered, is_sharded, shard
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
 from lit_opd.types import InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
@@ -260,6 +260,7 @@ class OPDModule(L.LightningModule):
             yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
 
     def _check_trainer(self) -> None:
+        check_strategy(self.trainer.strategy)
         updates = self.mini_batches * self.epochs
         if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
             raise InputError(

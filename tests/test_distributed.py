@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from lit_opd.sharding import check_strategy
 from lit_opd.step import micro_batches, row_lengths
+from lit_opd.types import InputError
 from tests import cases, fixed, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,3 +116,11 @@ def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(fol
     assert {name for group in state["param_groups"] for name in group["params"]} == own
     for name, value in saved["state_dict"].items():
         assert state["state"][name]["momentum_buffer"].shape == value.shape
+
+
+@pytest.mark.parametrize(
+    "strategy", [FSDPStrategy(), ModelParallelStrategy()], ids=["FSDP1", "tensor-parallel default"]
+)
+def test_a_strategy_that_cannot_work_is_refused_with_the_flags_that_do(strategy):
+    with pytest.raises(InputError, match="tensor_parallel_size 1"):
+        check_strategy(strategy)

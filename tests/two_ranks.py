@@ -62,7 +62,9 @@ def fits(folders: tuple[str, str], name: str) -> dict[str, Any]:
         whole = cases.fit_rollout(key)
         trained = fixed.module(folders, whole, **settings)
         prompts = this_rank(whole.prompts)
-        collect = fixed.fit(trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False)
+        collect = fixed.fit(
+            trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False
+        )
         out[key] = ([float(record.grad_norm) for record in collect.records], fixed.weights(trained))
     return out
 
