@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
+from lit_opd.checkpoints import by_name, by_number
 from lit_opd.distributed import is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.models import (
@@ -32,7 +33,7 @@ from lit_opd.models import (
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
-from lit_opd.sharding import full_state, gathered, is_sharded, shard
+from lit_opd.sharding import check_strategy, full_state, gathered, is_sharded, shard
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
 from lit_opd.types import InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
@@ -260,6 +261,7 @@ class OPDModule(L.LightningModule):
             yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
 
     def _check_trainer(self) -> None:
+        check_strategy(self.trainer.strategy)
         updates = self.mini_batches * self.epochs
         if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
             raise InputError(
@@ -319,6 +321,7 @@ class OPDModule(L.LightningModule):
         """The configured optimizer over trainable parameters, and its schedule."""
         assert self.student is not None
         optimizer = self.optimizer_factory([p for p in self.student.parameters() if p.requires_grad])
+        optimizer.register_load_state_dict_pre_hook(lambda own, state: by_number(state, self, own))
         if self.scheduler_factory is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler_factory(optimizer)}
@@ -523,16 +526,21 @@ class OPDModule(L.LightningModule):
         Raises:
             InputError: the checkpoint is of another architecture; the first names are listed.
         """
-        own = self.state_dict()
-        missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-        shapes = [name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape]
-        wrong = sorted([*missing, *unexpected, *shapes])
-        if wrong:
-            raise InputError(
-                f"`--ckpt_path` must be a checkpoint of this student, but {len(wrong)} weights are missing, extra or of "
-                f"another shape: {', '.join(wrong[:5])}; give the config the run was started with"
-            )
+        _require_same({name: value.shape for name, value in state_dict.items()}, of=self.state_dict())
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizer state by parameter name, and the names and shapes of the trained student for ``on_load_checkpoint``."""
+        assert self.student is not None
+        whole = is_sharded(self.student)
+        pairs = zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=False)
+        checkpoint["optimizer_states"] = [by_name(state, self, optimizer, whole=whole) for state, optimizer in pairs]
+        checkpoint["student_shapes"] = {name: list(value.shape) for name, value in self.state_dict().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The check of ``load_state_dict`` again: under FSDP2 Lightning reads weight by weight and skips what is missing."""
+        if "student_shapes" in checkpoint and self.student is not None:
+            _require_same(checkpoint["student_shapes"], of=self.state_dict())
 
     def export_student(self, path: str | Path) -> Path:
         """Write the student as a Hugging Face folder (safetensors, tokenizer, generation config; LoRA merged).
@@ -546,6 +554,17 @@ class OPDModule(L.LightningModule):
             export_folder(self.student.model, self.tokenizer, path, state=state, generation=generation)
         self.trainer.strategy.barrier("export_student")
         return Path(path)
+
+
+def _require_same(shapes: Mapping[str, Any], *, of: Mapping[str, Tensor]) -> None:
+    """An InputError unless a checkpoint has exactly the weights of this student; shards count by their whole shape."""
+    differing = [name for name in of.keys() & shapes.keys() if tuple(of[name].shape) != tuple(shapes[name])]
+    wrong = sorted([*(of.keys() ^ shapes.keys()), *differing])
+    if wrong:
+        raise InputError(
+            f"`--ckpt_path` must be a checkpoint of this student, but {len(wrong)} weights are missing, extra or of "
+            f"another shape: {', '.join(wrong[:5])}; give the config the run was started with"
+        )
 
 
 class _Clock:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -19,6 +20,25 @@ def transformer_layers(model: Any) -> list[nn.Module]:
     if not layers:
         raise InputError(f"`{type(model).__name__}` names no blocks to shard (its `_no_split_modules` is empty)")
     return layers
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse what would fail, or train other sums, deep inside a run.
+
+    Raises:
+        InputError: FSDP1, or FSDP2 with ranks that are not all data-parallel.
+    """
+    wanted = "--trainer.strategy.data_parallel_size RANKS --trainer.strategy.tensor_parallel_size 1"
+    if isinstance(strategy, FSDPStrategy):
+        raise InputError(
+            "`trainer.strategy` must be ddp or ModelParallelStrategy (FSDP2), got FSDPStrategy (FSDP1), which is not "
+            f"supported; use --trainer.strategy ModelParallelStrategy {wanted}"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size != 1:
+        raise InputError(
+            "`trainer.strategy.tensor_parallel_size` must be 1: models are sharded over the data-parallel ranks only, got "
+            f"{strategy._tensor_parallel_size!r} (Lightning's default makes the GPUs of a node tensor-parallel); give {wanted}"
+        )
 
 
 def shard(policy: Any, mesh: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_opd.advantage import RewardExtrapolation, ValueBaseline
@@ -59,3 +60,32 @@ def gradient_cases() -> dict[str, dict[str, Any]]:
     found["token kl/batch"] = found["token kl"] | {"weighting": BatchMeanOne(TopKMass())}
     found["reference"] = {"advantage": [RewardExtrapolation(1.5)], "with_reference": True, "token_budget": BUDGET}
     return found
+
+
+EMPTY_RANK = {1, 3, 5}  # what the second rank holds: with truncated="drop" nothing is left there
+STEPS = 4  # of the fits that are interrupted after half of them
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    """Gradient descent with a state to save."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def fit_cases() -> dict[str, dict[str, Any]]:
+    """Settings of the module by name, clipping active; "empty rank" goes with ``EMPTY_RANK``."""
+    shared: dict[str, Any] = {
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "gradient_clip_norm": 0.05,
+        "token_budget": BUDGET,
+    }
+    return {
+        "clipped": shared | {"weighting": ImportanceWeighting()},
+        "empty rank": shared | {"truncated": "drop"},
+        "empty rank/batch": shared | {"truncated": "drop", "weighting": BatchMeanOne(ImportanceWeighting())},
+    }
+
+
+def fit_rollout(name: str) -> Rollout:
+    """The rows of a case of ``fit_cases``."""
+    truncated = EMPTY_RANK if name.startswith("empty") else TRUNCATED
+    return fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=truncated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -96,9 +97,16 @@ class StartWeights(L.Callback):
 
 
 def fit(
-    trained: OPDModule, prompts: PromptBatch, *, steps: int = 1, watch: L.Callback | None = None, **trainer: Any
+    trained: OPDModule,
+    prompts: PromptBatch,
+    *,
+    steps: int = 1,
+    watch: L.Callback | None = None,
+    load: Path | None = None,
+    save: Path | None = None,
+    **trainer: Any,
 ) -> Collect:
-    """Run the real Trainer on one repeated batch of prompts."""
+    """Run the real Trainer on one repeated batch of prompts, from the checkpoint ``load``, up to the checkpoint ``save``."""
     collect = Collect()
     settings: dict[str, Any] = {
         "accelerator": "cpu",
@@ -111,7 +119,10 @@ def fit(
         "num_sanity_val_steps": 0,
     }
     loader = DataLoader([prompts] * 8, batch_size=None)
-    L.Trainer(**(settings | trainer), callbacks=[collect, *([watch] if watch else [])]).fit(trained, loader)
+    run = L.Trainer(**(settings | trainer), callbacks=[collect, *([watch] if watch else [])])
+    run.fit(trained, loader, ckpt_path=load)
+    if save is not None:
+        run.save_checkpoint(save)
     return collect
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from lit_opd.sharding import check_strategy
 from lit_opd.step import micro_batches, row_lengths
+from lit_opd.types import InputError
 from tests import cases, fixed, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,15 +33,33 @@ def one_process(folders):
     }
 
 
+def one_process_fit(folders, steps: int, **paths):
+    """Weights of the run that is interrupted, and its optimizer's momenta in order."""
+    trained = fixed.module(folders, cases.rollout(), optimizer=cases.momentum, token_budget=cases.BUDGET)
+    fixed.fit(trained, cases.rollout().prompts, steps=steps, **paths)
+    return fixed.weights(trained)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folders):
+    return one_process_fit(folders, cases.STEPS)
+
+
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def two_processes(request, folders, tmp_path_factory):
+def two_processes_folder(request, folders, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
+    one_process_fit(folders, cases.STEPS // 2, save=out / "one.ckpt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.two_ranks", str(out), request.param, *folders]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_processes(two_processes_folder):
+    return [torch.load(two_processes_folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def test_the_ranks_have_different_numbers_of_micro_batches():
@@ -60,3 +81,46 @@ def test_a_fit_with_sampling_inside_ends_on_both_ranks_with_one_loss(two_process
     first, second = (rank["fit"] for rank in two_processes)
     assert first[:3] == second[:3]
     assert first[3:] != second[3:]  # the ranks sampled different rows
+
+
+@pytest.mark.parametrize("case", sorted(cases.fit_cases()))
+def test_three_clipped_steps_of_two_ranks_equal_one_process(folders, two_processes, case):
+    whole = cases.fit_rollout(case)
+    trained = fixed.module(folders, whole, **cases.fit_cases()[case])
+    records = fixed.fit(trained, whole.prompts, steps=3).records
+    norms = [float(record.grad_norm) for record in records]
+    assert min(norms) > 2 * cases.fit_cases()[case]["gradient_clip_norm"]  # clipping was active
+    for rank in two_processes:
+        other_norms, other = rank["fits"][case]
+        assert other_norms == pytest.approx(norms, rel=1e-9)
+        assert fixed.relative_gap(other, fixed.weights(trained)) < 1e-9
+
+
+@pytest.mark.parametrize("path", ["two in two", "one in two"])
+def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(uninterrupted, two_processes, path):
+    for rank in two_processes:
+        assert fixed.relative_gap(rank["interrupted"][path], uninterrupted) < 1e-9
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_two(folders, uninterrupted, two_processes_folder):
+    resumed = one_process_fit(folders, cases.STEPS, load=two_processes_folder / "two.ckpt")
+    assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
+
+
+def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(folders, two_processes_folder):
+    saved = torch.load(two_processes_folder / "two.ckpt", weights_only=True)
+    own = {f"student.model.{name}" for name, _ in tiny.qwen3(seed=1).named_parameters()}
+    assert set(saved["state_dict"]) == own
+    (state,) = saved["optimizer_states"]
+    assert set(state["state"]) == own
+    assert {name for group in state["param_groups"] for name in group["params"]} == own
+    for name, value in saved["state_dict"].items():
+        assert state["state"][name]["momentum_buffer"].shape == value.shape
+
+
+@pytest.mark.parametrize(
+    "strategy", [FSDPStrategy(), ModelParallelStrategy()], ids=["FSDP1", "tensor-parallel default"]
+)
+def test_a_strategy_that_cannot_work_is_refused_with_the_flags_that_do(strategy):
+    with pytest.raises(InputError, match="tensor_parallel_size 1"):
+        check_strategy(strategy)

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "prompts": {"types", "distributed"},  # with its helpers prompt_*.py
     "models": {"types"},
     "sharding": {"types", "models"},
+    "checkpoints": {"types"},
     "scoring": {"types"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},
     "teacher": {"types", "models", "scoring", "sharding", "server"},

@@ -18,7 +18,9 @@ def strategy(name: str) -> Strategy:
     """DDP or FSDP2 on gloo."""
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    return ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
+    )
 
 
 def this_rank(rows: Any) -> Any:
@@ -53,12 +55,50 @@ def sampled_fit(folders: tuple[str, str], name: str) -> list[float]:
     return [*collect.losses, *(float(record.rollout.lengths.sum()) for record in collect.records)]
 
 
+def fits(folders: tuple[str, str], name: str) -> dict[str, Any]:
+    """Weights and gradient norms after three clipped steps of every case."""
+    out = {}
+    for key, settings in cases.fit_cases().items():
+        whole = cases.fit_rollout(key)
+        trained = fixed.module(folders, whole, **settings)
+        prompts = this_rank(whole.prompts)
+        collect = fixed.fit(
+            trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False
+        )
+        out[key] = ([float(record.grad_norm) for record in collect.records], fixed.weights(trained))
+    return out
+
+
+def interrupted(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any]:
+    """Weights after all steps: of a run cut in half here, and of one whose first half ran in one process."""
+    whole = cases.rollout()
+    prompts = this_rank(whole.prompts)
+
+    def run(steps: int, **paths: Any) -> Any:
+        trained = fixed.module(folders, whole, optimizer=cases.momentum, token_budget=cases.BUDGET)
+        shared = {"devices": 2, "strategy": strategy(name), "use_distributed_sampler": False}
+        fixed.fit(trained, prompts, steps=steps, **paths, **shared)
+        return fixed.weights(trained)
+
+    half = cases.STEPS // 2
+    run(half, save=out / "two.ckpt")
+    return {
+        "two in two": run(cases.STEPS, load=out / "two.ckpt"),
+        "one in two": run(cases.STEPS, load=out / "one.ckpt"),
+    }
+
+
 def main() -> None:
     """Every check under one strategy."""
     torch.set_num_threads(1)
-    out, name, student, teacher = sys.argv[1:]
-    results = {"gradients": gradients((student, teacher), name), "fit": sampled_fit((student, teacher), name)}
-    torch.save(results, Path(out) / f"rank-{rank()}.pt")
+    out, name, folders = Path(sys.argv[1]), sys.argv[2], (sys.argv[3], sys.argv[4])
+    results = {
+        "gradients": gradients(folders, name),
+        "fits": fits(folders, name),
+        "interrupted": interrupted(folders, name, out),
+        "fit": sampled_fit(folders, name),
+    }
+    torch.save(results, out / f"rank-{rank()}.pt")
 
 
 if __name__ == "__main__":
