@@ -75,12 +75,13 @@ def test_every_logged_name_has_a_line_in_the_docs(workplace, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
-    """Complete, with its command on line 1; only the paths are replaced."""
+    """Complete, with its command on line 1; paths, sizes and the machine's devices are replaced."""
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and f"--config configs/{path.name}" in first
     student, teacher = tiny.pair(tmp_path)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"{i} + {i} =", "answer": str(2 * i)}) + "\n" for i in range(60)))
+    rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i), "difficulty": 7} for i in range(60)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = {
         "--model.student.path": student,
         "--model.teacher.path": teacher,
@@ -88,13 +89,20 @@ def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
         "--data.prompt_batch": "4",
         "--data.max_prompt_tokens": "24",
         "--model.sampler.max_new_tokens": "8",
+        "--data.val_fraction": "0.1",
         "--trainer.max_steps": "1",
+        "--trainer.accelerator": "cpu",
+        "--trainer.devices": "1",
+        "--trainer.num_nodes": "1",
+        "--trainer.strategy": "auto",
+        "--trainer.precision": "32-true",
         "--num_threads": "1",
         "--wandb.mode": "disabled",
         "--run_dir": str(tmp_path / "run"),
     }
     if yaml.safe_load(path.read_text())["data"].get("val"):
         overrides["--data.val"] = str(prompts)
+        del overrides["--data.val_fraction"]
     main(default_callbacks, ["fit", "--config", str(path), *(word for pair in overrides.items() for word in pair)])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
 
