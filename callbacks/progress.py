@@ -76,13 +76,17 @@ class Progress(ProgressBar):
             return
         if name.startswith(EVALUATING):
             self._bars.update(
-                self._tasks[EVALUATING], description=name, completed=done, total=total, visible=done < total
+                self._tasks[EVALUATING],
+                description=name,
+                completed=done,
+                total=total,
+                visible=done < total,
+                refresh=True,
             )
             return
         part = f" {done}/{total}" if total > 1 else ""
-        self._bars.update(
-            self._tasks["training"], completed=self.trainer.global_step, note=f"{name}{part}{self._numbers}"
-        )
+        note = f"{name}{part}{self._numbers}"
+        self._bars.update(self._tasks["training"], completed=self.trainer.global_step, note=note, refresh=True)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
