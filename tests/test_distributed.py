@@ -45,7 +45,7 @@ def uninterrupted(folders):
     return one_process_fit(folders, cases.STEPS)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "fsdp1"])
 def two_processes_folder(request, folders, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     one_process_fit(folders, cases.STEPS // 2, save=out / "one.ckpt")
@@ -119,8 +119,23 @@ def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(fol
 
 
 @pytest.mark.parametrize(
-    "strategy", [FSDPStrategy(), ModelParallelStrategy()], ids=["FSDP1", "tensor-parallel default"]
+    ("strategy", "named"),
+    [
+        (lambda: ModelParallelStrategy(), "tensor_parallel_size 1"),
+        (lambda: FSDPStrategy(cpu_offload=True), "cpu_offload"),
+        (lambda: FSDPStrategy(use_orig_params=False), "use_orig_params"),
+        (lambda: FSDPStrategy(auto_wrap_policy={torch.nn.Linear}), "auto_wrap_policy"),
+        (
+            lambda: FSDPStrategy(activation_checkpointing_policy={torch.nn.Linear}),
+            "model.student.gradient_checkpointing",
+        ),
+    ],
+    ids=["tensor-parallel default", "offload", "flat parameters", "wrap policy", "checkpointing policy"],
 )
-def test_a_strategy_that_cannot_work_is_refused_with_the_flags_that_do(strategy):
-    with pytest.raises(InputError, match="tensor_parallel_size 1"):
-        check_strategy(strategy)
+def test_a_strategy_that_cannot_work_is_refused_with_what_does(strategy, named):
+    with pytest.raises(InputError, match=named):
+        check_strategy(strategy())
+
+
+def test_fsdp1_as_lightning_builds_it_is_accepted():
+    check_strategy(FSDPStrategy())

@@ -7,17 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.plugins import FSDPPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 from lit_opd.distributed import rank
 from lit_opd.rollout import TransformersSampler
 from tests import cases, fixed
 
 
+class FSDP1OnCPU(FSDPStrategy):
+    """Lightning refuses FSDP1 on a CPU by the exact class; its precision plugin would cast to float32; and torch frees full
+    weights that it "moves" from the CPU to the CPU."""
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Whatever the trainer chose; none by default."""
+        return self._precision_plugin or Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = None if type(plugin) is FSDPPrecision and plugin.precision == "32-true" else plugin
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Full weights on rank 0."""
+        config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+        with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, config):
+            return self.model.state_dict()
+
+
 def strategy(name: str) -> Strategy:
-    """DDP or FSDP2 on gloo."""
+    """DDP, FSDP2 or FSDP1 on gloo."""
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
+    if name == "fsdp1":
+        return FSDP1OnCPU(process_group_backend="gloo")
     return ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
     )

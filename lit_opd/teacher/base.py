@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lit_opd.scoring import Head
+from lit_opd.sharding import Placement
 from lit_opd.types import InputError, Rollout, TokenScores
 
 
@@ -41,8 +42,8 @@ class Teacher(nn.Module, ABC):
     def load(self, *, vocabulary: int) -> None:
         """Load the weights; ``vocabulary`` leading entries count. Idempotent."""
 
-    def shard(self, mesh: Any) -> None:
-        """Spread the weights over a device mesh; nothing to do for a teacher that holds none here."""
+    def shard(self, place: Placement) -> None:
+        """Spread the weights over the ranks as ``place`` does; nothing to do for a teacher that holds none here."""
 
     @abstractmethod
     def score(

@@ -9,7 +9,7 @@ import torch
 
 from lit_opd.models import Dtype, load_causal_lm, load_config, load_tokenizer
 from lit_opd.scoring import Head, ScoringModel
-from lit_opd.sharding import gathered, is_sharded, shard
+from lit_opd.sharding import Placement, gathered, is_sharded
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import Rollout, TokenScores
 
@@ -69,9 +69,9 @@ class LocalTeacher(Teacher):
         self.policy.requires_grad_(False)
         self.policy.eval()
 
-    def shard(self, mesh: Any) -> None:
-        """Shard the weights over a device mesh."""
-        shard(self._loaded(), mesh)
+    def shard(self, place: Placement) -> None:
+        """Shard the weights over the ranks."""
+        self.policy = place(self._loaded(), trained=False)
 
     def train(self, mode: bool = True) -> LocalTeacher:
         """Stays in evaluation mode."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_opd.sharding import is_sharded
+from lit_opd.sharding import Placement, is_sharded
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import InputError, Rollout, TokenScores, TopK
 
@@ -61,10 +61,10 @@ class RoutedTeacher(Teacher):
         for teacher in self.named().values():
             teacher.load(vocabulary=vocabulary)
 
-    def shard(self, mesh: Any) -> None:
+    def shard(self, place: Placement) -> None:
         """Shard every teacher."""
         for teacher in self.named().values():
-            teacher.shard(mesh)
+            teacher.shard(place)
 
     @torch.no_grad()
     def score(
