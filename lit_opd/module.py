@@ -33,7 +33,7 @@ from lit_opd.models import (
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
-from lit_opd.sharding import check_strategy, clip_gradients, full_state, gathered, is_sharded, placement
+from lit_opd.sharding import check_dtypes, check_strategy, clip_gradients, full_state, gathered, is_sharded, placement
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
 from lit_opd.types import InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
@@ -266,6 +266,9 @@ class OPDModule(L.LightningModule):
 
     def _check_trainer(self) -> None:
         check_strategy(self.trainer.strategy)
+        parts = [part for scorer in self.scorers.values() for part in scorer.modules()]
+        found = {getattr(part, "dtype", None) for part in parts} | {self.student_settings.dtype}
+        check_dtypes(self.trainer.strategy, {dtype for dtype in found if isinstance(dtype, str)})
         updates = self.mini_batches * self.epochs
         if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
             raise InputError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
@@ -70,6 +71,23 @@ def _check_fsdp1(strategy: FSDPStrategy) -> None:
     for name, (given, wanted) in wrong.items():
         if given:
             raise InputError(f"`trainer.strategy.{name}` of FSDPStrategy must be {wanted}; got {given!r}")
+
+
+def check_dtypes(strategy: Any, dtypes: set[str]) -> None:
+    """FSDP1's precision plugin casts every weight to float32 under 32-true, the frozen ones too.
+
+    Args:
+        strategy: Lightning's.
+        dtypes: of the models, as in their settings.
+    Raises:
+        InputError: a model in another dtype, which would be cast.
+    """
+    plugin = strategy.precision_plugin
+    if isinstance(plugin, FSDPPrecision) and plugin.precision == "32-true" and dtypes - {"float32"}:
+        raise InputError(
+            f"`trainer.precision` must be bf16-mixed under FSDPStrategy with models in {sorted(dtypes)}, got 32-true, which "
+            "casts them all to float32; or set every `dtype` to float32"
+        )
 
 
 def placement(strategy: Any, mesh: Any) -> Placement | None:

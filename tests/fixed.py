@@ -66,7 +66,7 @@ def rollout(*, lengths: list[int], prompt_lengths: list[int], truncated: set[int
 def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", **settings: Any) -> OPDModule:
     """A module that trains on ``fixed`` with plain gradient descent at learning rate 1.
 
-    ``with_reference`` makes the initial student its reference model.
+    ``with_reference`` makes the initial student its reference model; ``gradient_checkpointing`` is the student's.
     """
     defaults: dict[str, Any] = {
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
@@ -76,7 +76,9 @@ def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", 
     student, teacher = folders
     if settings.pop("with_reference", False):
         defaults["reference"] = LocalTeacher(student, dtype=dtype)
-    return OPDModule(StudentSettings(student, dtype=dtype), LocalTeacher(teacher, dtype=dtype), **(defaults | settings))
+    recomputed = settings.pop("gradient_checkpointing", False)
+    learner = StudentSettings(student, dtype=dtype, gradient_checkpointing=recomputed)
+    return OPDModule(learner, LocalTeacher(teacher, dtype=dtype), **(defaults | settings))
 
 
 class Collect(L.Callback):
