@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,15 @@ class FSDP1OnCPU(FSDPStrategy):
             return self.model.state_dict()
 
 
-def strategy(name: str, *, shards: bool = False) -> Strategy:
-    """DDP, FSDP2 or FSDP1 on gloo; ``shards`` saves checkpoints as folders."""
+def strategy(name: str, *, shards: bool = False, timeout: timedelta = timedelta(minutes=2)) -> Strategy:
+    """DDP, FSDP2 or FSDP1 on gloo; ``shards`` saves checkpoints as folders, ``timeout`` bounds a collective."""
+    shared: dict[str, Any] = {"process_group_backend": "gloo", "timeout": timeout}
     if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
+        return DDPStrategy(**shared)
     if name == "fsdp1":
-        return FSDP1OnCPU(process_group_backend="gloo", state_dict_type="sharded" if shards else "full")
+        return FSDP1OnCPU(state_dict_type="sharded" if shards else "full", **shared)
     return ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=shards, process_group_backend="gloo"
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=shards, **shared
     )
 
 
