@@ -15,7 +15,7 @@ from lit_opd.distributed import rank
 from lit_opd.types import PromptBatch, Rollout
 from tests import cases, fixed, two_ranks
 
-TIMEOUT = timedelta(seconds=6)  # of a collective
+TIMEOUT = timedelta(seconds=15)  # of a collective, and of the wait for the other rank's start
 
 
 class Stopping(fixed.FixedSampler):
