@@ -204,6 +204,13 @@ def no_pad(folder: Path) -> list[str]:
     return ["--model.student.path", str(folder / "student")]
 
 
+def folder_of_shards(folder: Path) -> list[str]:
+    """What ModelParallelStrategy saves by default, as far as it is looked at before it is refused."""
+    (folder / "shards.ckpt").mkdir()
+    torch.save({"global_step": 2}, folder / "shards.ckpt" / "meta.pt")
+    return ["--ckpt_path", str(folder / "shards.ckpt")]
+
+
 def given(*overrides: str):
     return lambda folder: list(overrides)
 
@@ -234,6 +241,7 @@ BAD = {
         ["prompt_batch", "2 ranks"],
     ),
     "nothing to resume": (given("--ckpt_path", "last"), ["--ckpt_path", "last.ckpt"]),
+    "shards in one process": (folder_of_shards, ["--ckpt_path", "consolidate_checkpoint", "shards.ckpt.consolidated"]),
     "w_max": (given("--model.weighting.w_max", "0.5"), ["ImportanceWeighting.w_max", "0.5"]),
     "clip in the trainer": (given("--trainer.gradient_clip_val", "1"), ["gradient_clip_norm"]),
     "accumulation in the trainer": (given("--trainer.accumulate_grad_batches", "2"), ["token_budget"]),

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
-from lit_opd.checkpoints import check_checkpoint
+from lit_opd.checkpoints import CONSOLIDATE, check_checkpoint
 from lit_opd.sharding import check_dtypes, check_strategy
 from lit_opd.step import micro_batches, row_lengths
 from lit_opd.types import InputError
-from tests import cases, fixed, tiny
+from tests import cases, fixed, tiny, two_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+FSDP2 = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
 TIME_LIMIT = 240  # seconds; a hang is a failure
 
 
@@ -105,6 +107,11 @@ def test_three_clipped_steps_of_two_ranks_equal_one_process(folders, two_process
         assert fixed.relative_gap(other, fixed.weights(trained)) < 1e-9
 
 
+def test_the_strategys_time_out_holds_in_every_process_group(two_processes):
+    for rank in two_processes:
+        assert set(rank["timeouts"]) == {two_ranks.TIMEOUT.total_seconds()}
+
+
 def test_recomputed_activations_leave_the_gradient_alone(one_process, two_processes):
     _, gradient = one_process["sequence-mean/sequence"]  # the same settings but for the recomputation
     for rank in two_processes:
@@ -147,6 +154,33 @@ def test_shards_are_refused_in_one_process_with_the_command_that_makes_them_one_
     subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, timeout=TIME_LIMIT)
     resumed = one_process_fit(folders, cases.STEPS, load=f"{shards}.consolidated")
     assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
+
+
+def test_shards_of_another_strategy_and_consolidated_ones_are_refused(two_processes_folder, strategy_name):
+    shards, consolidated = (two_processes_folder / f"shards.ckpt{end}" for end in ("", ".consolidated"))
+    other = {"fsdp1": FSDP2, "fsdp2": FSDPStrategy}.get(strategy_name)
+    if other is None:
+        pytest.skip("DDP writes no shards")
+    with pytest.raises(InputError, match="the same kind of strategy"):
+        check_checkpoint(shards, other(), training=True)
+    own = {"fsdp1": FSDPStrategy, "fsdp2": FSDP2}[strategy_name]()
+    check_checkpoint(shards, own, training=True)
+    if not consolidated.exists():  # the test above makes it
+        subprocess.run([sys.executable, *CONSOLIDATE.split()[1:], str(shards)], check=True, capture_output=True)
+    with pytest.raises(InputError, match="must be the folder itself"):
+        check_checkpoint(consolidated, own, training=True)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, FSDP2], ids=["fsdp1", "fsdp2"])
+def test_an_optimizer_without_state_is_refused_where_lightning_cannot_load_it(folders, tmp_path, strategy):
+    for name, optimizer in (("plain", lambda p: torch.optim.SGD(p, lr=0.1)), ("momentum", cases.momentum)):
+        trained = fixed.module(folders, cases.rollout(), optimizer=optimizer)
+        fixed.fit(trained, cases.rollout().prompts, save=tmp_path / name)
+    with pytest.raises(InputError, match=r"`model\.optimizer` must have state"):
+        check_checkpoint(tmp_path / "plain", strategy(), training=True)
+    check_checkpoint(tmp_path / "plain", strategy(), training=False)
+    check_checkpoint(tmp_path / "plain", SingleDeviceStrategy(), training=True)
+    check_checkpoint(tmp_path / "momentum", strategy(), training=True)
 
 
 def test_the_exported_student_has_the_whole_weights(two_processes, two_processes_folder):

@@ -56,7 +56,13 @@ def pair(tmp_path: Path, folders: tuple[str, str], name: str, signum: int) -> li
     port = free_port()
     started = []
     for rank in (0, 1):
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "GROUP_RANK": 0,
+        }
         own = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "False"}
         command = [sys.executable, "-m", MODULE, str(tmp_path), name, str(int(signum)), *folders]
         log = (tmp_path / f"log-{rank}").open("w")

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins import FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
@@ -18,6 +19,8 @@ from lit_opd.distributed import rank
 from lit_opd.objective import Divergence
 from lit_opd.rollout import TransformersSampler
 from tests import cases, fixed
+
+TIMEOUT = timedelta(seconds=123)
 
 
 class FSDP1OnCPU(FSDPStrategy):
@@ -42,7 +45,7 @@ class FSDP1OnCPU(FSDPStrategy):
             return self.model.state_dict()
 
 
-def strategy(name: str, *, shards: bool = False, timeout: timedelta = timedelta(minutes=2)) -> Strategy:
+def strategy(name: str, *, shards: bool = False, timeout: timedelta = TIMEOUT) -> Strategy:
     """DDP, FSDP2 or FSDP1 on gloo; ``shards`` saves checkpoints as folders, ``timeout`` bounds a collective."""
     shared: dict[str, Any] = {"process_group_backend": "gloo", "timeout": timeout}
     if name == "ddp":
@@ -184,6 +187,12 @@ def half_precision(folders: tuple[str, str], name: str) -> dict[str, Any]:
     return found
 
 
+def timeouts() -> list[float]:
+    """Seconds, of every process group in which a rank can wait for another."""
+    shared = [group for group in dist.distributed_c10d._world.pg_map if group.size() > 1]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in shared]
+
+
 def main() -> None:
     """Every check under one strategy."""
     torch.set_num_threads(1)
@@ -195,6 +204,7 @@ def main() -> None:
         "fit": sampled_fit(folders, name),
         "layer calls": layer_calls(folders, name),
         "half precision": half_precision(folders, name),
+        "timeouts": timeouts(),
     }
     torch.save(results, out / f"rank-{rank()}.pt")
 
