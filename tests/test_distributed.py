@@ -89,9 +89,10 @@ def test_gradient_of_two_ranks_equals_one_process(one_process, two_processes, ca
 
 
 def test_a_fit_with_sampling_inside_ends_on_both_ranks_with_one_loss(two_processes):
-    first, second = (rank["fit"] for rank in two_processes)
+    (first, first_gap), (second, second_gap) = (rank["fit"] for rank in two_processes)
     assert first[:3] == second[:3]
     assert first[3:] != second[3:]  # the ranks sampled different rows
+    assert max(first_gap, second_gap) < 1e-4  # nats: sampled from the weights that are trained, gathered
 
 
 @pytest.mark.parametrize("case", sorted(cases.fit_cases()))
@@ -181,6 +182,16 @@ def test_an_optimizer_without_state_is_refused_where_lightning_cannot_load_it(fo
     check_checkpoint(tmp_path / "plain", strategy(), training=False)
     check_checkpoint(tmp_path / "plain", SingleDeviceStrategy(), training=True)
     check_checkpoint(tmp_path / "momentum", strategy(), training=True)
+
+
+def test_the_divergence_from_the_teacher_is_that_of_one_process(folders, two_processes_folder):
+    trained = fixed.module(folders, cases.rollout(), optimizer=cases.momentum, token_budget=cases.BUDGET)
+    fixed.fit(trained, cases.rollout().prompts, steps=cases.STEPS)
+    expected = trained.divergence(cases.rollout()).token_kl
+    assert float(expected.max()) > 0.1  # nats
+    for rank in (0, 1):
+        found = torch.load(two_processes_folder / f"divergence-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_exported_student_has_the_whole_weights(two_processes, two_processes_folder):

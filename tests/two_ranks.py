@@ -79,14 +79,16 @@ def gradients(folders: tuple[str, str], name: str) -> dict[str, Any]:
     return out
 
 
-def sampled_fit(folders: tuple[str, str], name: str) -> list[float]:
-    """Three steps with sampling inside; uneven response lengths."""
+def sampled_fit(folders: tuple[str, str], name: str) -> tuple[list[float], float]:
+    """Three steps with sampling inside, uneven response lengths; the largest |student - sampler log-prob| of a token."""
     whole = cases.rollout()
     sampler = TransformersSampler(max_new_tokens=12)
     trained = fixed.module(folders, whole, sampler=sampler, dtype="float32", token_budget=60)
     prompts = this_rank(whole.prompts)
     collect = fixed.fit(trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False)
-    return [*collect.losses, *(float(record.rollout.lengths.sum()) for record in collect.records)]
+    signals = [record.signal for record in collect.records]
+    gaps = [(s.student_logprobs - s.sampler_logprobs).abs()[s.mask].max() for s in signals]
+    return [*collect.losses, *(float(record.rollout.lengths.sum()) for record in collect.records)], float(max(gaps))
 
 
 def fits(folders: tuple[str, str], name: str) -> dict[str, Any]:
@@ -114,6 +116,7 @@ def interrupted(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any
         fixed.fit(trained, prompts, steps=steps, **paths, **shared)
         if export:
             trained.export_student(out / "exported")
+            torch.save(trained.divergence(whole).token_kl, out / f"divergence-{rank()}.pt")
         return fixed.weights(trained)
 
     half = cases.STEPS // 2
