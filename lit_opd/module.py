@@ -21,6 +21,7 @@ from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warnin
 from lit_opd.checkpoints import by_name, by_number
 from lit_opd.distributed import is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
+from lit_opd.lazy import fill
 from lit_opd.models import (
     StudentSettings,
     agree_vocabularies,
@@ -306,15 +307,19 @@ class OPDModule(L.LightningModule):
         """Load student and teacher, choose the scoring path, shard where the strategy brings a device mesh."""
         if self.student is not None:
             return
-        student = ScoringModel(build_student(self.student_settings), vocabulary=self.vocabulary)
+        mesh, settings = getattr(self, "_device_mesh", None), self.student_settings
+        lazy = mesh is not None and settings.lazy and settings.lora is None
+        student = ScoringModel(build_student(settings, empty=lazy), vocabulary=self.vocabulary)
         student.choose_path("student")
-        mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
             shard(student, mesh["data_parallel"])
+        if lazy:
+            fill(student, student.causal_lm, path=settings.path, setting="model.student.path")
         for scorer in self.scorers.values():
-            scorer.load(vocabulary=self.vocabulary)
-            if mesh is not None:
-                scorer.shard(mesh["data_parallel"])
+            if mesh is None:
+                scorer.load(vocabulary=self.vocabulary)
+            else:
+                scorer.load_sharded(mesh["data_parallel"], vocabulary=self.vocabulary)
         self.student = student.train()
 
     def configure_optimizers(self) -> Any:
@@ -484,7 +489,7 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         temperature = self.sampler.temperature
         full = "token_kl" in self.teacher.provides
-        with self._whole_models():
+        with self.teacher.on_device(rollout.mask.device), self._whole_models():
             reads = self.weighting.requires
             teacher = self.teacher.score(rollout, temperature=temperature, requires=reads & self.teacher.provides)
             against = self.teacher.full_head(rollout) if full else None

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 
 from lit_opd.types import InputError
 
@@ -41,11 +42,17 @@ def check_strategy(strategy: Any) -> None:
         )
 
 
-def shard(policy: Any, mesh: Any) -> None:
-    """Shard a ``ScoringModel`` in place over ``mesh``; scoring and generation stay its own methods."""
+def shard(policy: Any, mesh: Any, *, offload: bool = False) -> None:
+    """Shard a ``ScoringModel`` in place over ``mesh``; scoring and generation stay its own methods.
+
+    ``offload`` keeps the shards in host memory (pinned where CUDA is) and copies a unit to the device when it runs.
+    """
+    settings: dict[str, Any] = {"mesh": mesh}
+    if offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in transformer_layers(policy.causal_lm):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
+        fully_shard(layer, **settings)
+    fully_shard(policy, **settings)
     register_fsdp_forward_method(policy, "generate")
     register_fsdp_forward_method(policy, "head")
 
