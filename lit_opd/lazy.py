@@ -142,6 +142,8 @@ def fill(policy: nn.Module, model: Any, *, path: str, setting: str, device: torc
             cannot convert one parameter at a time.
     """
     _allocate(policy, device)
+    if not any(isinstance(value, DTensor) for value in policy.parameters()):
+        model.tie_weights()  # to_empty keeps one shard for tied weights, but makes two whole ones
     filling = _Filling(model, Checkpoint(path, setting))
     filling.run()
     return Loaded(filling.checkpoint.bytes_read, filling.kept, filling.most_held)

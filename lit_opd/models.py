@@ -199,12 +199,12 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
-    """The parameters that the architecture keeps in float32, as ``from_pretrained`` would."""
+    """The parameters and stored buffers that the architecture keeps in float32, as ``from_pretrained`` would."""
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     for pattern, kept in plan.items():
-        for name, parameter in model.named_parameters():
+        for name, value in model.state_dict(keep_vars=True).items():
             if re.search(pattern.replace("*", ".*"), name):
-                parameter.data = parameter.data.to(kept)
+                value.data = value.data.to(kept)
 
 
 def quantization_config(settings: dict[str, Any], field: str) -> Any:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_opd.lazy import fill
 from lit_opd.models import (
@@ -146,16 +147,20 @@ class LocalTeacher(Teacher):
         if not self.offload or is_sharded(policy):
             yield
             return
-        kept = [(value, value.data) for value in (*policy.parameters(), *policy.buffers())]
+        slots = [
+            (module, name, value)
+            for module in policy.modules()
+            for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        ]
         try:
             with torch.inference_mode(False):
-                for value, data in kept:
-                    value.data = data.to(device, non_blocking=True)
+                moved = {id(value): _copy(value, device) for _, _, value in slots}  # tied weights are one
+            for module, name, value in slots:
+                setattr(module, name, moved[id(value)])
             yield
         finally:
-            with torch.inference_mode(False):
-                for value, data in kept:
-                    value.data = data
+            for module, name, value in slots:
+                setattr(module, name, value)
 
     def train(self, mode: bool = True) -> LocalTeacher:
         """Stays in evaluation mode."""
@@ -184,3 +189,9 @@ class LocalTeacher(Teacher):
         if self.policy is None:
             raise RuntimeError("LocalTeacher.load has not been called")
         return self.policy
+
+
+def _copy(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A frozen parameter or a buffer on ``device``; itself where it is there already."""
+    copy = value.to(device, non_blocking=True)
+    return nn.Parameter(copy, requires_grad=False) if isinstance(value, nn.Parameter) and copy is not value else copy
