@@ -134,7 +134,7 @@ def fill(policy: nn.Module, model: Any, *, path: str, setting: str, device: torc
         model: the transformers model inside it.
         path: a Hugging Face folder or hub id with safetensors files.
         setting: names the path in errors.
-        device: where the shards live, default the device of their mesh.
+        device: where the shards live, default the device of their mesh; buffers stay where they are.
     Returns:
         bytes read and held by this rank.
     Raises:
@@ -150,14 +150,14 @@ def fill(policy: nn.Module, model: Any, *, path: str, setting: str, device: torc
 
 
 def _allocate(policy: nn.Module, device: torch.device | None) -> None:
-    """Uninitialised shards; buffers keep their values."""
+    """Uninitialised shards; buffers keep values and device."""
     if device is None:
         first = next(policy.parameters())
         device = torch.device(first.device_mesh.device_type if isinstance(first, DTensor) else "cpu")
-    values = {name: value.clone() for name, value in policy.named_buffers(remove_duplicate=False)}
+    buffers = [(owner, *named) for owner in policy.modules() for named in owner.named_buffers(recurse=False)]
     policy.to_empty(device=device)
-    for name, value in policy.named_buffers(remove_duplicate=False):
-        value.copy_(values[name])
+    for owner, name, value in buffers:
+        setattr(owner, name, value)
 
 
 class _Filling:

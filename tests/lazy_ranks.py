@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lit_opd import teacher
 from lit_opd.lazy import Loaded
 from lit_opd.models import load_causal_lm
-from lit_opd.teacher import LocalTeacher
+from lit_opd.teacher import LocalTeacher, RoutedTeacher
 from tests import cases
 
 
@@ -59,15 +60,29 @@ def loaded(mesh: Any, folder: str, dtype: str, **settings: Any) -> dict[str, Any
     scorer.load_sharded(mesh, vocabulary=60)
     assert scorer.policy is not None
     model = scorer.policy.causal_lm
+    with scorer.whole_head():
+        head = scorer.full_head(cases.rollout()).weight
+        head = None if head is None else head.clone()
     weights = {name: full(value).clone() for name, value in model.named_parameters(remove_duplicate=False)}
     scores = scorer.score(cases.rollout())
     return {
         "weights": weights,
         "buffers": {name: value.clone() for name, value in model.named_buffers()},
         "logprobs": scores.logprobs,
+        "head": head,
         "plain": scorer.policy.plain,
         "tied": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
     }
+
+
+def routed(mesh: Any, folders: list[str]) -> Tensor:
+    """Scores where each rank names another teacher for all of its rows; one of the teachers is offloaded."""
+    scorer = RoutedTeacher({str(rank): LocalTeacher(folder, offload=rank == 0) for rank, folder in enumerate(folders)})
+    scorer.load_sharded(mesh, vocabulary=60)
+    rollout = cases.rollout()
+    names = (str(torch.distributed.get_rank()),) * len(rollout)
+    with scorer.on_device(rollout.mask.device):
+        return scorer.score(replace(rollout, prompts=replace(rollout.prompts, teachers=names))).logprobs
 
 
 def main() -> None:
@@ -84,6 +99,7 @@ def main() -> None:
     _, dtype, folder = arguments[1]
     results["offloaded"] = loaded(mesh, folder, dtype, offload=True)
     results["not lazy"] = loaded(mesh, folder, dtype, lazy=False)
+    results["routed"] = routed(mesh, [folder for _, _, folder in arguments[1:3]])
     name, dtype, folder = arguments[0]
     held: list[Any] = [LocalTeacher(folder, dtype=dtype)]  # type: ignore[arg-type]
     results["lazy growth"] = peak_growth(lambda: held[0].load_sharded(mesh, vocabulary=60))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
@@ -127,13 +129,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("big", *MODELS)}
 
 
+def in_hub_cache(folder: Path, home: Path) -> str:
+    """The folder as a hub id that was downloaded before; returns the id."""
+    owner = home / "hub" / "models--someone--tiny"
+    (owner / "refs").mkdir(parents=True)
+    (owner / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, owner / "snapshots" / ("0" * 40))
+    return "someone/tiny"
+
+
 @pytest.fixture(scope="module")
 def ranks(folders, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.lazy_ranks", str(out)]
     command += [f"{name}={MODELS.get(name, ('float32',))[0]}={folder}" for name, folder in folders.items()]
+    command += [f"hub id=float32={in_hub_cache(folders['mixture'], out / 'home')}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_HOME": str(out / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -157,12 +170,24 @@ def test_the_files_are_many_and_some_hold_another_layout_than_the_model(folders)
     assert "lm_head.weight" not in stored(folders["qwen3 tied"])
 
 
-@pytest.mark.parametrize("name", [*MODELS, "offloaded", "not lazy"])
-def test_every_weight_and_buffer_and_score_equals_from_pretrained(folders, ranks, name):
-    source = name if name in MODELS else next(iter(MODELS))
-    dtype = MODELS[source][0]
-    whole = LocalTeacher(str(folders[source]), dtype=dtype)
+def in_one_process(folder: Path, dtype: str) -> LocalTeacher:
+    whole = LocalTeacher(str(folder), dtype=dtype)  # type: ignore[arg-type]
     whole.load(vocabulary=60)
+    return whole
+
+
+def assert_same_scores(logprobs: torch.Tensor, whole: LocalTeacher) -> None:
+    torch.testing.assert_close(logprobs, whole.score(cases.rollout()).logprobs, rtol=1e-6, atol=1e-6)
+
+
+SOURCES = {name: name for name in MODELS} | {"offloaded": "qwen3", "not lazy": "qwen3", "hub id": "mixture"}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_weight_and_buffer_and_score_equals_from_pretrained(folders, ranks, name):
+    source = SOURCES[name]
+    dtype = MODELS[source][0]
+    whole = in_one_process(folders[source], dtype)
     model = whole.policy.causal_lm
     weights = dict(model.named_parameters(remove_duplicate=False))
     for rank in ranks:
@@ -174,7 +199,15 @@ def test_every_weight_and_buffer_and_score_equals_from_pretrained(folders, ranks
         assert all(torch.equal(found["buffers"][key], value) for key, value in model.named_buffers())
         assert found["tied"] == ("tied" in name)
         assert found["plain"] == whole.policy.plain == (name == "scaled")  # the probe ran on real weights
-        torch.testing.assert_close(found["logprobs"], whole.score(cases.rollout()).logprobs, rtol=1e-6, atol=1e-6)
+        assert_same_scores(found["logprobs"], whole)
+        head = whole.full_head(cases.rollout()).weight
+        assert (head is None and found["head"] is None) or torch.equal(found["head"], head)
+
+
+def test_teachers_that_no_row_of_a_rank_names_take_part_in_its_collectives(folders, ranks):
+    """Otherwise the ranks would hang."""
+    for rank, name in zip(ranks, list(MODELS)[:2], strict=True):
+        assert_same_scores(rank["routed"], in_one_process(folders[name], "float32"))
 
 
 @pytest.mark.parametrize("name", ["big", "qwen3", "qwen3 tied", "mixture"])
@@ -206,13 +239,54 @@ def test_the_process_itself_grows_by_half_the_model_where_a_whole_load_takes_all
         assert rank["whole growth"] > 0.95 * size
 
 
-# -- bad files, in one process: without a mesh every parameter is this rank's own --------------------------------------
+# -- in one process, without a mesh, every parameter is this rank's own ------------------------------------------------
 
 
-def filled(folder: Path) -> ScoringModel:
-    policy = ScoringModel(empty_causal_lm(str(folder), "model.teacher.path", dtype="float32"), vocabulary=60)
+def filled(folder: Path, dtype: str = "float32") -> ScoringModel:
+    policy = ScoringModel(empty_causal_lm(str(folder), "model.teacher.path", dtype=dtype), vocabulary=60)
     fill(policy, policy.causal_lm, path=str(folder), setting="model.teacher.path")
     return policy
+
+
+MORE: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # with persistent buffers, float32 islands, transposed weights, renamings
+    "deepseek_v3": (
+        "bfloat16",
+        {
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": EXPERTS,
+            "moe_intermediate_size": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "mixtral": ("float32", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}),
+    "gpt2": ("float16", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+    "gpt_neox": ("float32", {}),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_layouts_equal_from_pretrained(tmp_path, name):
+    dtype, settings = MORE[name]
+    sizes = {"vocab_size": ODD_ROWS, "num_hidden_layers": 2, "num_key_value_heads": 2} | settings
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **(SHARED | sizes)))
+    with torch.no_grad():
+        for value in model.state_dict(keep_vars=True).values():
+            value.uniform_(-1, 1)  # buffers too, which start as zeros
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    found, expected = filled(tmp_path, dtype).causal_lm.state_dict(), whole.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
 def changed(tmp_path: Path, change: Any, model: Any = None) -> Path:
