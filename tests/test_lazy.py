@@ -248,9 +248,8 @@ def filled(folder: Path, dtype: str = "float32") -> ScoringModel:
     return policy
 
 
-MORE: dict[
-    str, tuple[str, dict[str, Any]]
-] = {  # with persistent buffers, float32 islands, transposed weights, renamings
+# with persistent buffers and float32 islands, another naming of experts, half precision, renamings
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": (
         "bfloat16",
         {
@@ -287,6 +286,16 @@ def test_more_layouts_equal_from_pretrained(tmp_path, name):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+def test_a_filled_mixture_is_saved_in_the_layout_it_was_read_in(folders, tmp_path):
+    filled(folders["mixture"]).causal_lm.save_pretrained(tmp_path)
+    read = {name: value for path in folders["mixture"].glob("*.safetensors") for name, value in load_file(path).items()}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == read.keys() and all(torch.equal(saved[name], value) for name, value in read.items())
+
+
+# -- bad files ---------------------------------------------------------------------------------------------------------
 
 
 def changed(tmp_path: Path, change: Any, model: Any = None) -> Path:

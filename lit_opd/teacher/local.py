@@ -30,9 +30,9 @@ _WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
 class LocalTeacher(Teacher):
     """A frozen causal language model loaded beside the student.
 
-    On one device, or under DDP, every process holds all of it. Under FSDP2 a rank holds its shards, in host memory while
-    loading too: beyond them one parameter at a time (for a mixture's stacked experts about three copies of this rank's part).
-    Offload and quantisation are unverified on CUDA.
+    On one device, or under DDP, every process holds all of it. Under FSDP2 a rank holds its shards, and while loading also
+    its part of one parameter (twice that for a mixture's stacked experts; all of it where fused weights are split), see
+    docs/scale-out.md. Offload and quantisation are unverified on CUDA.
 
     Args:
         path: a Hugging Face folder or hub id.
