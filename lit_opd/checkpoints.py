@@ -1,22 +1,34 @@
-"""Optimizer state in checkpoints, by parameter name.
+"""Optimizer state in checkpoints by parameter name, and what a strategy cannot go on from.
 
-A plain optimizer numbers its own parameters; Lightning's FSDP2 strategy numbers those of the whole module, the frozen
+A plain optimizer numbers its own parameters; Lightning's FSDP strategies number those of the whole module, the frozen
 teacher's included. Names mean the same in both, so a checkpoint of two processes goes on in one, and the other way.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 from lit_opd.types import InputError
 
+# not the command of the same name in lightning.pytorch, which fails on the shards of FSDP2
+CONSOLIDATE = "python -m lightning.fabric.utilities.consolidate_checkpoint"
+FSDP1_WRAPPER = "_fsdp_wrapped_module."
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what FSDP1's wrappers add to it."""
+    return name.replace(FSDP1_WRAPPER, "")
+
 
 def _order(module: nn.Module, optimizer: Optimizer) -> list[str]:
     """Parameter names in the optimizer's own numbering."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -33,11 +45,11 @@ def by_name(state: dict[str, Any], module: nn.Module, optimizer: Optimizer, *, w
         state: as Lightning collected it; keys are numbers, or names already.
         module: names the parameters.
         optimizer: whose state it is.
-        whole: True where the numbers count all parameters of ``module``, as under FSDP2.
+        whole: True where the numbers count all parameters of ``module``, as under FSDP1 and FSDP2.
     """
     if "param_groups" not in state:  # a rank that does not write
         return state
-    order = [name for name, _ in module.named_parameters()] if whole else _order(module, optimizer)
+    order = [plain_name(name) for name, _ in module.named_parameters()] if whole else _order(module, optimizer)
     return _renamed(state, lambda key: order[key] if isinstance(key, int) else key)
 
 
@@ -58,3 +70,65 @@ def by_number(state: dict[str, Any], module: nn.Module, optimizer: Optimizer) ->
             f"{', '.join(differing[:5])}; give the config the run was started with"
         )
     return _renamed(state, lambda key: number[key])
+
+
+def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None:
+    """Refuse, before weights load, what Lightning's strategies cannot read.
+
+    Args:
+        path: a checkpoint, one file or a folder of shards.
+        strategy: what would load it.
+        training: True where the optimizer goes on too.
+    Raises:
+        InputError: a folder where one file is read, or written by another kind of strategy; a consolidated file under a sharded
+            strategy; an optimizer without state under a sharded strategy.
+    """
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    if Path(path).is_dir():
+        _check_folder(Path(path), strategy, sharded=sharded, training=training)
+        return
+    if not sharded:
+        return
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if "optimizer_0" in saved:
+        raise InputError(
+            f"`--ckpt_path` must be the folder itself under {type(strategy).__name__}, got the consolidated file {path}; give "
+            "the folder it was made from"
+        )
+    if training and any(not state["state"] for state in saved.get("optimizer_states", [])):
+        raise _stateless(path, strategy)
+
+
+def _check_folder(path: Path, strategy: Any, *, sharded: bool, training: bool) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not sharded:
+        raise InputError(
+            f"`--ckpt_path` must be one file under {type(strategy).__name__}, got the folder of shards {path}; make it one with "
+            f"`{CONSOLIDATE} {path}` and give {path}.consolidated"
+        )
+    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    fsdp1 = isinstance(strategy, FSDPStrategy)
+    if not any(name.startswith("model." if fsdp1 else "state_dict.") for name in names):
+        other = "ModelParallelStrategy" if fsdp1 else "FSDPStrategy"
+        raise InputError(
+            f"`--ckpt_path` must be of the same kind of strategy, but the shards in {path} are {other}'s; go on with that, or "
+            f"in one process or ddp after `{CONSOLIDATE} {path}`"
+        )
+    if fsdp1 and training and not any(name.startswith("optimizer_0.state.") for name in names):
+        raise _stateless(path, strategy)
+
+
+def _stateless(path: str | Path, strategy: Any) -> InputError:
+    return InputError(
+        f"`model.optimizer` must have state to go on under {type(strategy).__name__}, but {path} holds none (SGD without "
+        "momentum?), and Lightning cannot load that; go on in one process or with ddp, or start with momentum"
+    )
+
+
+def from_consolidated(checkpoint: dict[str, Any]) -> None:
+    """Rename what the consolidation of shards wrote to the names of a plain checkpoint, in place."""
+    if "model" in checkpoint:
+        checkpoint["state_dict"] = checkpoint.pop("model")
+    if "optimizer_0" in checkpoint:
+        checkpoint["optimizer_states"] = [checkpoint.pop("optimizer_0")]

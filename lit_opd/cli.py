@@ -190,7 +190,8 @@ class OPDCLI(LightningCLI):
 
     def _check_all(self) -> None:
         """The module's checks, then those of callbacks that have some."""
-        self.model.check(self.trainer, self.datamodule)
+        path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
+        self.model.check(self.trainer, self.datamodule, ckpt_path=path, training=training)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             check = getattr(callback, "check", None)
             if check is not None and self.subcommand != "predict":

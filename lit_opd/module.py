@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
-from lit_opd.checkpoints import by_name, by_number
+from lit_opd.checkpoints import by_name, by_number, check_checkpoint, from_consolidated
 from lit_opd.distributed import is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.lazy import fill
@@ -34,7 +34,7 @@ from lit_opd.models import (
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
-from lit_opd.sharding import check_strategy, full_state, gathered, is_sharded, shard
+from lit_opd.sharding import check_dtypes, check_strategy, clip_gradients, full_state, gathered, is_sharded, placement
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
 from lit_opd.types import InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
@@ -207,14 +207,18 @@ class OPDModule(L.LightningModule):
 
     # -- Lightning: before the run -----------------------------------------------------------------------------------
 
-    def check(self, trainer: L.Trainer, data: Any) -> None:
+    def check(self, trainer: L.Trainer, data: Any, *, ckpt_path: str | None = None, training: bool = True) -> None:
         """Every check that needs no weights, data included; an InputError here costs no GPU time and leaves no file.
 
         Args:
             trainer: the trainer the run will use.
             data: the ``PromptDataModule``.
+            ckpt_path: what the run goes on from.
+            training: False where the run takes the weights only.
         """
         self.trainer = trainer
+        if ckpt_path is not None:
+            check_checkpoint(ckpt_path, trainer.strategy, training=training)
         _ = self.vocabulary, self.stop_ids
         if data is not None:
             data.use_tokenizer(self.tokenizer)
@@ -263,6 +267,9 @@ class OPDModule(L.LightningModule):
 
     def _check_trainer(self) -> None:
         check_strategy(self.trainer.strategy)
+        parts = [part for scorer in self.scorers.values() for part in scorer.modules()]
+        found = {getattr(part, "dtype", None) for part in parts} | {self.student_settings.dtype}
+        check_dtypes(self.trainer.strategy, {dtype for dtype in found if isinstance(dtype, str)})
         updates = self.mini_batches * self.epochs
         if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
             raise InputError(
@@ -311,16 +318,21 @@ class OPDModule(L.LightningModule):
         lazy = mesh is not None and settings.lazy and settings.lora is None
         student = ScoringModel(build_student(settings, empty=lazy), vocabulary=self.vocabulary)
         student.choose_path("student")
-        if mesh is not None:
-            shard(student, mesh["data_parallel"])
+        self.student = student
+        self._shapes = {name: value.shape for name, value in self.state_dict().items()}
+        place = placement(self._trainer.strategy, mesh) if self._trainer else None
+        if place is not None:
+            self.student = student = place(student, trained=True)
         if lazy:
             fill(student, student.causal_lm, path=settings.path, setting="model.student.path")
         for scorer in self.scorers.values():
-            if mesh is None:
-                scorer.load(vocabulary=self.vocabulary)
-            else:
-                scorer.load_sharded(mesh["data_parallel"], vocabulary=self.vocabulary)
-        self.student = student.train()
+            if place is not None and mesh is not None:
+                scorer.load_sharded(place, vocabulary=self.vocabulary)
+                continue
+            scorer.load(vocabulary=self.vocabulary)
+            if place is not None:
+                scorer.shard(place)
+        student.train()
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over trainable parameters, and its schedule."""
@@ -362,8 +374,8 @@ class OPDModule(L.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
         bound = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, bound)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        assert self.student is not None
+        norm = clip_gradients(self.student, parameters, bound)
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(
                 f"the gradient norm is {float(norm)} at optimizer step {self.global_step + 1}; no weight was changed"
@@ -489,9 +501,10 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         temperature = self.sampler.temperature
         full = "token_kl" in self.teacher.provides
-        with self.teacher.on_device(rollout.mask.device), self._whole_models():
-            reads = self.weighting.requires
+        reads, device = self.weighting.requires, rollout.mask.device
+        with self.teacher.on_device(device):
             teacher = self.teacher.score(rollout, temperature=temperature, requires=reads & self.teacher.provides)
+        with self.teacher.on_device(device), self.teacher.whole_head():
             against = self.teacher.full_head(rollout) if full else None
             wants = frozenset({"token_kl"} if full else ()) | {n[8:] for n in reads if n in _STUDENT_EXTRAS}
             student = self.student(rollout, temperature=temperature, wants=wants, against=against)
@@ -509,21 +522,12 @@ class OPDModule(L.LightningModule):
             teacher_topk=teacher.topk,
         )
 
-    @contextmanager
-    def _whole_models(self) -> Iterator[None]:
-        policy = getattr(self.teacher, "policy", None)
-        if policy is not None and is_sharded(policy):
-            with gathered(policy):
-                yield
-        else:
-            yield
-
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but teacher and reference, which are frozen and loaded from their own folders."""
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.startswith(("teacher.", "reference."))}
+        with self._trained_modules():
+            return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the student's weights.
@@ -531,8 +535,19 @@ class OPDModule(L.LightningModule):
         Raises:
             InputError: the checkpoint is of another architecture; the first names are listed.
         """
-        _require_same({name: value.shape for name, value in state_dict.items()}, of=self.state_dict())
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        _require_same({name: value.shape for name, value in state_dict.items()}, of=self._shapes)
+        with self._trained_modules():
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    @contextmanager
+    def _trained_modules(self) -> Iterator[None]:
+        """Hides teacher and reference: gathering a sharded one only to drop it would take its memory on rank 0."""
+        modules = self._modules
+        self._modules = {name: module for name, module in modules.items() if name not in ("teacher", "reference")}
+        try:
+            yield
+        finally:
+            self._modules = modules
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimizer state by parameter name, and the names and shapes of the trained student for ``on_load_checkpoint``."""
@@ -540,12 +555,13 @@ class OPDModule(L.LightningModule):
         whole = is_sharded(self.student)
         pairs = zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=False)
         checkpoint["optimizer_states"] = [by_name(state, self, optimizer, whole=whole) for state, optimizer in pairs]
-        checkpoint["student_shapes"] = {name: list(value.shape) for name, value in self.state_dict().items()}
+        checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._shapes.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The check of ``load_state_dict`` again: under FSDP2 Lightning reads weight by weight and skips what is missing."""
+        from_consolidated(checkpoint)
         if "student_shapes" in checkpoint and self.student is not None:
-            _require_same(checkpoint["student_shapes"], of=self.state_dict())
+            _require_same(checkpoint["student_shapes"], of=self._shapes)
 
     def export_student(self, path: str | Path) -> Path:
         """Write the student as a Hugging Face folder (safetensors, tokenizer, generation config; LoRA merged).
@@ -561,9 +577,9 @@ class OPDModule(L.LightningModule):
         return Path(path)
 
 
-def _require_same(shapes: Mapping[str, Any], *, of: Mapping[str, Tensor]) -> None:
+def _require_same(shapes: Mapping[str, Any], *, of: Mapping[str, torch.Size]) -> None:
     """An InputError unless a checkpoint has exactly the weights of this student; shards count by their whole shape."""
-    differing = [name for name in of.keys() & shapes.keys() if tuple(of[name].shape) != tuple(shapes[name])]
+    differing = [name for name in of.keys() & shapes.keys() if tuple(of[name]) != tuple(shapes[name])]
     wrong = sorted([*(of.keys() ^ shapes.keys()), *differing])
     if wrong:
         raise InputError(

@@ -59,6 +59,7 @@ def gradient_cases() -> dict[str, dict[str, Any]]:
     found["token kl"] = {"advantage": [ValueBaseline()], "weighting": LinearDecay(0.5), "token_budget": BUDGET}
     found["token kl/batch"] = found["token kl"] | {"weighting": BatchMeanOne(TopKMass())}
     found["reference"] = {"advantage": [RewardExtrapolation(1.5)], "with_reference": True, "token_budget": BUDGET}
+    found["recomputed"] = {"gradient_checkpointing": True, "weighting": ImportanceWeighting(), "token_budget": BUDGET}
     return found
 
 
@@ -81,11 +82,14 @@ def fit_cases() -> dict[str, dict[str, Any]]:
     return {
         "clipped": shared | {"weighting": ImportanceWeighting()},
         "empty rank": shared | {"truncated": "drop"},
+        "uneven lengths": shared | {"token_budget": 40},
         "empty rank/batch": shared | {"truncated": "drop", "weighting": BatchMeanOne(ImportanceWeighting())},
     }
 
 
 def fit_rollout(name: str) -> Rollout:
-    """The rows of a case of ``fit_cases``."""
+    """The rows of a case of ``fit_cases``; of "uneven lengths" one rank holds 113 response tokens, the other 4."""
+    if name == "uneven lengths":
+        return fixed.rollout(lengths=[30, 1, 25, 1, 28, 2, 30], prompt_lengths=PROMPTS, truncated=set())
     truncated = EMPTY_RANK if name.startswith("empty") else TRUNCATED
     return fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=truncated)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from lit_opd.checkpoints import plain_name
 from lit_opd.models import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.rollout import Sampler
@@ -62,7 +66,7 @@ def rollout(*, lengths: list[int], prompt_lengths: list[int], truncated: set[int
 def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", **settings: Any) -> OPDModule:
     """A module that trains on ``fixed`` with plain gradient descent at learning rate 1.
 
-    ``with_reference`` makes the initial student its reference model.
+    ``with_reference`` makes the initial student its reference model; ``gradient_checkpointing`` is the student's.
     """
     defaults: dict[str, Any] = {
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
@@ -72,7 +76,9 @@ def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", 
     student, teacher = folders
     if settings.pop("with_reference", False):
         defaults["reference"] = LocalTeacher(student, dtype=dtype)
-    return OPDModule(StudentSettings(student, dtype=dtype), LocalTeacher(teacher, dtype=dtype), **(defaults | settings))
+    recomputed = settings.pop("gradient_checkpointing", False)
+    learner = StudentSettings(student, dtype=dtype, gradient_checkpointing=recomputed)
+    return OPDModule(learner, LocalTeacher(teacher, dtype=dtype), **(defaults | settings))
 
 
 class Collect(L.Callback):
@@ -127,10 +133,16 @@ def fit(
 
 
 def weights(trained: OPDModule) -> dict[str, Tensor]:
-    """A copy of the student's weights by name."""
-    assert trained.student is not None
-    named = trained.student.causal_lm.named_parameters()
-    return {name: getattr(value, "full_tensor", lambda value=value: value)().detach().clone() for name, value in named}
+    """A copy of the student's whole weights by name."""
+    student = trained.student
+    assert student is not None
+    with FSDP.summon_full_params(student, writeback=False) if isinstance(student, FSDP) else nullcontext():
+        named = student.causal_lm.named_parameters()
+        return {plain_name(name): _whole(value).detach().clone() for name, value in named}
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def gradient(trained: OPDModule, prompts: PromptBatch, **trainer: Any) -> tuple[float, dict[str, Tensor]]:

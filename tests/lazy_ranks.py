@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from lit_opd import teacher
 from lit_opd.lazy import Loaded
 from lit_opd.models import load_causal_lm
+from lit_opd.sharding import placement
 from lit_opd.teacher import LocalTeacher, RoutedTeacher
 from tests import cases
 
@@ -54,10 +56,10 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def loaded(mesh: Any, folder: str, dtype: str, **settings: Any) -> dict[str, Any]:
+def loaded(place: Any, folder: str, dtype: str, **settings: Any) -> dict[str, Any]:
     """Weights and buffers by name, and the scores of fixed rows."""
     scorer = LocalTeacher(folder, dtype=dtype, **settings)  # type: ignore[arg-type]
-    scorer.load_sharded(mesh, vocabulary=60)
+    scorer.load_sharded(place, vocabulary=60)
     assert scorer.policy is not None
     model = scorer.policy.causal_lm
     with scorer.whole_head():
@@ -75,10 +77,10 @@ def loaded(mesh: Any, folder: str, dtype: str, **settings: Any) -> dict[str, Any
     }
 
 
-def routed(mesh: Any, folders: list[str]) -> Tensor:
+def routed(place: Any, folders: list[str]) -> Tensor:
     """Scores where each rank names another teacher for all of its rows; one of the teachers is offloaded."""
     scorer = RoutedTeacher({str(rank): LocalTeacher(folder, offload=rank == 0) for rank, folder in enumerate(folders)})
-    scorer.load_sharded(mesh, vocabulary=60)
+    scorer.load_sharded(place, vocabulary=60)
     rollout = cases.rollout()
     names = (str(torch.distributed.get_rank()),) * len(rollout)
     with scorer.on_device(rollout.mask.device):
@@ -89,20 +91,20 @@ def main() -> None:
     """Every folder by shards; the first one measured, and offloaded too."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
+    place = placement(ModelParallelStrategy(), init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",)))
     counts = watched_fill()
     out, arguments = Path(sys.argv[1]), [word.split("=", 2) for word in sys.argv[2:]]
     results: dict[str, Any] = {"counts": {}}
     for name, dtype, folder in arguments[1:]:
-        results[name] = loaded(mesh, folder, dtype)
+        results[name] = loaded(place, folder, dtype)
         results["counts"][name] = vars(counts[-1])
     _, dtype, folder = arguments[1]
-    results["offloaded"] = loaded(mesh, folder, dtype, offload=True)
-    results["not lazy"] = loaded(mesh, folder, dtype, lazy=False)
-    results["routed"] = routed(mesh, [folder for _, _, folder in arguments[1:3]])
+    results["offloaded"] = loaded(place, folder, dtype, offload=True)
+    results["not lazy"] = loaded(place, folder, dtype, lazy=False)
+    results["routed"] = routed(place, [folder for _, _, folder in arguments[1:3]])
     name, dtype, folder = arguments[0]
     held: list[Any] = [LocalTeacher(folder, dtype=dtype)]  # type: ignore[arg-type]
-    results["lazy growth"] = peak_growth(lambda: held[0].load_sharded(mesh, vocabulary=60))
+    results["lazy growth"] = peak_growth(lambda: held[0].load_sharded(place, vocabulary=60))
     results["counts"][name] = vars(counts[-1])
     held.clear()
     results["whole growth"] = peak_growth(lambda: held.append(load_causal_lm(folder, "path", dtype=dtype)))

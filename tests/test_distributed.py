@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.plugins import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from transformers import AutoModelForCausalLM
 
-from lit_opd.sharding import check_strategy
+from lit_opd.checkpoints import check_checkpoint
+from lit_opd.sharding import check_dtypes, check_strategy
 from lit_opd.step import micro_batches, row_lengths
 from lit_opd.types import InputError
 from tests import cases, fixed, tiny
@@ -45,12 +49,17 @@ def uninterrupted(folders):
     return one_process_fit(folders, cases.STEPS)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def two_processes_folder(request, folders, tmp_path_factory):
-    out = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "fsdp1"])
+def strategy_name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def two_processes_folder(strategy_name, folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp(strategy_name)
     one_process_fit(folders, cases.STEPS // 2, save=out / "one.ckpt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.two_ranks", str(out), request.param, *folders]
+    command += ["-m", "tests.two_ranks", str(out), strategy_name, *folders]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -96,8 +105,27 @@ def test_three_clipped_steps_of_two_ranks_equal_one_process(folders, two_process
         assert fixed.relative_gap(other, fixed.weights(trained)) < 1e-9
 
 
-@pytest.mark.parametrize("path", ["two in two", "one in two"])
-def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(uninterrupted, two_processes, path):
+def test_recomputed_activations_leave_the_gradient_alone(one_process, two_processes):
+    _, gradient = one_process["sequence-mean/sequence"]  # the same settings but for the recomputation
+    for rank in two_processes:
+        assert fixed.relative_gap(rank["gradients"]["recomputed"][1], gradient) < 1e-10
+        assert rank["layer calls"] == [1, 2]  # a second forward in the backward pass
+
+
+def test_bf16_compute_gathers_bf16_and_keeps_float32_masters_and_gradients(strategy_name, two_processes):
+    for rank in two_processes:
+        half, whole = (rank["half precision"][precision] for precision in ("bf16-mixed", "32-true"))
+        gathered = "torch.float32" if strategy_name == "ddp" else "torch.bfloat16"  # DDP gathers nothing: autocast only
+        assert half["dtypes"] == [[gathered], ["torch.float32"], ["torch.float32"]]
+        assert half["loss"] == pytest.approx(whole["loss"], rel=5e-3)
+        assert half["norm"] == pytest.approx(whole["norm"], rel=2e-2)
+        assert half["loss"] != whole["loss"]
+
+
+@pytest.mark.parametrize("path", ["two in two", "one in two", "shards in two"])
+def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(uninterrupted, two_processes, strategy_name, path):
+    if strategy_name == "ddp" and path == "shards in two":
+        pytest.skip("DDP writes no shards")
     for rank in two_processes:
         assert fixed.relative_gap(rank["interrupted"][path], uninterrupted) < 1e-9
 
@@ -105,6 +133,27 @@ def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(uninterrupted
 def test_one_process_goes_on_from_a_checkpoint_of_two(folders, uninterrupted, two_processes_folder):
     resumed = one_process_fit(folders, cases.STEPS, load=two_processes_folder / "two.ckpt")
     assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
+
+
+def test_shards_are_refused_in_one_process_with_the_command_that_makes_them_one_file(
+    folders, uninterrupted, two_processes_folder, strategy_name
+):
+    shards = two_processes_folder / "shards.ckpt"
+    if strategy_name == "ddp":
+        pytest.skip("DDP writes no shards")
+    with pytest.raises(InputError, match="--ckpt_path.*consolidate_checkpoint") as refused:
+        check_checkpoint(shards, SingleDeviceStrategy(), training=True)
+    (command,) = re.findall("`python (-m .*?)`", str(refused.value))
+    subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, timeout=TIME_LIMIT)
+    resumed = one_process_fit(folders, cases.STEPS, load=f"{shards}.consolidated")
+    assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
+
+
+def test_the_exported_student_has_the_whole_weights(two_processes, two_processes_folder):
+    exported = AutoModelForCausalLM.from_pretrained(two_processes_folder / "exported", dtype="auto")
+    weights = two_processes[0]["interrupted"]["two in two"]
+    assert {name: value.dtype for name, value in exported.named_parameters()} == dict.fromkeys(weights, torch.float64)
+    assert fixed.relative_gap(dict(exported.named_parameters()), weights) == 0.0
 
 
 def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(folders, two_processes_folder):
@@ -119,8 +168,31 @@ def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(fol
 
 
 @pytest.mark.parametrize(
-    "strategy", [FSDPStrategy(), ModelParallelStrategy()], ids=["FSDP1", "tensor-parallel default"]
+    ("strategy", "named"),
+    [
+        (lambda: ModelParallelStrategy(), "tensor_parallel_size 1"),
+        (lambda: FSDPStrategy(cpu_offload=True), "cpu_offload"),
+        (lambda: FSDPStrategy(use_orig_params=False), "use_orig_params"),
+        (lambda: FSDPStrategy(auto_wrap_policy={torch.nn.Linear}), "auto_wrap_policy"),
+        (
+            lambda: FSDPStrategy(activation_checkpointing_policy={torch.nn.Linear}),
+            "model.student.gradient_checkpointing",
+        ),
+    ],
+    ids=["tensor-parallel default", "offload", "flat parameters", "wrap policy", "checkpointing policy"],
 )
-def test_a_strategy_that_cannot_work_is_refused_with_the_flags_that_do(strategy):
-    with pytest.raises(InputError, match="tensor_parallel_size 1"):
-        check_strategy(strategy)
+def test_a_strategy_that_cannot_work_is_refused_with_what_does(strategy, named):
+    with pytest.raises(InputError, match=named):
+        check_strategy(strategy())
+
+
+def test_fsdp1_as_lightning_builds_it_is_accepted():
+    check_strategy(FSDPStrategy())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_fsdp1_refuses_to_cast_the_teacher_to_float32(dtype):
+    with pytest.raises(InputError, match="bf16-mixed"):
+        check_dtypes(FSDPStrategy(), {"float32", dtype})
+    check_dtypes(FSDPStrategy(precision_plugin=FSDPPrecision("bf16-mixed")), {"float32", dtype})
+    check_dtypes(SingleDeviceStrategy(), {"float32", dtype})

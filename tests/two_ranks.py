@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.plugins import FSDPPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
+from lit_opd.checkpoints import plain_name
 from lit_opd.distributed import rank
+from lit_opd.objective import Divergence
 from lit_opd.rollout import TransformersSampler
 from tests import cases, fixed
 
 
-def strategy(name: str) -> Strategy:
-    """DDP or FSDP2 on gloo."""
+class FSDP1OnCPU(FSDPStrategy):
+    """Lightning refuses FSDP1 on a CPU by the exact class; its precision plugin would cast to float32; and torch frees full
+    weights that it "moves" from the CPU to the CPU."""
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Whatever the trainer chose; none by default."""
+        return self._precision_plugin or Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = None if type(plugin) is FSDPPrecision and plugin.precision == "32-true" else plugin
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Full weights on rank 0."""
+        config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+        if self._state_dict_type == "sharded":
+            return super().lightning_module_state_dict()
+        with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, config):
+            return self.model.state_dict()
+
+
+def strategy(name: str, *, shards: bool = False, timeout: timedelta = timedelta(minutes=2)) -> Strategy:
+    """DDP, FSDP2 or FSDP1 on gloo; ``shards`` saves checkpoints as folders, ``timeout`` bounds a collective."""
+    shared: dict[str, Any] = {"process_group_backend": "gloo", "timeout": timeout}
     if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
+        return DDPStrategy(**shared)
+    if name == "fsdp1":
+        return FSDP1OnCPU(state_dict_type="sharded" if shards else "full", **shared)
     return ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=shards, **shared
     )
 
 
@@ -74,18 +105,83 @@ def interrupted(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any
     whole = cases.rollout()
     prompts = this_rank(whole.prompts)
 
-    def run(steps: int, **paths: Any) -> Any:
+    def run(steps: int, *, shards: bool = False, export: bool = False, **paths: Any) -> Any:
         trained = fixed.module(folders, whole, optimizer=cases.momentum, token_budget=cases.BUDGET)
-        shared = {"devices": 2, "strategy": strategy(name), "use_distributed_sampler": False}
+        shared = {"devices": 2, "strategy": strategy(name, shards=shards), "use_distributed_sampler": False}
         fixed.fit(trained, prompts, steps=steps, **paths, **shared)
+        if export:
+            trained.export_student(out / "exported")
         return fixed.weights(trained)
 
     half = cases.STEPS // 2
     run(half, save=out / "two.ckpt")
-    return {
-        "two in two": run(cases.STEPS, load=out / "two.ckpt"),
+    found = {
+        "two in two": run(cases.STEPS, load=out / "two.ckpt", export=True),
         "one in two": run(cases.STEPS, load=out / "one.ckpt"),
     }
+    if name != "ddp":
+        run(half, save=out / "shards.ckpt", shards=True)
+        found["shards in two"] = run(cases.STEPS, load=out / "shards.ckpt", shards=True)
+    return found
+
+
+class Watch(L.Callback):
+    """Records dtypes: of a layer's weight inside the forward, of gradients and of parameters before an update."""
+
+    def __init__(self) -> None:
+        self.gathered: set[str] = set()
+        self.gradients: set[str] = set()
+        self.masters: set[str] = set()
+        self.layer_calls = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Hook a linear map inside the first layer."""
+        named = pl_module.student.causal_lm.named_modules()
+        (linear,) = (module for name, module in named if plain_name(name).endswith("layers.0.mlp.up_proj"))
+
+        def look(module: Any, inputs: Any) -> None:
+            if torch.is_grad_enabled():
+                self.gathered.add(str(module.weight.dtype))
+                self.layer_calls += 1
+
+        linear.register_forward_pre_hook(look)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Look at what the optimizer will read."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self.masters.add(str(parameter.dtype))
+                if parameter.grad is not None:
+                    self.gradients.add(str(parameter.grad.dtype))
+
+
+def layer_calls(folders: tuple[str, str], name: str) -> list[int]:
+    """Forwards of a layer in a step, without and with recomputation of activations."""
+    found = []
+    for recomputed in (False, True):
+        whole = cases.rollout()
+        trained, watch = fixed.module(folders, whole, gradient_checkpointing=recomputed), Watch()
+        shared = {"devices": 2, "strategy": strategy(name), "use_distributed_sampler": False}
+        fixed.fit(trained, this_rank(whole.prompts), watch=watch, **shared)
+        found.append(watch.layer_calls)
+    return found
+
+
+def half_precision(folders: tuple[str, str], name: str) -> dict[str, Any]:
+    """A step of float32 masters in bf16 compute, and the same step in float32: losses and dtypes."""
+    found: dict[str, Any] = {}
+    for precision in ("32-true", "bf16-mixed"):
+        whole = cases.rollout()
+        settings = {"objective": Divergence("reverse_kl"), "token_budget": cases.BUDGET}
+        trained, watch = fixed.module(folders, whole, dtype="float32", **settings), Watch()
+        shared = {"devices": 2, "strategy": strategy(name), "use_distributed_sampler": False, "precision": precision}
+        collect = fixed.fit(trained, this_rank(whole.prompts), watch=watch, **shared)
+        found[precision] = {
+            "loss": collect.losses[0],
+            "norm": float(collect.records[0].grad_norm),
+            "dtypes": [sorted(names) for names in (watch.gathered, watch.gradients, watch.masters)],
+        }
+    return found
 
 
 def main() -> None:
@@ -97,6 +193,8 @@ def main() -> None:
         "fits": fits(folders, name),
         "interrupted": interrupted(folders, name, out),
         "fit": sampled_fit(folders, name),
+        "layer calls": layer_calls(folders, name),
+        "half precision": half_precision(folders, name),
     }
     torch.save(results, out / f"rank-{rank()}.pt")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lit_opd.scoring import Head
+from lit_opd.sharding import Placement
 from lit_opd.types import InputError, Rollout, TokenScores
 
 
@@ -42,13 +43,13 @@ class Teacher(nn.Module, ABC):
     def load(self, *, vocabulary: int) -> None:
         """Load the weights; ``vocabulary`` leading entries count. Idempotent."""
 
-    def shard(self, mesh: Any) -> None:
-        """Spread the weights over a device mesh; nothing to do for a teacher that holds none here."""
+    def shard(self, place: Placement) -> None:
+        """Spread the weights over the ranks as ``place`` does; nothing to do for a teacher that holds none here."""
 
-    def load_sharded(self, mesh: Any, *, vocabulary: int) -> None:
-        """``load``, then ``shard``; a teacher that can read its shards alone does that instead. Idempotent."""
+    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
+        """For FSDP2: ``load``, then ``shard``; a teacher that can read its shards alone does that instead. Idempotent."""
         self.load(vocabulary=vocabulary)
-        self.shard(mesh)
+        self.shard(place)
 
     @abstractmethod
     def score(

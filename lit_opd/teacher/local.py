@@ -19,7 +19,7 @@ from lit_opd.models import (
     quantization_config,
 )
 from lit_opd.scoring import Head, ScoringModel
-from lit_opd.sharding import gathered, is_sharded, shard
+from lit_opd.sharding import Placement, gathered, is_sharded
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import InputError, Rollout, TokenScores
 
@@ -97,23 +97,23 @@ class LocalTeacher(Teacher):
             extra["quantization"] = quantization_config(self.quantization, f"{self.field}.quantization")
         self._hold(load_causal_lm(self.path, f"{self.field}.path", **self._how(), **extra), vocabulary)
 
-    def load_sharded(self, mesh: Any, *, vocabulary: int) -> None:
+    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
         """Read this rank's shards only, unless ``lazy`` is false."""
         if self.policy is not None:
             return
         if not self.lazy:
-            super().load_sharded(mesh, vocabulary=vocabulary)
+            super().load_sharded(place, vocabulary=vocabulary)
             return
         self._require_plain()
         policy = self._hold(empty_causal_lm(self.path, f"{self.field}.path", **self._how()), vocabulary)
-        self.shard(mesh)
+        self.shard(place)
         device = torch.device("cpu") if self.offload else None
         fill(policy, policy.causal_lm, path=self.path, setting=f"{self.field}.path", device=device)
 
-    def shard(self, mesh: Any) -> None:
-        """Shard the weights over a device mesh."""
+    def shard(self, place: Placement) -> None:
+        """Shard the weights over the ranks."""
         self._require_plain()
-        shard(self._loaded(), mesh, offload=self.offload)
+        self._keep(place(self._loaded(), trained=False, offload=self.offload))
 
     def _require_plain(self) -> None:
         if self.quantization is not None:
@@ -134,11 +134,14 @@ class LocalTeacher(Teacher):
         policy.choose_path(self.field.removeprefix("model."))
         policy.requires_grad_(False)
         policy.eval()
+        self._keep(policy)
+        return policy
+
+    def _keep(self, policy: ScoringModel) -> None:
         if self.offload:
             self.__dict__["policy"] = policy  # no submodule: Lightning moves those to the device
         else:
             self.policy = policy
-        return policy
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:

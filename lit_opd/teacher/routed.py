@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_opd.sharding import is_sharded
+from lit_opd.sharding import Placement, is_sharded
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import InputError, Rollout, TokenScores, TopK
 
@@ -63,15 +63,15 @@ class RoutedTeacher(Teacher):
         for teacher in self.named().values():
             teacher.load(vocabulary=vocabulary)
 
-    def shard(self, mesh: Any) -> None:
+    def shard(self, place: Placement) -> None:
         """Shard every teacher."""
         for teacher in self.named().values():
-            teacher.shard(mesh)
+            teacher.shard(place)
 
-    def load_sharded(self, mesh: Any, *, vocabulary: int) -> None:
+    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
         """Load and shard every teacher."""
         for teacher in self.named().values():
-            teacher.load_sharded(mesh, vocabulary=vocabulary)
+            teacher.load_sharded(place, vocabulary=vocabulary)
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
