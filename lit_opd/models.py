@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lit_opd.types import InputError
 
@@ -48,6 +50,7 @@ class StudentSettings:
         lora: train adapters only.
         pad_token: the tokenizer's pad token where it has none of its own.
         trust_remote_code: run the model's own Python code; off unless you trust its author.
+        lazy: under FSDP2 each rank reads only its own shards; false, or with LoRA, every rank loads all of it first.
     """
 
     path: str
@@ -57,6 +60,7 @@ class StudentSettings:
     lora: LoraSettings | None = None
     pad_token: str | None = None
     trust_remote_code: bool = False
+    lazy: bool = True
 
 
 def _require_reachable(path: str, field: str) -> None:
@@ -68,11 +72,14 @@ def _require_reachable(path: str, field: str) -> None:
         )
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _hub_error(field: str, path: str, error: Exception) -> InputError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return InputError(
-        f"`{field}` could not be loaded from {path!r}: {first}. Without a network, download the model elsewhere and give "
-        "its local folder"
+        f"`{field}` could not be loaded from {path!r}: {_first_line(error)}. Without a network, download the model elsewhere "
+        "and give its local folder"
     )
 
 
@@ -124,9 +131,18 @@ def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust
 
 
 def load_causal_lm(
-    path: str, field: str, *, dtype: str, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+    path: str,
+    field: str,
+    *,
+    dtype: str,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> Any:
-    """A causal language model in ``dtype``, safetensors only unless the folder has nothing else it can load safely."""
+    """A causal language model in ``dtype``, safetensors only unless the folder has nothing else it can load safely.
+
+    ``quantization`` is what ``quantization_config`` returns. This process holds the whole model.
+    """
     from transformers import AutoModelForCausalLM
 
     _require_reachable(path, field)
@@ -137,9 +153,80 @@ def load_causal_lm(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise _hub_error(field, path, error) from error
+
+
+def empty_causal_lm(
+    path: str, field: str, *, dtype: str, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+) -> Any:
+    """The architecture of ``path`` in ``dtype``, parameters on the meta device, buffers real; ``lazy.fill`` reads weights.
+
+    Raises:
+        InputError: a quantised checkpoint, which cannot be sharded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, field, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"`{field}` must not be a quantised checkpoint when weights are sharded, got {path!r}; use its unquantised "
+            "version or `RemoteTeacher`"
+        )
+    handle = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]  # may return another
+    try:
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _hub_error(field, path, error) from error
+    finally:
+        handle.remove()
+    _keep_float32(model, getattr(torch, dtype))
+    return model.eval()
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """A registration hook: parameters lose their memory as they are made."""
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """The parameters and stored buffers that the architecture keeps in float32, as ``from_pretrained`` would."""
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    for pattern, kept in plan.items():
+        for name, value in model.state_dict(keep_vars=True).items():
+            if re.search(pattern.replace("*", ".*"), name):
+                value.data = value.data.to(kept)
+
+
+def quantization_config(settings: dict[str, Any], field: str) -> Any:
+    """transformers' quantisation config from its dictionary; the backend's package is asked for before weights are read.
+
+    Args:
+        settings: "quant_method" and the fields of that method's config, or "load_in_4bit" / "load_in_8bit" of bitsandbytes.
+        field: names it in errors.
+    Raises:
+        InputError: an unknown method or field, or a backend that is not installed or cannot run here.
+    """
+    from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
+
+    try:
+        config = AutoQuantizationConfig.from_dict(dict(settings))
+        AutoHfQuantizer.from_config(config, pre_quantized=False).validate_environment(device_map=None)
+    except Exception as error:  # backends raise what they like
+        raise InputError(
+            f"`{field}` must be a quantisation that transformers can apply here, got {settings}: {_first_line(error)}; "
+            "install its package, correct it, or set it to null"
+        ) from error
+    return config
 
 
 def agree_vocabularies(
@@ -178,9 +265,12 @@ def agree_vocabularies(
     return shared
 
 
-def build_student(settings: StudentSettings) -> Any:
-    """The student with its options applied: LoRA, gradient checkpointing, frozen or trainable weights, no dropout."""
-    model = load_causal_lm(
+def build_student(settings: StudentSettings, *, empty: bool = False) -> Any:
+    """The student with its options applied: LoRA, gradient checkpointing, frozen or trainable weights, no dropout.
+
+    ``empty`` builds it without weights, see ``empty_causal_lm``.
+    """
+    model = (empty_causal_lm if empty else load_causal_lm)(
         settings.path,
         "model.student.path",
         dtype=settings.dtype,

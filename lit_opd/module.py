@@ -21,6 +21,7 @@ from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warnin
 from lit_opd.checkpoints import by_name, by_number, check_checkpoint, from_consolidated
 from lit_opd.distributed import is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
+from lit_opd.lazy import fill
 from lit_opd.models import (
     StudentSettings,
     agree_vocabularies,
@@ -313,14 +314,21 @@ class OPDModule(L.LightningModule):
         """Load student and teacher, choose the scoring path, shard where the strategy brings a device mesh."""
         if self.student is not None:
             return
-        student = ScoringModel(build_student(self.student_settings), vocabulary=self.vocabulary)
+        mesh, settings = getattr(self, "_device_mesh", None), self.student_settings
+        lazy = mesh is not None and settings.lazy and settings.lora is None
+        student = ScoringModel(build_student(settings, empty=lazy), vocabulary=self.vocabulary)
         student.choose_path("student")
         self.student = student
         self._shapes = {name: value.shape for name, value in self.state_dict().items()}
-        place = placement(self._trainer.strategy, getattr(self, "_device_mesh", None)) if self._trainer else None
+        place = placement(self._trainer.strategy, mesh) if self._trainer else None
         if place is not None:
             self.student = student = place(student, trained=True)
+        if lazy:
+            fill(student, student.causal_lm, path=settings.path, setting="model.student.path")
         for scorer in self.scorers.values():
+            if place is not None and mesh is not None:
+                scorer.load_sharded(place, vocabulary=self.vocabulary)
+                continue
             scorer.load(vocabulary=self.vocabulary)
             if place is not None:
                 scorer.shard(place)
@@ -493,9 +501,10 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         temperature = self.sampler.temperature
         full = "token_kl" in self.teacher.provides
-        reads = self.weighting.requires
-        teacher = self.teacher.score(rollout, temperature=temperature, requires=reads & self.teacher.provides)
-        with self.teacher.whole_head():
+        reads, device = self.weighting.requires, rollout.mask.device
+        with self.teacher.on_device(device):
+            teacher = self.teacher.score(rollout, temperature=temperature, requires=reads & self.teacher.provides)
+        with self.teacher.on_device(device), self.teacher.whole_head():
             against = self.teacher.full_head(rollout) if full else None
             wants = frozenset({"token_kl"} if full else ()) | {n[8:] for n in reads if n in _STUDENT_EXTRAS}
             student = self.student(rollout, temperature=temperature, wants=wants, against=against)

@@ -240,6 +240,7 @@ class ScoringModel(nn.Module):
         self.model = model
         self.vocabulary = vocabulary
         self.plain = False  # True: the head is not a plain linear map, use the model's own logits
+        self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
 
     @property
     def causal_lm(self) -> Any:
@@ -291,6 +292,9 @@ class ScoringModel(nn.Module):
         return self._head(rollout, own_template=own_template)[0]
 
     def _head(self, rollout: Rollout, *, own_template: bool) -> tuple[Head, Tensor]:
+        if self._unprobed:
+            with torch.autocast(rollout.mask.device.type, enabled=False):
+                self.choose_path(self._unprobed)
         prompts = rollout.prompts
         use_own = own_template and prompts.teacher_ids is not None
         prompt_ids, prompt_mask = (
@@ -325,10 +329,15 @@ class ScoringModel(nn.Module):
     def choose_path(self, name: str) -> None:
         """Compare the tiled path with the model's own logits on a probe, and use the plain path where they differ.
 
+        A model without weights yet is compared at its first forward, which every rank of a sharded model runs.
+
         Args:
             name: who this is ("student", "teacher"), for the warning.
         """
         linear = self.causal_lm.get_output_embeddings()
+        self._unprobed = name if linear.weight.is_meta else None
+        if self._unprobed:
+            return
         if type(linear) is not nn.Linear:
             self._use_plain(name, f"its output head is {type(linear).__name__}, not nn.Linear")
             return

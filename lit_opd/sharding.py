@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import (
 
 from lit_opd.types import InputError
 
-Placement = Callable[..., Any]  # (policy, *, trained) -> the module to use in its place
+Placement = Callable[..., Any]  # (policy, *, trained, offload=False) -> the module to use in its place
 FSDP2_FLAGS = "--trainer.strategy.data_parallel_size RANKS --trainer.strategy.tensor_parallel_size 1"
 
 
@@ -93,22 +94,28 @@ def check_dtypes(strategy: Any, dtypes: set[str]) -> None:
 def placement(strategy: Any, mesh: Any) -> Placement | None:
     """How a strategy shards a model; None where every rank holds all of it.
 
+    ``offload`` keeps FSDP2's shards in host memory (pinned where CUDA is) and copies a unit to the device when it runs.
+
     Args:
         strategy: Lightning's.
         mesh: the device mesh that ``ModelParallelStrategy`` made, else None.
     """
     half = str(getattr(strategy.precision_plugin, "precision", "")) == "bf16-mixed"
     if mesh is not None:
-        return lambda policy, *, trained: _fully_shard(policy, mesh["data_parallel"], half=half and trained)
+        return lambda policy, *, trained, offload=False: _fully_shard(
+            policy, mesh["data_parallel"], half=half and trained, offload=offload
+        )
     if isinstance(strategy, FSDPStrategy):
-        return lambda policy, *, trained: _wrap(policy, strategy, half=half and trained)
+        return lambda policy, *, trained, offload=False: _wrap(policy, strategy, half=half and trained, offload=offload)
     return None
 
 
-def _fully_shard(policy: Any, mesh: Any, *, half: bool) -> Any:
+def _fully_shard(policy: Any, mesh: Any, *, half: bool = False, offload: bool = False) -> Any:
     """FSDP2, in place; scoring and generation stay the model's own methods."""
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None
     settings: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": precision} if precision else {})
+    if offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in transformer_layers(policy.causal_lm):
         fully_shard(layer, **settings)
     fully_shard(policy, **settings)
@@ -117,8 +124,17 @@ def _fully_shard(policy: Any, mesh: Any, *, half: bool) -> Any:
     return policy
 
 
-def _wrap(policy: Any, strategy: FSDPStrategy, *, half: bool) -> Any:
-    """FSDP1 with the strategy's own settings; the result passes attributes on to the model inside."""
+def _wrap(policy: Any, strategy: FSDPStrategy, *, half: bool, offload: bool) -> Any:
+    """FSDP1 with the strategy's own settings; the result passes attributes on to the model inside.
+
+    Raises:
+        InputError: ``offload``.
+    """
+    if offload:
+        raise InputError(
+            "`model.teacher.offload` must be false under FSDPStrategy (FSDP1), got true; use ModelParallelStrategy (FSDP2) "
+            f"{FSDP2_FLAGS}"
+        )
     precision = strategy.mixed_precision
     if precision is None and half:  # Lightning's would round the rotary tables and the reduced gradients too
         precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -9,7 +9,7 @@ A rank with fewer micro-batches than another runs dummies of weight zero, becaus
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -143,14 +143,17 @@ class Update:
         """Scores of the whole batch by the frozen models, in micro-batches."""
         groups = self._groups(torch.arange(len(self.rollout)))
         total = self._most(len(groups))
-        for index in range(total):
-            rows = groups[index] if index < len(groups) else groups[0]
-            part = self.rollout.rows(rows).trimmed()
-            for who, model in self.module.scorers.items():
-                requires = self.module.required if who == "teacher" else frozenset()
-                scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
-                self.parts.put_scores(who, rows, scores)
-            self.module.phase("scoring", index + 1, total)
+        with ExitStack() as stack:
+            for model in self.module.scorers.values():
+                stack.enter_context(model.on_device(self.rollout.mask.device))
+            for index in range(total):
+                rows = groups[index] if index < len(groups) else groups[0]
+                part = self.rollout.rows(rows).trimmed()
+                for who, model in self.module.scorers.items():
+                    requires = self.module.required if who == "teacher" else frozenset()
+                    scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
+                    self.parts.put_scores(who, rows, scores)
+                self.module.phase("scoring", index + 1, total)
         for who in self.module.scorers:
             _require_finite(f"{who}_logprobs", self.parts.values[f"{who}_logprobs"], self.rollout)
 
@@ -159,10 +162,11 @@ class Update:
         if not self.module.needs_scoring_pass:
             return
         groups = self._groups(torch.arange(len(self.rollout)))
-        for index in range(self._most(len(groups))):
-            rows = groups[index] if index < len(groups) else groups[0]
-            with torch.no_grad(), self.module.teacher.whole_head():
-                self.parts.put_scores("student", rows, self._student_scores(self.rollout.rows(rows).trimmed()))
+        with torch.no_grad(), self._teacher_head():
+            for index in range(self._most(len(groups))):
+                rows = groups[index] if index < len(groups) else groups[0]
+                with self.module.teacher.whole_head():
+                    self.parts.put_scores("student", rows, self._student_scores(self.rollout.rows(rows).trimmed()))
         self.full = self._signal(self.rollout, validate=True)
         self.weights = self.module.weighting(self.full, self.progress)
         self.kept = self.module.weighting.kept(self.full, self.progress)
@@ -181,6 +185,11 @@ class Update:
             divergence=divergence,
         )
         return scores
+
+    def _teacher_head(self) -> AbstractContextManager[None]:
+        """The teacher's weights on the device, where its head is read beside the student's."""
+        reads = self.module.required & {"token_kl", "teacher_distribution"}
+        return self.module.teacher.on_device(self.rollout.mask.device) if reads else nullcontext()
 
     @property
     def _trains_on_distribution(self) -> bool:
@@ -207,10 +216,11 @@ class Update:
         losses = []
         rows = torch.arange(len(self.rollout))
         updates = module.epochs * module.mini_batches
-        for _ in range(module.epochs):
-            for chunk in torch.tensor_split(rows, module.mini_batches):
-                losses.append(self._optimizer_step(chunk))
-                module.phase("updating", len(losses), updates)
+        with self._teacher_head():
+            for _ in range(module.epochs):
+                for chunk in torch.tensor_split(rows, module.mini_batches):
+                    losses.append(self._optimizer_step(chunk))
+                    module.phase("updating", len(losses), updates)
         return torch.stack(losses).mean()
 
     def _optimizer_step(self, rows: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": set(),
     "prompts": {"types", "distributed"},  # with its helpers prompt_*.py
     "models": {"types"},
+    "lazy": {"types"},
     "sharding": {"types", "models"},
     "checkpoints": {"types"},
     "scoring": {"types"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},
-    "teacher": {"types", "models", "scoring", "sharding", "server"},
+    "teacher": {"types", "models", "lazy", "scoring", "sharding", "server"},
     "advantage": {"types", "masked", "weighting"},
     "weighting": {"types", "masked", "distributed", "streams"},
     "objective": {"types", "masked", "scoring"},

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_opd.scoring import Head
@@ -45,6 +46,11 @@ class Teacher(nn.Module, ABC):
     def shard(self, place: Placement) -> None:
         """Spread the weights over the ranks as ``place`` does; nothing to do for a teacher that holds none here."""
 
+    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
+        """For FSDP2: ``load``, then ``shard``; a teacher that can read its shards alone does that instead. Idempotent."""
+        self.load(vocabulary=vocabulary)
+        self.shard(place)
+
     @abstractmethod
     def score(
         self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
@@ -62,6 +68,10 @@ class Teacher(nn.Module, ABC):
     def full_head(self, rollout: Rollout) -> Head:
         """Hidden states of the valid tokens and the output head, for full-vocabulary divergences."""
         raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")
+
+    def on_device(self, device: torch.device) -> AbstractContextManager[None]:
+        """Hold the weights on ``device`` while the block scores a whole batch; for a teacher kept elsewhere between batches."""
+        return nullcontext()
 
     def whole_head(self) -> AbstractContextManager[None]:
         """Keep what ``full_head`` returned usable while the block runs; a sharded teacher would free the weight."""

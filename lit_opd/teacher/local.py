@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
-from lit_opd.models import Dtype, load_causal_lm, load_config, load_tokenizer
+from lit_opd.lazy import fill
+from lit_opd.models import (
+    Dtype,
+    empty_causal_lm,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    quantization_config,
+)
 from lit_opd.scoring import Head, ScoringModel
 from lit_opd.sharding import Placement, gathered, is_sharded
 from lit_opd.teacher.base import Teacher
-from lit_opd.types import Rollout, TokenScores
+from lit_opd.types import InputError, Rollout, TokenScores
 
 # name in a signal's requirements -> name in the model's forward
 _WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
@@ -20,12 +30,23 @@ _WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
 class LocalTeacher(Teacher):
     """A frozen causal language model loaded beside the student.
 
+    On one device, or under DDP, every process holds all of it. Under FSDP2 a rank holds its shards, and while loading also
+    its part of one parameter (twice that for a mixture's stacked experts; all of it where fused weights are split), see
+    docs/scale-out.md. Offload and quantisation are unverified on CUDA.
+
     Args:
         path: a Hugging Face folder or hub id.
         dtype: of its weights; bfloat16 halves the memory and moves log-probs by about 0.01 nats.
         attn_implementation: as for the student.
         pad_token: the tokenizer's pad token where it has none of its own.
         trust_remote_code: run the model's own Python code; off unless you trust its author.
+        lazy: under FSDP2 each rank reads only its own shards; false: every rank loads all of it first, then shards.
+        offload: keep the weights in host memory: under FSDP2 a unit is copied to the device when it runs, else the whole
+            teacher for the time it scores a batch. No effect on a CPU.
+        quantization: transformers' quantisation config as a dictionary, such as ``{"load_in_8bit": true}`` (bitsandbytes);
+            neither sharded nor offloaded.
+    Raises:
+        InputError: quantised and offloaded.
     """
 
     def __init__(
@@ -35,8 +56,17 @@ class LocalTeacher(Teacher):
         attn_implementation: str = "sdpa",
         pad_token: str | None = None,
         trust_remote_code: bool = False,
+        lazy: bool = True,
+        offload: bool = False,
+        quantization: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if quantization is not None and offload:
+            raise InputError(
+                f"`LocalTeacher.offload` must be false with `quantization`, got true and {quantization}: quantised weights "
+                "stay on their device; choose one of the two"
+            )
+        self.lazy, self.offload, self.quantization = lazy, offload, quantization
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
         self.policy: ScoringModel | None = None
@@ -53,25 +83,87 @@ class LocalTeacher(Teacher):
         tokenizer = load_tokenizer(self.path, field, pad_token=pad, trust_remote_code=self.trust_remote_code)
         return [(tokenizer, config.get_text_config().vocab_size)]
 
+    def check(self, *, temperature: float, tokens: int | None) -> None:
+        """The quantisation is one that transformers can apply here."""
+        if self.quantization is not None:
+            quantization_config(self.quantization, f"{self.field}.quantization")
+
     def load(self, *, vocabulary: int) -> None:
-        """Load, freeze and check the weights."""
+        """Load, freeze and check all of the weights in this process."""
         if self.policy is not None:
             return
-        model = load_causal_lm(
-            self.path,
-            f"{self.field}.path",
-            dtype=self.dtype,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-        )
-        self.policy = ScoringModel(model, vocabulary=vocabulary)
-        self.policy.choose_path(self.field.removeprefix("model."))
-        self.policy.requires_grad_(False)
-        self.policy.eval()
+        extra: dict[str, Any] = {}
+        if self.quantization is not None:
+            extra["quantization"] = quantization_config(self.quantization, f"{self.field}.quantization")
+        self._hold(load_causal_lm(self.path, f"{self.field}.path", **self._how(), **extra), vocabulary)
+
+    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
+        """Read this rank's shards only, unless ``lazy`` is false."""
+        if self.policy is not None:
+            return
+        if not self.lazy:
+            super().load_sharded(place, vocabulary=vocabulary)
+            return
+        self._require_plain()
+        policy = self._hold(empty_causal_lm(self.path, f"{self.field}.path", **self._how()), vocabulary)
+        self.shard(place)
+        device = torch.device("cpu") if self.offload else None
+        fill(policy, policy.causal_lm, path=self.path, setting=f"{self.field}.path", device=device)
 
     def shard(self, place: Placement) -> None:
         """Shard the weights over the ranks."""
-        self.policy = place(self._loaded(), trained=False)
+        self._require_plain()
+        self._keep(place(self._loaded(), trained=False, offload=self.offload))
+
+    def _require_plain(self) -> None:
+        if self.quantization is not None:
+            raise InputError(
+                f"`{self.field}.quantization` must be null when weights are sharded, got {self.quantization}; train with ddp "
+                "or one device, or use `RemoteTeacher`"
+            )
+
+    def _how(self) -> dict[str, Any]:
+        return {
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def _hold(self, model: Any, vocabulary: int) -> ScoringModel:
+        policy = ScoringModel(model, vocabulary=vocabulary)
+        policy.choose_path(self.field.removeprefix("model."))
+        policy.requires_grad_(False)
+        policy.eval()
+        self._keep(policy)
+        return policy
+
+    def _keep(self, policy: ScoringModel) -> None:
+        if self.offload:
+            self.__dict__["policy"] = policy  # no submodule: Lightning moves those to the device
+        else:
+            self.policy = policy
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        """Copies of offloaded weights on ``device`` while the block runs; FSDP2 moves its own."""
+        policy = self._loaded()
+        if not self.offload or is_sharded(policy):
+            yield
+            return
+        slots = [
+            (module, name, value)
+            for module in policy.modules()
+            for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        ]
+        try:
+            with torch.inference_mode(False):
+                moved = {id(value): _copy(value, device) for _, _, value in slots}  # tied weights are one
+            for module, name, value in slots:
+                setattr(module, name, moved[id(value)])
+            yield
+        finally:
+            for module, name, value in slots:
+                setattr(module, name, value)
 
     def train(self, mode: bool = True) -> LocalTeacher:
         """Stays in evaluation mode."""
@@ -100,3 +192,9 @@ class LocalTeacher(Teacher):
         if self.policy is None:
             raise RuntimeError("LocalTeacher.load has not been called")
         return self.policy
+
+
+def _copy(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A frozen parameter or a buffer on ``device``; itself where it is there already."""
+    copy = value.to(device, non_blocking=True)
+    return nn.Parameter(copy, requires_grad=False) if isinstance(value, nn.Parameter) and copy is not value else copy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -66,6 +68,19 @@ class RoutedTeacher(Teacher):
         for teacher in self.named().values():
             teacher.shard(place)
 
+    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
+        """Load and shard every teacher."""
+        for teacher in self.named().values():
+            teacher.load_sharded(place, vocabulary=vocabulary)
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        """All of them at once."""
+        with ExitStack() as stack:
+            for teacher in self.named().values():
+                stack.enter_context(teacher.on_device(device))
+            yield
+
     @torch.no_grad()
     def score(
         self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
@@ -101,7 +116,8 @@ class RoutedTeacher(Teacher):
 
 
 def _holds_shards(teacher: Teacher) -> bool:
-    return any(is_sharded(part) for part in teacher.modules())
+    policies = (getattr(part, "policy", None) for part in teacher.modules())  # an offloaded one is no submodule
+    return any(policy is not None and is_sharded(policy) for policy in policies)
 
 
 def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
