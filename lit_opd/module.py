@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
 from lit_opd.checkpoints import by_name, by_number
-from lit_opd.distributed import is_rank_zero
+from lit_opd.distributed import check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.models import (
     StudentSettings,
@@ -262,6 +262,8 @@ class OPDModule(L.LightningModule):
 
     def _check_trainer(self) -> None:
         check_strategy(self.trainer.strategy)
+        if self.trainer.world_size > 1:
+            check_master_port()
         updates = self.mini_batches * self.epochs
         if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
             raise InputError(
@@ -300,7 +302,8 @@ class OPDModule(L.LightningModule):
         tokens = None if limit is None else limit + response
         for scorer in self.scorers.values():
             scorer.check(temperature=self.sampler.temperature, tokens=tokens)
-        self.sampler.check(tokens=tokens)
+            scorer.check_data(getattr(data, "rows_by_teacher", dict)())
+        self.sampler.check(tokens=tokens, vocabulary=self.student_config.get_text_config().vocab_size)
 
     def configure_model(self) -> None:
         """Load student and teacher, choose the scoring path, shard where the strategy brings a device mesh."""

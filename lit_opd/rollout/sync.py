@@ -70,4 +70,4 @@ class RestartCommand(WeightSync):
             subprocess.run(words, check=True, timeout=self.command_seconds, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
             raise servers.error(f"could not be restarted with {words}: {error}") from error
-        servers.check(tokens=None)
+        servers.check(tokens=None, seconds=servers.retry_seconds)

@@ -56,6 +56,18 @@ class RoutedTeacher(Teacher):
         for teacher in self.named().values():
             teacher.check(temperature=temperature, tokens=tokens)
 
+    def check_data(self, rows_by_teacher: dict[str | None, str]) -> None:
+        """Every row of the data names one of the teachers."""
+        for name, where in rows_by_teacher.items():
+            if name not in self.names:
+                raise self._unknown(name, where)
+
+    def _unknown(self, name: str | None, where: str) -> InputError:
+        return InputError(
+            f"`{self.field}.teachers` must have the teacher that each row names, {self.names}, got {name!r} in {where}; "
+            "correct the data's teacher column (`data.teacher_column`) or add the teacher"
+        )
+
     def load(self, *, vocabulary: int) -> None:
         """Load every teacher."""
         for teacher in self.named().values():
@@ -92,10 +104,7 @@ class RoutedTeacher(Teacher):
         rows: dict[str, list[int]] = {name: [] for name in self.names}
         for row, name in enumerate(rollout.prompts.teachers or ()):
             if name is None or name not in rows:
-                raise InputError(
-                    f"`PromptBatch.teachers` must name one of {self.names}, got {name!r} in row {row} (data row "
-                    f"{rollout.prompts.row_ids[row]!r}); fill the data's teacher column or add the teacher"
-                )
+                raise self._unknown(name, f"row {row} of the batch (data row {rollout.prompts.row_ids[row]!r})")
             rows[name].append(row)
         return rows
 
