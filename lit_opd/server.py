@@ -419,7 +419,8 @@ def _send(
         late = expired.is_set() or isinstance(error, TimeoutError)
         if late:
             raise _Transient(f"gave no whole answer within {timeout:g} s") from error
-        raise _Lost(f"could not be reached or broke off ({type(error).__name__}: {error})") from error
+        reason = " ".join(str(error).split())
+        raise _Lost(f"could not be reached or broke off ({type(error).__name__}: {reason})") from error
     finally:
         connection.close()
     if len(data) > limit:
