@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -170,10 +171,11 @@ class Servers:
             InputError: another model, a context that is too short, or no key where one is configured.
         """
         self._require_key()
-        seconds = self.start_seconds if seconds is None else seconds
+        limit = self.start_seconds if seconds is None else seconds
         for server in self.servers:
             # a program that accepts and never answers must not hold the run for `timeout`
-            served = self._asked_at_start(lambda server: self._served(server, max(seconds, 1.0)), server, seconds)
+            ask = partial(self._served, timeout=max(limit, 1.0))
+            served = self._asked_at_start(ask, server, limit, advised=seconds is None)
             names = sorted(served)
             if self.model is None and len(served) == 1:
                 self.model = names[0]
@@ -206,12 +208,16 @@ class Servers:
         for server in self.servers:
             self._asked_at_start(once, server, self.start_seconds)
 
-    def _asked_at_start(self, once: Callable[[_Server], Answer], server: _Server, seconds: float) -> Answer:
+    def _asked_at_start(
+        self, once: Callable[[_Server], Answer], server: _Server, seconds: float, *, advised: bool = True
+    ) -> Answer:
         advice = (
             "is a vLLM server running there? Start it, read its log, correct the address, or raise "
             f"`{self.field}.start_seconds` ({self.start_seconds:g})"
         )
-        return self._retried(once, threading.Event(), only=server, seconds=seconds, advice=advice, announce=True)
+        return self._retried(
+            once, threading.Event(), only=server, seconds=seconds, advice=advice if advised else None, announce=True
+        )
 
     def _require_key(self) -> None:
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
