@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 STUDENT = Path("lit_opd/testbed/assets/student")
 
@@ -35,18 +35,22 @@ def spread(head_dim: int) -> Tensor:
 def widened(student: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     """A Qwen3 with heads twice as wide that computes the same log-probs up to rounding."""
     config = type(student.config).from_dict(student.config.to_dict())
-    old, heads = config.head_dim, config.num_attention_heads
+    old = config.head_dim
     config.head_dim = 2 * old
     model = Qwen3ForCausalLM(config)
     places = spread(old)
-    slots = (torch.arange(heads).unsqueeze(-1) * 2 * old + places).flatten()  # every head's, for q, k, v and o
+
+    def slots(rows: int) -> Tensor:
+        """Where the rows of all heads go."""
+        return (torch.arange(rows // old).unsqueeze(-1) * 2 * old + places).flatten()
+
     state = student.state_dict()
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     for name, value in state.items():
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            new[name][slots] = value
+            new[name][slots(value.shape[0])] = value
         elif name.endswith("o_proj.weight"):
-            new[name][:, slots] = value
+            new[name][:, slots(value.shape[1])] = value
         elif name.endswith("q_norm.weight"):
             new[name][places] = value / math.sqrt(2.0)
         elif name.endswith("k_norm.weight"):
@@ -59,7 +63,6 @@ def widened(student: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
 
 def write(out: Path, student: Path = STUDENT) -> Path:
     """Write the widened student with its tokenizer."""
-    assert AutoConfig.from_pretrained(student).num_key_value_heads == 4, "every head has its own keys"
     widened(Qwen3ForCausalLM.from_pretrained(student)).save_pretrained(out)
     AutoTokenizer.from_pretrained(student).save_pretrained(out)
     return out

@@ -33,6 +33,7 @@ from lit_opd.models import (
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
+from lit_opd.server import shared_failure
 from lit_opd.sharding import check_strategy, full_state, gathered, is_sharded, shard
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
@@ -300,10 +301,11 @@ class OPDModule(L.LightningModule):
         limit = getattr(data, "max_prompt_tokens", None)
         response = max(self.sampler.max_new_tokens, self.validation.max_new_tokens or 0)
         tokens = None if limit is None else limit + response
-        for scorer in self.scorers.values():
-            scorer.check(temperature=self.sampler.temperature, tokens=tokens)
-            scorer.check_data(getattr(data, "rows_by_teacher", dict)())
-        self.sampler.check(tokens=tokens, vocabulary=self.student_config.get_text_config().vocab_size)
+        with shared_failure():
+            for scorer in self.scorers.values():
+                scorer.check(temperature=self.sampler.temperature, tokens=tokens)
+                scorer.check_data(getattr(data, "rows_by_teacher", dict)())
+            self.sampler.check(tokens=tokens, vocabulary=self.student_config.get_text_config().vocab_size)
 
     def configure_model(self) -> None:
         """Load student and teacher, choose the scoring path, shard where the strategy brings a device mesh."""

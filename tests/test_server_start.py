@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import socket
@@ -18,12 +19,13 @@ import yaml
 from callbacks import default_callbacks
 from lit_opd.cli import main
 from lit_opd.distributed import check_master_port
-from lit_opd.rollout import VLLMSampler
+from lit_opd.rollout import VLLMEngine, VLLMSampler
 from lit_opd.teacher import RemoteTeacher
 from lit_opd.types import InputError, ServerError
 from tests import fake_vllm as fake
 from tests import tiny
 
+ROOT = Path(__file__).resolve().parent.parent
 START = {"timeout": 2.0, "start_seconds": 1.0}
 SECRET = "sk-not-for-logs"
 
@@ -234,12 +236,14 @@ def test_a_teacher_name_that_no_teacher_has_is_found_before_the_run(config, tmp_
     data = Path(config["data"]["train"])
     good = data.read_text()
     data.write_text(good + '{"prompt": "1 + 1 =", "teacher": "c"}\n')
-    assert "['a', 'b'], got 'c' in train row '8'" in refused(config, tmp_path, capsys)
+    assert "['a', 'b'], got 'c' in train row 'train-8'" in refused(config, tmp_path, capsys)
     data.write_text(good)
     validation = tmp_path / "val.jsonl"
-    validation.write_text('{"prompt": "1 + 1 ="}\n')
+    validation.write_text('{"prompt": "1 + 1 =", "teacher": "d"}\n')
     config["data"]["val"] = str(validation)
-    assert "got None in val row '0'" in refused(config, tmp_path, capsys)
+    assert "got 'd' in val row 'val-0'" in refused(config, tmp_path, capsys)
+    del config["data"]["teacher_column"], config["data"]["val"]
+    assert "got None in train row 'train-0'" in refused(config, tmp_path, capsys)
 
 
 def test_a_port_in_use_is_found_before_the_ranks_start(config, tmp_path, capsys, monkeypatch):
@@ -252,3 +256,42 @@ def test_a_port_in_use_is_found_before_the_ranks_start(config, tmp_path, capsys,
         )
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun listens there itself")
         check_master_port()
+
+
+# -- other ways to sample ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")
+def test_an_engine_without_its_package_is_refused_before_the_run(config, tmp_path, capsys):
+    config["model"]["sampler"] = {"class_path": "lit_opd.rollout.VLLMEngine", "init_args": {"max_new_tokens": 4}}
+    assert "VLLMEngine without vllm; install the extra vllm" in refused(config, tmp_path, capsys)
+
+
+def test_settings_of_the_engine_outside_their_range_are_refused():
+    for name, value in {"memory_fraction": 1.0, "max_logprob_gap": 0.0}.items():
+        with pytest.raises(InputError, match=f"`VLLMEngine.{name}` must be"):
+            VLLMEngine(**{name: value})
+
+
+def test_the_overlay_for_the_quickstart_trains_from_a_server(tmp_path, monkeypatch):
+    """``configs/sampling/vllm.yaml`` over the quickstart, with another address and fewer rows."""
+    monkeypatch.chdir(ROOT)
+    student = "lit_opd/testbed/assets/student"
+    overlay = "configs/sampling/vllm.yaml"
+    assert (ROOT / overlay).read_text().splitlines()[0].endswith(f"--config configs/quickstart.yaml --config {overlay}")
+    words = ["fit", "--config", "configs/quickstart.yaml", "--config", overlay, "--run_dir", str(tmp_path / "run")]
+    words += [
+        "--trainer.max_steps",
+        "2",
+        "--data.prompt_batch",
+        "4",
+        "--data.val_limit",
+        "4",
+        "--wandb.mode",
+        "disabled",
+    ]
+    with fake.serving(student, model="student", window=256) as server:
+        words += ["--model.sampler.urls", f'["{server.url}"]', "--model.sampler.sync.folder", str(tmp_path / "pushed")]
+        main(default_callbacks, words)
+        assert server.reloads == 3  # before each batch, and before the validation at the end
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
