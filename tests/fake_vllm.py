@@ -32,6 +32,7 @@ class FakeServer(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.always: Fault | None = None
         self.requests, self.reloads = 0, 0
+        self.broken_resets: list[bool] = []  # which of the next requests for an empty prefix cache are hung up on
         self.key: str | None = None
         self.secure = False
 
@@ -117,6 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
                 server.reloads += 1
             return self.reply(b"")
         if self.path == "/reset_prefix_cache":
+            if server.broken_resets and server.broken_resets.pop(0):
+                self.close_connection = True
+                return
             return self.reply(b'{"success": true}')
         with server.lock:
             fault = server.faults.pop(0) if server.faults else server.always

@@ -246,6 +246,16 @@ def test_a_server_that_came_back_gets_the_weights_again(folders, server, rows, t
     assert server.reloads == 2
 
 
+def test_a_server_that_goes_away_during_a_push_gets_the_whole_push_again(folders, server):
+    ours = sampler(server, sync=ReloadEndpoint(folders[1]))
+    server.broken_resets = [True]
+    ours.prepare(lambda folder: folder, 1)
+    assert server.reloads == 2
+    server.broken_resets = [True, False] * 3
+    with pytest.raises(ServerError, match="each of 3 pushes"):
+        ours.prepare(lambda folder: folder, 2)
+
+
 def _module(folders, vllm, teacher):
     from lit_opd.models import StudentSettings
     from lit_opd.module import OPDModule

@@ -13,7 +13,7 @@ import torch
 
 from lit_opd.distributed import gather_objects, is_rank_zero
 from lit_opd.rollout.base import Sampler, SamplingSettings, finish
-from lit_opd.rollout.sync import RestartCommand, WeightSync
+from lit_opd.rollout.sync import WeightSync
 from lit_opd.server import Malformed, Servers, checked_logprob, shared_failure
 from lit_opd.streams import stream_seed
 from lit_opd.types import InputError, PromptBatch, Rollout
@@ -118,14 +118,8 @@ class VLLMSampler(Sampler):
         """Rank 0 pushes; its failure is every rank's."""
         assert self.sync is not None
         with shared_failure():
-            if not is_rank_zero():
-                return
-            for _ in range(_TRIES):
-                lost = self.servers.num_lost
+            if is_rank_zero():
                 self.sync.push(self.servers)
-                if self.servers.num_lost == lost or isinstance(self.sync, RestartCommand):
-                    return
-            raise self.servers.error(f"went away in each of {_TRIES} pushes of new weights")
 
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
