@@ -25,8 +25,7 @@ from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
 from lit_opd.prompts import PromptDataModule
-from lit_opd.server import ServerError
-from lit_opd.types import InputError
+from lit_opd.types import InputError, ServerError
 
 USAGE_ERROR = 2
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -284,7 +283,7 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
         cause = _input_error(error)
         if cause is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print("\n".join([f"error: {cause}", *getattr(cause, "__notes__", ())]), file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from error
     finally:
         _finish_wandb()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+
+from lit_opd.types import InputError
 
 
 def is_distributed() -> bool:
@@ -28,6 +32,25 @@ def rank() -> int:
 def is_rank_zero() -> bool:
     """True on the rank that writes files, also before a process group is up (launchers set the rank in the environment)."""
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+def check_master_port() -> None:
+    """Where Lightning is to start the ranks on a port the user chose, that port must be free here.
+
+    Raises:
+        InputError: something listens on MASTER_PORT.
+    """
+    port = os.environ.get("MASTER_PORT")
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or dist.is_initialized()  # torchrun's own store listens there
+    if port is None or launched or not is_rank_zero():
+        return
+    try:
+        with socket.create_server(("", int(port))):
+            pass
+    except (OSError, OverflowError, ValueError) as error:
+        raise InputError(
+            f"`MASTER_PORT` must be a free port for the ranks to meet at, got {port} ({error}); choose another, or unset it"
+        ) from error
 
 
 def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

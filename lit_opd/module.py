@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
 from lit_opd.checkpoints import by_name, by_number, check_checkpoint, from_consolidated
-from lit_opd.distributed import is_rank_zero
+from lit_opd.distributed import check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.lazy import fill
 from lit_opd.models import (
@@ -34,6 +34,7 @@ from lit_opd.models import (
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
+from lit_opd.server import shared_failure
 from lit_opd.sharding import check_dtypes, check_strategy, clip_gradients, full_state, gathered, is_sharded, placement
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
@@ -270,6 +271,8 @@ class OPDModule(L.LightningModule):
         parts = [part for scorer in self.scorers.values() for part in scorer.modules()]
         found = {getattr(part, "dtype", None) for part in parts} | {self.student_settings.dtype}
         check_dtypes(self.trainer.strategy, {dtype for dtype in found if isinstance(dtype, str)})
+        if self.trainer.world_size > 1:
+            check_master_port()
         updates = self.mini_batches * self.epochs
         if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
             raise InputError(
@@ -306,9 +309,11 @@ class OPDModule(L.LightningModule):
         limit = getattr(data, "max_prompt_tokens", None)
         response = max(self.sampler.max_new_tokens, self.validation.max_new_tokens or 0)
         tokens = None if limit is None else limit + response
-        for scorer in self.scorers.values():
-            scorer.check(temperature=self.sampler.temperature, tokens=tokens)
-        self.sampler.check(tokens=tokens)
+        with shared_failure():
+            for scorer in self.scorers.values():
+                scorer.check(temperature=self.sampler.temperature, tokens=tokens)
+                scorer.check_data(getattr(data, "rows_by_teacher", dict)())
+            self.sampler.check(tokens=tokens, vocabulary=self.student_config.get_text_config().vocab_size)
 
     def configure_model(self) -> None:
         """Load student and teacher, choose the scoring path, shard where the strategy brings a device mesh."""

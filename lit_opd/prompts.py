@@ -324,6 +324,14 @@ class PromptDataModule(LightningDataModule):
     def _too_long(self, prompt: EncodedPrompt) -> bool:
         return len(prompt.ids) > self.max_prompt_tokens
 
+    def rows_by_teacher(self) -> dict[str | None, str]:
+        """Every teacher name in what was set up (None where a row has none) with the first row that has it."""
+        found: dict[str | None, str] = {}
+        for stage, prompts in (("train", self._train_prompts), ("val", self._val_prompts)):
+            for prompt in prompts or ():
+                found.setdefault(prompt.teacher, f"{stage} row {prompt.row_id!r}")
+        return found
+
     # ----------------------------------------------------------------------------------------------------- loaders
 
     def train_dataloader(self) -> PromptLoader:

@@ -12,15 +12,20 @@ import json
 import math
 import os
 import socket
+import ssl
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from lit_opd.types import InputError
+from lit_opd.distributed import gather_objects, is_rank_zero
+from lit_opd.types import InputError, ServerError
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 FIRST_DELAY, LONGEST_DELAY = 0.25, 15.0  # seconds between tries, doubling
@@ -29,6 +34,9 @@ SHOWN = 300  # characters of a server's own message in errors
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses
 CLAMPED = -9999.0  # what vLLM writes for log-probs of -inf
 ROUNDING = 1e-3  # nats a log-prob may lie above 0
+NO_TLS = frozenset(
+    {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"}
+)  # what plain text looks like to TLS
 
 # vLLM takes defaults from the model's generation_config.json (Qwen3's has top-p 0.95), so every setting is sent
 NEUTRAL = {
@@ -39,8 +47,24 @@ NEUTRAL = {
 Answer = TypeVar("Answer")
 
 
-class ServerError(RuntimeError):
-    """A server failed for good; the message names its address, what happened and the remedy."""
+@contextmanager
+def shared_failure() -> Iterator[None]:
+    """An InputError or ServerError of one rank becomes every rank's, so that none waits for it in a later collective.
+
+    Every rank must enter, and the block itself must hold no collective that a failing rank would leave out.
+    """
+    own: InputError | ServerError | None = None
+    try:
+        yield
+    except (InputError, ServerError) as error:
+        own = error
+    kind = None if own is None else (isinstance(own, ServerError), str(own))
+    failures = [failure for failure in gather_objects([kind]) if failure is not None]
+    if failures:
+        from_server, text = failures[0]
+        failed: InputError | ServerError = own or (ServerError(text) if from_server else InputError(text))
+        failed.on_every_rank = True
+        raise failed
 
 
 class Malformed(Exception):
@@ -98,6 +122,7 @@ class Servers:
         max_concurrency: requests in flight at once, all servers together.
         timeout: seconds a request may take as a whole.
         retry_seconds: from the first failure of a request, how long it is tried again.
+        start_seconds: the same for the questions before the run.
         max_response_bytes: longest answer that is read.
         api_key_env: environment variable with the servers' key, None for none.
     Raises:
@@ -115,35 +140,42 @@ class Servers:
         retry_seconds: float,
         max_response_bytes: int,
         api_key_env: str | None = None,
+        start_seconds: float = 30.0,
     ) -> None:
         self.field, self.model = field, model
         limits = {"max_concurrency": max_concurrency, "timeout": timeout, "max_response_bytes": max_response_bytes}
         for name, value in limits.items():
             if not 0 < value < math.inf:
                 raise InputError(f"`{field}.{name}` must be > 0 and finite, got {value}")
-        if not 0 <= retry_seconds < math.inf:
-            raise InputError(f"`{field}.retry_seconds` must be >= 0 and finite, got {retry_seconds}")
+        for name, value in {"retry_seconds": retry_seconds, "start_seconds": start_seconds}.items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"`{field}.{name}` must be >= 0 and finite, got {value}")
         if not urls or isinstance(urls, str):
             raise InputError(f"`{field}.urls` must be a list of at least one address, got {urls!r}")
         self.servers = [_parsed(url, f"{field}.urls") for url in urls]
         self.max_concurrency, self.timeout, self.retry_seconds = max_concurrency, timeout, retry_seconds
-        self.max_response_bytes, self.api_key_env = max_response_bytes, api_key_env
+        self.max_response_bytes, self.api_key_env, self.start_seconds = max_response_bytes, api_key_env, start_seconds
         self.num_lost = 0  # connections refused or broken so far
         self._lock = threading.Lock()
 
     # -- before a run ------------------------------------------------------------------------------------------------
 
-    def check(self, *, tokens: int | None) -> None:
+    def check(self, *, tokens: int | None, seconds: float | None = None) -> None:
         """Every server answers, serves the expected model, and its context holds ``tokens``.
 
         Args:
             tokens: prompt, response and one more; None where it is not known.
+            seconds: how long a server that does not answer is asked again; default ``start_seconds``.
         Raises:
-            ServerError: a server does not answer.
-            InputError: another model, or a context that is too short.
+            ServerError: a server does not answer, or something else does.
+            InputError: another model, a context that is too short, or no key where one is configured.
         """
+        self._require_key()
+        limit = self.start_seconds if seconds is None else seconds
         for server in self.servers:
-            served = self._retried(self._served, threading.Event(), only=server)
+            # a program that accepts and never answers must not hold the run for `timeout`
+            ask = partial(self._served, timeout=max(limit, 1.0))
+            served = self._asked_at_start(ask, server, limit, advised=seconds is None)
             names = sorted(served)
             if self.model is None and len(served) == 1:
                 self.model = names[0]
@@ -159,9 +191,44 @@ class Servers:
                     f"need {tokens}; start it with --max-model-len {tokens}"
                 )
 
-    def _served(self, server: _Server) -> dict[str, int | None]:
+    def probe(self, body: dict[str, Any], parse: Callable[[list[dict[str, Any]]], Any]) -> None:
+        """One small request to every server, so that what its answers lack is known before the run.
+
+        Args:
+            body: as for ``complete``.
+            parse: reads the choices; may raise ``Malformed``.
+        Raises:
+            ServerError: a server refuses the request, breaks off, or its answer lacks something.
+        """
+
+        def once(server: _Server) -> None:
+            answer = self._exchange(server, "POST", COMPLETIONS, {"model": self.model, **NEUTRAL, **body})
+            parse(self._choices(answer, len(body["prompt"])))
+
+        for server in self.servers:
+            self._asked_at_start(once, server, self.start_seconds)
+
+    def _asked_at_start(
+        self, once: Callable[[_Server], Answer], server: _Server, seconds: float, *, advised: bool = True
+    ) -> Answer:
+        advice = (
+            "is a vLLM server running there? Start it, read its log, correct the address, or raise "
+            f"`{self.field}.start_seconds` ({self.start_seconds:g})"
+        )
+        return self._retried(
+            once, threading.Event(), only=server, seconds=seconds, advice=advice if advised else None, announce=True
+        )
+
+    def _require_key(self) -> None:
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            raise InputError(
+                f"`{self.field}.api_key_env` must name an environment variable with the servers' key, got "
+                f"{self.api_key_env!r}, which is not set; set it on every machine of the run"
+            )
+
+    def _served(self, server: _Server, timeout: float) -> dict[str, int | None]:
         """Context length by model name."""
-        answer = self._exchange(server, "GET", MODELS, None)
+        answer = self._exchange(server, "GET", MODELS, None, timeout=min(timeout, self.timeout))
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
             raise Malformed("has no list of models under /v1/models")
@@ -232,31 +299,46 @@ class Servers:
 
     # -- one request, again and again --------------------------------------------------------------------------------
 
-    def _retried(self, once: Callable[[_Server], Answer], stop: threading.Event, only: _Server | None = None) -> Answer:
+    def _retried(
+        self,
+        once: Callable[[_Server], Answer],
+        stop: threading.Event,
+        only: _Server | None = None,
+        *,
+        seconds: float | None = None,
+        advice: str | None = None,
+        announce: bool = False,
+    ) -> Answer:
+        """``once`` until it succeeds or ``seconds`` (default ``retry_seconds``) have passed since it first failed."""
         delay, tries, malformed, first_failure = FIRST_DELAY, 0, 0, math.inf
+        seconds = self.retry_seconds if seconds is None else seconds
         while True:
             server = self._borrow(only)
             try:
                 return once(server)
             except _Refused as error:
-                raise self._failure(server, str(error), tries + 1) from error
+                raise self._failure(server, str(error), tries + 1, advice) from error
             except (_Transient, Malformed) as error:
                 tries, malformed = tries + 1, malformed + isinstance(error, Malformed)
                 first_failure = min(first_failure, time.monotonic())
-                over = time.monotonic() + delay > first_failure + self.retry_seconds
+                over = time.monotonic() + delay > first_failure + seconds
                 if over or malformed >= MALFORMED_TRIES or stop.is_set():
-                    raise self._failure(server, str(error), tries) from error
+                    raise self._failure(server, str(error), tries, advice) from error
+                if announce and tries == 1 and is_rank_zero():
+                    print(f"{server.url} {error}; asking again for up to {seconds:g} s", file=sys.stderr, flush=True)
                 self._failed(server, delay, lost=isinstance(error, _Lost))
             finally:
                 self._give_back(server)
             stop.wait(delay)
             delay = min(2 * delay, LONGEST_DELAY)
 
-    def _failure(self, server: _Server, what: str, tries: int) -> ServerError:
+    def _failure(self, server: _Server, what: str, tries: int, advice: str | None = None) -> ServerError:
+        advice = advice or (
+            f"look at the server's log, restart it, or raise `{self.field}.retry_seconds` ({self.retry_seconds:g}) or "
+            f"`timeout` ({self.timeout:g}); then go on with --ckpt_path last"
+        )
         return ServerError(
-            f"`{self.field}.urls`: {server.url} {what} ({tries} {'try' if tries == 1 else 'tries'}); look at the server's "
-            f"log, restart it, or raise `{self.field}.retry_seconds` ({self.retry_seconds:g}) or `timeout` ({self.timeout:g}); "
-            "then go on with --ckpt_path last"
+            f"`{self.field}.urls`: {server.url} {what} ({tries} {'try' if tries == 1 else 'tries'}); {advice}"
         )
 
     def error(self, what: str) -> ServerError:
@@ -283,27 +365,31 @@ class Servers:
             server.rests_until = time.monotonic() + 2 * delay
             self.num_lost += lost
 
-    def _exchange(self, server: _Server, method: str, path: str, body: Any, *, as_json: bool = True) -> Any:
+    def _exchange(
+        self, server: _Server, method: str, path: str, body: Any, *, as_json: bool = True, timeout: float | None = None
+    ) -> Any:
         """One request and its answer, JSON unless ``as_json`` is False."""
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.api_key_env, '')}"
+        key = os.environ.get(self.api_key_env, "") if self.api_key_env is not None else ""
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         status, data = _send(
             server,
             method,
             path,
             body=None if body is None else json.dumps(body).encode(),
             headers=headers,
-            timeout=self.timeout,
+            timeout=self.timeout if timeout is None else timeout,
             limit=self.max_response_bytes,
         )
+        text = data.decode(errors="replace")
+        shown = (text.replace(key, "***") if key else text)[:SHOWN]
         if status != http.client.OK:
-            shown = data[:SHOWN].decode(errors="replace")
             raise (_Transient if status in RETRIED else _Refused)(f"answered with HTTP status {status}: {shown}")
         try:
             return json.loads(data) if as_json else data
         except (ValueError, RecursionError) as error:
-            raise _Transient(f"answered with what is no JSON: {data[:SHOWN]!r}") from error
+            raise _Transient(f"answered with what is no JSON: {shown!r}") from error
 
 
 def _send(
@@ -326,11 +412,21 @@ def _send(
             data = response.read(limit + 1)
         finally:
             watchdog.cancel()
+    except ssl.SSLCertVerificationError as error:
+        raise _Refused(
+            f"has a certificate that is not trusted ({error.verify_message}); put its authority's certificate into the file "
+            "that SSL_CERT_FILE names"
+        ) from error
+    except ssl.SSLError as error:
+        if error.reason not in NO_TLS:
+            raise _Lost(f"broke off its encrypted connection ({error.reason})") from error
+        raise _Refused("does not speak https on this port; write http://") from error
     except (OSError, http.client.HTTPException) as error:
         late = expired.is_set() or isinstance(error, TimeoutError)
         if late:
             raise _Transient(f"gave no whole answer within {timeout:g} s") from error
-        raise _Lost(f"could not be reached or broke off ({type(error).__name__}: {error})") from error
+        reason = " ".join(str(error).split())
+        raise _Lost(f"could not be reached or broke off ({type(error).__name__}: {reason})") from error
     finally:
         connection.close()
     if len(data) > limit:

@@ -157,6 +157,12 @@ def is_sharded(policy: nn.Module) -> bool:
     return isinstance(policy, FSDPModule | FullyShardedDataParallel)
 
 
+def holds_shards(scorer: nn.Module) -> bool:
+    """True when a model inside ``scorer`` is sharded; an offloaded one is no submodule, only an attribute ``policy``."""
+    policies = (getattr(part, "policy", None) for part in scorer.modules())
+    return any(isinstance(policy, nn.Module) and is_sharded(policy) for policy in policies)
+
+
 @contextmanager
 def gathered(policy: nn.Module, *, blocks: bool = True) -> Iterator[None]:
     """Hold the full weights while the block runs: one gather for a whole rollout instead of one a token.

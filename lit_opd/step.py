@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_opd.advantage import apply_transforms
 from lit_opd.distributed import all_max, all_sum, world_size
 from lit_opd.objective import aggregate, denominator
-from lit_opd.sharding import sync_gradients
+from lit_opd.server import shared_failure
+from lit_opd.sharding import holds_shards, sync_gradients
 from lit_opd.types import InputError, Rollout, StepRecord, TokenScores, TokenSignal, TopK
 
 if TYPE_CHECKING:
@@ -146,16 +147,20 @@ class Update:
         with ExitStack() as stack:
             for model in self.module.scorers.values():
                 stack.enter_context(model.on_device(self.rollout.mask.device))
+            if not any(holds_shards(model) for model in self.module.scorers.values()):
+                stack.enter_context(shared_failure())  # sharded models talk to each other while they score
             for index in range(total):
-                rows = groups[index] if index < len(groups) else groups[0]
-                part = self.rollout.rows(rows).trimmed()
-                for who, model in self.module.scorers.items():
-                    requires = self.module.required if who == "teacher" else frozenset()
-                    scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
-                    self.parts.put_scores(who, rows, scores)
+                self._score_group(groups[index] if index < len(groups) else groups[0])
                 self.module.phase("scoring", index + 1, total)
-        for who in self.module.scorers:
-            _require_finite(f"{who}_logprobs", self.parts.values[f"{who}_logprobs"], self.rollout)
+            for who in self.module.scorers:
+                _require_finite(f"{who}_logprobs", self.parts.values[f"{who}_logprobs"], self.rollout)
+
+    def _score_group(self, rows: Tensor) -> None:
+        part = self.rollout.rows(rows).trimmed()
+        for who, model in self.module.scorers.items():
+            requires = self.module.required if who == "teacher" else frozenset()
+            scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
+            self.parts.put_scores(who, rows, scores)
 
     def score_student(self) -> None:
         """The student's scores without gradient, where the weights or the denominators need them first."""
@@ -251,11 +256,13 @@ class Update:
         total, tokens = all_sum(torch.stack([gap, mask.sum().double()])).tolist()
         mean = total / max(tokens, 1.0)
         if not mean <= bound:
-            raise InputError(
+            error = InputError(
                 f"`model.sampler.max_logprob_gap` must bound the mean |student - sampler log-prob|, got {mean:.3g} nats over "
                 f"{bound} at optimizer step {self.step + 1}; no weight was changed. The servers sample from other weights, "
                 "dtype or temperature: check them and `model.sampler.sync`"
             )
+            error.on_every_rank = True
+            raise error
 
     def _denominator(self, rows: Tensor) -> Tensor:
         index = rows.to(self.rollout.mask.device)

@@ -23,7 +23,21 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names the field, the value and the remedy."""
+    """Something the user gave is wrong; the message names the field, the value and the remedy.
+
+    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match.
+    """
+
+    on_every_rank = False
+
+
+class ServerError(RuntimeError):
+    """A server failed for good; the message names its address, what happened and the remedy.
+
+    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match.
+    """
+
+    on_every_rank = False
 
 
 class FinishReason(IntEnum):

@@ -9,3 +9,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say what this run left out."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    if not any("tests/vllm/" in getattr(report, "nodeid", "") for report in reports if hasattr(report, "when")):
+        terminalreporter.write_line("vLLM tests not run: make vllm-test")

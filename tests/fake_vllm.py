@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +24,28 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, path: str, *, model: str, window: int) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, path: str, *, model: str, window: int, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.causal_lm = AutoModelForCausalLM.from_pretrained(path)
         self.served_model, self.window = model, window
         self.lock = threading.Lock()
         self.faults: list[Fault] = []
         self.always: Fault | None = None
         self.requests, self.reloads = 0, 0
+        self.broken_resets: list[bool] = []  # which of the next requests for an empty prefix cache are hung up on
+        self.key: str | None = None
+        self.secure = False
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return f"http{'s' * self.secure}://127.0.0.1:{self.server_address[1]}"
+
+    def encrypt(self, certificate: Path, key: Path) -> None:
+        """Speak TLS from now on."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.secure = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up is no news."""
@@ -80,13 +92,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def refused(self) -> bool:
+        """True where the key is not the server's; the answer repeats what was sent, as a careless proxy might."""
+        sent = self.headers.get("Authorization")
+        if self.server.key is None or sent == f"Bearer {self.server.key}":
+            return False
+        self.reply(json.dumps({"error": f"{sent} is not authorised"}).encode(), 401)
+        return True
+
     def do_GET(self) -> None:
+        if self.refused():
+            return
         card = {"id": self.server.served_model, "max_model_len": self.server.window}
         self.reply(json.dumps({"data": [card]}).encode())
 
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.refused():
+            return
         if self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             with server.lock:
@@ -94,9 +118,15 @@ class _Handler(BaseHTTPRequestHandler):
                 server.reloads += 1
             return self.reply(b"")
         if self.path == "/reset_prefix_cache":
+            if server.broken_resets and server.broken_resets.pop(0):
+                self.close_connection = True
+                return
             return self.reply(b'{"success": true}')
         with server.lock:
             fault = server.faults.pop(0) if server.faults else server.always
+        rows = server.causal_lm.config.vocab_size
+        if any(token >= rows for prompt in body["prompt"] for token in prompt):
+            return self.reply(b'{"error": {"message": "Token id is out of vocabulary"}}', 400)
         if fault is None or not fault(server, self, body):
             with server.lock:
                 server.requests += 1
@@ -105,6 +135,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 # -- faults: what a proxy or a sick server does ------------------------------------------------------------------------
+
+
+def fine(server: FakeServer, handler: Any, body: dict) -> bool:
+    """No fault: the right answer."""
+    return False
 
 
 def status(code: int, **headers: str) -> Fault:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "streams": set(),
-    "server": {"types"},
+    "server": {"types", "distributed"},
     "masked": {"types"},
-    "distributed": set(),
+    "distributed": {"types"},
     "prompts": {"types", "distributed"},  # with its helpers prompt_*.py
     "models": {"types"},
     "lazy": {"types"},

@@ -18,7 +18,7 @@ from lit_opd.types import InputError, Rollout
 from tests import fake_vllm as fake
 from tests import fixed, tiny
 
-FAST = {"timeout": 2.0, "retry_seconds": 3.0}
+FAST = {"timeout": 2.0, "retry_seconds": 3.0, "start_seconds": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,11 @@ def test_a_lasting_fault_is_one_clear_error_in_bounded_time(folders, server, row
     assert time.monotonic() - start < 5
 
 
+def test_embedding_rows_beyond_the_shared_vocabulary_are_named(folders, server):
+    with pytest.warns(UserWarning, match="all 64 embedding rows.*share 43"):
+        remote(folders, server).load(vocabulary=43)
+
+
 def test_what_is_wrong_before_the_run_is_said(folders, server, rows):
     with pytest.raises(InputError, match="temperature.*0.7"):
         remote(folders, server).check(temperature=0.7, tokens=None)
@@ -135,9 +140,6 @@ def test_what_is_wrong_before_the_run_is_said(folders, server, rows):
     for url in ("ftp://host", "host:8000", "http://u:p@host", "http://host:x"):
         with pytest.raises(InputError, match="urls"):
             RemoteTeacher([url], folders[1])
-    gone = RemoteTeacher(["http://127.0.0.1:9"], folders[1], timeout=1.0, retry_seconds=0.0)
-    with pytest.raises(ServerError, match="127.0.0.1:9"):
-        gone.check(temperature=1.0, tokens=None)
 
 
 # -- several teachers --------------------------------------------------------------------------------------------------
@@ -244,6 +246,16 @@ def test_a_server_that_came_back_gets_the_weights_again(folders, server, rows, t
     assert server.reloads == 2
 
 
+def test_a_server_that_goes_away_during_a_push_gets_the_whole_push_again(folders, server):
+    ours = sampler(server, sync=ReloadEndpoint(folders[1]))
+    server.broken_resets = [True]
+    ours.prepare(lambda folder: folder, 1)
+    assert server.reloads == 2
+    server.broken_resets = [True, False] * 3
+    with pytest.raises(ServerError, match="each of 3 pushes"):
+        ours.prepare(lambda folder: folder, 2)
+
+
 def _module(folders, vllm, teacher):
     from lit_opd.models import StudentSettings
     from lit_opd.module import OPDModule
@@ -254,6 +266,16 @@ def _module(folders, vllm, teacher):
         sampler=vllm,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
     )
+
+
+def test_servers_without_sync_are_recorded_with_the_weights_they_hold(server, rows):
+    ours = sampler(server)
+    for version in (0, 1, 20):
+        if version:
+            with pytest.warns(UserWarning, match=f"step {version} .*version 0"):
+                ours.prepare(lambda folder: pytest.fail("nothing is exported"), version)
+        drawn = ours.sample(None, rows.prompts, replace(SETTINGS, weights_version=version))
+        assert drawn.provenance.weights_version == 0
 
 
 def test_exported_folder_is_absolute():

@@ -1,6 +1,7 @@
 """Sampling responses from the student."""
 
 from lit_opd.rollout.base import Sampler, SamplingSettings
+from lit_opd.rollout.engine import VLLMEngine
 from lit_opd.rollout.generate import TransformersSampler
 from lit_opd.rollout.sync import ReloadEndpoint, RestartCommand, WeightSync
 from lit_opd.rollout.vllm import VLLMSampler
@@ -11,6 +12,7 @@ __all__ = [
     "Sampler",
     "SamplingSettings",
     "TransformersSampler",
+    "VLLMEngine",
     "VLLMSampler",
     "WeightSync",
 ]

@@ -92,8 +92,13 @@ class Sampler(ABC):
         if not ok:
             raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")
 
-    def check(self, *, tokens: int | None) -> None:  # noqa: B027
-        """What can be checked before a run; ``tokens`` is the longest prompt and response together, None if not known."""
+    def check(self, *, tokens: int | None, vocabulary: int) -> None:  # noqa: B027
+        """What can be checked before a run.
+
+        Args:
+            tokens: the longest prompt and response together, None where it is not known.
+            vocabulary: embedding rows of the student.
+        """
 
     def prepare(self, export: Callable[[Path], Any], weights_version: int) -> None:  # noqa: B027
         """Bring the engine to the student's weights before it samples; nothing to do for one that reads the student itself.

@@ -9,6 +9,8 @@ from pathlib import Path
 from lit_opd.server import Servers
 from lit_opd.types import InputError
 
+_TRIES = 3  # pushes during which a server went away
+
 
 class WeightSync(ABC):
     """Brings an exported student into the servers.
@@ -41,10 +43,15 @@ class ReloadEndpoint(WeightSync):
         super().__init__(folder)
 
     def push(self, servers: Servers) -> None:
-        """Reload every server."""
+        """Reload every server, again where one went away meanwhile: it may be back with the weights it starts with."""
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-        servers.post_to_all("/collective_rpc", reload)
-        servers.post_to_all("/reset_prefix_cache", {})
+        for _ in range(_TRIES):
+            lost = servers.num_lost
+            servers.post_to_all("/collective_rpc", reload)
+            servers.post_to_all("/reset_prefix_cache", {})
+            if servers.num_lost == lost:
+                return
+        raise servers.error(f"went away in each of {_TRIES} pushes of new weights")
 
 
 class RestartCommand(WeightSync):
@@ -70,4 +77,4 @@ class RestartCommand(WeightSync):
             subprocess.run(words, check=True, timeout=self.command_seconds, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
             raise servers.error(f"could not be restarted with {words}: {error}") from error
-        servers.check(tokens=None)
+        servers.check(tokens=None, seconds=servers.retry_seconds)

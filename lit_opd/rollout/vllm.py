@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from lit_opd.distributed import gather_objects, is_rank_zero, world_size
+from lit_opd.distributed import gather_objects, is_rank_zero
 from lit_opd.rollout.base import Sampler, SamplingSettings, finish
 from lit_opd.rollout.sync import WeightSync
-from lit_opd.server import Malformed, ServerError, Servers, checked_logprob
+from lit_opd.server import Malformed, Servers, checked_logprob, shared_failure
 from lit_opd.streams import stream_seed
 from lit_opd.types import InputError, PromptBatch, Rollout
 
 ENGINE = "vllm"
+STARTED_WITH = 0  # version of the student the run starts from
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 _TRIES = 3  # samplings of one batch whose servers went away
 
@@ -32,13 +34,14 @@ class VLLMSampler(Sampler):
         urls: addresses such as http://host:8000; several share the load.
         model: the name the servers must serve; None takes the only one they serve.
         sync: how new weights reach the servers before the first batch and after every update; None never pushes, and the
-            servers go on sampling from what they started with.
+            servers go on sampling from the student they started with (recorded as weights version 0).
         max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
         logprobs_mode: what the servers were started with (``--logprobs-mode``). Raw log-probs are those of the sampled
             distribution only at temperature 1, top_p 1 and top_k 0: anything else needs processed ones.
         max_concurrency: requests in flight at once, all servers together.
         timeout: seconds a request may take as a whole.
         retry_seconds: how long a failing request is tried again, with growing pauses.
+        start_seconds: the same before the run, for a server that is not up yet.
         max_response_bytes: longest answer that is read.
         api_key_env: environment variable with the servers' key, None for none.
         max_new_tokens, temperature, top_p, top_k, stop_token_ids: see ``Sampler``.
@@ -56,6 +59,7 @@ class VLLMSampler(Sampler):
         max_concurrency: int = 256,
         timeout: float = 1800.0,
         retry_seconds: float = 300.0,
+        start_seconds: float = 30.0,
         max_response_bytes: int = 64 * 2**20,
         api_key_env: str | None = None,
         max_new_tokens: int = 512,
@@ -79,44 +83,43 @@ class VLLMSampler(Sampler):
             max_concurrency=max_concurrency,
             timeout=timeout,
             retry_seconds=retry_seconds,
+            start_seconds=start_seconds,
             max_response_bytes=max_response_bytes,
             api_key_env=api_key_env,
         )
-        self._version: int | None = None  # weights the servers have; None before the first push
+        # weights the servers have; None before the first push
+        self._version = STARTED_WITH if sync is None else None
 
-    def check(self, *, tokens: int | None) -> None:
-        """Every server answers, serves the model and holds ``tokens``."""
+    def check(self, *, tokens: int | None, vocabulary: int) -> None:
+        """Every server answers, serves the model, holds ``tokens``, and samples a token after the vocabulary's last one with
+        ids and log-probs in its answer."""
         self.servers.check(tokens=tokens)
+        prompt = [vocabulary - 1]
+        asked = SamplingSettings(max_new_tokens=1, stop_ids=(), pad_id=0, vocabulary=vocabulary)
+        body = _request(asked) | {"prompt": [prompt], "seed": 0}
+        self.servers.probe(body, lambda choices: sampled_tokens(choices[0], prompt, asked))
 
     def prepare(self, export: Callable[[Path], Any], weights_version: int) -> None:
         """Push the student's weights unless the servers have them; called on every rank."""
         if self._version == weights_version:
             return
         if self.sync is None:
-            if self._version is None:
-                self._version = weights_version
-            else:
-                warnings.warn(
-                    "`model.sampler.sync` is null: the servers go on sampling from the weights they started with",
-                    stacklevel=2,
-                )
+            warnings.warn(
+                f"`model.sampler.sync` is null: at optimizer step {weights_version} the servers still sample from the weights "
+                f"they started with, recorded as version {STARTED_WITH}",
+                stacklevel=2,
+            )
             return
         export(self.sync.folder)
         self._push()
         self._version = weights_version
 
     def _push(self) -> None:
-        """Rank 0 pushes; its failure is every rank's, so that none waits for it."""
+        """Rank 0 pushes; its failure is every rank's."""
         assert self.sync is not None
-        failure = None
-        if is_rank_zero():
-            try:
+        with shared_failure():
+            if is_rank_zero():
                 self.sync.push(self.servers)
-            except (ServerError, InputError) as error:
-                failure = str(error)
-        failures = [text for text in gather_objects([failure]) if text is not None]
-        if failures:
-            raise ServerError(failures[0])
 
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
@@ -132,48 +135,65 @@ class VLLMSampler(Sampler):
             self.servers.check(tokens=None)
         for _ in range(_TRIES):
             lost = self.servers.num_lost
-            rows = self._sampled(prompts, settings)
-            if self.sync is None or self.servers.num_lost == lost:
+            with shared_failure():
+                rows = self._sampled(prompts, settings)
+            if self.sync is None or not any(gather_objects([self.servers.num_lost > lost])):
                 return self._rollout(prompts, rows, settings)
-            self._after_loss()
-        raise self.servers.error(f"went away in each of {_TRIES} samplings of one batch")
-
-    def _after_loss(self) -> None:
-        """A server that went away may be back with the weights it starts with: push again."""
-        if world_size() > 1:
-            raise self.servers.error("went away while sampling and may have come back with old weights")
-        self._push()
+            self._push()  # a server that went away may be back with the weights it starts with
+        with shared_failure():
+            raise self.servers.error(f"went away in each of {_TRIES} samplings of one batch")
 
     def _sampled(self, prompts: PromptBatch, settings: SamplingSettings) -> list[tuple[list[int], list[float]]]:
-        ids, mask, keys = prompts.ids.cpu(), prompts.mask.cpu(), prompts.row_keys.tolist()
-        texts = [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
-        common = _request(settings)
+        texts, common = row_texts(prompts), _request(settings)
 
         def parse(choices: list[dict[str, Any]], index: int) -> tuple[list[int], list[float]]:
             return sampled_tokens(choices[0], texts[index], settings)
 
-        bodies = [
-            common | {"prompt": [text], "seed": stream_seed(settings.seed, settings.step, settings.domain, key)}
-            for text, key in zip(texts, keys, strict=True)
-        ]
+        seeds = row_seeds(prompts, settings)
+        bodies = [common | {"prompt": [text], "seed": seed} for text, seed in zip(texts, seeds, strict=True)]
         return self.servers.complete(bodies, parse)
 
     def _rollout(
         self, prompts: PromptBatch, rows: list[tuple[list[int], list[float]]], settings: SamplingSettings
     ) -> Rollout:
-        columns = max(len(tokens) for tokens, _ in rows)
-        ids = torch.full((len(rows), columns), settings.pad_id, dtype=torch.int64)
-        logprobs = torch.zeros(len(rows), columns)
-        for row, (tokens, values) in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            logprobs[row, : len(values)] = torch.tensor(values)
         known = settings.greedy or self.logprobs_mode == "processed_logprobs"
         if not known and not _plain(settings.temperature, settings.top_p, settings.top_k):
-            logprobs.fill_(torch.nan)
+            rows = [(tokens, [math.nan] * len(values)) for tokens, values in rows]
         version = settings.weights_version if self._version is None else self._version
-        device = prompts.ids.device
-        settings = replace(settings, weights_version=version)
-        return finish(prompts, ids.to(device), logprobs.to(device), settings, engine=ENGINE)
+        return as_rollout(prompts, rows, settings, version=version)
+
+
+def row_texts(prompts: PromptBatch) -> list[list[int]]:
+    """Prompt ids of every row, without padding."""
+    ids, mask = prompts.ids.cpu(), prompts.mask.cpu()
+    return [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
+
+
+def row_seeds(prompts: PromptBatch, settings: SamplingSettings) -> list[int]:
+    """A seed a row, from (seed, step, domain, row key)."""
+    return [stream_seed(settings.seed, settings.step, settings.domain, key) for key in prompts.row_keys.tolist()]
+
+
+def as_rollout(
+    prompts: PromptBatch, rows: list[tuple[list[int], list[float]]], settings: SamplingSettings, *, version: int
+) -> Rollout:
+    """The record of sampled rows.
+
+    Args:
+        prompts: B rows.
+        rows: token ids and log-probs (nats) of every row.
+        settings: what was asked for.
+        version: of the weights that sampled.
+    """
+    columns = max(len(tokens) for tokens, _ in rows)
+    ids = torch.full((len(rows), columns), settings.pad_id, dtype=torch.int64)
+    logprobs = torch.zeros(len(rows), columns)
+    for row, (tokens, values) in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        logprobs[row, : len(values)] = torch.tensor(values)
+    device = prompts.ids.device
+    settings = replace(settings, weights_version=version)
+    return finish(prompts, ids.to(device), logprobs.to(device), settings, engine=ENGINE)
 
 
 def _plain(temperature: float, top_p: float, top_k: int) -> bool:

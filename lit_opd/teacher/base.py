@@ -39,6 +39,15 @@ class Teacher(nn.Module, ABC):
             InputError: this teacher cannot score such a run.
         """
 
+    def check_data(self, rows_by_teacher: dict[str | None, str]) -> None:
+        """What the data names, before a run.
+
+        Args:
+            rows_by_teacher: every teacher name in the data (None where a row has none) with the first row that has it.
+        Raises:
+            InputError: a name this teacher does not know.
+        """
+
     @abstractmethod
     def load(self, *, vocabulary: int) -> None:
         """Load the weights; ``vocabulary`` leading entries count. Idempotent."""

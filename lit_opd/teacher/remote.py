@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ class RemoteTeacher(Teacher):
         rows_per_request: responses a request carries.
         timeout: seconds a request may take as a whole.
         retry_seconds: how long a failing request is tried again, with growing pauses.
+        start_seconds: the same before the run, for a server that is not up yet.
         max_response_bytes: longest answer that is read; a token takes about 100 bytes.
         api_key_env: environment variable with the servers' key, None for none.
         pad_token: the tokenizer's pad token where it has none of its own.
@@ -45,6 +48,7 @@ class RemoteTeacher(Teacher):
         rows_per_request: int = 4,
         timeout: float = 600.0,
         retry_seconds: float = 300.0,
+        start_seconds: float = 30.0,
         max_response_bytes: int = 64 * 2**20,
         api_key_env: str | None = None,
         pad_token: str | None = None,
@@ -63,6 +67,7 @@ class RemoteTeacher(Teacher):
             max_concurrency=max_concurrency,
             timeout=timeout,
             retry_seconds=retry_seconds,
+            start_seconds=start_seconds,
             max_response_bytes=max_response_bytes,
             api_key_env=api_key_env,
         )
@@ -74,20 +79,34 @@ class RemoteTeacher(Teacher):
 
     def tokenizers(self) -> list[Any]:
         """The teacher's tokenizer and embedding rows, from ``tokenizer_path``."""
-        field = f"{self.field}.tokenizer_path"
-        code = self.trust_remote_code
-        config = load_config(self.tokenizer_path, field, trust_remote_code=code)
+        field, code = f"{self.field}.tokenizer_path", self.trust_remote_code
         tokenizer = load_tokenizer(self.tokenizer_path, field, pad_token=self.pad_token, trust_remote_code=code)
-        return [(tokenizer, config.get_text_config().vocab_size)]
+        return [(tokenizer, self._config.get_text_config().vocab_size)]
+
+    @cached_property
+    def _config(self) -> Any:
+        field = f"{self.field}.tokenizer_path"
+        return load_config(self.tokenizer_path, field, trust_remote_code=self.trust_remote_code)
 
     def check(self, *, temperature: float, tokens: int | None) -> None:
-        """Temperature 1; every server answers, serves the model, and holds ``tokens`` and the one it must sample."""
+        """Temperature 1; every server answers, serves the model, holds ``tokens`` and the one it must sample, and scores the
+        vocabulary's last token."""
         self._require_temperature(temperature)
         self.servers.field = self.field
         self.servers.check(tokens=None if tokens is None else tokens + 1)
+        last = self._config.get_text_config().vocab_size - 1  # a server with a smaller vocabulary refuses it
+        body = {"prompt": [[last, last]], "prompt_logprobs": 0, "max_tokens": 1}
+        self.servers.probe(body, lambda choices: response_logprobs(choices[0], [last], [last]))
 
     def load(self, *, vocabulary: int) -> None:
         """Ask the servers for their model, where ``check`` has not."""
+        rows = self._config.get_text_config().vocab_size
+        if rows > vocabulary:
+            warnings.warn(
+                f"`{self.field}`: the servers' softmax runs over all {rows} embedding rows of the teacher, while student and "
+                f"teacher share {vocabulary}; log-probs are lower by what lies on the other {rows - vocabulary}",
+                stacklevel=2,
+            )
         if self.servers.model is None:
             self.servers.check(tokens=None)
 

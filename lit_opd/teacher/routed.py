@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_opd.sharding import Placement, is_sharded
+from lit_opd.sharding import Placement, holds_shards
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import InputError, Rollout, TokenScores, TopK
 
@@ -58,6 +58,18 @@ class RoutedTeacher(Teacher):
         for teacher in self.named().values():
             teacher.check(temperature=temperature, tokens=tokens)
 
+    def check_data(self, rows_by_teacher: dict[str | None, str]) -> None:
+        """Every row of the data names one of the teachers."""
+        for name, where in rows_by_teacher.items():
+            if name not in self.names:
+                raise self._unknown(name, where)
+
+    def _unknown(self, name: str | None, where: str) -> InputError:
+        return InputError(
+            f"`{self.field}.teachers` must have the teacher that each row names, {self.names}, got {name!r} in {where}; "
+            "correct the data's teacher column (`data.teacher_column`) or add the teacher"
+        )
+
     def load(self, *, vocabulary: int) -> None:
         """Load every teacher."""
         for teacher in self.named().values():
@@ -93,9 +105,7 @@ class RoutedTeacher(Teacher):
         rows = self._rows_by_name(rollout)
         parts: list[tuple[Tensor, TokenScores]] = []
         for name, teacher in self.named().items():
-            wanted = rows[name] or (
-                [0] if _holds_shards(teacher) else []
-            )  # collectives must match those of other ranks
+            wanted = rows[name] or ([0] if holds_shards(teacher) else [])  # collectives must match those of other ranks
             if wanted:
                 part = rollout.rows(torch.tensor(wanted))
                 scores = teacher.score(part, temperature=temperature, requires=requires)
@@ -107,17 +117,9 @@ class RoutedTeacher(Teacher):
         rows: dict[str, list[int]] = {name: [] for name in self.names}
         for row, name in enumerate(rollout.prompts.teachers or ()):
             if name is None or name not in rows:
-                raise InputError(
-                    f"`PromptBatch.teachers` must name one of {self.names}, got {name!r} in row {row} (data row "
-                    f"{rollout.prompts.row_ids[row]!r}); fill the data's teacher column or add the teacher"
-                )
+                raise self._unknown(name, f"row {row} of the batch (data row {rollout.prompts.row_ids[row]!r})")
             rows[name].append(row)
         return rows
-
-
-def _holds_shards(teacher: Teacher) -> bool:
-    policies = (getattr(part, "policy", None) for part in teacher.modules())  # an offloaded one is no submodule
-    return any(policy is not None and is_sharded(policy) for policy in policies)
 
 
 def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
