@@ -225,14 +225,15 @@ class _Formula:
         if not self.work.local_sampler:
             return {}
         size, length = self.size, self.work.prompt + response
-        # autocast leaves keys in float32 (the rotation is), values not
-        cache = rows * length * size.key * (self.student.width + self._width(self.student))
-        repeated = (
-            2 * rows * length * size.query * self._width(self.student)
-        )  # keys and values, a copy for each query head
+        # under autocast too the cache is in float32: rotated keys are, and it takes their dtype for the values
+        cache = 2 * rows * length * size.key * self.student.width
+        # keys and values again for each query head, and once more as autocast casts them
+        repeated = 2 * rows * length * size.query * (self.student.width + (HALF if self.plan.autocast else 0))
+        # the prompts' forward pass comes before the cache of the responses
+        prompts = self._forward(self.student, rows, self.work.prompt) - cache * size.layers * response / length
         return self._gathered_student() | {
-            "key/value cache": cache * size.layers,
-            "decoding": cache + max(repeated, self._forward(self.student, rows, self.work.prompt)),
+            "key/value cache": float(cache * size.layers),
+            "decoding": cache + max(repeated, prompts),
             "logits of a step": rows * size.vocabulary * SAMPLED_LOGIT_BYTES,
         }
 
@@ -317,9 +318,12 @@ class _Formula:
         models = [*self.frozen, self.student]
         model = max(models, key=lambda held: self._forward(held, rows, length) + self._unsharded(held))
         offloaded = sum(m.width * m.size.parameters for m in self.frozen if m.offload and self.plan.shards == 1)
-        return {
-            "forward pass": self._forward(model, rows, length),
-            "tiles of logits": tiles * self._tile(model.size, tokens),
+        forward = {"forward pass": self._forward(model, rows, length)}
+        scoring = {
+            "tiles of logits": float(tiles * self._tile(model.size, tokens)),
+            "final hidden states": float(FLOAT32 * 2 * rows * length * model.size.hidden),
+        }
+        return max(forward, scoring, key=lambda parts: sum(parts.values())) | {
             "offloaded models": float(offloaded) if self.plan.accelerator == "gpu" else 0.0,
             "gathered weights": self._unsharded(model),
         }
