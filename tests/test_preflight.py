@@ -337,6 +337,10 @@ BILLIONS = {
 }
 
 
+# 32 rows of 18,432 tokens at once on one GPU: the cache alone is 150 GiB; docs/scale-out.md says so
+TOO_LARGE = {"iw_opd_qwen3_4b_from_30b_a3b_32gpu": {"memory"}}
+
+
 def folder_of(name: str, parent: Path) -> str:
     """Configuration and a tiny tokenizer in a folder, no weights: more would not be read."""
     folder = parent / name.replace("/", "--")
@@ -361,6 +365,8 @@ def test_every_experiment_is_checked_without_its_machine_or_weights(path, tmp_pa
     settings = yaml.safe_load(path.read_text())
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i), "difficulty": 7} for i in range(1100)]
+    longest = settings["data"]["max_prompt_tokens"] - 2  # the template adds two tokens
+    rows.append({"prompt": "a" * longest, "answer": "1", "difficulty": 9})
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = ["--run_dir", str(tmp_path / "run"), "--data.train", str(prompts), "--memory_gb", "80"]
     if path.stem != "quickstart":
@@ -370,9 +376,11 @@ def test_every_experiment_is_checked_without_its_machine_or_weights(path, tmp_pa
         overrides += ["--model.teacher.path", folder_of(teacher, tmp_path)]
     preflight(path, *overrides)
     out = capsys.readouterr().out
-    rows = rows_of(out)
+    found = rows_of(out)
     ranks = settings["trainer"]["devices"] * settings["trainer"].get("num_nodes", 1)
     assert f"{ranks} {settings['trainer']['accelerator']} rank(s)" in out and "total" in out
-    wrong = {name for name, row in rows.items() if row.startswith("error")}
-    assert wrong <= {"memory", "disk"}  # those depend on sizes: both are stated in docs/scale-out.md
+    wrong = {name for name, row in found.items() if row.startswith("error")} - {
+        "disk"
+    }  # this machine's disk is not the run's
+    assert wrong == TOO_LARGE.get(path.stem, set())
     assert not (tmp_path / "run").exists()

@@ -296,7 +296,11 @@ class _Formula:
             activations = float(tokens * size.hidden * FLOAT32 * size.layers)
         else:
             activations = (tokens * self._kept_by_block() + self._cast_block()) * size.layers
-        return {"gradients": self.gradient_bytes if work.accumulates else gradients, "activations": activations}
+        return {
+            "gradients": self.gradient_bytes if work.accumulates else gradients,
+            "activations": activations,
+            "attention mask": float(work.micro_rows * work.length**2),  # boolean, one for all blocks
+        }
 
     def _kept_by_block(self) -> float:
         """Bytes a block keeps of a token for its backward pass."""
