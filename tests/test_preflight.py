@@ -252,6 +252,11 @@ def test_one_run_shows_every_error_and_nothing_is_written(world, tmp_path, capsy
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["old.txt"]
 
 
+def test_an_unknown_strategy_is_an_error(world, tmp_path, capsys):
+    assert preflight(world / "base.yaml", "--run_dir", str(tmp_path / "run"), "--trainer.strategy", "fsdp9") == 2
+    assert "fsdp9" in rows_of(capsys.readouterr().out)["trainer"]
+
+
 def test_a_server_that_does_not_answer_is_one_row(world, tmp_path, capsys):
     overlay = tmp_path / "remote.yaml"
     teacher = {"urls": ["http://127.0.0.1:9"], "tokenizer_path": str(world / "teacher"), "retry_seconds": 0.1}

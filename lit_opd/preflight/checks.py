@@ -19,6 +19,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
@@ -93,7 +94,12 @@ def config(run: Run) -> Finding:
 
 def trainer(run: Run) -> Finding:
     """Settings that this module's own optimisation follows, and a strategy that works."""
-    check_strategy(run.plan.strategy)
+    strategy = run.plan.strategy
+    known = ("auto", *StrategyRegistry.available_strategies())
+    if isinstance(strategy, str) and strategy not in known:
+        return Finding("error", f"`trainer.strategy` must be a strategy Lightning knows, got {strategy!r}",
+                       "give one of its names, or a class path with arguments (lightning.pytorch.strategies....)")  # fmt: skip
+    check_strategy(strategy)
     run.module.check_trainer()
     return Finding("ok", run.plan.describe())
 
