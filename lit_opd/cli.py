@@ -1,4 +1,4 @@
-"""``python train.py fit|validate|test|predict --config FILE [--config OVERLAY] [overrides]``.
+"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``.
 
 ``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
 one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
@@ -24,7 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
+from lit_opd.preflight import NotEstimated, Plan, Run, estimate, read_plan, require_free, require_memory
 from lit_opd.prompts import PromptDataModule
+from lit_opd.trainer import OPDTrainer
 from lit_opd.types import InputError, ServerError
 
 USAGE_ERROR = 2
@@ -44,6 +46,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "model.weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting"},
     "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
 }
+ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 NOISE = (  # other people's warnings that say nothing about a run of ours
     "Using ModelCheckpoint with manual optimization",  # our checkpoints are meant to be of the updated weights
     "Found .* module.s. in eval mode",  # the teacher
@@ -87,6 +90,7 @@ class OPDCLI(LightningCLI):
         super().__init__(
             model_class=OPDModule,
             datamodule_class=PromptDataModule,
+            trainer_class=OPDTrainer,
             save_config_callback=RunConfig,
             seed_everything_default=42,
             trainer_defaults=TRAINER_DEFAULTS,
@@ -95,6 +99,11 @@ class OPDCLI(LightningCLI):
             args=args,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``preflight``."""
+        return LightningCLI.subcommands() | {"preflight": {"model", "datamodule"}}
 
     # -- parsing -----------------------------------------------------------------------------------------------------
 
@@ -106,6 +115,10 @@ class OPDCLI(LightningCLI):
         parser.add_argument("--wandb.mode", type=Literal["offline", "online", "disabled"], default="offline")
         parser.add_argument("--wandb.project", type=str, default="lit-opd")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between checkpoints")
+        parser.add_argument("--memory_check", type=bool, default=True, help="refuse a fit that cannot fit into memory")
+        parser.add_argument(
+            "--memory_gb", type=float | None, default=None, help="GiB a rank has; default this machine's"
+        )
         parser.add_argument("--vars", type=dict, default={}, help="free values for ${vars.name}")
         parser.set_defaults(MODEL_DEFAULTS)
 
@@ -145,7 +158,8 @@ class OPDCLI(LightningCLI):
             )
         self._resolve_checkpoint()
         if self.subcommand == "fit" and is_rank_zero():
-            self._claim_run_dir()
+            overwrite = bool(self.settings.get("overwrite"))
+            require_free(self.run_dir, going_on=bool(self.settings.get("ckpt_path")), overwrite=overwrite)
         self.settings["trainer"]["default_root_dir"] = str(self.run_dir)
 
     def _resolve_checkpoint(self) -> None:
@@ -157,21 +171,10 @@ class OPDCLI(LightningCLI):
             raise InputError(f"`--ckpt_path` must be a checkpoint, got {path!r}, but there is no {found}")
         self.settings["ckpt_path"] = str(found)
 
-    def _claim_run_dir(self) -> None:
-        """Refuse a folder with something in it; nothing is written or deleted before every check has passed."""
-        folder = self.run_dir
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"`--run_dir` must be a folder, got the file {folder}")
-        occupied = folder.is_dir() and any(folder.iterdir())
-        if occupied and not self.settings.get("ckpt_path") and not self.settings.get("overwrite"):
-            raise InputError(
-                f"`--run_dir` must be empty or new, but {folder} has files in it; give another --run_dir, go on with "
-                "--ckpt_path last, or delete what is there with --overwrite true"
-            )
-
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
         self._check_all()
+        self._check_memory()
         if not is_rank_zero():
             return
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
@@ -196,11 +199,47 @@ class OPDCLI(LightningCLI):
             if check is not None and self.subcommand != "predict":
                 check(self.model, self.datamodule)
 
+    def _check_memory(self) -> None:
+        """Refuse what is clearly too large for this machine; what cannot be estimated is not refused."""
+        if not self.settings.get("memory_check"):
+            return
+        plan = self._plan()
+        try:
+            require_memory(estimate(self.model, self.datamodule, plan), plan)
+        except NotEstimated as reason:
+            logging.getLogger(__name__).info("memory is not estimated: %s", reason)
+
+    def _plan(self) -> Plan:
+        """The machine the config asks for."""
+        strategy = self._get(self.config_init, "trainer").get("strategy")
+        return read_plan(self.settings["trainer"], strategy=strategy, memory_gb=self.settings.get("memory_gb"))
+
+    # -- preflight ---------------------------------------------------------------------------------------------------
+
+    def before_preflight(self) -> None:
+        """Tell the trainer what it cannot know: run folder, planned machine, options."""
+        self.trainer.preflight_run = Run(  # type: ignore[attr-defined]
+            module=self.model,
+            data=self.datamodule,
+            trainer=self.trainer,
+            plan=self._plan(),
+            run_dir=self.run_dir,
+            settings=self.settings,
+        )
+
+    def preflight(self, **arguments: Any) -> None:
+        """Print every check; exit status 2 where one is an error, else 0."""
+        findings = self.trainer.preflight(**arguments)  # type: ignore[attr-defined]
+        if any(finding.status == "error" for finding in findings):
+            raise SystemExit(USAGE_ERROR)
+
     # -- the trainer -------------------------------------------------------------------------------------------------
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and the default callbacks."""
-        if self._get(self.config_init, "trainer.logger") in (None, True):
+        if self.subcommand == "preflight":  # checks the plan from wherever it is asked to
+            kwargs |= ONE_PROCESS
+        elif self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs.setdefault("logger", self._loggers())
         trainer = super().instantiate_trainer(**kwargs)
         given = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]

@@ -265,6 +265,39 @@ def agree_vocabularies(
     return shared
 
 
+def configured_stops(path: str, tokenizer: Any) -> set[int]:
+    """Token ids at which the model of ``path`` ends a response: its generation config's, and the tokenizer's."""
+    configured = load_generation_config(path).eos_token_id
+    found = set(configured if isinstance(configured, list) else [configured])
+    return (found | {tokenizer.eos_token_id}) - {None}
+
+
+def stop_warning(student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role: str = "teacher") -> str | None:
+    """A warning where student and teacher end a response differently, as Base and Instruct models of one family do.
+
+    A stop id that the teacher never writes makes it call every end of a response unlikely; an end of turn of the teacher's
+    that does not stop the student makes it write on behind its answers.
+
+    Args:
+        student: the student's tokenizer.
+        stop_ids: ids that end a response of the student.
+        teacher: the teacher's tokenizer, which names its folder.
+        role: what the warning calls it.
+    Returns:
+        None where all stop ids are the teacher's too, and the end of turn of its tokenizer is among them.
+    """
+    theirs = configured_stops(teacher.name_or_path, teacher)
+    if not theirs or (set(stop_ids) <= theirs and teacher.eos_token_id in (None, *stop_ids)):
+        return None
+    ours = ", ".join(f"{student.convert_ids_to_tokens(stop)!r} ({stop})" for stop in sorted(stop_ids))
+    other = ", ".join(f"{teacher.convert_ids_to_tokens(stop)!r} ({stop})" for stop in sorted(theirs))
+    end = "none" if teacher.eos_token_id is None else f"{teacher.eos_token!r} ({teacher.eos_token_id})"
+    return (
+        f"the student stops at {ours}, but the {role} at {other} with the end of turn {end}: a stop that the {role} never "
+        "writes is scored as unlikely; set `model.sampler.stop_token_ids` to ids that both end a response with"
+    )
+
+
 def build_student(settings: StudentSettings, *, empty: bool = False) -> Any:
     """The student with its options applied: LoRA, gradient checkpointing, frozen or trainable weights, no dropout.
 

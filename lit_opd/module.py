@@ -26,10 +26,12 @@ from lit_opd.models import (
     StudentSettings,
     agree_vocabularies,
     build_student,
+    configured_stops,
     export_folder,
     load_config,
     load_generation_config,
     load_tokenizer,
+    stop_warning,
 )
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
@@ -151,12 +153,17 @@ class OPDModule(L.LightningModule):
         return load_config(settings.path, "model.student.path", trust_remote_code=settings.trust_remote_code)
 
     @cached_property
+    def _scorer_tokenizers(self) -> dict[str, list[Any]]:
+        """(tokenizer, embedding rows) of the models behind each scorer, by role."""
+        return {role: scorer.tokenizers() for role, scorer in self.scorers.items()}
+
+    @cached_property
     def vocabulary(self) -> int:
         """Leading vocabulary entries that student and teacher share; checked token by token."""
         rows = self.student_config.get_text_config().vocab_size
         shared = rows
-        for scorer in self.scorers.values():
-            for tokenizer, scorer_rows in scorer.tokenizers():
+        for role, scorer in self.scorers.items():
+            for tokenizer, scorer_rows in self._scorer_tokenizers[role]:
                 named = {"student_rows": rows, "teacher_rows": scorer_rows, "field": f"{scorer.field}.path"}
                 shared = min(shared, agree_vocabularies(self.tokenizer, tokenizer, **named))
         return shared
@@ -164,12 +171,8 @@ class OPDModule(L.LightningModule):
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end a response."""
-        if self.sampler.stop_token_ids is not None:
-            found = set(self.sampler.stop_token_ids)
-        else:
-            configured = load_generation_config(self.student_settings.path).eos_token_id
-            found = set(configured if isinstance(configured, list) else [configured])
-            found = (found | {self.tokenizer.eos_token_id}) - {None}
+        configured = self.sampler.stop_token_ids
+        found = configured_stops(self.student_settings.path, self.tokenizer) if configured is None else set(configured)
         if not found or not all(0 <= stop < self.vocabulary for stop in found):
             raise InputError(
                 f"`model.sampler.stop_token_ids` must name ids in [0, {self.vocabulary}), got {sorted(found)}; the model's "
@@ -235,15 +238,17 @@ class OPDModule(L.LightningModule):
         _ = self.vocabulary, self.stop_ids
 
     def _check_run(self, data: Any) -> None:
-        self._check_trainer()
-        self._check_scorers()
-        self._check_room(data)
-        self._check_servers(data)
-        for warning in (baseline_warning(self.advantage, self.weighting), order_warning(self.advantage), *self._idle()):
-            if warning is not None:
-                warnings.warn(warning, stacklevel=2)
+        self.check_trainer()
+        self.check_scorers()
+        self.check_batch(data, ranks=self.trainer.world_size)
+        self.check_window(data)
+        self.check_token_budget(data)
+        self.check_servers(data)
+        for warning in (*self.setting_warnings(), *self.stop_warnings()):
+            warnings.warn(warning, stacklevel=2)
 
-    def _check_scorers(self) -> None:
+    def check_scorers(self) -> None:
+        """Weighting, objective and advantage find what they read in the teacher, and the reference where one is read."""
         if self.reference is None and "reference_logprobs" in self.required:
             raise InputError(
                 "`model.reference` must be a teacher such as `LocalTeacher` when reference_logprobs are read, got null; "
@@ -259,14 +264,26 @@ class OPDModule(L.LightningModule):
                 "weighting, objective, advantage transform or teacher"
             )
 
-    def _idle(self) -> Iterator[str]:
-        """Warnings about settings without effect."""
+    def setting_warnings(self) -> Iterator[str]:
+        """What is allowed and probably not meant: transforms in an odd order, settings without effect."""
+        for warning in (baseline_warning(self.advantage, self.weighting), order_warning(self.advantage)):
+            if warning is not None:
+                yield warning
         if self.advantage and not self.objective.reads_advantage:
             yield f"`model.advantage` has no effect: `{type(self.objective).__name__}` reads no advantage"
         if self.reference is not None and "reference" not in self.scorers:
             yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
 
-    def _check_trainer(self) -> None:
+    def stop_warnings(self) -> Iterator[str]:
+        """Where a response of the student ends at another token than one of a teacher's."""
+        for role, pairs in self._scorer_tokenizers.items():
+            for tokenizer, _ in pairs:
+                warning = stop_warning(self.tokenizer, self.stop_ids, tokenizer, role=role)
+                if warning is not None:
+                    yield warning
+
+    def check_trainer(self) -> None:
+        """The trainer's settings are ones that this module's own optimisation can follow."""
         check_strategy(self.trainer.strategy)
         parts = [part for scorer in self.scorers.values() for part in scorer.modules()]
         found = {getattr(part, "dtype", None) for part in parts} | {self.student_settings.dtype}
@@ -285,27 +302,36 @@ class OPDModule(L.LightningModule):
         if self.trainer.accumulate_grad_batches != 1:
             raise InputError("`trainer.accumulate_grad_batches` has no effect here; set `model.token_budget`")
 
-    def _check_room(self, data: Any) -> None:
-        limit = getattr(data, "max_prompt_tokens", None)
-        window = getattr(self.student_config.get_text_config(), "max_position_embeddings", None)
-        response, ranks = self.sampler.max_new_tokens, self.trainer.world_size
+    def check_batch(self, data: Any, *, ranks: int) -> None:
+        """The global batch divides over ``ranks``, and a rank's rows over the mini-batches."""
         batch = getattr(data, "prompt_batch", ranks)
         if batch % ranks:
             raise InputError(f"`data.prompt_batch` must be a multiple of the {ranks} ranks, got {batch}")
         rows = batch // ranks * getattr(data, "samples_per_prompt", self.mini_batches)
         if rows < self.mini_batches:
             raise InputError(f"`model.mini_batches` must be at most the {rows} rows of a rank, got {self.mini_batches}")
+
+    def check_window(self, data: Any) -> None:
+        """The longest prompt and response fit into the student's context window."""
+        limit = getattr(data, "max_prompt_tokens", None)
+        window = getattr(self.student_config.get_text_config(), "max_position_embeddings", None)
+        response = self.sampler.max_new_tokens
         if limit is not None and window is not None and limit + response > window:
             raise InputError(
                 f"`model.sampler.max_new_tokens` must leave room in the context window of {window} tokens, got {response} "
                 f"after prompts of up to {limit}; lower it or `data.max_prompt_tokens`"
             )
+
+    def check_token_budget(self, data: Any) -> None:
+        """A micro-batch holds the longest row."""
+        limit, response = getattr(data, "max_prompt_tokens", None), self.sampler.max_new_tokens
         if limit is not None and self.token_budget is not None and limit + response > self.token_budget:
             raise InputError(
                 f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {self.token_budget}"
             )
 
-    def _check_servers(self, data: Any) -> None:
+    def check_servers(self, data: Any) -> None:
+        """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
         limit = getattr(data, "max_prompt_tokens", None)
         response = max(self.sampler.max_new_tokens, self.validation.max_new_tokens or 0)
         tokens = None if limit is None else limit + response

@@ -383,6 +383,18 @@ class PromptDataModule(LightningDataModule):
         """Kept until training asks for its loader, so validating other data with a checkpoint is no error."""
         self._state_to_load = state_dict.get("loader")
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, the teacher's rendering included; ``max_prompt_tokens`` before the data is read."""
+        prompts = [*(self._train_prompts or ()), *(self._val_prompts or ())]
+        rendered = [ids for prompt in prompts for ids in (prompt.ids, prompt.teacher_ids) if ids is not None]
+        return max((len(ids) for ids in rendered), default=self.max_prompt_tokens)
+
+    @property
+    def num_prompts(self) -> tuple[int, int]:
+        """Training and validation prompts that were read and kept."""
+        return len(self._train_prompts or ()), len(self._val_prompts or ())
+
     @staticmethod
     def _without_needless_teacher_ids(prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
         """Where the teacher's rendering equals the student's on all rows, one copy is enough."""

@@ -37,7 +37,9 @@ ALLOWED["module"] = BELOW_MODULE | {"step"}
 ALLOWED["testbed"] = BELOW_MODULE
 ALLOWED["logs"] = {"types"}
 ALLOWED["report"] = {"types"}
-ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "report"}
+ALLOWED["preflight"] = BELOW_MODULE
+ALLOWED["trainer"] = {"preflight"}
+ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report"}
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
 

@@ -1,0 +1,368 @@
+"""The rows of the preflight table: small functions from a run to a finding. A new check is a function in ``CHECKS``.
+
+A check that raises ``InputError`` or ``ServerError`` becomes an error row; warnings it gives become warning rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lit_opd.preflight.estimate import estimate, shortage
+from lit_opd.preflight.memory import ACCURACY, Budget
+from lit_opd.preflight.plan import GIB, Plan
+from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
+from lit_opd.server import ServerError
+from lit_opd.sharding import check_strategy
+from lit_opd.types import InputError
+
+Status = Literal["ok", "warning", "error"]
+_STATES: tuple[Status, ...] = ("ok", "warning", "error")
+_DATA_LOGGER = "lightning.pytorch.utilities.rank_zero"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Args:
+        status: "error" stops a fit, "warning" does not.
+        found: what was found.
+        remedy: what to change, empty where nothing is wrong.
+        name: of the check; filled by ``examine``.
+    """
+
+    status: Status
+    found: str
+    remedy: str = ""
+    name: str = ""
+
+
+class Run:
+    """What the checks look at.
+
+    Args:
+        module: the ``OPDModule``.
+        data: the ``PromptDataModule``.
+        trainer: a trainer of this machine, which may not be the planned one.
+        plan: where the run is meant to run.
+        run_dir: the run folder.
+        settings: the rest of the command line's options ("overwrite", "ckpt_path", "wandb", "checkpoint_every", "config").
+    """
+
+    def __init__(
+        self, *, module: Any, data: Any, trainer: Any, plan: Plan, run_dir: Path, settings: Mapping[str, Any]
+    ) -> None:
+        self.module, self.data, self.trainer = module, data, trainer
+        self.plan, self.run_dir, self.settings = plan, run_dir, settings
+        module.trainer = trainer
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The memory budget of one rank; see ``estimate``."""
+        return estimate(self.module, self.data, self.plan)
+
+    @property
+    def estimated(self) -> Budget | None:
+        """The budget where a check has asked for it and it could be told."""
+        return self.__dict__.get("budget")
+
+
+# -- models and data ---------------------------------------------------------------------------------------------------
+
+
+def config(run: Run) -> Finding:
+    """That it was read: the parser has refused unknown keys and values by now."""
+    files = ", ".join(str(path) for path in run.settings.get("config") or []) or "no file"
+    module = run.module
+    used = f"{type(module.teacher).__name__}, {type(module.sampler).__name__}, {type(module.weighting).__name__}"
+    return Finding("ok", f"{files}: {used}, {type(module.objective).__name__}")
+
+
+def trainer(run: Run) -> Finding:
+    """Settings that this module's own optimisation follows, and a strategy that works."""
+    strategy = run.plan.strategy
+    known = ("auto", *StrategyRegistry.available_strategies())
+    if isinstance(strategy, str) and strategy not in known:
+        return Finding("error", f"`trainer.strategy` must be a strategy Lightning knows, got {strategy!r}",
+                       "give one of its names, or a class path with arguments (lightning.pytorch.strategies....)")  # fmt: skip
+    check_strategy(strategy)
+    run.module.check_trainer()
+    return Finding("ok", run.plan.describe())
+
+
+def tokenizers(run: Run) -> Finding:
+    """The same tokens have the same ids in all models."""
+    return Finding("ok", f"{run.module.vocabulary} vocabulary entries shared by student and teacher")
+
+
+def data(run: Run) -> Finding:
+    """Every source can be read, rendered and leaves prompts."""
+    run.data.use_tokenizer(run.module.tokenizer)
+    run.data.trainer = run.trainer
+    with _messages(_DATA_LOGGER) as said:
+        run.data.setup("fit")
+    train, val = run.data.num_prompts
+    counts = f"{train} training and {val} validation prompts, the longest {run.data.longest_prompt} tokens"
+    return Finding("ok", "; ".join([counts, *said]))
+
+
+def templates(run: Run) -> Finding:
+    """Who renders the prompts that the teacher reads."""
+    if run.data.teacher_encoder is not None:
+        return Finding(
+            "ok", "the teacher renders its own template (allowed): it reads other prompt tokens than the student"
+        )
+    ours = run.module.tokenizer.chat_template
+    pairs = [pair for scorer in run.module.scorers.values() for pair in scorer.tokenizers()]
+    differing = sum(tokenizer.chat_template != ours for tokenizer, _ in pairs)
+    if differing and run.data.chat_template is not False:
+        return Finding(
+            "warning",
+            f"{differing} frozen model(s) have another chat template, and read the student's",
+            "to let a teacher render its own, set data.teacher_tokenizer to its folder",
+        )
+    return Finding("ok", "student and teacher read the same prompt tokens")
+
+
+def stop_ids(run: Run) -> Finding:
+    """Both sides end a response with the same tokens."""
+    ids = run.module.stop_ids
+    names = ", ".join(f"{run.module.tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in ids)
+    for warning in run.module.stop_warnings():
+        return _split("warning", warning)
+    return Finding("ok", f"a response ends at {names}, for the teacher too")
+
+
+def signals(run: Run) -> Finding:
+    """Everything that is read can be given, and settings have an effect."""
+    run.module.check_scorers()
+    for warning in run.module.setting_warnings():
+        return _split("warning", warning)
+    read = ", ".join(sorted(run.module.required)) or "nothing beyond log-probs"
+    return Finding("ok", f"reads {read}")
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def batch(run: Run) -> Finding:
+    """The batch divides over the planned ranks."""
+    run.module.check_batch(run.data, ranks=run.plan.ranks)
+    rows = run.data.prompt_batch // run.plan.ranks * run.data.samples_per_prompt
+    return Finding("ok", f"{rows} rows on each of {run.plan.ranks} rank(s)")
+
+
+def window(run: Run) -> Finding:
+    """Prompt and response fit into the context."""
+    run.module.check_window(run.data)
+    length = run.data.max_prompt_tokens + run.module.sampler.max_new_tokens
+    config = run.module.student_config.get_text_config()
+    return Finding("ok", f"{length} of {getattr(config, 'max_position_embeddings', 'unknown')} tokens")
+
+
+def token_budget(run: Run) -> Finding:
+    """A micro-batch holds the longest row."""
+    run.module.check_token_budget(run.data)
+    limit = run.module.token_budget
+    return Finding("ok", "all rows of a rank in one micro-batch" if limit is None else f"{limit} tokens a micro-batch")
+
+
+def servers(run: Run) -> Finding:
+    """Servers answer, with the right model and room for the longest row."""
+    run.module.check_servers(run.data)
+    parts = [run.module.sampler, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
+    urls = [url for part in parts for url in getattr(getattr(part, "servers", None), "urls", ())]
+    return Finding("ok", f"answering: {', '.join(map(str, urls))}" if urls else "none is used")
+
+
+def memory(run: Run) -> Finding:
+    """The estimated peak of a rank against its memory."""
+    try:
+        found = run.budget
+    except NotEstimated as error:
+        return Finding("warning", f"not estimated: {error}", "try a few steps on the real machine")
+    need = f"{found.peak / GIB:.1f} GiB a rank in its worst phase ({found.worst}), +- {ACCURACY:.0%}"
+    if run.plan.memory is None:
+        return Finding("warning", f"{need}; {run.plan.memory_source}", "give --memory_gb, the GiB of one device")
+    if found.peak > run.plan.memory:
+        return Finding("error", shortage(found, run.plan), found.remedy)
+    if found.peak * (1 + ACCURACY) > run.plan.memory:
+        return Finding("warning", f"close: {shortage(found, run.plan)}", found.remedy)
+    return Finding("ok", f"{need}, of {run.plan.memory / GIB:.1f} ({run.plan.memory_source})")
+
+
+# -- files and accounts ------------------------------------------------------------------------------------------------
+
+
+def run_folder(run: Run) -> Finding:
+    """New or empty, and writable."""
+    require_free(
+        run.run_dir, going_on=bool(run.settings.get("ckpt_path")), overwrite=bool(run.settings.get("overwrite"))
+    )
+    parent = _existing(run.run_dir)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return Finding("error", f"{parent} is not writable", "give another --run_dir")
+    return Finding("ok", str(run.run_dir))
+
+
+def disk(run: Run) -> Finding:
+    """Room for the checkpoints a run keeps, and the exported student."""
+    free = shutil.disk_usage(_existing(run.run_dir)).free
+    try:
+        need = _disk_bytes(run)
+    except NotEstimated as error:
+        return Finding("warning", f"not estimated: {error}; {free / GIB:.1f} GiB are free")
+    found = f"checkpoints and student take {need / GIB:.2f} GiB, {free / GIB:.1f} are free in {_existing(run.run_dir)}"
+    if need > free:
+        return Finding(
+            "error", found, "give a --run_dir on another disk, or keep fewer checkpoints (RunCheckpoint.keep)"
+        )
+    return Finding("ok", found)
+
+
+def wandb(run: Run) -> Finding:
+    """Online needs a key."""
+    options = run.settings.get("wandb") or {}
+    mode = options.get("mode", "offline")
+    if mode == "online" and not _has_wandb_key():
+        return Finding("error", "--wandb.mode online, but there is no key (WANDB_API_KEY, or one saved by wandb login)",
+                       "set WANDB_API_KEY, or --wandb.mode offline")  # fmt: skip
+    return Finding("ok", mode)
+
+
+def callbacks(run: Run) -> Finding:
+    """The callbacks' own checks."""
+    checked = [callback for callback in run.trainer.callbacks if hasattr(callback, "check")]
+    for callback in checked:
+        callback.check(run.module, run.data)
+    return Finding("ok", ", ".join(type(callback).__name__ for callback in checked) or "none has a check of its own")
+
+
+Check = Callable[[Run], Finding]
+CHECKS: dict[str, Check] = {
+    "config": config,
+    "trainer": trainer,
+    "tokenizers": tokenizers,
+    "data": data,
+    "chat template": templates,
+    "stop ids": stop_ids,
+    "signals": signals,
+    "batch": batch,
+    "context window": window,
+    "token budget": token_budget,
+    "servers": servers,
+    "memory": memory,
+    "run folder": run_folder,
+    "disk": disk,
+    "W&B": wandb,
+    "callbacks": callbacks,
+}
+
+
+def examine(run: Run, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
+    """One finding a check, in their order; none stops another."""
+    return [replace(_examined(run, check), name=name) for name, check in checks.items()]
+
+
+def _examined(run: Run, check: Check) -> Finding:
+    try:
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always", UserWarning)
+            found = check(run)
+    except (InputError, ServerError) as error:
+        return _split("error", str(error))
+    said = [str(warning.message) for warning in given if issubclass(warning.category, UserWarning)]
+    if not said or found.status == "error":
+        return found
+    return replace(found, status="warning", found="; ".join([found.found, *said]))
+
+
+def require_free(folder: Path, *, going_on: bool, overwrite: bool) -> None:
+    """A run folder that a new run may fill.
+
+    Raises:
+        InputError: a file, or a folder with something in it, unless the run goes on from a checkpoint or overwrites.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"`--run_dir` must be a folder, got the file {folder}")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not going_on and not overwrite:
+        raise InputError(
+            f"`--run_dir` must be empty or new, but {folder} has files in it; give another --run_dir, go on with "
+            "--ckpt_path last, or delete what is there with --overwrite true"
+        )
+
+
+def _split(status: Status, message: str) -> Finding:
+    """What was found, and behind the last semicolon the remedy, as this project's messages are written."""
+    found, _, remedy = message.rpartition("; ")
+    return Finding(status, found or message, remedy if found else "")
+
+
+def _disk_bytes(run: Run) -> float:
+    settings = run.module.student_settings
+    size = model_size(run.module.student_config, lora=settings.lora, trust_remote_code=settings.trust_remote_code)
+    dtype = getattr(torch, settings.dtype)
+    weights = size.parameters * dtype.itemsize
+    checkpoint = weights + optimizer_bytes(run.module.optimizer_factory, size.trainable, dtype)
+    kept = [callback for callback in run.trainer.callbacks if hasattr(callback, "save_top_k")]
+    written = sum(
+        max(callback.save_top_k, 0) + bool(callback.save_last) + 1 for callback in kept
+    )  # one is written before one goes
+    return float(checkpoint * written + weights)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class _Collector(logging.Handler):
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.said.append(record.getMessage())
+
+
+@contextmanager
+def _messages(name: str) -> Iterator[list[str]]:
+    """What a logger says while the block runs; it goes nowhere else."""
+    logger, collector = logging.getLogger(name), _Collector()
+    propagate, handlers = logger.propagate, logger.handlers
+    logger.propagate, logger.handlers = False, [collector]
+    try:
+        yield collector.said
+    finally:
+        logger.propagate, logger.handlers = propagate, handlers

@@ -1,0 +1,125 @@
+"""From a run's objects to its memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lit_opd.models import load_config
+from lit_opd.preflight.memory import (
+    ACCURACY,
+    DIVERGENCE_TILES,
+    LOGPROB_TILES,
+    STATISTIC_TILES,
+    Budget,
+    Held,
+    Workload,
+    budget,
+)
+from lit_opd.preflight.plan import GIB, Plan
+from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
+from lit_opd.rollout import TransformersSampler
+from lit_opd.teacher import LocalTeacher, Teacher
+from lit_opd.types import InputError
+
+_FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
+_STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")
+
+
+def estimate(module: Any, data: Any, plan: Plan) -> Budget:
+    """The memory budget of one rank of a run.
+
+    Args:
+        module: the ``OPDModule``; no weights are loaded.
+        data: the ``PromptDataModule``; its longest prompt counts, or ``max_prompt_tokens`` before it was read.
+        plan: where the run runs.
+    Raises:
+        NotEstimated: a model or optimizer whose size cannot be told from its configuration.
+    """
+    settings = module.student_settings
+    dtype = _FORCED.get(plan.precision, settings.dtype)
+    code = settings.trust_remote_code
+    size = _named("student", module.student_config, lora=settings.lora, trust_remote_code=code)
+    return budget(
+        student=Held(size, width=_width(dtype)),
+        frozen=[_held(role, teacher, plan) for role, scorer in module.scorers.items() for teacher in _local(scorer)],
+        state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, dtype)),
+        work=_workload(module, data, plan),
+        plan=plan,
+    )
+
+
+def require_memory(found: Budget, plan: Plan) -> None:
+    """Refuse what is clearly above the memory of a rank: by more than the estimate may be wrong.
+
+    Raises:
+        InputError: naming the phase, the largest part and what makes it smaller.
+    """
+    if plan.memory is not None and found.peak > (1 + ACCURACY) * plan.memory:
+        raise InputError(
+            f"{shortage(found, plan)}; {found.remedy}. `python train.py preflight` prints the whole budget, `--memory_gb` names "
+            "another memory, `--memory_check false` runs anyway"
+        )
+
+
+def shortage(found: Budget, plan: Plan) -> str:
+    """Need against memory, with the largest part of the worst phase, in one sentence."""
+    name, part = found.largest_part
+    assert plan.memory is not None
+    return (
+        f"a rank needs about {found.peak / GIB:.1f} GiB in its worst phase ({found.worst}) and has {plan.memory / GIB:.1f} "
+        f"({plan.memory_source}); the largest part is {name}, {part / GIB:.1f} GiB"
+    )
+
+
+def _workload(module: Any, data: Any, plan: Plan) -> Workload:
+    sampler, required = module.sampler, module.required
+    scored = any(name in required for name in _STATISTICS)
+    trained = "teacher_distribution" in required
+    return Workload(
+        rows=data.prompt_batch // plan.ranks * data.samples_per_prompt,
+        prompt=data.longest_prompt,
+        response=sampler.max_new_tokens,
+        token_budget=module.token_budget,
+        mini_batches=module.mini_batches,
+        checkpointing=module.student_settings.gradient_checkpointing,
+        eager=module.student_settings.attn_implementation == "eager",
+        local_sampler=isinstance(sampler, TransformersSampler),
+        val_rows=-(-data.val_batch // plan.ranks) if _validates(module, data) else 0,
+        val_response=module.validation.max_new_tokens or sampler.max_new_tokens,
+        score_tiles=STATISTIC_TILES if scored else LOGPROB_TILES,
+        train_tiles=DIVERGENCE_TILES if trained else STATISTIC_TILES if scored else LOGPROB_TILES,
+    )
+
+
+def _validates(module: Any, data: Any) -> bool:
+    settings = module.validation
+    return bool((data.val or data.val_fraction) and (settings.greedy or settings.samples or settings.divergence))
+
+
+def _local(scorer: Teacher) -> Iterator[LocalTeacher]:
+    """The models of a teacher that live in this process."""
+    return (part for part in scorer.modules() if isinstance(part, LocalTeacher))
+
+
+def _held(role: str, teacher: LocalTeacher, plan: Plan) -> Held:
+    if getattr(teacher, "quantization", None) is not None:
+        raise NotEstimated(f"{role}: it is quantised")
+    code = teacher.trust_remote_code
+    config = load_config(teacher.path, f"{teacher.field}.path", trust_remote_code=code)
+    size = _named(role, config, trust_remote_code=code)
+    width = _width(_FORCED.get(plan.precision, teacher.dtype))
+    return Held(size, width=width, offload=bool(getattr(teacher, "offload", False)) and plan.accelerator == "gpu")
+
+
+def _named(role: str, config: Any, **options: Any) -> Any:
+    try:
+        return model_size(config, **options)
+    except NotEstimated as error:
+        raise NotEstimated(f"{role}: {error}") from error
+
+
+def _width(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)

@@ -1,0 +1,368 @@
+"""The memory budget of one rank: bytes by part and phase, from the sizes of the models and the settings of the run.
+
+Rows are as long as they can be (longest prompt, ``max_new_tokens``), micro-batches as full as ``token_budget`` allows, prompts
+padded. What a phase holds comes on top of what a rank always holds; the peak is that of the worst phase:
+
+- rollout: the whole student where it is sharded, key/value cache, logits of one decoded token a row;
+- scoring: a forward pass without gradient of one micro-batch through the frozen models;
+- head: activations of a micro-batch, gradient of the output head, tiles of logits;
+- layers: activations of a micro-batch, and one block's backward pass;
+- optimizer: gradients and the temporaries of the update;
+- validation: sampling and scoring of a whole validation batch.
+
+The counts below are the tensors that transformers' decoder blocks keep (RMSNorm, gated MLP, rotary attention through sdpa); a
+test counts them in real models. H hidden, Q = heads x head size, K = key/value heads x head size, I MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from lit_opd.preflight.plan import GIB, Plan
+from lit_opd.preflight.sizes import ModelSize
+from lit_opd.scoring import TILE_ELEMENTS
+
+FLOAT32, HALF = 4, 2  # bytes
+PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")
+ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/test_preflight.py
+
+# of the scoring and sampling code
+LOGPROB_TILES = 2  # blocks of TILE_ELEMENTS logits: the logits and one of their size
+STATISTIC_TILES = 4  # entropy, top-k, KL
+DIVERGENCE_TILES = 8  # a trained divergence of two heads
+SAMPLED_LOGIT_BYTES = (
+    28  # a row and vocabulary entry: two float32 copies, log-probs, float64 probabilities and their sum
+)
+FINAL_STATES = 5  # [tokens, H]: last norm's input and output, the valid rows, and the gradients of the last two
+GATHERED_BLOCKS = 2  # sharded: the running block, and the next one on its way
+
+# of the optimizers and devices
+UPDATE_TEMPORARIES = 2  # of the largest weight, in the optimizer's loop over weights on a CPU
+CUDA_CONTEXT = 0.6 * GIB  # CUDA and NCCL; unmeasured here
+CUDA_FRAGMENTATION = 0.05  # of everything else; unmeasured here
+
+REMEDIES = {
+    "activations": "lower model.token_budget, or set model.student.gradient_checkpointing true",
+    "one block": "lower model.token_budget",
+    "forward pass": "lower model.token_budget (data.val_batch for validation)",
+    "attention mask": "lower model.token_budget",
+    "key/value cache": "lower model.sampler.max_new_tokens or data.prompt_batch, take more ranks, or sample with VLLMSampler",
+    "decoding": "lower model.sampler.max_new_tokens or data.prompt_batch, take more ranks, or sample with VLLMSampler",
+    "logits of a step": "lower data.prompt_batch or take more ranks",
+    "weights of the student": "shard over more ranks (ModelParallelStrategy), or take a smaller student",
+    "whole student": "take a smaller student, or sample with VLLMSampler",
+    "optimizer state": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
+    "gradients": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
+    "frozen models": "set the teacher's dtype to bfloat16, shard over more ranks, or put it on servers (RemoteTeacher)",
+}
+_DEFAULT_REMEDY = "shard over more ranks, or take smaller models"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model and how its weights are kept.
+
+    Args:
+        size: of the model.
+        width: bytes of a weight.
+        offload: kept in host memory between uses.
+    """
+
+    size: ModelSize
+    width: int
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank does. Lengths are tokens.
+
+    Args:
+        rows: responses a rollout batch.
+        prompt: longest prompt.
+        response: longest response.
+        token_budget: padded tokens of a micro-batch, None for all at once.
+        mini_batches: optimizer steps the rows are cut into.
+        checkpointing: activations of a block are computed again in the backward pass.
+        eager: attention keeps its scores.
+        local_sampler: responses are sampled in this process.
+        val_rows: rows of a validation batch, 0 for no validation.
+        val_response: longest response in validation.
+        score_tiles: blocks of logits while a model scores.
+        train_tiles: blocks of logits in the forward pass of the loss.
+    """
+
+    rows: int
+    prompt: int
+    response: int
+    token_budget: int | None = None
+    mini_batches: int = 1
+    checkpointing: bool = False
+    eager: bool = False
+    local_sampler: bool = True
+    val_rows: int = 0
+    val_response: int = 0
+    score_tiles: int = LOGPROB_TILES
+    train_tiles: int = LOGPROB_TILES
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return self.prompt + self.response
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimizer step."""
+        return math.ceil(self.rows / self.mini_batches)
+
+    @property
+    def micro_rows(self) -> int:
+        """Longest rows a micro-batch holds."""
+        if self.token_budget is None:
+            return self.step_rows
+        return max(1, min(self.step_rows, self.token_budget // self.length))
+
+    @property
+    def score_rows(self) -> int:
+        """Longest rows a scoring micro-batch holds: mini-batches do not cut it."""
+        if self.token_budget is None:
+            return self.rows
+        return max(1, min(self.rows, self.token_budget // self.length))
+
+    @property
+    def accumulates(self) -> bool:
+        """True when an optimizer step has several micro-batches: gradients are there when the second begins."""
+        return self.micro_rows < self.step_rows
+
+
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of a rank: what it always holds, and what each phase adds, by part."""
+
+    always: Parts
+    phases: dict[str, Parts] = field(default_factory=dict)
+    fragmentation: float = 0.0
+
+    def total(self, phase: str) -> int:
+        """Bytes held in a phase."""
+        held = sum(self.always.values()) + sum(self.phases[phase].values())
+        return round(held * (1 + self.fragmentation))
+
+    @property
+    def worst(self) -> str:
+        """The phase with the highest total."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the worst phase."""
+        return self.total(self.worst)
+
+    @property
+    def largest_part(self) -> tuple[str, int]:
+        """Name and bytes of the largest part of the worst phase."""
+        parts = self.always | self.phases[self.worst]
+        name = max(parts, key=lambda part: parts[part])
+        return name, round(parts[name])
+
+    @property
+    def remedy(self) -> str:
+        """What makes the largest part smaller."""
+        return REMEDIES.get(self.largest_part[0], _DEFAULT_REMEDY)
+
+
+def budget(*, student: Held, frozen: list[Held], state_bytes: int, work: Workload, plan: Plan) -> Budget:
+    """The budget of one rank.
+
+    Args:
+        student: what is trained.
+        frozen: teacher(s) and reference in this process.
+        state_bytes: optimizer state of the whole student.
+        work: what the rank does.
+        plan: where it does it.
+    """
+    formula = _Formula(student, frozen, state_bytes, work, plan)
+    phases = {
+        "rollout": formula.rollout(work.rows, work.response),
+        "scoring": formula.scoring(),
+        "head": formula.head(),
+        "layers": formula.layers(),
+        "optimizer": formula.optimizer(),
+        "validation": formula.validation(),
+    }
+    fragmentation = CUDA_FRAGMENTATION if plan.accelerator == "gpu" else 0.0
+    return Budget(formula.always(), phases if work.val_rows else _without(phases, "validation"), fragmentation)
+
+
+class _Formula:
+    """The parts of ``budget``; each method gives one phase's."""
+
+    def __init__(self, student: Held, frozen: list[Held], state_bytes: int, work: Workload, plan: Plan) -> None:
+        self.student, self.frozen, self.state_bytes = student, frozen, state_bytes
+        self.work, self.plan = work, plan
+        self.size = student.size
+        self.gradient_bytes = student.width * self.size.num_trainable / plan.shards
+
+    def always(self) -> Parts:
+        """What a rank holds from the first update on."""
+        parts = {
+            "weights of the student": self.student.width * self.size.parameters / self.plan.shards,
+            "frozen models": sum(m.width * m.size.parameters / self.plan.shards for m in self.frozen if not m.offload),
+            "optimizer state": self.state_bytes / self.plan.shards,
+        }
+        if self.plan.replicated:
+            parts["gradient buckets"] = self.gradient_bytes
+        if self.plan.accelerator == "gpu":
+            parts["device context"] = CUDA_CONTEXT
+        return parts
+
+    def rollout(self, rows: int, response: int) -> Parts:
+        """Sampling ``rows`` responses in this process: weights gathered for all of it, a growing cache."""
+        if not self.work.local_sampler:
+            return {}
+        size, length = self.size, self.work.prompt + response
+        # under autocast too the cache is in float32: rotated keys are, and it takes their dtype for the values
+        cache = 2 * rows * length * size.key * self.student.width
+        # keys and values again for each query head, and once more as autocast casts them
+        repeated = 2 * rows * length * size.query * (self.student.width + (HALF if self.plan.autocast else 0))
+        # the prompts' forward pass comes before the cache of the responses
+        prompts = self._forward(self.student, rows, self.work.prompt) - cache * size.layers * response / length
+        return self._gathered_student() | {
+            "key/value cache": float(cache * size.layers),
+            "decoding": cache + max(repeated, prompts),
+            "logits of a step": rows * size.vocabulary * SAMPLED_LOGIT_BYTES,
+        }
+
+    def scoring(self) -> Parts:
+        """A forward pass of a micro-batch through the greediest model."""
+        rows = self.work.score_rows
+        return self._pass_without_gradient(rows, self.work.length, rows * self.work.response, self.work.score_tiles)
+
+    def head(self) -> Parts:
+        """The backward pass where it starts: everything is kept, and the head's gradient is summed over tiles."""
+        work, size = self.work, self.size
+        tile = self._tile(size, work.micro_rows * work.response)
+        tiles = work.train_tiles * tile
+        head = self._head_gradient()
+        return (
+            self._kept(gradients=0.0)
+            | self._gathered(self.student, size.outside, gradient=True)
+            | {
+                "head gradient": head + max(0, head + tile - tiles),  # the sum; its next summand while one tile is left
+                "tiles of logits": tiles,
+                "final hidden states": FLOAT32 * FINAL_STATES * work.micro_rows * work.length * size.hidden,
+            }
+        )
+
+    def layers(self) -> Parts:
+        """The backward pass inside the blocks."""
+        work, size = self.work, self.size
+        tokens = work.micro_rows * work.length
+        block: float = tokens * 3 * size.inner * self._width(self.student)
+        if work.checkpointing:
+            block += tokens * self._kept_by_block() + self._cast_block()
+        weights = size.outside + GATHERED_BLOCKS * size.layer
+        kept = self._kept(gradients=self._head_gradient() / self.plan.shards)
+        return kept | self._gathered(self.student, weights, gradient=True) | {"one block": block}
+
+    def optimizer(self) -> Parts:
+        """The update itself."""
+        temporaries = self.gradient_bytes  # on a device all weights are updated together
+        if self.plan.accelerator == "cpu":
+            temporaries = UPDATE_TEMPORARIES * self.student.width * self.size.largest / self.plan.shards
+        return {"gradients": self.gradient_bytes, "temporaries": temporaries if self.state_bytes else 0.0}
+
+    def validation(self) -> Parts:
+        """The worse of sampling and scoring a validation batch, which no token budget cuts."""
+        rows, response = self.work.val_rows, self.work.val_response
+        scored = self._pass_without_gradient(rows, self.work.prompt + response, rows * response, STATISTIC_TILES)
+        return max(self.rollout(rows, response), scored, key=lambda parts: sum(parts.values()))
+
+    # -- pieces ------------------------------------------------------------------------------------------------------
+
+    def _head_gradient(self) -> float:
+        size = self.size
+        return float(FLOAT32 * size.vocabulary * size.hidden * size.trains_head)
+
+    def _kept(self, *, gradients: float) -> Parts:
+        """What the forward pass kept, and all gradients where an earlier micro-batch left them, else ``gradients``."""
+        work, size = self.work, self.size
+        tokens = work.micro_rows * work.length
+        if work.checkpointing:
+            activations = float(tokens * size.hidden * FLOAT32 * size.layers)
+        else:
+            activations = (tokens * self._kept_by_block() + self._cast_block()) * size.layers
+        return {
+            "gradients": self.gradient_bytes if work.accumulates else gradients,
+            "activations": activations,
+            "attention mask": float(work.micro_rows * work.length**2),  # boolean, one for all blocks
+        }
+
+    def _kept_by_block(self) -> float:
+        """Bytes a block keeps of a token for its backward pass."""
+        size, length = self.size, self.work.length
+        half = self._width(self.student) == HALF
+        attention = size.query * (4 * self._width(self.student)) + length * self._width(self.student)
+        attention += FLOAT32 * size.heads * (length if self.work.eager else 1)
+        if size.normed_heads:  # float32 inputs, and what the norm made of them
+            attention += (size.query + size.key) * (FLOAT32 + self._width(self.student))
+        inputs = 5 * HALF if half else 2 * FLOAT32  # of linear layers: each casts its own under autocast
+        return size.hidden * (4 * FLOAT32 + inputs) + attention + 4 * size.inner * self._width(self.student)
+
+    def _cast_block(self) -> float:
+        """Half-precision copies of a block's weights, which autocast keeps for the backward pass."""
+        return HALF * self.size.layer if self.plan.autocast and self.student.width > HALF else 0.0
+
+    def _pass_without_gradient(self, rows: int, length: int, tokens: int, tiles: int) -> Parts:
+        """A forward pass of ``rows`` rows of ``length`` through the model that needs most, and the logits of ``tokens``."""
+        models = [*self.frozen, self.student]
+        model = max(models, key=lambda held: self._forward(held, rows, length) + self._unsharded(held))
+        offloaded = sum(m.width * m.size.parameters for m in self.frozen if m.offload and self.plan.shards == 1)
+        forward = {"forward pass": self._forward(model, rows, length)}
+        scoring = {
+            "tiles of logits": float(tiles * self._tile(model.size, tokens)),
+            "final hidden states": float(FLOAT32 * 2 * rows * length * model.size.hidden),
+        }
+        return max(forward, scoring, key=lambda parts: sum(parts.values())) | {
+            "offloaded models": float(offloaded) if self.plan.accelerator == "gpu" else 0.0,
+            "gathered weights": self._unsharded(model),
+        }
+
+    def _forward(self, model: Held, rows: int, length: int) -> float:
+        """Transient bytes of one block without gradient, its attention mask and the last hidden states."""
+        size, width = model.size, self._width(model)
+        residual = HALF if model.width == HALF else FLOAT32
+        mlp, attention = 3 * size.inner * width, (4 * size.query + 2 * size.key) * width
+        mask = rows * length**2 * (1 + width)  # boolean, and as numbers
+        return rows * length * (3 * size.hidden * residual + max(mlp, attention)) + mask
+
+    def _gathered(self, model: Held, weights: int, *, gradient: bool) -> Parts:
+        """Whole copies of sharded weights while they are used, with their gradients."""
+        if self.plan.shards == 1:
+            return {}
+        return {"gathered weights": float(weights * model.width * (2 if gradient else 1))}
+
+    def _unsharded(self, model: Held) -> float:
+        weights = model.size.outside + GATHERED_BLOCKS * model.size.layer
+        return sum(self._gathered(model, weights, gradient=False).values())
+
+    def _gathered_student(self) -> Parts:
+        if self.plan.shards == 1:
+            return {}
+        return {"whole student": float(self.student.width * self.size.parameters)}
+
+    def _tile(self, size: ModelSize, tokens: int) -> int:
+        """Bytes of one block of logits."""
+        return FLOAT32 * size.vocabulary * min(tokens, max(1, TILE_ELEMENTS // size.vocabulary))
+
+    def _width(self, model: Held) -> int:
+        """Bytes of an activation inside a block."""
+        return HALF if self.plan.autocast else model.width
+
+
+def _without(phases: dict[str, Parts], name: str) -> dict[str, Parts]:
+    return {phase: parts for phase, parts in phases.items() if phase != name}
