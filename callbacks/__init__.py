@@ -13,6 +13,7 @@ from callbacks.progress import Progress
 from callbacks.rng import RngState
 from callbacks.rollout_samples import RolloutSamples
 from callbacks.summary import Summary
+from callbacks.throughput import Throughput
 
 __all__ = [
     "EarlyAIMEEvaluation",
@@ -24,6 +25,7 @@ __all__ = [
     "RolloutSamples",
     "RunCheckpoint",
     "Summary",
+    "Throughput",
     "default_callbacks",
 ]
 
@@ -35,6 +37,7 @@ def default_callbacks() -> list[Callback]:
         RngState(),
         PositionProfile(),
         RolloutSamples(),
+        Throughput(),
         ExportStudent(),
         PredictionFiles(),
         Summary(),
