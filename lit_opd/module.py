@@ -337,6 +337,7 @@ class OPDModule(L.LightningModule):
         tokens = None if limit is None else limit + response
         with shared_failure():
             for scorer in self.scorers.values():
+                scorer.check_student(self.student_settings)
                 scorer.check(temperature=self.sampler.temperature, tokens=tokens)
                 scorer.check_data(getattr(data, "rows_by_teacher", dict)())
             self.sampler.check(tokens=tokens, vocabulary=self.student_config.get_text_config().vocab_size)
@@ -357,6 +358,7 @@ class OPDModule(L.LightningModule):
         if lazy:
             fill(student, student.causal_lm, path=settings.path, setting="model.student.path")
         for scorer in self.scorers.values():
+            scorer.attach(student)
             if place is not None and mesh is not None:
                 scorer.load_sharded(place, vocabulary=self.vocabulary)
                 continue

@@ -1,8 +1,9 @@
 """The frozen teacher that scores sampled tokens."""
 
 from lit_opd.teacher.base import Teacher
+from lit_opd.teacher.base_model import BaseModelTeacher
 from lit_opd.teacher.local import LocalTeacher
 from lit_opd.teacher.remote import RemoteTeacher
 from lit_opd.teacher.routed import RoutedTeacher
 
-__all__ = ["LocalTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher"]
+__all__ = ["BaseModelTeacher", "LocalTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher"]

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_opd.scoring import Head
+from lit_opd.models import StudentSettings
+from lit_opd.scoring import Head, ScoringModel
 from lit_opd.sharding import Placement
 from lit_opd.types import InputError, Rollout, TokenScores
+
+# name in a signal's requirements -> name in the model's forward
+SCORE_WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
 
 
 class Teacher(nn.Module, ABC):
@@ -47,6 +51,16 @@ class Teacher(nn.Module, ABC):
         Raises:
             InputError: a name this teacher does not know.
         """
+
+    def check_student(self, settings: StudentSettings) -> None:
+        """What this teacher needs of the student, before a run.
+
+        Raises:
+            InputError: the student lacks it.
+        """
+
+    def attach(self, student: ScoringModel) -> None:
+        """Take note of the student, for a teacher that shares its weights."""
 
     @abstractmethod
     def load(self, *, vocabulary: int) -> None:

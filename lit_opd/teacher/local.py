@@ -20,11 +20,8 @@ from lit_opd.models import (
 )
 from lit_opd.scoring import Head, ScoringModel
 from lit_opd.sharding import Placement, gathered, is_sharded
-from lit_opd.teacher.base import Teacher
+from lit_opd.teacher.base import SCORE_WANTS, Teacher
 from lit_opd.types import InputError, Rollout, TokenScores
-
-# name in a signal's requirements -> name in the model's forward
-_WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
 
 
 class LocalTeacher(Teacher):
@@ -174,7 +171,7 @@ class LocalTeacher(Teacher):
         self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
     ) -> TokenScores:
         """Log-probs (entropy and top-k where required), [B, T] nats."""
-        wants = frozenset(want for name, want in _WANTS.items() if name in requires)
+        wants = frozenset(want for name, want in SCORE_WANTS.items() if name in requires)
         scores: TokenScores = self._loaded()(rollout, temperature=temperature, wants=wants, own_template=True)
         return scores
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_opd.models import StudentSettings
+from lit_opd.scoring import ScoringModel
 from lit_opd.sharding import Placement, holds_shards
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import InputError, Rollout, TokenScores, TopK
@@ -57,6 +59,16 @@ class RoutedTeacher(Teacher):
         """Check every teacher."""
         for teacher in self.named().values():
             teacher.check(temperature=temperature, tokens=tokens)
+
+    def check_student(self, settings: StudentSettings) -> None:
+        """Ask every teacher."""
+        for teacher in self.named().values():
+            teacher.check_student(settings)
+
+    def attach(self, student: ScoringModel) -> None:
+        """Tell every teacher."""
+        for teacher in self.named().values():
+            teacher.attach(student)
 
     def check_data(self, rows_by_teacher: dict[str | None, str]) -> None:
         """Every row of the data names one of the teachers."""
