@@ -48,6 +48,8 @@ class StudentSettings:
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...
         gradient_checkpointing: recompute activations in the backward pass.
         lora: train adapters only.
+        compile: compile every transformer block with ``torch.compile`` (dynamic shapes); needs a C++ compiler on a CPU, takes
+            a minute at the start, and pays for long runs only.
         pad_token: the tokenizer's pad token where it has none of its own.
         trust_remote_code: run the model's own Python code; off unless you trust its author.
         lazy: under FSDP2 each rank reads only its own shards; false, or with LoRA, every rank loads all of it first.
@@ -58,6 +60,7 @@ class StudentSettings:
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     lora: LoraSettings | None = None
+    compile: bool = False
     pad_token: str | None = None
     trust_remote_code: bool = False
     lazy: bool = True

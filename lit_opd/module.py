@@ -37,7 +37,16 @@ from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
 from lit_opd.server import shared_failure
-from lit_opd.sharding import check_dtypes, check_strategy, clip_gradients, full_state, gathered, is_sharded, placement
+from lit_opd.sharding import (
+    check_dtypes,
+    check_strategy,
+    clip_gradients,
+    compile_layers,
+    full_state,
+    gathered,
+    is_sharded,
+    placement,
+)
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
 from lit_opd.types import InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
@@ -352,6 +361,8 @@ class OPDModule(L.LightningModule):
         student.choose_path("student")
         self.student = student
         self._shapes = {name: value.shape for name, value in self.state_dict().items()}
+        if settings.compile:
+            compile_layers(student)
         place = placement(self._trainer.strategy, mesh) if self._trainer else None
         if place is not None:
             self.student = student = place(student, trained=True)

@@ -6,6 +6,8 @@ separately. For a rollout the student's weights are gathered once.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -39,6 +41,21 @@ def transformer_layers(model: Any) -> list[nn.Module]:
     if not layers:
         raise InputError(f"`{type(model).__name__}` names no blocks to shard (its `_no_split_modules` is empty)")
     return layers
+
+
+def compile_layers(policy: Any) -> None:
+    """Compile every transformer block of a ``ScoringModel`` in place, before it is sharded; names and weights stay.
+
+    Raises:
+        InputError: a model on the CPU without a C++ compiler.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        raise InputError(
+            "`model.student.compile` must be false without a C++ compiler, got true; install g++, or leave it out"
+        )
+    for layer in transformer_layers(policy.causal_lm):
+        layer.compile(dynamic=True)
 
 
 def check_strategy(strategy: Any) -> None:
