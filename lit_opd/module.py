@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
 from lit_opd.checkpoints import by_name, by_number, check_checkpoint, from_consolidated
-from lit_opd.distributed import check_master_port, is_rank_zero
+from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.lazy import fill
 from lit_opd.models import (
@@ -34,7 +34,7 @@ from lit_opd.models import (
     stop_warning,
 )
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
-from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
+from lit_opd.rollout import LengthBudget, Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
 from lit_opd.server import shared_failure
 from lit_opd.sharding import (
@@ -49,7 +49,7 @@ from lit_opd.sharding import (
 )
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
-from lit_opd.types import InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
+from lit_opd.types import FinishReason, InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.importance import ImportanceWeighting
 
@@ -89,6 +89,7 @@ class OPDModule(L.LightningModule):
         validation: what ``validation_step`` measures.
         seed: of the sampling streams; None takes the run's ``seed_everything``.
         reference: a third frozen model, for what reads its log-probs (``RewardExtrapolation``); usually the initial student.
+        length_budget: ends training responses earlier than the sampler's ``max_new_tokens``; None for no budget.
     Raises:
         InputError: a value outside its range.
     """
@@ -112,6 +113,7 @@ class OPDModule(L.LightningModule):
         validation: ValidationSettings | None = None,
         seed: int | None = None,
         reference: Teacher | None = None,
+        length_budget: LengthBudget | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -130,7 +132,7 @@ class OPDModule(L.LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.validation = validation or ValidationSettings()
         self.evaluator = Evaluator(self.validation)
-        self.seed = seed
+        self.seed, self.length_budget = seed, length_budget
         self._validated_at: int | None = None
         self._check_settings()
 
@@ -141,6 +143,8 @@ class OPDModule(L.LightningModule):
                 raise InputError(f"`OPDModule.{name}` must be >= 1, got {value}")
         if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise InputError(f"`OPDModule.gradient_clip_norm` must be > 0 or null, got {self.gradient_clip_norm}")
+        if self.length_budget is not None:
+            self.length_budget.check(self.sampler.max_new_tokens)
 
     # -- what is known without weights -------------------------------------------------------------------------------
 
@@ -398,7 +402,8 @@ class OPDModule(L.LightningModule):
         clock = _Clock()
         with clock("sampling"):
             self.phase("sampling", 0, 1)
-            sampled = self.generate(prompts)
+            settings = self.training_settings()
+            sampled = self.generate(prompts, settings)
             update = Update(self, apply_truncated(sampled, self.truncated), sampled)
         with clock("scoring"):
             update.score_teacher()
@@ -406,7 +411,7 @@ class OPDModule(L.LightningModule):
         with clock("updating"):
             loss = update.run()
         record = update.record(clock.seconds)
-        self._log_step(loss, record)
+        self._log_step(loss, record, settings)
         return {"loss": loss, "step": record}
 
     def apply_gradients(self) -> Tensor:
@@ -443,6 +448,13 @@ class OPDModule(L.LightningModule):
         with gathered(self.student) if is_sharded(self.student) else nullcontext():
             return self.sampler.sample(self.student, prompts, settings)
 
+    def training_settings(self) -> SamplingSettings:
+        """Those of a training rollout at this step: as ``sampling_settings``, within the length budget."""
+        if self.length_budget is None:
+            return self.sampling_settings()
+        tokens = self.length_budget.tokens(self.progress)
+        return self.sampling_settings(max_new_tokens=tokens, budgeted=tokens < self.sampler.max_new_tokens)
+
     def sampling_settings(self, **changes: Any) -> SamplingSettings:
         """The sampler's settings at this optimizer step, with fields changed by name."""
         values: dict[str, Any] = {
@@ -466,12 +478,20 @@ class OPDModule(L.LightningModule):
             if listener is not None:
                 listener(name, done, total)
 
-    def _log_step(self, loss: Tensor, record: StepRecord) -> None:
+    def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings) -> None:
         values: dict[str, Any] = {"train/loss": loss, **scalars(record)}
+        if self.length_budget is not None:
+            values["train/length_budget"] = float(settings.max_new_tokens)
+            values["train/tokens_saved_at_most"] = self._saved(record, settings)
         values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
         values["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         values["step"] = self.global_step  # Lightning would count batches, from 0
         self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
+
+    def _saved(self, record: StepRecord, settings: SamplingSettings) -> Tensor:
+        """Tokens that the rows cut by the budget could still have had, over all ranks, scalar."""
+        rows = all_sum((record.finish_reason == int(FinishReason.BUDGET)).sum())
+        return rows * (self.sampler.max_new_tokens - settings.max_new_tokens)
 
     # -- Lightning: validation ---------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from lit_opd.distributed import all_max, all_sum, world_size
 from lit_opd.objective import aggregate, denominator
 from lit_opd.server import shared_failure
 from lit_opd.sharding import holds_shards, sync_gradients
-from lit_opd.types import InputError, Rollout, StepRecord, TokenScores, TokenSignal, TopK
+from lit_opd.types import FinishReason, InputError, Rollout, StepRecord, TokenScores, TokenSignal, TopK
 
 if TYPE_CHECKING:
     from lit_opd.module import OPDModule
@@ -72,12 +72,12 @@ def row_lengths(rollout: Rollout) -> Tensor:
 
 
 def apply_truncated(rollout: Rollout, policy: str) -> Rollout:
-    """Rows that did not end by themselves: "keep" trains on them, "mask" keeps the row without any valid token, "drop"
-    removes it before it is scored. Both of the latter leave every denominator. A batch left without rows keeps one,
-    fully masked."""
+    """Rows that reached ``max_new_tokens``, not those a length budget cut: "keep" trains on them, "mask" keeps the row without
+    any valid token, "drop" removes it before it is scored. Both of the latter leave every denominator. A batch left without
+    rows keeps one, fully masked."""
     if policy == "keep":
         return rollout
-    finished = rollout.finished
+    finished = rollout.finish_reason != int(FinishReason.LENGTH)
     masked = replace(rollout, mask=rollout.mask & finished.unsqueeze(-1))
     if policy == "mask":
         return masked
@@ -366,16 +366,17 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     """
     signal, kept, weights = record.signal, record.kept, record.weights
     ratio, mask = signal.log_ratio, signal.mask
-    truncated = record.finish_reason != 0
+    truncated = record.finish_reason == int(FinishReason.LENGTH)
+    budget = record.finish_reason == int(FinishReason.BUDGET)
     assert signal.sampler_logprobs is not None
     sampler_gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
     sums = torch.stack(
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
-            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap,
+            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget,
         )]
     )  # fmt: skip
-    tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap = all_sum(
+    tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget = all_sum(
         sums
     ).unbind()
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
@@ -389,6 +390,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/sampler_gap": sampler_gap / tokens,
         "train/tokens": sampled,
         "train/truncated_fraction": cut / rows,
+        "train/budget_fraction": budget / rows,
         "train/response_length": sampled / rows,
         "train/grad_norm": record.grad_norm.double(),
     }

@@ -34,6 +34,7 @@ class SamplingSettings:
         step: optimizer step; row r's tokens depend on (seed, step, domain, row key r) and the weights only.
         domain: keeps evaluation's random streams apart from training's.
         weights_version: optimizer steps the weights have seen, recorded on the rollout.
+        budgeted: ``max_new_tokens`` is a length budget, and rows that reach it are marked as cut by it.
         synced: keep all ranks in the decode loop until the last is done (sharded weights gathered token by token).
     """
 
@@ -50,6 +51,7 @@ class SamplingSettings:
     domain: int = 0
     weights_version: int = 0
     synced: bool = False
+    budgeted: bool = False
 
     def provenance(self, engine: str) -> Provenance:
         """The record of how a rollout came about."""
@@ -135,7 +137,8 @@ def finish(prompts: PromptBatch, ids: Tensor, logprobs: Tensor, settings: Sampli
     slots = ids.shape[1]
     first = torch.where(stops.any(-1), stops.int().argmax(-1), slots)
     mask = torch.arange(slots, device=ids.device) <= first.unsqueeze(-1)
-    reason = torch.where(first < slots, int(FinishReason.STOP), int(FinishReason.LENGTH)).to(torch.int8)
+    cut = FinishReason.BUDGET if settings.budgeted else FinishReason.LENGTH
+    reason = torch.where(first < slots, int(FinishReason.STOP), int(cut)).to(torch.int8)
     return Rollout(
         prompts=prompts,
         response_ids=torch.where(mask, ids, settings.pad_id),
