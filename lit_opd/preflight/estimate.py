@@ -20,7 +20,6 @@ from lit_opd.preflight.memory import (
 )
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
-from lit_opd.rollout import TransformersSampler
 from lit_opd.teacher import LocalTeacher, Teacher
 from lit_opd.types import InputError
 
@@ -86,7 +85,7 @@ def _workload(module: Any, data: Any, plan: Plan) -> Workload:
         mini_batches=module.mini_batches,
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
-        local_sampler=isinstance(sampler, TransformersSampler),
+        local_sampler=sampler.in_process,
         val_rows=-(-data.val_batch // plan.ranks) if _validates(module, data) else 0,
         val_response=module.validation.max_new_tokens or sampler.max_new_tokens,
         score_tiles=STATISTIC_TILES if scored else LOGPROB_TILES,

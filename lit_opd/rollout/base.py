@@ -73,6 +73,7 @@ class Sampler(ABC):
         InputError: a value outside its range.
     """
 
+    in_process = True  # False for an engine with memory of its own
     max_logprob_gap: float | None = None  # nats, bound on the step's mean |student - sampler log-prob|
 
     def __init__(

@@ -40,6 +40,8 @@ class VLLMEngine(Sampler):
         InputError: a value outside its range.
     """
 
+    in_process = False
+
     def __init__(
         self,
         folder: str = "runs/vllm-student",

@@ -49,6 +49,8 @@ class VLLMSampler(Sampler):
         InputError: a value outside its range, or log-probs that would not be those of the sampled distribution.
     """
 
+    in_process = False
+
     def __init__(
         self,
         urls: list[str],
