@@ -2,9 +2,9 @@
 
     python -m benchmarks.curves --out docs
 
-Each point is a process of its own (one thread): random Qwen3 models as in ``benchmarks.peers``, one step to warm up, then the
-measured ones. The slope is of log(value) over log(length, vocabulary or batch), fitted over the upper half of the points, where constant
-costs matter least: 1 is proportional, 2 quadratic, 0 independent.
+Each point is a process of its own (one thread): random Qwen3 models as in ``benchmarks.peers``, one step to warm up, then
+the measured ones. The slope is of log(value) over log(length, vocabulary or batch), fitted over the upper half of the points,
+where constant costs matter least: 1 is proportional, 2 quadratic, 0 independent.
 """
 
 from __future__ import annotations
