@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,10 @@ PROBE_TOKENS = 4
 PROBE_TOLERANCE = 1e-3  # nats; bf16 models get the looser bound below
 PROBE_TOLERANCE_HALF = 0.1
 
+FEW_ROWS = 8  # up to so many, head @ states.T takes half the time of states @ head.T on the CPU
 TOP_K = 32  # entries of the top-k lists that strategies may require
+
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,6 +352,38 @@ class ScoringModel(nn.Module):
         warnings.warn(
             f"{name}: scoring uses the model's own full logits, which takes more memory, because {why}", stacklevel=2
         )
+
+    def next_states(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """Run the model on further columns of every row.
+
+        Args:
+            ids: int64 [B, n], the tokens after those in ``cache``.
+            mask: [B, cached + n], 0 on padding; None where there is none. Bool for n = 1.
+            positions: int64 [B, n].
+            cache: transformers' key-value cache; grows by n.
+        Returns:
+            what ``next_logits`` reads: [B, H], or [B, V] where the plain path is used.
+        """
+        if mask is not None and ids.shape[1] == 1 and self.causal_lm.config._attn_implementation == "sdpa":
+            mask = mask[:, None, None, :]  # saves transformers the work of making one
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        if self.plain:
+            return self.causal_lm(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.causal_lm.get_decoder()(**inputs, use_cache=True).last_hidden_state[:, -1]
+
+    def next_logits(self, states: Tensor) -> Tensor:
+        """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32."""
+        if self.plain:
+            return at_least_float32(states[:, : self.vocabulary])
+        linear = self.causal_lm.get_output_embeddings()
+        if len(states) <= FEW_ROWS and states.device.type == "cpu" and states.dtype == linear.weight.dtype:
+            logits = (linear.weight[: self.vocabulary] @ states.T).T.contiguous()
+            return logits if linear.bias is None else logits + linear.bias[: self.vocabulary]
+        return at_least_float32(linear(states)[:, : self.vocabulary])
+
+    def run(self, function: Callable[..., Returned], *arguments: Any) -> Returned:
+        """``function(self, *arguments)``, through this module so that FSDP's hooks gather what the function reads."""
+        return function(self, *arguments)
 
     def generate(self, **arguments: Any) -> Any:
         """transformers' ``generate`` of the wrapped model, through this module so that FSDP's hooks see it."""

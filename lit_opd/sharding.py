@@ -47,6 +47,7 @@ def shard(policy: Any, mesh: Any) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
     register_fsdp_forward_method(policy, "generate")
+    register_fsdp_forward_method(policy, "run")
     register_fsdp_forward_method(policy, "head")
 
 

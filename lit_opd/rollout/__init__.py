@@ -1,11 +1,13 @@
 """Sampling responses from the student."""
 
 from lit_opd.rollout.base import Sampler, SamplingSettings
+from lit_opd.rollout.decode import DecodeSampler
 from lit_opd.rollout.generate import TransformersSampler
 from lit_opd.rollout.sync import ReloadEndpoint, RestartCommand, WeightSync
 from lit_opd.rollout.vllm import VLLMSampler
 
 __all__ = [
+    "DecodeSampler",
     "ReloadEndpoint",
     "RestartCommand",
     "Sampler",
