@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens without a [B, T, V] tensor.
 
-Only the hidden states of valid response tokens meet the head, a tile of tokens at a time; the backward pass computes
-each tile again, so the peak is one [tile, V] block. Logits at slot t - 1 score token t.
+Only the hidden states of valid response tokens meet the head, in tiles (``lit_opd.tiles``). Logits at slot t - 1 score
+token t.
 
 ``ScoringModel`` wraps a causal language model so that scoring is one ``forward``: under FSDP the wrapper's own hooks
 then gather the head's weight, and generation goes through the wrapper for the same reason.
@@ -10,18 +10,15 @@ then gather the head's weight, and generation goes through the wrapper for the s
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_opd.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
 from lit_opd.types import InputError, Rollout, TokenScores, TopK, at_least_float32
 
-TILE_ELEMENTS = 2**23  # logits in one block: 32 MiB in float32; a divergence holds about eight blocks
 PROBE_TOKENS = 4
 PROBE_TOLERANCE = 1e-3  # nats; bf16 models get the looser bound below
 PROBE_TOLERANCE_HALF = 0.1
@@ -30,190 +27,6 @@ FEW_ROWS = 8  # up to so many, head @ states.T takes half the time of states @ h
 TOP_K = 32  # entries of the top-k lists that strategies may require
 
 Returned = TypeVar("Returned")
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """A linear output head and the hidden states it reads.
-
-    Args:
-        hidden: [N, H] hidden states of the valid tokens, in row-major order of the mask.
-        weight: [V, H] in the dtype of ``hidden``; None where ``hidden`` holds the logits themselves, [N, V].
-        bias: [V] or None.
-    """
-
-    hidden: Tensor
-    weight: Tensor | None
-    bias: Tensor | None = None
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self.hidden.shape[-1] if self.weight is None else len(self.weight)
-
-    def logits(self, rows: slice, temperature: float) -> Tensor:
-        """Temperature-scaled logits of the tokens ``rows``: [n, V], at least float32."""
-        states = self.hidden[rows]
-        logits = at_least_float32(states if self.weight is None else F.linear(states, self.weight))
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
-        return logits / temperature if temperature != 1.0 else logits
-
-
-def _tiles(count: int, vocabulary: int) -> list[slice]:
-    size = max(1, TILE_ELEMENTS // max(1, vocabulary))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-class TokenTerm(ABC):
-    """One number a token made from its logits; ``per_token`` evaluates it a tile at a time.
-
-    Subclass it and write ``value``; ``gradient`` falls back on autograd through it.
-    """
-
-    @abstractmethod
-    def value(self, logits: Tensor, rows: slice) -> Tensor:
-        """[n] from temperature-scaled ``logits`` [n, V] of the tokens ``rows``."""
-
-    def gradient(self, logits: Tensor, rows: slice, upstream: Tensor) -> Tensor:
-        """d(sum of upstream * value)/d logits, [n, V]; ``upstream`` is [n]."""
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            value = self.value(leaf, rows)
-        return torch.autograd.grad(value, leaf, upstream)[0]
-
-
-class _TokenLogprob(TokenTerm):
-    """log softmax(logits)[target], with a gradient that needs one block."""
-
-    def __init__(self, targets: Tensor) -> None:
-        self.targets = targets
-
-    def value(self, logits: Tensor, rows: slice) -> Tensor:
-        picked = logits.gather(-1, self.targets[rows].unsqueeze(-1)).squeeze(-1)
-        return picked - logits.logsumexp(-1)
-
-    def gradient(self, logits: Tensor, rows: slice, upstream: Tensor) -> Tensor:
-        upstream = upstream.unsqueeze(-1)
-        return logits.softmax(-1).mul_(-upstream).scatter_add_(-1, self.targets[rows].unsqueeze(-1), upstream)
-
-
-class _PerToken(torch.autograd.Function):
-    """A ``TokenTerm`` of every token, recomputed tile by tile in the backward pass."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, term: TokenTerm, temperature: float
-    ) -> Tensor:
-        head = Head(hidden, weight, bias)
-        out = hidden.new_empty(len(hidden), dtype=at_least_float32(hidden[:0]).dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _tiles(len(hidden), head.vocabulary):
-                out[rows] = term.value(head.logits(rows, temperature), rows)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.term, ctx.temperature = term, temperature
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        head = Head(*ctx.saved_tensors)
-        sums = _HeadGradient(head, ctx.needs_input_grad[:3])
-        with torch.autocast(head.hidden.device.type, enabled=False):
-            for rows in _tiles(len(head.hidden), head.vocabulary):
-                scaled = upstream[rows] / ctx.temperature
-                sums.add(ctx.term.gradient(head.logits(rows, ctx.temperature), rows, scaled), rows)
-        return (*sums.result(), None, None)
-
-
-class _HeadGradient:
-    """Gradients of hidden states, weight and bias, summed over tiles in at least float32."""
-
-    def __init__(self, head: Head, wanted: Sequence[bool]) -> None:
-        self.head = head
-        self.hidden = torch.empty_like(head.hidden) if wanted[0] else None
-        self.weight, self.bias = (
-            torch.zeros_like(value, dtype=at_least_float32(value[:0]).dtype) if want and value is not None else None
-            for value, want in zip((head.weight, head.bias), wanted[1:], strict=True)
-        )
-
-    def add(self, d_logits: Tensor, rows: slice) -> None:
-        """Add the tile ``rows``, whose logits have the gradient ``d_logits`` [n, V] before the temperature."""
-        if self.bias is not None:
-            self.bias += d_logits.sum(0)
-        d_logits = d_logits.to(self.head.hidden.dtype)
-        if self.hidden is not None:
-            self.hidden[rows] = d_logits if self.head.weight is None else d_logits @ self.head.weight
-        if self.weight is not None:
-            self.weight += d_logits.T @ self.head.hidden[rows]
-
-    def result(self) -> tuple[Tensor | None, ...]:
-        """In the dtypes of the inputs."""
-        pairs = ((self.hidden, self.head.hidden), (self.weight, self.head.weight), (self.bias, self.head.bias))
-        return tuple(None if sums is None or like is None else sums.to(like.dtype) for sums, like in pairs)
-
-
-def per_token(head: Head, term: TokenTerm, *, temperature: float = 1.0) -> Tensor:
-    """``term`` at each token, differentiable in hidden states, weight and bias; holds one tile of logits at a time.
-
-    Args:
-        head: N hidden states and the head.
-        term: what to compute of the logits.
-        temperature: > 0, divides the logits.
-    Returns:
-        [N], at least float32.
-    """
-    return _PerToken.apply(head.hidden, head.weight, head.bias, term, temperature)  # type: ignore[no-any-return]
-
-
-def token_logprobs(head: Head, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log pi(target) for each token, differentiable in hidden states, weight and bias.
-
-    Args:
-        head: N hidden states and the head.
-        targets: int64 [N].
-        temperature: > 0, divides the logits.
-    Returns:
-        [N] nats, at least float32.
-    """
-    return per_token(head, _TokenLogprob(targets), temperature=temperature)
-
-
-@torch.no_grad()
-def token_entropy(head: Head, *, temperature: float = 1.0) -> Tensor:
-    """Full-vocabulary entropy at each token: [N] nats, no gradient."""
-    parts = []
-    for rows in _tiles(len(head.hidden), head.vocabulary):
-        logprobs = head.logits(rows, temperature).log_softmax(-1)
-        parts.append(-(logprobs.exp() * logprobs).sum(-1))
-    return torch.cat(parts) if parts else at_least_float32(head.hidden.new_zeros(0))
-
-
-@torch.no_grad()
-def token_kl(student: Head, teacher: Head, *, temperature: float = 1.0) -> Tensor:
-    """KL(student || teacher) over the full vocabulary at each token: [N] nats, no gradient."""
-    parts = []
-    for rows in _tiles(len(student.hidden), 2 * student.vocabulary):
-        student_logprobs = student.logits(rows, temperature).log_softmax(-1)
-        teacher_logprobs = teacher.logits(rows, temperature).log_softmax(-1)
-        parts.append((student_logprobs.exp() * (student_logprobs - teacher_logprobs)).sum(-1))
-    return torch.cat(parts) if parts else at_least_float32(student.hidden.new_zeros(0))
-
-
-@torch.no_grad()
-def token_topk(head: Head, *, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The k likeliest entries at each token, likeliest first, no gradient.
-
-    Returns:
-        ids int64 [N, K] and log-probs [N, K] nats, K the smaller of k and V.
-    """
-    k = min(k, head.vocabulary)
-    ids = torch.zeros(len(head.hidden), k, dtype=torch.int64, device=head.hidden.device)
-    logprobs = head.hidden.new_zeros(len(head.hidden), k, dtype=at_least_float32(head.hidden[:0]).dtype)
-    for rows in _tiles(len(head.hidden), head.vocabulary):
-        logits = head.logits(rows, temperature)
-        best = logits.topk(k)
-        ids[rows], logprobs[rows] = best.indices, best.values - logits.logsumexp(-1, keepdim=True)
-    return ids, logprobs
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

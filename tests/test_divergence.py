@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from lit_opd import scoring
+from lit_opd import scoring, tiles
 from lit_opd.advantage import Clip, ValueBaseline
 from lit_opd.objective import Divergence
 from lit_opd.scoring import Head, ScoringModel
@@ -77,8 +77,9 @@ def value(spec: Divergence, student: Head, teacher: Head, temperature: float = 1
 
 @pytest.fixture(params=[1, 5, 1000])
 def tile(request, monkeypatch):
-    """Tokens a tile: one, a number that divides nothing, and all."""
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", VOCABULARY * request.param)
+    """Logits a tile: a row's, a number that divides nothing, and all."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", VOCABULARY * request.param)
+    monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", VOCABULARY * request.param)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,8 @@ def test_no_tensor_of_the_whole_batch_and_vocabulary_is_made(spec, monkeypatch):
     tokens = 400
     student, teacher = head(0, bias=True, tokens=tokens), head(1, tokens=tokens)
     tile = VOCABULARY * 60
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", tile)
     with LargestTensor() as largest:
         value(spec, student, teacher).sum().backward()
         scoring.token_kl(student, teacher)
@@ -408,7 +410,7 @@ class TeacherMass(WeightingStrategy):
 @pytest.mark.parametrize("early", [False, True], ids=["inside", "before"])
 def test_top_k_lists_are_those_of_the_models_tables(folders, rollout, early, k, monkeypatch):
     monkeypatch.setattr(scoring, "TOP_K", k)
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", 64 * 3)
+    monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", 64 * 3)
     strategy = BatchMeanOne(TeacherMass()) if early else TeacherMass()
     trained = fixed.module(folders, rollout, weighting=strategy, token_budget=20)
     record = fixed.fit(trained, rollout.prompts).records[0]
