@@ -35,6 +35,27 @@ def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(spread.shape).masked_scatter(spread, values)
 
 
+def _packed(tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row's valid tokens moved to its left end, so that causal attention needs no mask and positions count from 0.
+
+    Args:
+        tokens: int64 [B, P + T].
+        prompt_mask: bool [B, P].
+        response_mask: bool [B, T].
+    Returns:
+        int64 [B, L], L the longest row; bool [B, L], True where the slot scores the valid response token after it.
+    """
+    valid = torch.cat([prompt_mask, response_mask], -1)
+    order = torch.argsort(valid, dim=-1, descending=True, stable=True)[:, : max(1, int(valid.sum(-1).max()))]
+    scored = torch.cat([torch.zeros_like(prompt_mask), response_mask], -1).gather(-1, order)
+    return tokens.gather(-1, order), torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], -1)
+
+
+def _picked(states: Tensor, slots: Tensor) -> Tensor:
+    """[B, L, H] at the True ``slots`` [B, L]: [N, H] in row-major order; its backward adds rows, without sorting."""
+    return states.flatten(0, 1).index_select(0, slots.flatten().nonzero().squeeze(-1))
+
+
 class TokenDivergence(Protocol):
     """A divergence of two heads over the same N tokens."""
 
@@ -112,30 +133,23 @@ class ScoringModel(nn.Module):
         prompt_ids, prompt_mask = (
             (prompts.teacher_ids, prompts.teacher_mask) if use_own else (prompts.ids, prompts.mask)
         )
-        attention = torch.cat([prompt_mask, rollout.mask], -1)  # type: ignore[list-item]
-        inputs = {
-            "input_ids": torch.cat([prompt_ids, rollout.response_ids], -1),  # type: ignore[list-item]
-            "attention_mask": attention.long(),
-            "position_ids": (attention.long().cumsum(-1) - 1).clamp(min=0),
-        }
-        start, stop = prompt_ids.shape[1] - 1, attention.shape[1] - 1  # type: ignore[union-attr]
+        tokens = torch.cat([prompt_ids, rollout.response_ids], -1)  # type: ignore[list-item]
+        packed, slots = _packed(tokens, prompt_mask, rollout.mask)  # type: ignore[arg-type]
         targets = rollout.response_ids[rollout.mask]
         if self.plain:
-            return self._plain_head(inputs, slice(start, stop), rollout.mask), targets
-        states = self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, start:stop]
-        return self._linear_head(states[rollout.mask]), targets
+            logits = self.causal_lm(input_ids=packed, use_cache=False).logits
+            return Head(_picked(logits, slots)[:, : self.vocabulary], weight=None), targets
+        states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
+        return self._linear_head(_picked(states, slots)), targets
 
     def _linear_head(self, hidden: Tensor) -> Head:
         linear = self.causal_lm.get_output_embeddings()
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # as the model's own head would compute
-        weight = linear.weight[: self.vocabulary].to(hidden.dtype)
+        whole = self.vocabulary == len(linear.weight)  # a slice would copy the gradient
+        weight = (linear.weight if whole else linear.weight[: self.vocabulary]).to(hidden.dtype)
         return Head(hidden, weight, None if linear.bias is None else linear.bias[: self.vocabulary])
-
-    def _plain_head(self, inputs: dict[str, Tensor], slots: slice, mask: Tensor) -> Head:
-        logits = self.causal_lm(**inputs, use_cache=False).logits[:, slots][mask]
-        return Head(logits[:, : self.vocabulary], weight=None)
 
     @torch.no_grad()
     def choose_path(self, name: str) -> None:
