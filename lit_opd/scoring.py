@@ -93,6 +93,7 @@ class ScoringModel(nn.Module):
         against: Head | None = None,
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
+        head: Head | None = None,
     ) -> TokenScores:
         """Score the sampled tokens of ``rollout``.
 
@@ -103,10 +104,12 @@ class ScoringModel(nn.Module):
             against: the teacher's head, for "token_kl" and ``divergence``.
             divergence: from this head and the teacher's to [N], with gradient; None for none.
             own_template: read ``prompts.teacher_ids`` where the batch has them.
+            head: what ``head`` gave for this rollout; None to compute it.
         Returns:
             [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
         """
-        head, targets = self._head(rollout, own_template=own_template)
+        head = self.head(rollout, own_template=own_template) if head is None else head
+        targets = rollout.response_ids[rollout.mask]
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
         found: dict[str, Tensor] = {"logprobs": token_logprobs(head, targets, temperature=temperature)}
@@ -125,9 +128,6 @@ class ScoringModel(nn.Module):
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
-        return self._head(rollout, own_template=own_template)[0]
-
-    def _head(self, rollout: Rollout, *, own_template: bool) -> tuple[Head, Tensor]:
         prompts = rollout.prompts
         use_own = own_template and prompts.teacher_ids is not None
         prompt_ids, prompt_mask = (
@@ -135,14 +135,14 @@ class ScoringModel(nn.Module):
         )
         tokens = torch.cat([prompt_ids, rollout.response_ids], -1)  # type: ignore[list-item]
         packed, slots = _packed(tokens, prompt_mask, rollout.mask)  # type: ignore[arg-type]
-        targets = rollout.response_ids[rollout.mask]
         if self.plain:
             logits = self.causal_lm(input_ids=packed, use_cache=False).logits
-            return Head(_picked(logits, slots)[:, : self.vocabulary], weight=None), targets
+            return Head(_picked(logits, slots)[:, : self.vocabulary], weight=None)
         states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
-        return self._linear_head(_picked(states, slots)), targets
+        return self.linear_head(_picked(states, slots))
 
-    def _linear_head(self, hidden: Tensor) -> Head:
+    def linear_head(self, hidden: Tensor) -> Head:
+        """The output head over given hidden states [N, H]."""
         linear = self.causal_lm.get_output_embeddings()
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -167,7 +167,7 @@ class ScoringModel(nn.Module):
         ids = torch.arange(PROBE_TOKENS, device=linear.weight.device).unsqueeze(0) % self.vocabulary
         own = at_least_float32(self.causal_lm(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary])
         hidden = self.causal_lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = self._linear_head(hidden).logits(slice(None), 1.0)
+        ours = self.linear_head(hidden).logits(slice(None), 1.0)
         gap = float((ours.log_softmax(-1) - own.log_softmax(-1)).abs().max())
         half = linear.weight.dtype in (torch.bfloat16, torch.float16)
         if not gap <= (PROBE_TOLERANCE_HALF if half else PROBE_TOLERANCE):

@@ -349,6 +349,38 @@ def test_cutting_the_batch_changes_no_gradient(folders, rollout, weighting):
         assert fixed.relative_gap(gradient, gradients[0]) < 1e-10
 
 
+def test_the_teachers_body_runs_once_a_micro_batch_and_batch(folders, rollout):
+    """Its hidden states serve scoring and update; of a batch with other tokens they are made anew."""
+    teacher, fresh = (LocalTeacher(folders[1], dtype="float64") for _ in range(2))
+    teacher.load(vocabulary=64)
+    fresh.load(vocabulary=64)
+    seen: list[int] = []
+    teacher.policy.causal_lm.get_decoder().register_forward_hook(lambda *_: seen.append(1))
+    requires = frozenset({"teacher_distribution"})
+    turned = replace(rollout, response_ids=rollout.response_ids.flip(-1))
+    for batch in (rollout, turned, rollout):
+        seen.clear()
+        parts = [batch.rows(torch.tensor(rows)).trimmed() for rows in ([0], [1, 2])]
+        scores = [teacher.score(part, requires=requires) for part in parts]
+        heads = [teacher.full_head(part) for part in parts * 2]  # as two epochs read it
+        assert len(seen) == len(parts)
+        for part, score, head in zip(parts * 2, scores * 2, heads, strict=True):
+            expected = fresh.full_head(part)
+            torch.testing.assert_close(head.hidden, expected.hidden, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                score.logprobs[part.mask], table_logprobs(expected, part), rtol=1e-10, atol=1e-12
+            )
+    seen.clear()
+    teacher.score(rollout)
+    teacher.full_head(turned)
+    assert len(seen) == 2  # nothing of it was kept
+
+
+def table_logprobs(head: Head, part) -> torch.Tensor:
+    table = torch.log_softmax(head.hidden @ head.weight.T, -1)
+    return table.gather(-1, part.response_ids[part.mask].unsqueeze(-1)).squeeze(-1)
+
+
 def test_the_record_holds_the_weighted_divergence(folders, rollout):
     plain = fixed.module(folders, rollout, advantage=[ValueBaseline()], weighting=Uniform())
     kl = fixed.fit(plain, rollout.prompts).records[0].signal.token_kl

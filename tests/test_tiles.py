@@ -84,7 +84,9 @@ def test_values_and_gradients_equal_those_of_the_whole_table(what, dtype, value,
     inputs = [part for part in (student.hidden, student.weight, student.bias) if part is not None]
     upstream = torch.linspace(-1, 2, tokens, dtype=torch.float64)
     ours = torch.autograd.grad(mine, inputs, upstream.to(dtype))
-    for name, one, other in zip(("hidden", "weight", "bias"), ours, torch.autograd.grad(theirs, inputs, upstream), strict=False):
+    for name, one, other in zip(
+        ("hidden", "weight", "bias"), ours, torch.autograd.grad(theirs, inputs, upstream), strict=False
+    ):
         assert relative_gap(one, other) < gradient, name
 
 
@@ -122,7 +124,9 @@ def test_bf16_heads_round_logits_and_nothing_else(what):
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)], ids=["trained", "frozen head", "head only"])
 def test_what_needs_no_gradient_gets_none_and_the_rest_is_unchanged(what, frozen):
     whole, teacher = random_head(0), random_head(1)
-    parts = {name: getattr(whole, name).detach().clone().requires_grad_(name not in frozen) for name in ("hidden", "weight")}
+    parts = {
+        name: getattr(whole, name).detach().clone().requires_grad_(name not in frozen) for name in ("hidden", "weight")
+    }
     out = evaluate(what, Head(**parts), teacher, 0.7)[0].sum()
     out.backward()
     expected = torch.autograd.grad(evaluate(what, whole, teacher, 0.7)[1].sum(), [whole.hidden, whole.weight])
@@ -207,7 +211,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:

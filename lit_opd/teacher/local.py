@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_opd.models import Dtype, load_causal_lm, load_config, load_tokenizer
 from lit_opd.scoring import Head, ScoringModel
@@ -15,6 +16,7 @@ from lit_opd.types import Rollout, TokenScores
 
 # name in a signal's requirements -> name in the model's forward
 _WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
+_HEAD_READERS = frozenset({"token_kl", "teacher_distribution"})
 
 
 class LocalTeacher(Teacher):
@@ -40,6 +42,8 @@ class LocalTeacher(Teacher):
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
         self.policy: ScoringModel | None = None
+        self._kept: list[tuple[Rollout, Tensor]] = []  # hidden states [N, H] of a batch's micro-batches
+        self._read = False  # a new batch begins with the first score after a read
 
     @property
     def provides(self) -> frozenset[str]:
@@ -83,12 +87,31 @@ class LocalTeacher(Teacher):
     ) -> TokenScores:
         """Log-probs (entropy and top-k where required), [B, T] nats."""
         wants = frozenset(want for name, want in _WANTS.items() if name in requires)
-        scores: TokenScores = self._loaded()(rollout, temperature=temperature, wants=wants, own_template=True)
+        policy = self._loaded()
+        head = self._remembered_head(rollout) if self._remembers(requires) else None
+        scores: TokenScores = policy(rollout, temperature=temperature, wants=wants, own_template=True, head=head)
         return scores
+
+    def _remembers(self, requires: frozenset[str]) -> bool:
+        """Whether the update will ask for the head again; sharded ranks must run the same forwards, so they do."""
+        policy = self._loaded()
+        return bool(requires & _HEAD_READERS) and not policy.plain and not is_sharded(policy)
+
+    def _remembered_head(self, rollout: Rollout) -> Head:
+        """``full_head``, whose hidden states are kept until the next batch: H numbers a token."""
+        if self._read:
+            self._kept, self._read = [], False
+        head = self._loaded().head(rollout, own_template=True)
+        self._kept.append((rollout, head.hidden))
+        return head
 
     @torch.no_grad()
     def full_head(self, rollout: Rollout) -> Head:
         """Hidden states [N, H] and head of the valid tokens."""
+        self._read = True
+        for kept, hidden in self._kept:
+            if _same_tokens(kept, rollout):
+                return self._loaded().linear_head(hidden)
         return self._loaded().head(rollout, own_template=True)
 
     def whole_head(self) -> AbstractContextManager[None]:
@@ -100,3 +123,21 @@ class LocalTeacher(Teacher):
         if self.policy is None:
             raise RuntimeError("LocalTeacher.load has not been called")
         return self.policy
+
+
+def _same_tokens(one: Rollout, other: Rollout) -> bool:
+    """Whether a frozen model makes the same of both."""
+    prompts, others = one.prompts, other.prompts
+    pairs = (
+        (one.response_ids, other.response_ids),
+        (one.mask, other.mask),
+        (prompts.ids, others.ids),
+        (prompts.mask, others.mask),
+        (prompts.teacher_ids, others.teacher_ids),
+        (prompts.teacher_mask, others.teacher_mask),
+    )
+    return all(
+        left is right
+        or (left is not None and right is not None and left.shape == right.shape and torch.equal(left, right))
+        for left, right in pairs
+    )
