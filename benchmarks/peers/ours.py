@@ -25,10 +25,31 @@ from lit_opd.teacher import LocalTeacher
 CLOCK = time.process_time
 
 
+class Timed:
+    """CPU seconds spent in one method of an object, a step at a time."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.inner, self.spent = getattr(owner, name), 0.0
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        start = CLOCK()
+        out = self.inner(*args, **kwargs)
+        self.spent += CLOCK() - start
+        return out
+
+    def taken(self) -> float:
+        """Seconds since the last call."""
+        spent, self.spent = self.spent, 0.0
+        return spent
+
+
 class Watch(L.Callback):
     """CPU seconds of every step and phase, and the loaded models' resident set."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: dict[str, Timed]) -> None:
+        self.timed = timed
         self.seconds: list[float] = []
         self.phases: list[dict[str, float]] = []
         self.tokens: list[int] = []
@@ -43,7 +64,7 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One optimizer step more."""
         self.seconds.append(CLOCK() - self.start)
-        self.phases.append(dict(outputs["step"].seconds))
+        self.phases.append({name: timed.taken() for name, timed in self.timed.items()})
         self.tokens.append(int(outputs["step"].sampled_tokens))
         self.start = CLOCK()
 
@@ -63,7 +84,7 @@ def main() -> None:
     )
     module.__dict__["stop_ids"] = ()  # nothing ends a response
     data = PromptDataModule(prompts, prompt_batch=setting.batch, max_prompt_tokens=PROMPT_TOKENS + 4)
-    watch = Watch()
+    watch = Watch({"generate": Timed(module.sampler, "sample"), "teacher": Timed(module.teacher, "score")})
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -77,7 +98,11 @@ def main() -> None:
     )
     trainer.fit(module, datamodule=data)
     assert set(watch.tokens) == {setting.batch * setting.tokens}, watch.tokens
-    result = {"seconds": watch.seconds[1:], "phases": watch.phases[1:], "peak": peak_bytes() - watch.loaded}
+    result = {
+        "seconds": watch.seconds[1:],
+        **{name: [phase[name] for phase in watch.phases[1:]] for name in watch.timed},
+        "peak": peak_bytes() - watch.loaded,
+    }
     print("RESULT " + json.dumps(result))
 
 

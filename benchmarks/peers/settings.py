@@ -51,7 +51,7 @@ SETTINGS = {
 
 
 def write_pair(setting: Setting, folder: Path) -> tuple[str, str]:
-    """The student's and the teacher's folder, written where the models are random: Qwen3, 4 layers, width 128 and 256, tied heads."""
+    """The student's and the teacher's folder; random models are written: Qwen3, 4 layers, width 128 and 256, tied heads."""
     if setting.folder is not None:
         return str(Path(setting.folder) / "student"), str(Path(setting.folder) / "teacher")
     import torch

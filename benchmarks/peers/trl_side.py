@@ -25,12 +25,16 @@ CLOCK = time.process_time
 class Watch(TrainerCallback):
     """CPU seconds of every step, and the loaded models' resident set."""
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
         self.seconds: list[float] = []
         self.loaded = 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Models are loaded."""
+        """Models are loaded. Nothing ends a response: the trainer has set the end symbol anew by now."""
+        for holder in (self.trainer, self.trainer.model):
+            if getattr(holder, "generation_config", None) is not None:
+                holder.generation_config.eos_token_id = None
         self.loaded = resident_bytes()
         reset_peak()
         self.start = CLOCK()
@@ -41,18 +45,20 @@ class Watch(TrainerCallback):
         self.start = CLOCK()
 
 
-def timed(model: Any) -> list[float]:
-    """CPU seconds of every ``generate`` call."""
-    inner, spent = model.generate, []
+def timed(model: Any) -> tuple[list[float], list[int]]:
+    """CPU seconds of every ``generate`` call, and the tokens it added to each row."""
+    inner, spent, added = model.generate, [], []
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         start = CLOCK()
         out = inner(*args, **kwargs)
         spent.append(CLOCK() - start)
+        prompt = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        added.append(getattr(out, "sequences", out).shape[1] - prompt.shape[1])
         return out
 
     model.generate = generate
-    return spent
+    return spent, added
 
 
 def iw_opd(
@@ -125,7 +131,6 @@ def main() -> None:
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student_path, teacher_path)
     )
-    student.generation_config.eos_token_id = None  # nothing ends a response
     rows = [json.loads(line) for line in open(prompts)]
     reply = "a " * (setting.tokens // 2) if setting.folder else "a" * setting.tokens
     data = [
@@ -135,12 +140,10 @@ def main() -> None:
     build = {"iw-opd": iw_opd, "distillation": distillation}[trainer_name]
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(setting, folder, student, teacher, tokenizer, data)
-        trainer.generation_config.eos_token_id = None
-        lengths: list[int] = []
-        spent, watch = timed(student), Watch()
+        (spent, added), watch = timed(student), Watch(trainer)
         trainer.add_callback(watch)
         trainer.train()
-    del lengths
+    assert set(added) == {setting.tokens}, f"responses of {sorted(set(added))} tokens"
     result = {
         "seconds": watch.seconds[1:],
         "generate": spent[1:],
