@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow vllm-test lint format smollm2 clean
+.PHONY: quickstart test test-slow vllm-test bench-peers lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,6 +30,15 @@ test-slow: $(STAMP)
 
 vllm-test: $(STAMP) .venv-vllm/.installed
 	$(BIN)/python -m pytest -m vllm tests/vllm
+
+# TRL has an environment of its own: about 1.5 GB
+.venv-trl/.installed:
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0 datasets==5.2.0
+	touch $@
+
+bench-peers: $(STAMP) .venv-trl/.installed
+	$(BIN)/python -m benchmarks.peers --trainers iw-opd distillation --trl-python .venv-trl/bin/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -137,6 +137,7 @@ def _fully_shard(policy: Any, mesh: Any, *, half: bool = False, offload: bool = 
         fully_shard(layer, **settings)
     fully_shard(policy, **settings)
     register_fsdp_forward_method(policy, "generate")
+    register_fsdp_forward_method(policy, "run")
     register_fsdp_forward_method(policy, "head")
     return policy
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from lit_opd import scoring
+from lit_opd import scoring, tiles
 from lit_opd.advantage import Clip, ValueBaseline
 from lit_opd.objective import Divergence
 from lit_opd.scoring import Head, ScoringModel
@@ -77,8 +77,9 @@ def value(spec: Divergence, student: Head, teacher: Head, temperature: float = 1
 
 @pytest.fixture(params=[1, 5, 1000])
 def tile(request, monkeypatch):
-    """Tokens a tile: one, a number that divides nothing, and all."""
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", VOCABULARY * request.param)
+    """Logits a tile: a row's, a number that divides nothing, and all."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", VOCABULARY * request.param)
+    monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", VOCABULARY * request.param)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,8 @@ def test_no_tensor_of_the_whole_batch_and_vocabulary_is_made(spec, monkeypatch):
     tokens = 400
     student, teacher = head(0, bias=True, tokens=tokens), head(1, tokens=tokens)
     tile = VOCABULARY * 60
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", tile)
     with LargestTensor() as largest:
         value(spec, student, teacher).sum().backward()
         scoring.token_kl(student, teacher)
@@ -347,6 +349,38 @@ def test_cutting_the_batch_changes_no_gradient(folders, rollout, weighting):
         assert fixed.relative_gap(gradient, gradients[0]) < 1e-10
 
 
+def test_the_teachers_body_runs_once_a_micro_batch_and_batch(folders, rollout):
+    """Its hidden states serve scoring and update; of a batch with other tokens they are made anew."""
+    teacher, fresh = (LocalTeacher(folders[1], dtype="float64") for _ in range(2))
+    teacher.load(vocabulary=64)
+    fresh.load(vocabulary=64)
+    seen: list[int] = []
+    teacher.policy.causal_lm.get_decoder().register_forward_hook(lambda *_: seen.append(1))
+    requires = frozenset({"teacher_distribution"})
+    turned = replace(rollout, response_ids=rollout.response_ids.flip(-1))
+    for batch in (rollout, turned, rollout):
+        seen.clear()
+        parts = [batch.rows(torch.tensor(rows)).trimmed() for rows in ([0], [1, 2])]
+        scores = [teacher.score(part, requires=requires) for part in parts]
+        heads = [teacher.full_head(part) for part in parts * 2]  # as two epochs read it
+        assert len(seen) == len(parts)
+        for part, score, head in zip(parts * 2, scores * 2, heads, strict=True):
+            expected = fresh.full_head(part)
+            torch.testing.assert_close(head.hidden, expected.hidden, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                score.logprobs[part.mask], table_logprobs(expected, part), rtol=1e-10, atol=1e-12
+            )
+    seen.clear()
+    teacher.score(rollout)
+    teacher.full_head(turned)
+    assert len(seen) == 2  # nothing of it was kept
+
+
+def table_logprobs(head: Head, part) -> torch.Tensor:
+    table = torch.log_softmax(head.hidden @ head.weight.T, -1)
+    return table.gather(-1, part.response_ids[part.mask].unsqueeze(-1)).squeeze(-1)
+
+
 def test_the_record_holds_the_weighted_divergence(folders, rollout):
     plain = fixed.module(folders, rollout, advantage=[ValueBaseline()], weighting=Uniform())
     kl = fixed.fit(plain, rollout.prompts).records[0].signal.token_kl
@@ -408,7 +442,7 @@ class TeacherMass(WeightingStrategy):
 @pytest.mark.parametrize("early", [False, True], ids=["inside", "before"])
 def test_top_k_lists_are_those_of_the_models_tables(folders, rollout, early, k, monkeypatch):
     monkeypatch.setattr(scoring, "TOP_K", k)
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", 64 * 3)
+    monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", 64 * 3)
     strategy = BatchMeanOne(TeacherMass()) if early else TeacherMass()
     trained = fixed.module(folders, rollout, weighting=strategy, token_budget=20)
     record = fixed.fit(trained, rollout.prompts).records[0]

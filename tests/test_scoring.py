@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from lit_opd import scoring
+from lit_opd import tiles
 from lit_opd.models import LoraSettings, StudentSettings, build_student, export_folder
 from lit_opd.scoring import Head, ScoringModel, token_entropy, token_kl, token_logprobs, token_topk
 from tests import fixed, tiny
@@ -30,8 +30,9 @@ def full_logprobs(head: Head, temperature: float) -> torch.Tensor:
 
 @pytest.fixture(params=[1, 7, 1000])
 def tile(request, monkeypatch):
-    """Tokens a tile: one, a number that divides nothing, and all."""
-    monkeypatch.setattr(scoring, "TILE_ELEMENTS", 101 * request.param)
+    """Logits a tile: a row's, a number that divides nothing, and all."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 101 * request.param)
+    monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", 101 * request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

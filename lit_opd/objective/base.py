@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_opd.scoring import Head
+from lit_opd.tiles import Head
 from lit_opd.types import InputError, TokenSignal
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_opd.objective.base import Objective, TokenLoss
-from lit_opd.scoring import Head, TokenTerm, per_token
+from lit_opd.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
 from lit_opd.types import TokenSignal
 
 DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -64,7 +65,9 @@ class Divergence(Objective):
 
     def token_divergence(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
         """D_t, [N] nats, differentiable in the student's head and hidden states."""
-        return per_token(student, _DivergenceTerm(self, teacher, temperature), temperature=temperature)
+        cut = self.top_k is not None and self.top_k < student.vocabulary
+        term = _TopKTerm(self, teacher, temperature) if cut else _FULL[self.kind](self, teacher, temperature)
+        return per_token(student, term, temperature=temperature)
 
     def token_loss(
         self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
@@ -74,37 +77,125 @@ class Divergence(Objective):
         return TokenLoss(values=weights * divergence, clipped=torch.zeros_like(signal.mask))
 
 
-class _DivergenceTerm(TokenTerm):
-    """``Divergence`` of a tile of tokens."""
+class _FullTerm(TokenTerm):
+    """A divergence over the whole vocabulary: its slope in the student's logits x is g - p * sum(g), g = p dD/dp.
+
+    Between the passes it keeps three numbers a token: both log-sum-exps and ``centre``, what the slope is centred with.
+    """
+
+    def __init__(self, spec: Divergence, teacher: Head, temperature: float) -> None:
+        self.spec, self.teacher, self.temperature = spec, teacher, temperature
+
+    def values(self, head: Head, temperature: float) -> Tensor:
+        """[N] nats."""
+        sums = paired_sums(head, self.teacher, temperature)
+        self.student_log, self.teacher_log = (_column(part, head) for part in (sums.student, sums.teacher))
+        values, centre = self.divergence(sums, head)
+        self.centre = _column(centre, head)
+        return values.to(head.dtype)
+
+    @abstractmethod
+    def divergence(self, sums: PairedSums, head: Head) -> tuple[Tensor, Tensor]:
+        """D [N] nats, and ``centre`` [N]."""
+
+    def teacher_logits(self, rows: slice, columns: slice) -> Tensor:
+        """[n, v]."""
+        return self.teacher.logits(rows, self.temperature, columns)
+
+
+class _ReverseTerm(_FullTerm):
+    """KL(p || q): slope p (log p - log q - D)."""
+
+    def divergence(self, sums: PairedSums, head: Head) -> tuple[Tensor, Tensor]:
+        """D is the centre too."""
+        return sums.reverse_kl, sums.reverse_kl
+
+    def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        """[n, v]."""
+        student = logits.sub_(self.student_log[rows])
+        centred = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows] - self.centre[rows])
+        gap = torch.sub(student, centred, out=centred)
+        return student.exp_().mul_(gap)
+
+
+class _ForwardTerm(_FullTerm):
+    """KL(q || p): slope p - q."""
+
+    def divergence(self, sums: PairedSums, head: Head) -> tuple[Tensor, Tensor]:
+        """Nothing to centre: the slopes sum to 0."""
+        return sums.forward_kl, torch.zeros_like(sums.student)
+
+    def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        """[n, v]."""
+        teacher = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows]).exp_()
+        return logits.sub_(self.student_log[rows]).exp_().sub_(teacher)
+
+
+class _JsdTerm(_FullTerm):
+    """beta KL(q || m) + (1 - beta) KL(p || m): slope (1 - beta) p (log p - log m - KL(p || m))."""
+
+    def divergence(self, sums: PairedSums, head: Head) -> tuple[Tensor, Tensor]:
+        """A second pass, because the mixture needs both log-sum-exps; the centre is KL(p || m)."""
+        of_student, of_teacher = torch.zeros_like(sums.student), torch.zeros_like(sums.student)
+        for rows, columns in tiles(head):
+            student = head.logits(rows, self.temperature, columns).sub_(self.student_log[rows])
+            teacher = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows])
+            mixture = _mixture(student, teacher, self.spec.beta)
+            of_student[rows] += _kl(student, mixture)
+            of_teacher[rows] += _kl(teacher, mixture)
+        return self.spec.beta * of_teacher + (1.0 - self.spec.beta) * of_student, of_student
+
+    def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        """[n, v]."""
+        student = logits.sub_(self.student_log[rows])
+        teacher = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows])
+        gap = student - _mixture(student, teacher, self.spec.beta).add_(self.centre[rows])
+        return student.exp_().mul_(gap).mul_(1.0 - self.spec.beta)
+
+
+_FULL: dict[DivergenceKind, type[_FullTerm]] = {
+    "reverse_kl": _ReverseTerm,
+    "forward_kl": _ForwardTerm,
+    "jsd": _JsdTerm,
+}
+
+
+class _TopKTerm(WholeTerm):
+    """``Divergence`` with ``top_k`` of a block of tokens."""
 
     def __init__(self, spec: Divergence, teacher: Head, temperature: float) -> None:
         self.spec, self.teacher, self.temperature = spec, teacher, temperature
 
     def value(self, logits: Tensor, rows: slice) -> Tensor:
         """[n] nats."""
+        assert self.spec.top_k is not None
         with torch.no_grad():
             teacher = self.teacher.logits(rows, self.temperature).log_softmax(-1)
         student = logits.log_softmax(-1)
-        if self.spec.top_k is not None and self.spec.top_k < logits.shape[-1]:
-            chosen = self._averaged_over(student.detach(), teacher).topk(self.spec.top_k).indices
-            student, teacher = _bucketed(student, chosen), _bucketed(teacher, chosen)
+        chosen = self._averaged_over(student.detach(), teacher).topk(self.spec.top_k).indices
+        student, teacher = _bucketed(student, chosen), _bucketed(teacher, chosen)
         if self.spec.kind == "reverse_kl":
             return _kl(student, teacher)
         if self.spec.kind == "forward_kl":
             return _kl(teacher, student)
-        mixture = self._mixture(student, teacher)
+        mixture = _mixture(student, teacher, self.spec.beta)
         return self.spec.beta * _kl(teacher, mixture) + (1.0 - self.spec.beta) * _kl(student, mixture)
 
     def _averaged_over(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Log-probs [n, V] of the distribution whose likeliest tokens are kept."""
         if self.spec.kind == "jsd":
-            return self._mixture(student, teacher)
+            return _mixture(student, teacher, self.spec.beta)
         return student if self.spec.kind == "reverse_kl" else teacher
 
-    def _mixture(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """log(beta q + (1 - beta) p), [n, V]."""
-        beta = self.spec.beta
-        return torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+
+def _column(values: Tensor, head: Head) -> Tensor:
+    """[N] -> [N, 1] in the dtype of the logits."""
+    return values.to(head.dtype).unsqueeze(-1)
+
+
+def _mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """log(beta q + (1 - beta) p), [n, v]."""
+    return torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
 
 
 def _bucketed(logprobs: Tensor, chosen: Tensor) -> Tensor:

@@ -21,16 +21,16 @@ from dataclasses import dataclass, field
 
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize
-from lit_opd.scoring import TILE_ELEMENTS
+from lit_opd.tiles import DEVICE_TILE_ELEMENTS, TILE_ELEMENTS, WHOLE_ELEMENTS
 
 FLOAT32, HALF = 4, 2  # bytes
 PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")
 ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/test_preflight.py
 
 # of the scoring and sampling code
-LOGPROB_TILES = 2  # blocks of TILE_ELEMENTS logits: the logits and one of their size
-STATISTIC_TILES = 4  # entropy, top-k, KL
-DIVERGENCE_TILES = 8  # a trained divergence of two heads
+LOGPROB_TILES = 2  # tiles of logits: the logits and one of their size
+STATISTIC_TILES = 4  # blocks of whole rows of logits: entropy, top-k, KL
+DIVERGENCE_TILES = 8  # blocks of whole rows: a trained divergence of two heads with top-k; without it less
 SAMPLED_LOGIT_BYTES = (
     28  # a row and vocabulary entry: two float32 copies, log-probs, float64 probabilities and their sum
 )
@@ -245,14 +245,12 @@ class _Formula:
     def head(self) -> Parts:
         """The backward pass where it starts: everything is kept, and the head's gradient is summed over tiles."""
         work, size = self.work, self.size
-        tile = self._tile(size, work.micro_rows * work.response)
-        tiles = work.train_tiles * tile
-        head = self._head_gradient()
+        tiles = self._tiles(size, work.micro_rows * work.response, work.train_tiles)
         return (
             self._kept(gradients=0.0)
             | self._gathered(self.student, size.outside, gradient=True)
             | {
-                "head gradient": head + max(0, head + tile - tiles),  # the sum; its next summand while one tile is left
+                "head gradient": self._head_gradient(),
                 "tiles of logits": tiles,
                 "final hidden states": FLOAT32 * FINAL_STATES * work.micro_rows * work.length * size.hidden,
             }
@@ -324,7 +322,7 @@ class _Formula:
         offloaded = sum(m.width * m.size.parameters for m in self.frozen if m.offload and self.plan.shards == 1)
         forward = {"forward pass": self._forward(model, rows, length)}
         scoring = {
-            "tiles of logits": float(tiles * self._tile(model.size, tokens)),
+            "tiles of logits": self._tiles(model.size, tokens, tiles),
             "final hidden states": float(FLOAT32 * 2 * rows * length * model.size.hidden),
         }
         return max(forward, scoring, key=lambda parts: sum(parts.values())) | {
@@ -355,9 +353,12 @@ class _Formula:
             return {}
         return {"whole student": float(self.student.width * self.size.parameters)}
 
-    def _tile(self, size: ModelSize, tokens: int) -> int:
-        """Bytes of one block of logits."""
-        return FLOAT32 * size.vocabulary * min(tokens, max(1, TILE_ELEMENTS // size.vocabulary))
+    def _tiles(self, size: ModelSize, tokens: int, count: int) -> float:
+        """Bytes of ``count`` tiles of logits, or blocks of whole rows where more than log-probs is asked for."""
+        elements = DEVICE_TILE_ELEMENTS if self.plan.accelerator == "gpu" else TILE_ELEMENTS
+        if count > LOGPROB_TILES:
+            elements = max(elements, WHOLE_ELEMENTS, size.vocabulary)
+        return float(FLOAT32 * count * min(tokens * size.vocabulary, elements))
 
     def _width(self, model: Held) -> int:
         """Bytes of an activation inside a block."""

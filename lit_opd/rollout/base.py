@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,32 @@ def finish(prompts: PromptBatch, ids: Tensor, logprobs: Tensor, settings: Sampli
         finish_reason=reason,
         provenance=settings.provenance(engine),
     )
+
+
+def require_room(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> None:
+    """An InputError unless prompts and responses fit into the model's context window."""
+    window = getattr(model.causal_lm.config, "max_position_embeddings", None)
+    longest = int(prompts.ids.shape[1])
+    if window is not None and longest + settings.max_new_tokens > window:
+        raise InputError(
+            f"`model.sampler.max_new_tokens` must leave room in the context window of {window} tokens: prompts of {longest} "
+            f"and responses of {settings.max_new_tokens} need {longest + settings.max_new_tokens}; lower it or "
+            "`data.max_prompt_tokens`"
+        )
+
+
+@contextmanager
+def cached_casts(device: torch.device) -> Iterator[None]:
+    """Under autocast, cast each weight once for the whole rollout: Lightning's context casts them at every use.
+
+    The copies are dropped afterwards, before any weight changes.
+    """
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    try:
+        with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=True):
+            yield
+    finally:
+        torch.clear_autocast_cache()

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_opd.lazy import fill
 from lit_opd.models import (
@@ -22,6 +22,8 @@ from lit_opd.scoring import Head, ScoringModel
 from lit_opd.sharding import Placement, gathered, is_sharded
 from lit_opd.teacher.base import SCORE_WANTS, Teacher
 from lit_opd.types import InputError, Rollout, TokenScores
+
+_HEAD_READERS = frozenset({"token_kl", "teacher_distribution"})
 
 
 class LocalTeacher(Teacher):
@@ -67,6 +69,8 @@ class LocalTeacher(Teacher):
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
         self.policy: ScoringModel | None = None
+        self._kept: list[tuple[Rollout, Tensor]] = []  # hidden states [N, H] of a batch's micro-batches
+        self._read = False  # a new batch begins with the first score after a read
 
     @property
     def provides(self) -> frozenset[str]:
@@ -172,12 +176,31 @@ class LocalTeacher(Teacher):
     ) -> TokenScores:
         """Log-probs (entropy and top-k where required), [B, T] nats."""
         wants = frozenset(want for name, want in SCORE_WANTS.items() if name in requires)
-        scores: TokenScores = self._loaded()(rollout, temperature=temperature, wants=wants, own_template=True)
+        policy = self._loaded()
+        head = self._remembered_head(rollout) if self._remembers(requires) else None
+        scores: TokenScores = policy(rollout, temperature=temperature, wants=wants, own_template=True, head=head)
         return scores
+
+    def _remembers(self, requires: frozenset[str]) -> bool:
+        """Whether the update will ask for the head again; sharded ranks must run the same forwards, so they do."""
+        policy = self._loaded()
+        return bool(requires & _HEAD_READERS) and not policy.plain and not is_sharded(policy)
+
+    def _remembered_head(self, rollout: Rollout) -> Head:
+        """``full_head``, whose hidden states are kept until the next batch: H numbers a token."""
+        if self._read:
+            self._kept, self._read = [], False
+        head = self._loaded().head(rollout, own_template=True)
+        self._kept.append((rollout, head.hidden))
+        return head
 
     @torch.no_grad()
     def full_head(self, rollout: Rollout) -> Head:
         """Hidden states [N, H] and head of the valid tokens."""
+        self._read = True
+        for kept, hidden in self._kept:
+            if _same_tokens(kept, rollout):
+                return self._loaded().linear_head(hidden)
         return self._loaded().head(rollout, own_template=True)
 
     def whole_head(self) -> AbstractContextManager[None]:
@@ -191,7 +214,25 @@ class LocalTeacher(Teacher):
         return self.policy
 
 
-def _copy(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _copy(value: Tensor, device: torch.device) -> Tensor:
     """A frozen parameter or a buffer on ``device``; itself where it is there already."""
     copy = value.to(device, non_blocking=True)
     return nn.Parameter(copy, requires_grad=False) if isinstance(value, nn.Parameter) and copy is not value else copy
+
+
+def _same_tokens(one: Rollout, other: Rollout) -> bool:
+    """Whether a frozen model makes the same of both."""
+    prompts, others = one.prompts, other.prompts
+    pairs = (
+        (one.response_ids, other.response_ids),
+        (one.mask, other.mask),
+        (prompts.ids, others.ids),
+        (prompts.mask, others.mask),
+        (prompts.teacher_ids, others.teacher_ids),
+        (prompts.teacher_mask, others.teacher_mask),
+    )
+    return all(
+        left is right
+        or (left is not None and right is not None and left.shape == right.shape and torch.equal(left, right))
+        for left, right in pairs
+    )

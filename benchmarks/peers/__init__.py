@@ -1,0 +1,1 @@
+"""This project and TRL on the same models, prompts and token counts, side by side."""

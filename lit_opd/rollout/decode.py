@@ -1,0 +1,158 @@
+"""The fast engine: a decode loop of our own around the model's decoder.
+
+What ``generate`` cannot do, and what each was measured to save (docs/benchmarks.md): the token and its log-prob come from
+one pass over the logits; rows that have ended leave the batch, so the longest answer is not paid for by all; samples of one
+prompt share its prefill; keys and values are written into one growing buffer instead of being copied every step.
+
+Tokens are those of ``TransformersSampler`` for the same seeds, up to the rounding of logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lit_opd.rollout.base import Sampler, SamplingSettings, cached_casts, finish, require_room
+from lit_opd.rollout.drawing import choose
+from lit_opd.streams import row_uniforms
+from lit_opd.types import InputError, PromptBatch, Rollout
+
+ENGINE = "decode"
+ENDED_SHARE = 0.25  # of the rows: when so many have ended, they leave the batch
+CHECK_EVERY = 16  # steps between looks at which rows ended, where looking means waiting for the device
+FIRST_COLUMNS = 64  # columns by which a key-value buffer is longer than the prompt at first; then it doubles
+
+
+class _Slab(DynamicLayer):
+    """Keys and values of one layer in a buffer [B, heads, columns, size] that grows by doubling."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        if self.length > self.keys.shape[-2]:
+            room = max(2 * start, self.length + FIRST_COLUMNS) - start
+            self.keys, self.values = (F.pad(held[:, :, :start], (0, 0, 0, room)) for held in (self.keys, self.values))
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """Columns written."""
+        return self.length
+
+    def select(self, rows: Tensor, start: int) -> None:
+        """Keep ``rows`` (with repetition) and the columns from ``start`` on."""
+        self.keys, self.values = (held[rows, :, start:] for held in (self.keys, self.values))
+        self.length -= start
+
+
+class DecodeSampler(Sampler):
+    """Samples with a decode loop of its own; runs where every layer attends to all earlier tokens.
+
+    Other models (sliding windows, linear attention) need ``TransformersSampler``.
+    """
+
+    @torch.no_grad()
+    def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
+        """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
+        require_room(model, prompts, settings)
+        _require_full_attention(model.causal_lm.config.get_text_config())
+        training = model.training
+        model.eval()  # no dropout, and gradient checkpointing would switch the cache off
+        try:
+            with cached_casts(prompts.ids.device):
+                ids, logprobs = model.run(_decode, prompts, settings)
+        finally:
+            model.train(training)
+        return finish(prompts, ids, logprobs, settings, engine=ENGINE)
+
+
+def _require_full_attention(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
+        raise InputError(
+            f"`model.sampler` must be TransformersSampler for a {type(config).__name__} with layers of kind "
+            f"{sorted(kinds) or 'sliding_attention'}, got DecodeSampler, which serves full attention only"
+        )
+
+
+def _decode(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
+    uniforms = row_uniforms(
+        settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
+    )
+    batch = _Batch(model, prompts, settings)
+    device = prompts.ids.device
+    every = 1 if device.type == "cpu" else CHECK_EVERY
+    stops = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
+    rows, ended = torch.arange(len(prompts), device=device), torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    ids = torch.full((len(prompts), settings.max_new_tokens), settings.pad_id, device=device)
+    logprobs: Tensor | None = None
+    for step in range(settings.max_new_tokens):
+        token, logprob = choose(batch.logits(), uniforms[rows, step], settings)
+        logprobs = logprob.new_zeros(ids.shape) if logprobs is None else logprobs
+        ids[rows, step], logprobs[rows, step] = token, logprob
+        ended = ended | torch.isin(token, stops)
+        if (step + 1) % every == 0:
+            num_ended = int(ended.sum())
+            if num_ended == len(ended):
+                break
+            if num_ended >= ENDED_SHARE * len(ended):
+                left = (~ended).nonzero().squeeze(-1)
+                batch.select(left)
+                rows, ended, token = rows[left], ended[left], token[left]
+        if step + 1 < settings.max_new_tokens:
+            batch.append(token)
+    assert logprobs is not None
+    return ids[:, : step + 1], logprobs[:, : step + 1]
+
+
+class _Batch:
+    """The rows that are still being written: their keys and values, last hidden states and masks."""
+
+    def __init__(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> None:
+        self.model, self.vocabulary = model, settings.vocabulary
+        self.cache = Cache(layer_class_to_replicate=_Slab)
+        together = torch.cat([prompts.ids, prompts.mask.long()], -1)
+        _, group = torch.unique_consecutive(together, dim=0, return_inverse=True)
+        first = torch.cat([group.new_ones(1), group.diff()]).nonzero().squeeze(-1)
+        mask = prompts.mask[first]
+        self.padded = not bool(mask.all())
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        self.states = self._forward(prompts.ids[first], mask if self.padded else None, positions)
+        self.mask, self.position = mask, positions[:, -1:]
+        if len(first) < len(prompts):
+            self.select(group)
+
+    def logits(self) -> Tensor:
+        """[B, V] of the coming token, at least float32."""
+        return self.model.next_logits(self.states)[:, : self.vocabulary]  # type: ignore[no-any-return]
+
+    def append(self, token: Tensor) -> None:
+        """Run the model on one token a row."""
+        self.position = self.position + 1
+        if self.padded:
+            self.mask = F.pad(self.mask, (0, 1), value=True)
+        self.states = self._forward(token.unsqueeze(-1), self.mask if self.padded else None, self.position)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep ``rows`` (with repetition), without the columns that are padding in all of them."""
+        self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
+        start = int(self.mask.any(0).int().argmax()) if self.padded else 0
+        self.mask = self.mask[:, start:]
+        for layer in self.cache.layers:
+            layer.select(rows, start)  # type: ignore[union-attr]
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        return self.model.next_states(ids, mask, positions, self.cache)
