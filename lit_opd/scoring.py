@@ -43,12 +43,13 @@ def _packed(tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> tuple
         prompt_mask: bool [B, P].
         response_mask: bool [B, T].
     Returns:
-        int64 [B, L], L the longest row; bool [B, L], True where the slot scores the valid response token after it.
+        int64 [B, L], L one less than the longest row, whose last token scores nothing; bool [B, L], True where the slot
+        scores the valid response token after it.
     """
     valid = torch.cat([prompt_mask, response_mask], -1)
-    order = torch.argsort(valid, dim=-1, descending=True, stable=True)[:, : max(1, int(valid.sum(-1).max()))]
+    order = torch.argsort(valid, dim=-1, descending=True, stable=True)[:, : max(2, int(valid.sum(-1).max()))]
     scored = torch.cat([torch.zeros_like(prompt_mask), response_mask], -1).gather(-1, order)
-    return tokens.gather(-1, order), torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], -1)
+    return tokens.gather(-1, order[:, :-1]), scored[:, 1:]
 
 
 def _picked(states: Tensor, slots: Tensor) -> Tensor:
