@@ -392,6 +392,14 @@ def test_a_draw_is_where_the_cumulative_mass_passes_the_uniform(vocabulary):
     torch.testing.assert_close(logprobs, expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), rtol=0, atol=1e-12)
 
 
+def test_the_end_of_a_block_never_draws_an_excluded_token():
+    """A float32 block sum may exceed the float64 sum of its entries; what follows the last one stays excluded."""
+    logits = torch.full((500, drawing.SMALL + 1), -torch.inf)
+    logits[:, :100] = torch.randn(500, 100, generator=torch.Generator().manual_seed(0))
+    tokens, _ = draw(logits, torch.full((500,), 1 - 2**-53, dtype=torch.float64))
+    assert set(tokens.tolist()) == {99}
+
+
 @pytest.mark.parametrize("vocabulary", [20, drawing.SMALL + 1])
 def test_a_row_with_nan_gets_a_nan_log_prob_and_harms_no_other(vocabulary):
     logits = torch.zeros(2, vocabulary)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_opd.distributed import rank
-from lit_opd.rollout import TransformersSampler
+from lit_opd.rollout import DecodeSampler, TransformersSampler
 from tests import cases, fixed
 
 
@@ -55,6 +55,15 @@ def sampled_fit(folders: tuple[str, str], name: str) -> list[float]:
     return [*collect.losses, *(float(record.rollout.lengths.sum()) for record in collect.records)]
 
 
+def decoded_fit(folders: tuple[str, str], name: str) -> list[Any]:
+    """Tokens and masks of three steps sampled by ``DecodeSampler`` in float64."""
+    whole = cases.rollout()
+    trained = fixed.module(folders, whole, sampler=DecodeSampler(**cases.SHORT), token_budget=60)
+    prompts = this_rank(whole.prompts)
+    collect = fixed.fit(trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False)
+    return [(record.rollout.response_ids, record.rollout.mask) for record in collect.records]
+
+
 def fits(folders: tuple[str, str], name: str) -> dict[str, Any]:
     """Weights and gradient norms after three clipped steps of every case."""
     out = {}
@@ -97,6 +106,7 @@ def main() -> None:
         "fits": fits(folders, name),
         "interrupted": interrupted(folders, name, out),
         "fit": sampled_fit(folders, name),
+        "decoded": decoded_fit(folders, name),
     }
     torch.save(results, out / f"rank-{rank()}.pt")
 

@@ -167,7 +167,7 @@ class _Batch:
         self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
         start = int(self.mask.any(0).int().argmax()) if self.padded else 0
         self.mask = self.mask[:, start:]
-        self.padded = self.padded and not bool(self.mask.all())
+        self.padded = not bool(self.mask.all())
         for layer in self.layers:
             layer.select(rows, start)
 
