@@ -23,7 +23,8 @@ PROBE_TOKENS = 4
 PROBE_TOLERANCE = 1e-3  # nats; bf16 models get the looser bound below
 PROBE_TOLERANCE_HALF = 0.1
 
-FEW_ROWS = 8  # up to so many, head @ states.T takes half the time of states @ head.T on the CPU
+FEW_ROWS = 8  # up to so many, and for a float32 head of so many elements,
+LARGE_HEAD = 2**22  # head @ states.T takes half the time of states @ head.T on the CPU; more than that otherwise
 TOP_K = 32  # entries of the top-k lists that strategies may require
 
 Returned = TypeVar("Returned")
@@ -204,7 +205,9 @@ class ScoringModel(nn.Module):
         Returns:
             what ``next_logits`` reads: [B, H], or [B, V] where the plain path is used.
         """
-        if mask is not None and ids.shape[1] == 1 and self.causal_lm.config._attn_implementation == "sdpa":
+        lm = self.causal_lm
+        one_query = ids.shape[1] == 1 and lm.config._attn_implementation == "sdpa"
+        if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         if self.plain:
@@ -216,7 +219,7 @@ class ScoringModel(nn.Module):
         if self.plain:
             return at_least_float32(states[:, : self.vocabulary])
         linear = self.causal_lm.get_output_embeddings()
-        if len(states) <= FEW_ROWS and states.device.type == "cpu" and states.dtype == linear.weight.dtype:
+        if len(states) <= FEW_ROWS and _is_slow_head(linear.weight):
             logits = (linear.weight[: self.vocabulary] @ states.T).T.contiguous()
             return logits if linear.bias is None else logits + linear.bias[: self.vocabulary]
         return at_least_float32(linear(states)[:, : self.vocabulary])
@@ -228,3 +231,8 @@ class ScoringModel(nn.Module):
     def generate(self, **arguments: Any) -> Any:
         """transformers' ``generate`` of the wrapped model, through this module so that FSDP's hooks see it."""
         return self.model.generate(**arguments)  # type: ignore[operator]
+
+
+def _is_slow_head(weight: Tensor) -> bool:
+    plain_float32 = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return weight.device.type == "cpu" and plain_float32 and weight.numel() >= LARGE_HEAD

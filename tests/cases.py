@@ -17,6 +17,10 @@ LENGTHS = [5, 1, 9, 7, 3, 9, 2]
 PROMPTS = [4, 6, 3, 8, 5, 2, 7]
 TRUNCATED = {2, 5}
 BUDGET = 17  # four micro-batches on one rank, three on the other
+SHORT = {
+    "max_new_tokens": 24,
+    "stop_token_ids": [1, *range(40, 64)],
+}  # the two ranks then sample different numbers of columns
 
 
 def rollout() -> Rollout:

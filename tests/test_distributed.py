@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Si
 from transformers import AutoModelForCausalLM
 
 from lit_opd.checkpoints import CONSOLIDATE, check_checkpoint
+from lit_opd.rollout import TransformersSampler
 from lit_opd.sharding import check_dtypes, check_strategy
 from lit_opd.step import micro_batches, row_lengths
 from lit_opd.types import InputError
@@ -93,6 +94,20 @@ def test_a_fit_with_sampling_inside_ends_on_both_ranks_with_one_loss(two_process
     assert first[:3] == second[:3]
     assert first[3:] != second[3:]  # the ranks sampled different rows
     assert max(first_gap, second_gap) < 1e-4  # nats: sampled from the weights that are trained, gathered
+
+
+def test_decode_loops_of_two_ranks_sample_the_tokens_generate_samples_in_one_process(folders, two_processes):
+    """Three steps in float64; the weights of steps two and three follow from the tokens before them."""
+    whole = cases.rollout()
+    trained = fixed.module(folders, whole, sampler=TransformersSampler(**cases.SHORT), token_budget=60)
+    records = fixed.fit(trained, whole.prompts, steps=3).records
+    for rank, results in enumerate(two_processes):
+        for record, (ids, mask) in zip(records, results["decoded"], strict=True):
+            rollout = record.rollout.rows(torch.arange(rank, len(whole.prompts), 2))
+            assert torch.equal(ids[mask], rollout.response_ids[rollout.mask])
+            assert torch.equal(mask.sum(-1), rollout.lengths)
+    lengths = [results["decoded"][0][1].shape[1] for results in two_processes]
+    assert lengths[0] != lengths[1]  # the ranks ran different numbers of steps
 
 
 @pytest.mark.parametrize("case", sorted(cases.fit_cases()))

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from lit_opd.models import StudentSettings, build_student
 from lit_opd.rollout import SamplingSettings, TransformersSampler
-from lit_opd.rollout.generate import invert, sampled_distribution
+from lit_opd.rollout.drawing import draw, sampled_distribution
 from lit_opd.scoring import ScoringModel
 from lit_opd.types import FinishReason, InputError, PromptBatch
 from tests import tiny
@@ -92,7 +92,7 @@ def test_draws_follow_the_processed_distribution(top_k, top_p):
     for token in range(20):
         assert float(logprobs[0, token].exp()) == pytest.approx(expected.get(token, 0.0), abs=1e-12)
     count = 200_000
-    drawn = invert(logprobs.expand(count, -1), torch.rand(count, generator=generator, dtype=torch.float64))
+    drawn, _ = draw(logprobs.expand(count, -1), torch.rand(count, generator=generator, dtype=torch.float64))
     observed = torch.bincount(drawn, minlength=20).double()
     assert all(observed[token] == 0 for token in range(20) if token not in expected)
     wanted = torch.tensor([expected.get(token, 0.0) for token in range(20)], dtype=torch.float64) * count
@@ -103,8 +103,8 @@ def test_draws_follow_the_processed_distribution(top_k, top_p):
 def test_the_last_uniform_number_never_draws_an_excluded_token():
     logprobs = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
     nearly_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert int(invert(logprobs, nearly_one)) == 1
-    assert int(invert(torch.tensor([[0.0, 0.5, 0.5]]).double().log(), torch.zeros(1).double())) == 1
+    assert int(draw(logprobs, nearly_one)[0]) == 1
+    assert int(draw(torch.tensor([[0.0, 0.5, 0.5]]).double().log(), torch.zeros(1).double())[0]) == 1
 
 
 def test_first_tokens_follow_the_model(policy):

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from lit_opd.checkpoints import plain_name
 from lit_opd.distributed import rank
 from lit_opd.objective import Divergence
-from lit_opd.rollout import TransformersSampler
+from lit_opd.rollout import DecodeSampler, TransformersSampler
 from tests import cases, fixed
 
 TIMEOUT = timedelta(seconds=123)
@@ -89,6 +89,15 @@ def sampled_fit(folders: tuple[str, str], name: str) -> tuple[list[float], float
     signals = [record.signal for record in collect.records]
     gaps = [(s.student_logprobs - s.sampler_logprobs).abs()[s.mask].max() for s in signals]
     return [*collect.losses, *(float(record.rollout.lengths.sum()) for record in collect.records)], float(max(gaps))
+
+
+def decoded_fit(folders: tuple[str, str], name: str) -> list[Any]:
+    """Tokens and masks of three steps sampled by ``DecodeSampler`` in float64."""
+    whole = cases.rollout()
+    trained = fixed.module(folders, whole, sampler=DecodeSampler(**cases.SHORT), token_budget=60)
+    prompts = this_rank(whole.prompts)
+    collect = fixed.fit(trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False)
+    return [(record.rollout.response_ids, record.rollout.mask) for record in collect.records]
 
 
 def fits(folders: tuple[str, str], name: str) -> dict[str, Any]:
@@ -208,6 +217,7 @@ def main() -> None:
         "layer calls": layer_calls(folders, name),
         "half precision": half_precision(folders, name),
         "timeouts": timeouts(),
+        "decoded": decoded_fit(folders, name),
     }
     torch.save(results, out / f"rank-{rank()}.pt")
 

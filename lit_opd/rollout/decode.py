@@ -24,28 +24,31 @@ from lit_opd.types import InputError, PromptBatch, Rollout
 ENGINE = "decode"
 ENDED_SHARE = 0.25  # of the rows: when so many have ended, they leave the batch
 CHECK_EVERY = 16  # steps between looks at which rows ended, where looking means waiting for the device
+CHECK_EVERY_ON_CPU = 1
 FIRST_COLUMNS = 64  # columns by which a key-value buffer is longer than the prompt at first; then it doubles
 
 
 class _Slab(DynamicLayer):
-    """Keys and values of one layer in a buffer [B, heads, columns, size] that grows by doubling."""
+    """Keys and values of one layer in a buffer [B, heads, columns, size] that doubles up to ``most`` columns."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.length = 0
+    def __init__(self, *, most: int) -> None:
+        super().__init__()
+        self.most, self.length = most, 0
+        self.held: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append columns; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.held = [key_states[:, :, :0], value_states[:, :, :0]]
         start, self.length = self.length, self.length + key_states.shape[-2]
-        if self.length > self.keys.shape[-2]:
-            room = max(2 * start, self.length + FIRST_COLUMNS) - start
-            self.keys, self.values = (F.pad(held[:, :, :start], (0, 0, 0, room)) for held in (self.keys, self.values))
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        if self.length > self.held[0].shape[-2]:
+            room = max(self.length, min(self.most, max(2 * start, self.length + FIRST_COLUMNS))) - start
+            self.held = [F.pad(held[:, :, :start], (0, 0, 0, room)) for held in self.held]
+        for held, new in zip(self.held, (key_states, value_states), strict=True):
+            held[:, :, start : self.length] = new
+        keys, values = self.held
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
         """Columns written."""
@@ -53,7 +56,7 @@ class _Slab(DynamicLayer):
 
     def select(self, rows: Tensor, start: int) -> None:
         """Keep ``rows`` (with repetition) and the columns from ``start`` on."""
-        self.keys, self.values = (held[rows, :, start:] for held in (self.keys, self.values))
+        self.held = [held[rows, :, start : self.length] for held in self.held]
         self.length -= start
 
 
@@ -68,6 +71,8 @@ class DecodeSampler(Sampler):
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
         require_room(model, prompts, settings)
         _require_full_attention(model.causal_lm.config.get_text_config())
+        if settings.synced:
+            raise InputError("`SamplingSettings.synced` must be False for DecodeSampler; gather sharded weights first")
         training = model.training
         model.eval()  # no dropout, and gradient checkpointing would switch the cache off
         try:
@@ -79,12 +84,18 @@ class DecodeSampler(Sampler):
 
 
 def _require_full_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
-        raise InputError(
-            f"`model.sampler` must be TransformersSampler for a {type(config).__name__} with layers of kind "
-            f"{sorted(kinds) or 'sliding_attention'}, got DecodeSampler, which serves full attention only"
-        )
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    unnamed = "sliding_attention" if window else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or {unnamed}) - {"full_attention"}
+    if kinds:
+        raise _refusal(config, f"layers of kind {', '.join(sorted(kinds))}")
+
+
+def _refusal(config: Any, why: str) -> InputError:
+    return InputError(
+        f"`model.sampler` must be TransformersSampler for a {type(config).__name__} with {why}, got DecodeSampler, "
+        "which serves full attention with one key and value a token and layer only"
+    )
 
 
 def _decode(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
@@ -94,7 +105,7 @@ def _decode(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> tup
     )
     batch = _Batch(model, prompts, settings)
     device = prompts.ids.device
-    every = 1 if device.type == "cpu" else CHECK_EVERY
+    every = CHECK_EVERY_ON_CPU if device.type == "cpu" else CHECK_EVERY
     stops = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
     rows, ended = torch.arange(len(prompts), device=device), torch.zeros(len(prompts), dtype=torch.bool, device=device)
     ids = torch.full((len(prompts), settings.max_new_tokens), settings.pad_id, device=device)
@@ -123,7 +134,10 @@ class _Batch:
 
     def __init__(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> None:
         self.model, self.vocabulary = model, settings.vocabulary
-        self.cache = Cache(layer_class_to_replicate=_Slab)
+        config, columns = model.causal_lm.config.get_text_config(), prompts.ids.shape[1]
+        most = columns + settings.max_new_tokens - 1
+        self.layers = [_Slab(most=most) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
         together = torch.cat([prompts.ids, prompts.mask.long()], -1)
         _, group = torch.unique_consecutive(together, dim=0, return_inverse=True)
         first = torch.cat([group.new_ones(1), group.diff()]).nonzero().squeeze(-1)
@@ -132,6 +146,8 @@ class _Batch:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         self.states = self._forward(prompts.ids[first], mask if self.padded else None, positions)
         self.mask, self.position = mask, positions[:, -1:]
+        if any(layer.length != columns for layer in self.layers):
+            raise _refusal(config, "layers that do not write the key-value cache")
         if len(first) < len(prompts):
             self.select(group)
 
@@ -151,8 +167,9 @@ class _Batch:
         self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
         start = int(self.mask.any(0).int().argmax()) if self.padded else 0
         self.mask = self.mask[:, start:]
-        for layer in self.cache.layers:
-            layer.select(rows, start)  # type: ignore[union-attr]
+        self.padded = not bool(self.mask.all())
+        for layer in self.layers:
+            layer.select(rows, start)
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         return self.model.next_states(ids, mask, positions, self.cache)

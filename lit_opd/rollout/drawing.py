@@ -69,7 +69,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         logits: [B, V], at least float32; -inf on excluded tokens.
         uniforms: float64 [B] in [0, 1).
     Returns:
-        int64 [B], never an excluded token; [B] nats.
+        int64 [B], never an excluded token; [B] nats, NaN for a row with a NaN.
     """
     step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     if len(logits) <= step:
@@ -94,7 +94,7 @@ def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         block = _passes(cumulative, wanted)
         before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
         inside = mass.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
-        token = block * BLOCK + _passes(inside, wanted - before)
+        token = (block * BLOCK + _passes(inside, wanted - before)).clamp(max=vocabulary - 1)
     logprob = (logits.gather(-1, token) - highest) - total.log().to(logits.dtype)
     return token.squeeze(-1), logprob.squeeze(-1)
 
@@ -102,4 +102,5 @@ def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 def _passes(cumulative: Tensor, wanted: Tensor) -> Tensor:
     """The first entry above ``wanted`` [B, 1], never one that adds nothing: int64 [B, 1]."""
     below_all = torch.nextafter(cumulative[:, -1:], torch.zeros_like(wanted))
-    return torch.searchsorted(cumulative, torch.minimum(wanted, below_all), right=True)
+    found = torch.searchsorted(cumulative, torch.minimum(wanted, below_all), right=True)
+    return found.clamp(max=cumulative.shape[-1] - 1)  # a NaN would be found behind the end
