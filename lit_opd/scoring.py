@@ -109,7 +109,7 @@ class ScoringModel(nn.Module):
         Returns:
             [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
         """
-        head = self.head(rollout, own_template=own_template) if head is None else head
+        head = self._head(rollout, own_template=own_template) if head is None else head
         targets = rollout.response_ids[rollout.mask]
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
@@ -129,6 +129,9 @@ class ScoringModel(nn.Module):
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
+        return self._head(rollout, own_template=own_template)
+
+    def _head(self, rollout: Rollout, *, own_template: bool) -> Head:
         prompts = rollout.prompts
         use_own = own_template and prompts.teacher_ids is not None
         prompt_ids, prompt_mask = (
