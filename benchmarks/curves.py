@@ -54,7 +54,7 @@ def measured(setting: Setting) -> dict[str, float]:
         raise RuntimeError(f"{setting.name} failed: {done.stderr[-2000:]}")
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))
-    sampling = statistics.median(phases["sampling"] for phases in found["phases"])
+    sampling = statistics.median(found["generate"])
     return {"seconds": statistics.median(found["seconds"]), "sampling": sampling, "peak": found["peak"] / 1e6}
 
 
@@ -68,7 +68,7 @@ def slope(xs: list[int], ys: list[float]) -> float:
 def table(axis: str, points: list[tuple[int, dict[str, float]]]) -> list[str]:
     """Markdown rows of one axis, the slopes last."""
     fixed = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
-    lines = [f"Against {axis} ({fixed}):", "", f"| {axis} | s/step | sampling, wall s | peak MB |", "|---|---|---|---|"]
+    lines = [f"Against {axis} ({fixed}):", "", f"| {axis} | s/step | of it sampling | peak MB |", "|---|---|---|---|"]
     lines += [f"| {x} | {p['seconds']:.2f} | {p['sampling']:.2f} | {p['peak']:.0f} |" for x, p in points]
     upper = points[len(points) // 2 - 1 :] if len(points) > 3 else points
     xs = [x for x, _ in upper]

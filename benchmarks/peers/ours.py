@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.peers.settings import PROMPT_TOKENS, SETTINGS, peak_bytes, reset_peak, resident_bytes
+from benchmarks.peers.settings import PROMPT_TOKENS, SETTINGS, Setting, peak_bytes, reset_peak, resident_bytes
 from lit_opd.models import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
@@ -72,7 +72,7 @@ class Watch(L.Callback):
 def main() -> None:
     """Run and print."""
     name, student, teacher, prompts, objective = sys.argv[1:6]
-    setting = SETTINGS[name]
+    setting = SETTINGS[name] if name in SETTINGS else Setting(**json.loads(name))
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     module = OPDModule(
