@@ -62,8 +62,11 @@ _STUDENT_EXTRAS = frozenset({"student_entropy", "student_topk"})  # named in `wa
 
 
 def default_optimizer(parameters: Iterable) -> Optimizer:
-    """AdamW at the published run's setting: lr 1e-5, weight decay 0.01, betas (0.9, 0.999)."""
-    return torch.optim.AdamW(parameters, lr=1e-5)
+    """AdamW at the published run's setting: lr 1e-5, weight decay 0.01, betas (0.9, 0.999).
+
+    Fused: one pass over each weight, without temporaries of its size; the same numbers up to rounding.
+    """
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
 
 class OPDModule(L.LightningModule):

@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 
 from callbacks import default_callbacks
 from lit_opd.cli import main
+from lit_opd.module import default_optimizer
 from lit_opd.preflight import read_plan
 from lit_opd.preflight.memory import ACCURACY, FLOAT32, Held, Workload, _Formula, budget
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
@@ -97,7 +98,7 @@ def test_the_cache_is_what_generation_leaves(autocast):
     assert _Formula(Held(model_size(model.config), FLOAT32), [], 0, work, plan).rollout(3, 6)["key/value cache"] == real
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.SGD])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.SGD, default_optimizer])
 def test_optimizer_state_is_that_of_a_real_step(optimizer):
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (11,))]
     real = optimizer(weights)

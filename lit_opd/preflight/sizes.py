@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from lit_opd.models import LoraSettings, _with_lora
 from lit_opd.sharding import transformer_layers
 
+SAMPLE = 1024  # elements of the weight on which a fused optimizer is measured
+
 
 class NotEstimated(Exception):
     """Why the memory of a model cannot be told from its configuration."""
@@ -136,9 +138,25 @@ def optimizer_bytes(
             weight.grad = torch.empty_like(weight)
         optimizer.step()
     except Exception as error:  # an optimizer of the user's own may do anything
+        if "fused" in str(error):
+            return _fused_bytes(factory, shapes, dtype)
         raise NotEstimated(f"its state could not be counted: {type(error).__name__}: {error}") from error
     values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(value.numel() * value.element_size() for value in values)
+
+
+def _fused_bytes(
+    factory: Callable[[Iterable], Optimizer], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> int:
+    """The same for torch's fused optimizers, which refuse the meta device and work element by element: from a small weight."""
+    sample = nn.Parameter(torch.zeros(SAMPLE, dtype=dtype))
+    sample.grad = torch.zeros_like(sample)
+    optimizer = factory([sample])
+    optimizer.step()
+    state = [value for value in optimizer.state[sample].values() if torch.is_tensor(value)]
+    elementwise = sum(value.element_size() for value in state if value.numel() == SAMPLE)
+    once = sum(value.element_size() * value.numel() for value in state if value.numel() != SAMPLE)
+    return sum(elementwise * _count(shape) + once for shape in shapes)
 
 
 def _numel(weights: Iterable[torch.Tensor]) -> int:
