@@ -1,8 +1,8 @@
 """The fast engine: a decode loop of our own around the model's decoder.
 
-What ``generate`` cannot do, and what each was measured to save (docs/benchmarks.md): the token and its log-prob come from
-one pass over the logits; rows that have ended leave the batch, so the longest answer is not paid for by all; samples of one
-prompt share its prefill; keys and values are written into one growing buffer instead of being copied every step.
+What ``generate`` cannot do: the token and its log-prob come from one pass over the logits; rows that have ended leave the
+batch, so the longest answer is not paid for by all; samples of one prompt share its prefill; keys and values are written into
+one growing buffer instead of being copied every step. docs/benchmarks.md says what it saves: little where no row ends early.
 
 Tokens are those of ``TransformersSampler`` for the same seeds, up to the rounding of logits.
 """
@@ -37,7 +37,7 @@ class _Slab(DynamicLayer):
         self.held: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns; returns all of them."""
+        """Append columns, [B, heads, n, size] each; returns all of them, [B, heads, written, size]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.held = [key_states[:, :, :0], value_states[:, :, :0]]
@@ -55,7 +55,7 @@ class _Slab(DynamicLayer):
         return self.length
 
     def select(self, rows: Tensor, start: int) -> None:
-        """Keep ``rows`` (with repetition) and the columns from ``start`` on."""
+        """Keep ``rows`` (int64 [R], with repetition) and the columns from ``start`` on."""
         self.held = [held[rows, :, start : self.length] for held in self.held]
         self.length -= start
 
@@ -156,14 +156,14 @@ class _Batch:
         return self.model.next_logits(self.states)[:, : self.vocabulary]  # type: ignore[no-any-return]
 
     def append(self, token: Tensor) -> None:
-        """Run the model on one token a row."""
+        """Run the model on one token a row, int64 [B]."""
         self.position = self.position + 1
         if self.padded:
             self.mask = F.pad(self.mask, (0, 1), value=True)
         self.states = self._forward(token.unsqueeze(-1), self.mask if self.padded else None, self.position)
 
     def select(self, rows: Tensor) -> None:
-        """Keep ``rows`` (with repetition), without the columns that are padding in all of them."""
+        """Keep ``rows`` (int64 [R], with repetition), without the columns that are padding in all of them."""
         self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
         start = int(self.mask.any(0).int().argmax()) if self.padded else 0
         self.mask = self.mask[:, start:]
