@@ -23,6 +23,7 @@ from lit_opd.rollout import DecodeSampler
 from lit_opd.teacher import LocalTeacher
 
 CLOCK = time.process_time
+TOKEN_BUDGET = 2048  # padded tokens a micro-batch: what a layer works on stays near the core
 
 
 class Timed:
@@ -80,6 +81,7 @@ def main() -> None:
         LocalTeacher(teacher),
         sampler=DecodeSampler(max_new_tokens=setting.tokens),
         objective=PolicyLoss() if objective == "iw-opd" else Divergence("reverse_kl"),
+        token_budget=max(TOKEN_BUDGET, PROMPT_TOKENS + 4 + setting.tokens),
         seed=0,
     )
     module.__dict__["stop_ids"] = ()  # nothing ends a response

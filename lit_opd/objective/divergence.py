@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_opd.objective.base import Objective, TokenLoss
 from lit_opd.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
-from lit_opd.types import TokenSignal
+from lit_opd.types import TokenSignal, exp_
 
 DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd"]
 
@@ -115,7 +115,7 @@ class _ReverseTerm(_FullTerm):
         student = logits.sub_(self.student_log[rows])
         centred = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows] - self.centre[rows])
         gap = torch.sub(student, centred, out=centred)
-        return student.exp_().mul_(gap)
+        return exp_(student).mul_(gap)
 
 
 class _ForwardTerm(_FullTerm):
@@ -127,8 +127,8 @@ class _ForwardTerm(_FullTerm):
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
         """[n, v]."""
-        teacher = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows]).exp_()
-        return logits.sub_(self.student_log[rows]).exp_().sub_(teacher)
+        teacher = exp_(self.teacher_logits(rows, columns).sub_(self.teacher_log[rows]))
+        return exp_(logits.sub_(self.student_log[rows])).sub_(teacher)
 
 
 class _JsdTerm(_FullTerm):
@@ -150,7 +150,7 @@ class _JsdTerm(_FullTerm):
         student = logits.sub_(self.student_log[rows])
         teacher = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows])
         gap = student - _mixture(student, teacher, self.spec.beta).add_(self.centre[rows])
-        return student.exp_().mul_(gap).mul_(1.0 - self.spec.beta)
+        return exp_(student).mul_(gap).mul_(1.0 - self.spec.beta)
 
 
 _FULL: dict[DivergenceKind, type[_FullTerm]] = {

@@ -2,22 +2,26 @@
 
 What ``generate`` cannot do: the token and its log-prob come from one pass over the logits; rows that have ended leave the
 batch, so the longest answer is not paid for by all; samples of one prompt share its prefill; keys and values are written into
-one growing buffer instead of being copied every step. docs/benchmarks.md says what it saves: little where no row ends early.
-
-Tokens are those of ``TransformersSampler`` for the same seeds, up to the rounding of logits.
+one growing buffer instead of being copied every step; and a decoder of the usual kind runs in few operations
+(``lit_opd.rollout.plain_decoder``). docs/benchmarks.md says what it saves. Tokens are those of ``TransformersSampler`` for the same seeds, up to the rounding of logits.
 """
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from lit_opd.rollout.base import Sampler, SamplingSettings, cached_casts, finish, require_room
 from lit_opd.rollout.drawing import choose
+from lit_opd.rollout.key_values import Slab
+from lit_opd.rollout.plain_decoder import FEW_ROWS, PlainDecoder, is_plain_decoder
 from lit_opd.streams import row_uniforms
 from lit_opd.types import InputError, PromptBatch, Rollout
 
@@ -25,39 +29,9 @@ ENGINE = "decode"
 ENDED_SHARE = 0.25  # of the rows: when so many have ended, they leave the batch
 CHECK_EVERY = 16  # steps between looks at which rows ended, where looking means waiting for the device
 CHECK_EVERY_ON_CPU = 1
-FIRST_COLUMNS = 64  # columns by which a key-value buffer is longer than the prompt at first; then it doubles
-
-
-class _Slab(DynamicLayer):
-    """Keys and values of one layer in a buffer [B, heads, columns, size] that doubles up to ``most`` columns."""
-
-    def __init__(self, *, most: int) -> None:
-        super().__init__()
-        self.most, self.length = most, 0
-        self.held: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns, [B, heads, n, size] each; returns all of them, [B, heads, written, size]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.held = [key_states[:, :, :0], value_states[:, :, :0]]
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        if self.length > self.held[0].shape[-2]:
-            room = max(self.length, min(self.most, max(2 * start, self.length + FIRST_COLUMNS))) - start
-            self.held = [F.pad(held[:, :, :start], (0, 0, 0, room)) for held in self.held]
-        for held, new in zip(self.held, (key_states, value_states), strict=True):
-            held[:, :, start : self.length] = new
-        keys, values = self.held
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def get_seq_length(self) -> int:
-        """Columns written."""
-        return self.length
-
-    def select(self, rows: Tensor, start: int) -> None:
-        """Keep ``rows`` (int64 [R], with repetition) and the columns from ``start`` on."""
-        self.held = [held[rows, :, start : self.length] for held in self.held]
-        self.length -= start
+PROBE_TOLERANCE = 1e-4  # nats between the model's own next-token log-probs and those of ``PlainDecoder``, for 16-bit
+PROBE_TOLERANCE_HALF = 0.1  # weights this
+_AGREES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # what the probe said of a model
 
 
 class DecodeSampler(Sampler):
@@ -100,15 +74,24 @@ def _refusal(config: Any, why: str) -> InputError:
 
 def _decode(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
+    batch = _Batch(model, prompts, settings, plain=_runs_plain(model, prompts.ids.device))
     uniforms = row_uniforms(
         settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
     )
-    batch = _Batch(model, prompts, settings)
-    device = prompts.ids.device
+    with (
+        torch.inference_mode() if batch.plain else nullcontext()
+    ):  # transformers keeps tensors of a forward in its modules
+        ids, logprobs = _written(batch, uniforms, settings)
+    return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
+
+
+def _written(batch: _Batch, uniforms: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """The responses of ``batch``, column by column, as ``_decode`` returns them."""
+    device, total = uniforms.device, len(uniforms)
     every = CHECK_EVERY_ON_CPU if device.type == "cpu" else CHECK_EVERY
     stops = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
-    rows, ended = torch.arange(len(prompts), device=device), torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    ids = torch.full((len(prompts), settings.max_new_tokens), settings.pad_id, device=device)
+    rows, ended = torch.arange(total, device=device), torch.zeros(total, dtype=torch.bool, device=device)
+    ids = torch.full((total, settings.max_new_tokens), settings.pad_id, device=device)
     logprobs: Tensor | None = None
     for step in range(settings.max_new_tokens):
         token, logprob = choose(batch.logits(), uniforms[rows, step], settings)
@@ -132,11 +115,11 @@ def _decode(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> tup
 class _Batch:
     """The rows that are still being written: their keys and values, last hidden states and masks."""
 
-    def __init__(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> None:
-        self.model, self.vocabulary = model, settings.vocabulary
+    def __init__(self, model: Any, prompts: PromptBatch, settings: SamplingSettings, *, plain: bool) -> None:
+        self.model, self.vocabulary, self.plain = model, settings.vocabulary, plain
         config, columns = model.causal_lm.config.get_text_config(), prompts.ids.shape[1]
-        most = columns + settings.max_new_tokens - 1
-        self.layers = [_Slab(most=most) for _ in range(config.num_hidden_layers)]
+        self.most = columns + settings.max_new_tokens - 1
+        self.layers = [Slab(most=self.most) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
         together = torch.cat([prompts.ids, prompts.mask.long()], -1)
         _, group = torch.unique_consecutive(together, dim=0, return_inverse=True)
@@ -144,26 +127,42 @@ class _Batch:
         mask = prompts.mask[first]
         self.padded = not bool(mask.all())
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        self.states = self._forward(prompts.ids[first], mask if self.padded else None, positions)
-        self.mask, self.position = mask, positions[:, -1:]
+        self.states = model.next_states(prompts.ids[first], mask if self.padded else None, positions, self.cache)
+        self.mask, self.position = mask, positions[:, -1]
         if any(layer.length != columns for layer in self.layers):
             raise _refusal(config, "layers that do not write the key-value cache")
         if len(first) < len(prompts):
-            self.select(group)
+            self._take(group)
+        self.decoder = self._decoder()
+
+    def _decoder(self) -> PlainDecoder | None:
+        return PlainDecoder(self.model.causal_lm, rows=len(self.mask), columns=self.most + 1) if self.plain else None
 
     def logits(self) -> Tensor:
         """[B, V] of the coming token, at least float32."""
-        return self.model.next_logits(self.states)[:, : self.vocabulary]  # type: ignore[no-any-return]
+        logits = self.model.next_logits(self.states) if self.decoder is None else self.decoder.logits(self.states)
+        return logits[:, : self.vocabulary]  # type: ignore[no-any-return]
 
     def append(self, token: Tensor) -> None:
         """Run the model on one token a row, int64 [B]."""
         self.position = self.position + 1
         if self.padded:
             self.mask = F.pad(self.mask, (0, 1), value=True)
-        self.states = self._forward(token.unsqueeze(-1), self.mask if self.padded else None, self.position)
+        mask = self.mask if self.padded else None
+        if self.decoder is not None:
+            self.states = self.decoder.states(token, self.position, mask, self.layers)
+        else:
+            self.states = self.model.next_states(token.unsqueeze(-1), mask, self.position.unsqueeze(-1), self.cache)
 
     def select(self, rows: Tensor) -> None:
-        """Keep ``rows`` (int64 [R], with repetition), without the columns that are padding in all of them."""
+        """Keep ``rows``, int64 [R]."""
+        few = len(rows) <= FEW_ROWS < len(self.mask)
+        self._take(rows)
+        if few:
+            self.decoder = self._decoder()  # whose products depend on the number of rows
+
+    def _take(self, rows: Tensor) -> None:
+        """Keep ``rows`` (with repetition), without the columns that are padding in all of them."""
         self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
         start = int(self.mask.any(0).int().argmax()) if self.padded else 0
         self.mask = self.mask[:, start:]
@@ -171,5 +170,29 @@ class _Batch:
         for layer in self.layers:
             layer.select(rows, start)
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-        return self.model.next_states(ids, mask, positions, self.cache)
+
+def _runs_plain(model: Any, device: torch.device) -> bool:
+    """True where ``PlainDecoder`` takes the steps; a model is compared with its own forward once."""
+    if model.plain or torch.is_autocast_enabled(device.type) or not is_plain_decoder(model.causal_lm):
+        return False
+    if model not in _AGREES:
+        _AGREES[model] = _agrees(model, device)
+    return _AGREES[model]
+
+
+@torch.no_grad()
+def _agrees(model: Any, device: torch.device) -> bool:
+    """Two tokens behind a padded batch of two prompts have the same log-probs either way."""
+    ids = torch.arange(6, device=device).reshape(2, 3) % model.vocabulary
+    mask = torch.tensor([[False, True, True], [True] * 3], device=device)
+    prompts = PromptBatch(ids, mask, torch.arange(2, device=device), ("0", "1"))
+    settings = SamplingSettings(max_new_tokens=2, stop_ids=(), pad_id=0, vocabulary=model.vocabulary)
+    own, ours = (_Batch(model, prompts, settings, plain=plain) for plain in (False, True))
+    for batch in (own, ours):
+        batch.append(ids[:, 0])
+    gap = float((own.logits().log_softmax(-1) - ours.logits().log_softmax(-1)).abs().max())
+    agrees = gap <= (PROBE_TOLERANCE_HALF if own.states.dtype.itemsize == 2 else PROBE_TOLERANCE)
+    if not agrees:
+        warnings.warn(f"DecodeSampler runs {type(model.causal_lm).__name__}'s own forward, which is slower: a decode step in "
+                      f"few operations differs by {gap:.3g} nats on a probe", stacklevel=2)  # fmt: skip
+    return agrees

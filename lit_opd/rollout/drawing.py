@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_opd.rollout.base import SamplingSettings
-from lit_opd.types import at_least_float32
+from lit_opd.types import at_least_float32, exp_
 
 BLOCK = 128  # vocabulary entries summed together; it divides the usual vocabulary sizes
 SMALL = 4096  # vocabularies up to this size need no blocks
@@ -80,14 +80,16 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     highest = logits.amax(-1, keepdim=True)
-    mass = (logits - highest).exp_()
+    mass = exp_(logits - highest)
     rows, vocabulary = mass.shape
     if vocabulary <= SMALL:
         cumulative = mass.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         token = _passes(cumulative, uniforms.unsqueeze(-1) * total)
     else:
-        mass = F.pad(mass, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+        if vocabulary % BLOCK:
+            mass = F.pad(mass, (0, -vocabulary % BLOCK))
+        mass = mass.view(rows, -1, BLOCK)
         cumulative = mass.sum(-1).cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         wanted = uniforms.unsqueeze(-1) * total
