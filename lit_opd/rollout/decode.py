@@ -3,7 +3,8 @@
 What ``generate`` cannot do: the token and its log-prob come from one pass over the logits; rows that have ended leave the
 batch, so the longest answer is not paid for by all; samples of one prompt share its prefill; keys and values are written into
 one growing buffer instead of being copied every step; and a decoder of the usual kind runs in few operations
-(``lit_opd.rollout.plain_decoder``). docs/benchmarks.md says what it saves. Tokens are those of ``TransformersSampler`` for the same seeds, up to the rounding of logits.
+(``lit_opd.rollout.plain_decoder``). docs/benchmarks.md says what it saves. Tokens are those of
+``TransformersSampler`` for the same seeds, up to the rounding of logits.
 """
 
 from __future__ import annotations
