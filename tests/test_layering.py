@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "lazy": {"types"},
     "sharding": {"types", "models"},
     "checkpoints": {"types"},
+    "faults": {"types", "distributed"},
     "tiles": {"types"},
     "scoring": {"types", "tiles"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},

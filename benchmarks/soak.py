@@ -1,0 +1,136 @@
+"""Does a long run stay as it began? python -m benchmarks.soak --steps 2000 (make soak)
+
+Runs the quickstart config and reads, every few steps, what leaks: resident memory, open files, threads, seconds a step.
+Writes ``soak.csv`` to the run folder, prints the slopes after the warm-up, and ends with status 1 where a bound is passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from callbacks import default_callbacks
+from lit_opd.cli import main as run_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20
+MEMORY_SLOPE = 1.0  # MiB per 100 steps
+TIME_RATIO = 1.25  # median of the last quarter over that of the first
+EVERY = 10  # steps between readings
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The process at one step.
+
+    Args:
+        step: optimizer step.
+        memory: resident MiB.
+        files: open file descriptors.
+        threads: of the interpreter and of libraries.
+        seconds: median wall seconds of a training step since the last reading, validations aside.
+    """
+
+    step: int
+    memory: float
+    files: int
+    threads: int
+    seconds: float
+
+
+class Watch(Callback):
+    """Takes a reading every ``EVERY`` optimizer steps, after a collection so that garbage does not count as a leak."""
+
+    def __init__(self) -> None:
+        self.readings: list[Reading] = []
+        self._times: list[float] = []
+        self._began = 0.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop it, and read on schedule."""
+        self._times.append(time.perf_counter() - self._began)
+        if trainer.global_step % EVERY == 0:
+            gc.collect()
+            self.readings.append(read(trainer.global_step, statistics.median(self._times)))
+            self._times = []
+
+
+def read(step: int, seconds: float) -> Reading:
+    """This process now, from Linux's /proc."""
+    own = Path("/proc/self")
+    pages = int((own / "statm").read_text().split()[1])
+    return Reading(
+        step=step,
+        memory=pages * os.sysconf("SC_PAGE_SIZE") / MIB,
+        files=len(list((own / "fd").iterdir())),
+        threads=max(len(list((own / "task").iterdir())), threading.active_count()),
+        seconds=seconds,
+    )
+
+
+def slope(readings: Sequence[Reading], name: str) -> float:
+    """Least-squares change of a figure per 100 steps."""
+    fit = statistics.linear_regression([r.step for r in readings], [getattr(r, name) for r in readings])
+    return 100.0 * fit.slope
+
+
+def findings(readings: Sequence[Reading], warm_up: int) -> list[tuple[str, str, bool]]:
+    """(figure, what was found, within its bound) after ``warm_up`` steps.
+
+    Files and threads must end as they were in the first reading after the warm-up: what comes and goes is no leak.
+    """
+    kept = [reading for reading in readings if reading.step > warm_up]
+    quarter = max(1, len(kept) // 4)
+    first, last = (statistics.median(r.seconds for r in part) for part in (kept[:quarter], kept[-quarter:]))
+    memory = slope(kept, "memory")
+    found = [
+        ("memory", f"{memory:+.2f} MiB per 100 steps, {kept[0].memory:.0f} -> {kept[-1].memory:.0f} MiB", memory < MEMORY_SLOPE),
+        ("step time", f"{first:.3f} -> {last:.3f} s (medians of the first and last quarter)", last < TIME_RATIO * first),
+    ]  # fmt: skip
+    for name in ("files", "threads"):
+        values = [getattr(reading, name) for reading in kept]
+        low = min(values[:quarter]), min(values[-quarter:])
+        found.append((name, f"{values[0]} -> {values[-1]} (at least {low[0]} -> {low[1]})", low[1] <= low[0]))
+    return found
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run, report; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--warm_up", type=int, default=200, help="steps that do not count")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/soak"))
+    given, overrides = parser.parse_known_args(args)
+    watch = Watch()
+    os.chdir(ROOT)
+    command = ["fit", "--config", "configs/quickstart.yaml", "--run_dir", str(given.run_dir.resolve())]
+    command += ["--overwrite", "true", "--trainer.max_steps", str(given.steps), *overrides]
+    run_cli(lambda: [*default_callbacks(), watch], command)
+    with (given.run_dir / "soak.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Reading)])
+        writer.writeheader()
+        writer.writerows(asdict(reading) for reading in watch.readings)
+    found = findings(watch.readings, given.warm_up)
+    for name, text, good in found:
+        print(f"{'ok' if good else 'LEAK':5} {name:10} {text}")
+    return 0 if all(good for _, _, good in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
