@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import gc
 import os
 import statistics
@@ -21,7 +22,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from callbacks import default_callbacks
+from callbacks import PositionProfile, default_callbacks
 from lit_opd.cli import main as run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ MIB = 2**20
 MEMORY_SLOPE = 1.0  # MiB per 100 steps
 TIME_RATIO = 1.25  # median of the last quarter over that of the first
 EVERY = 10  # steps between readings
+PICTURES_EVERY = 50  # steps between drawings, the first of them (and what it loads) within the warm-up
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Reading:
 
 
 class Watch(Callback):
-    """Takes a reading every ``EVERY`` optimizer steps, after a collection so that garbage does not count as a leak."""
+    """Takes a reading every ``EVERY`` optimizer steps; garbage and what the allocator holds in reserve are no leak."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
@@ -67,6 +69,7 @@ class Watch(Callback):
         self._times.append(time.perf_counter() - self._began)
         if trainer.global_step % EVERY == 0:
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
             self.readings.append(read(trainer.global_step, statistics.median(self._times)))
             self._times = []
 
@@ -121,7 +124,9 @@ def main(args: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     command = ["fit", "--config", "configs/quickstart.yaml", "--run_dir", str(given.run_dir.resolve())]
     command += ["--overwrite", "true", "--trainer.max_steps", str(given.steps), *overrides]
-    run_cli(lambda: [*default_callbacks(), watch], command)
+    extra = [PositionProfile(pictures_every=PICTURES_EVERY, pictures_share=None), watch]
+    kinds = tuple(type(callback) for callback in extra)
+    run_cli(lambda: [*(c for c in default_callbacks() if not isinstance(c, kinds)), *extra], command)
     with (given.run_dir / "soak.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Reading)])
         writer.writeheader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -488,9 +489,8 @@ class OPDModule(L.LightningModule):
                 listener(name, done, total)
 
     def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings) -> None:
-        values: dict[str, Any] = {"train/skipped_steps": self.skips.total, **scalars(record)}
-        if not record.skipped:
-            values["train/loss"] = loss
+        loss = torch.full_like(loss, math.nan) if record.skipped else loss
+        values: dict[str, Any] = {"train/loss": loss, "train/skipped_steps": self.skips.total, **scalars(record)}
         if self.length_budget is not None:
             values["train/length_budget"] = float(settings.max_new_tokens)
             values["train/tokens_saved_at_most"] = self._saved(record, settings)

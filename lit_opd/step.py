@@ -429,7 +429,7 @@ def synchronised(module: Any, *, last: bool) -> Any:
 def scalars(record: StepRecord) -> dict[str, Tensor]:
     """Step statistics over all ranks, one collective; names are documented in docs/metrics.md.
 
-    Of a step that was skipped only what its sampling says.
+    Of a step that was skipped all but what its sampling says is NaN: Lightning would log the step before's again.
 
     Returns:
         scalars by metric name.
@@ -450,15 +450,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         sums
     ).unbind()
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
-    sampling = {
-        "train/tokens": sampled,
-        "train/truncated_fraction": cut / rows,
-        "train/budget_fraction": budget / rows,
-        "train/response_length": sampled / rows,
-    }
-    if record.skipped:
-        return sampling
-    return sampling | {
+    found = {
         "train/reverse_kl_k1": kl / tokens,
         "train/disagreement": gap / tokens,
         "train/weight_mean": weight / counted,
@@ -467,6 +459,14 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/student_nll": surprise / tokens,
         "train/sampler_gap": sampler_gap / tokens,
         "train/grad_norm": record.grad_norm.double(),
+    }
+    if record.skipped:
+        found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
+    return found | {
+        "train/tokens": sampled,
+        "train/truncated_fraction": cut / rows,
+        "train/budget_fraction": budget / rows,
+        "train/response_length": sampled / rows,
     }
 
 
