@@ -18,11 +18,11 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.distributed import is_rank_zero
-from lit_opd.logs import RunCSVLogger
+from lit_opd.logs import RunCSVLogger, RunWandbLogger
 from lit_opd.module import OPDModule
 from lit_opd.preflight import NotEstimated, Plan, Run, estimate, read_plan, require_free, require_memory
 from lit_opd.prompts import PromptDataModule
@@ -258,9 +258,8 @@ class OPDCLI(LightningCLI):
         loggers: list[Logger] = [RunCSVLogger(folder, continued_from=self._checkpoint_step())]
         if wandb["mode"] != "disabled":
             offline = wandb["mode"] == "offline"
-            logger = WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
-            logger._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns about any value
-            loggers.append(logger)
+            named = {"project": wandb["project"], "name": self.run_dir.name, "save_dir": folder}
+            loggers.append(RunWandbLogger(**named, offline=offline))
         return loggers
 
     def _checkpoint_step(self) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from torch import Tensor
 
 from lit_opd.distributed import rank
@@ -96,6 +98,23 @@ class Starved(L.Callback):
         self.seen.append(inputs[0].shape[0] * inputs[0].shape[1])
         if len(self.seen) - 1 in self.calls and self.rank in (None, rank()):
             torch.empty(IMPOSSIBLE, dtype=torch.uint8)
+
+
+def write_config(folder: Path, models: tuple[str, str], prompts: list[str]) -> Path:
+    """Responses of one token, so that the poisoned letter is in prompts only."""
+    rows = [{"id": f"p{place}", "prompt": prompt, "answer": "1"} for place, prompt in enumerate(prompts)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampler = {"class_path": "lit_opd.rollout.TransformersSampler", "init_args": {"max_new_tokens": 1}}
+    teacher = {"class_path": "lit_opd.teacher.LocalTeacher", "init_args": {"path": models[1]}}
+    config = {
+        "num_threads": 1,
+        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 3},
+        "model": {"student": {"path": models[0]}, "teacher": teacher, "sampler": sampler},
+        "data": {"train": str(folder / "train.jsonl"), "prompt_batch": 4, "max_prompt_tokens": 24},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 def bits(values: dict[str, Tensor]) -> dict[str, bytes]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from callbacks import RunCheckpoint, default_callbacks
@@ -156,23 +155,6 @@ def test_a_negative_number_of_skips_is_refused(models):
 # -- the command line with every default callback ----------------------------------------------------------------------
 
 
-def write_config(folder: Path, models: tuple[str, str], prompts: list[str]) -> Path:
-    """Responses of one token, so that the poisoned letter is in prompts only."""
-    rows = [{"id": f"p{place}", "prompt": prompt, "answer": "1"} for place, prompt in enumerate(prompts)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sampler = {"class_path": "lit_opd.rollout.TransformersSampler", "init_args": {"max_new_tokens": 1}}
-    teacher = {"class_path": "lit_opd.teacher.LocalTeacher", "init_args": {"path": models[1]}}
-    config = {
-        "num_threads": 1,
-        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 3},
-        "model": {"student": {"path": models[0]}, "teacher": teacher, "sampler": sampler},
-        "data": {"train": str(folder / "train.jsonl"), "prompt_batch": 4, "max_prompt_tokens": 24},
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
 def poisoned_letter(folder: Path) -> tuple[str, str]:
     """Models of which the teacher cannot read an "=" sign."""
     teacher = tiny.qwen3(seed=2)
@@ -183,7 +165,7 @@ def poisoned_letter(folder: Path) -> tuple[str, str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_with_every_callback_counts_the_step_and_ends(tmp_path):
-    config = write_config(tmp_path, poisoned_letter(tmp_path), [*"abcdefghijk", "1 + 1 ="])
+    config = poisoned.write_config(tmp_path, poisoned_letter(tmp_path), [*"abcdefghijk", "1 + 1 ="])
     main(
         default_callbacks,
         ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--wandb.mode", "disabled"],
@@ -206,7 +188,7 @@ def test_a_run_with_every_callback_counts_the_step_and_ends(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_stops_says_so_in_one_line_and_goes_on_from_its_state(tmp_path, capsys):
-    config = str(write_config(tmp_path, poisoned_letter(tmp_path), [f"{letter} =" for letter in "abcdefgh"]))
+    config = str(poisoned.write_config(tmp_path, poisoned_letter(tmp_path), [f"{letter} =" for letter in "abcdefgh"]))
     arguments = ["fit", "--config", config, "--run_dir", str(tmp_path / "run"), "--wandb.mode", "disabled"]
     with pytest.raises(SystemExit) as stopped:
         main(default_callbacks, arguments)
@@ -222,49 +204,56 @@ def test_a_run_that_stops_says_so_in_one_line_and_goes_on_from_its_state(tmp_pat
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def two_ranks_folder(models, tmp_path_factory):
+RANKS = [pytest.param(fault_ranks.FAST, id="fast"), pytest.param(fault_ranks.SLOW, id="slow", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def two_ranks(request, models, tmp_path_factory):
+    """Folder of the run, and what both ranks report by case."""
     out = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.fault_ranks", str(out), *models["teacher"], *models["student"]]
+    command += ["-m", "tests.fault_ranks", str(out), ",".join(request.param), *models["teacher"], *models["student"]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert (out / "rank-1.pt").exists(), done.stdout[-2000:] + done.stderr[-6000:]
-    return out
+    first, second = (torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    return out, {named: (first[named], second[named]) for named in request.param}
 
 
-@pytest.fixture(scope="module")
-def reports(two_ranks_folder):
-    return [torch.load(two_ranks_folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_both_ranks_skip_a_step_that_is_not_finite_on_one(two_ranks):
+    out, reports = two_ranks
+    for named, ranks in reports.items():
+        if named.endswith("stopped"):
+            continue
+        for found in ranks:
+            assert found["skipped"] == [False, True, False], named
+            assert found["same weights"] and found["same momenta"], named
+        assert [len(found["warnings"]) for found in ranks] == [1, 0]
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-@pytest.mark.parametrize("strategy", fault_ranks.STRATEGIES)
-def test_both_ranks_skip_the_step_of_one_ranks_row(reports, two_ranks_folder, strategy, kind):
-    for report in reports:
-        found = report[f"{strategy} {kind}"]
-        assert found["skipped"] == [False, True, False]
-        assert found["same weights"] and found["same momenta"]
-    assert [len(report[f"{strategy} {kind}"]["warnings"]) for report in reports] == [1, 0]
-    faults = two_ranks_folder / f"{strategy}-{kind}" / "faults"
-    (row,) = json.loads((faults / "step-2.json").read_text())["rows"]
-    assert (row["rank"], row["row"], row["row_id"], row["field"]) == (1, 1, "row-3", f"{kind}_logprobs")
-    assert sorted(path.name for path in faults.iterdir()) == ["step-2-rank-1.safetensors", "step-2.json"]
+def test_the_rows_of_one_rank_are_kept(two_ranks):
+    out, reports = two_ranks
+    for named in reports:
+        kind = named.split()[1]
+        if kind in ("teacher", "student"):
+            (row,) = json.loads((out / named / "faults" / "step-2.json").read_text())["rows"]
+            assert (row["rank"], row["row"], row["row_id"], row["field"]) == (1, 1, "row-3", f"{kind}_logprobs")
+            files = sorted(path.name for path in (out / named / "faults").iterdir())
+            assert files == ["step-2-rank-1.safetensors", "step-2.json"]
 
 
-def test_both_ranks_skip_a_gradient_that_is_nan_on_one(reports):
-    assert all(report["ddp gradient"]["skipped"] == [False, True, False] for report in reports)
+def test_both_ranks_stop_with_one_error_and_the_state_saved(two_ranks):
+    out, reports = two_ranks
+    stopped = [ranks for named, ranks in reports.items() if named.endswith("stopped")]
+    assert stopped
+    for first, second in stopped:
+        assert first["error"] == second["error"] and "data row 'row-3'" in first["error"]
+        assert "(optimizer step 1) is in" in first["notes"][0]
 
 
-@pytest.mark.parametrize("strategy", fault_ranks.STRATEGIES)
-def test_both_ranks_stop_with_one_error_and_the_state_saved(reports, strategy):
-    first, second = (report[f"{strategy} stopped"] for report in reports)
-    assert first["error"] == second["error"] and "data row 'row-3'" in first["error"]
-    assert "(optimizer step 1) is in" in first["notes"][0]
-
-
-def test_memory_that_runs_out_on_one_rank_ends_both(two_ranks_folder):
-    other, own = ((two_ranks_folder / f"starved-{rank}").read_text() for rank in (0, 1))
+def test_memory_that_runs_out_on_one_rank_ends_both(two_ranks):
+    out, _ = two_ranks
+    other, own = ((out / f"starved-{rank}").read_text() for rank in (0, 1))
     assert own.startswith("InputError: `model.token_budget` must be lower, got 17: out of memory at optimizer step 1")
     assert "on rank 1" in own and "you tried to allocate" in own
     assert other.startswith("RuntimeError") and "onnection" in other
@@ -299,6 +288,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "batch scope": {"token_budget": 45, "weighting": BatchMeanOne(ImportanceWeighting())},
     "divergence": {"token_budget": 45, "objective": Divergence("reverse_kl")},
 }
+LONGEST = max(map(sum, zip(cases.PROMPTS, cases.LENGTHS, strict=True)))  # 15 tokens
 WHERE = {"student": True, "teacher": False}  # who runs out, and whether with a gradient
 
 
@@ -311,9 +301,9 @@ def test_a_step_made_again_with_half_the_budget_has_the_same_gradient(models, na
         trained, ours = one_step(models["gradient"], watch, **settings)
     _, theirs = one_step(models["gradient"], **settings)
     assert fixed.relative_gap(ours, theirs) < 1e-12
-    assert trained.room.halved == (settings["token_budget"] or watch.seen[0]) // 2
-    longest = max(map(sum, zip(cases.PROMPTS, cases.LENGTHS, strict=True)))
-    assert max(watch.seen[1:]) <= max(trained.room.halved, longest) < watch.seen[0]
+    whole = len(cases.LENGTHS) * LONGEST
+    assert trained.room.halved == (settings["token_budget"] or whole) // 2
+    assert max(watch.seen[1:]) <= max(trained.room.halved, LONGEST) < watch.seen[0]
     assert trained.token_budget == settings["token_budget"]
 
 
@@ -325,23 +315,21 @@ def test_memory_that_runs_out_between_two_backwards_leaves_no_gradient_behind(mo
     assert len(watch.seen) > 5 and fixed.relative_gap(ours, theirs) < 1e-12
 
 
-def test_the_halved_budget_stays_and_a_second_time_is_an_error_with_numbers(models, tmp_path):
-    watch = poisoned.Starved("student", {0, 6})
-    with (
-        pytest.warns(UserWarning, match="made again"),
-        pytest.raises(
-            InputError, match=r"got 22, halved once before: .* step 3 in a micro-batch of \d rows x \d+ tokens again"
-        ),
-    ):
-        poisoned.fit(models["gradient"], bad=set(), steps=9, watch=watch, token_budget=45)
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_the_halved_budget_stays_and_a_second_time_is_an_error_with_numbers(models):
+    """Two micro-batches a step after the first attempt, so the sixth call is the third step's first."""
+    watch = poisoned.Starved("student", {0, 5})
+    told = r"got 52, halved once before: out of memory at optimizer step 3 in a micro-batch of 3 rows x 15 tokens again"
+    with pytest.raises(InputError, match=told):
+        poisoned.fit(models["gradient"], bad=set(), steps=9, watch=watch, token_budget=None)
 
 
 def test_a_single_row_cannot_be_cut(models):
     watch = poisoned.Starved("student", {0})
     with pytest.raises(
-        InputError, match=r"1 rows x 13 tokens which cannot be cut.*you tried to allocate 1152921504606846976"
+        InputError, match=r"1 rows x 15 tokens which cannot be cut.*you tried to allocate 1152921504606846976"
     ):
-        poisoned.fit(models["gradient"], bad=set(), steps=1, watch=watch, token_budget=14)
+        poisoned.fit(models["gradient"], bad=set(), steps=1, watch=watch, token_budget=LONGEST)
 
 
 def test_half_a_budget_always_cuts_what_did_not_fit():
@@ -361,11 +349,10 @@ def test_memory_that_runs_out_while_sampling_names_the_settings(models):
         fixed.fit(trained, cases.rollout().prompts, watch=watch)
 
 
-def limited(models: tuple[str, str], out: Path, mib: int | None) -> None:
-    """A step of long rows under a limit on address space, in a process of its own; writes gradient and halved budget."""
+def limited(models: tuple[str, str], out: Path, megabytes: int | None) -> None:
+    """A step of long rows under a limit on address space, in a process of its own; writes what it found."""
     whole = fixed.rollout(lengths=[400] * 32, prompt_lengths=[10] * 32, truncated=set())
     trained = fixed.module(models, whole, dtype="float32")
-    start, grow = fixed.StartWeights(), 0
 
     class Limit(fixed.StartWeights):
         """Sets the limit once everything is loaded."""
@@ -373,12 +360,34 @@ def limited(models: tuple[str, str], out: Path, mib: int | None) -> None:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             """That far above what is in use."""
             super().on_train_start(trainer, pl_module)
-            if mib is not None:
-                used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-                resource.setrlimit(resource.RLIMIT_AS, (used + (mib << 20), resource.RLIM_INFINITY))
+            self.used = process_kb("VmSize")
+            if megabytes is not None:
+                resource.setrlimit(resource.RLIMIT_AS, (self.used + megabytes * 1000 << 10, resource.RLIM_INFINITY))
 
     start = Limit()
     fixed.fit(trained, whole.prompts, watch=start)
     after = fixed.weights(trained)
     found = {name: start.weights[name] - after[name] for name in after}
-    torch.save({"gradient": found, "halved": trained.room.halved}, out)
+    torch.save({"gradient": found, "halved": trained.room.halved, "grew": process_kb("VmPeak") - start.used}, out)
+
+
+def process_kb(name: str) -> int:
+    """A figure of /proc/self/status."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a limit on address space, as Linux has it")
+def test_a_step_that_does_not_fit_into_memory_is_made_in_halves(tmp_path):
+    """The kernel refuses memory for real; the limit is three quarters of what the undisturbed step took."""
+    models = tuple(tiny.save(tiny.qwen3(seed=seed, hidden=64), tmp_path / str(seed)) for seed in (1, 2))
+    fork, found, limit = multiprocessing.get_context("fork"), [], None
+    for name in ("whole", "halves"):
+        process = fork.Process(target=limited, args=(models, tmp_path / name, limit))
+        process.start()
+        process.join(TIME_LIMIT)
+        assert process.exitcode == 0
+        found.append(torch.load(tmp_path / name, weights_only=True))
+        limit = found[0]["grew"] * 3 // 4000
+    assert [result["halved"] for result in found] == [None, 32 * 410 // 2]
+    assert fixed.relative_gap(found[1]["gradient"], found[0]["gradient"]) < 1e-6
