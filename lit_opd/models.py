@@ -76,7 +76,7 @@ def _require_reachable(path: str, field: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _hub_error(field: str, path: str, error: Exception) -> InputError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
