@@ -37,7 +37,7 @@ def skipped(models: tuple[str, str], name: str, out: Path, *, bad: Any = (1,), *
     return {
         "skipped": [record.skipped for record in collect.records],
         "same weights": poisoned.bits(fixed.weights(trained)) == poisoned.bits(fixed.weights(plain)),
-        "same momenta": poisoned.momenta(trained) == poisoned.momenta(plain),
+        "same state": poisoned.optimizer_state(trained) == poisoned.optimizer_state(plain),
         "warnings": [str(w.message) for w in said if "was skipped" in str(w.message)],
     }
 

@@ -122,10 +122,10 @@ def bits(values: dict[str, Tensor]) -> dict[str, bytes]:
     return {name: value.contiguous().numpy().tobytes() for name, value in values.items()}
 
 
-def momenta(trained: Any) -> list[bytes]:
-    """The optimizer's state."""
+def optimizer_state(trained: Any) -> list[bytes]:
+    """Momenta, and what else there is."""
     states = trained.trainer.optimizers[0].state.values()
-    whole = [state["momentum_buffer"] for state in states]
+    whole = [value for state in states for value in state.values() if torch.is_tensor(value)]
     return [getattr(value, "full_tensor", lambda v=value: v)().numpy().tobytes() for value in whole]
 
 
