@@ -15,7 +15,7 @@ from lit_opd.distributed import rank
 from lit_opd.types import InputError
 from tests import cases, fixed, poisoned, two_ranks
 
-FAST = ("ddp teacher", "ddp gradient", "fsdp2 student", "fsdp2 stopped")
+FAST = ("ddp gradient", "fsdp2 student", "fsdp2 stopped")
 SLOW = tuple(f"{name} {what}" for name in ("ddp", "fsdp2", "fsdp1") for what in ("teacher", "student", "stopped"))
 TIMEOUT = timedelta(seconds=30)
 
