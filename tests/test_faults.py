@@ -397,15 +397,15 @@ def process_kb(name: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a limit on address space, as Linux has it")
 def test_a_step_that_does_not_fit_into_memory_is_made_in_halves(tmp_path):
-    """The kernel refuses memory for real; the limit is three quarters of what the undisturbed step took."""
+    """The kernel refuses memory for real, above 45 % of what the undisturbed step took: half the rows fit into that."""
     models = tuple(tiny.save(tiny.qwen3(seed=seed, hidden=64), tmp_path / str(seed)) for seed in (1, 2))
-    fork, found, limit = multiprocessing.get_context("fork"), [], None
+    fresh, found, limit = multiprocessing.get_context("spawn"), [], None  # a forked one inherits free memory
     for name in ("whole", "halves"):
-        process = fork.Process(target=limited, args=(models, tmp_path / name, limit))
+        process = fresh.Process(target=limited, args=(models, tmp_path / name, limit))
         process.start()
         process.join(TIME_LIMIT)
         assert process.exitcode == 0
         found.append(torch.load(tmp_path / name, weights_only=True))
-        limit = found[0]["grew"] * 3 // 4000
+        limit = int(found[0]["grew"] * 0.45 / 1000)
     assert [result["halved"] for result in found] == [None, 32 * 410 // 2]
     assert fixed.relative_gap(found[1]["gradient"], found[0]["gradient"]) < 1e-6
