@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow vllm-test bench-peers lint format smollm2 clean
+.PHONY: quickstart test test-slow soak vllm-test bench-peers lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +20,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# 2000 quickstart steps, about half an hour: memory, files, threads and step time must stay as they were
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak --steps 2000
 
 # vLLM has an environment of its own: about 3.5 GB
 .venv-vllm/.installed:

@@ -124,8 +124,9 @@ class PositionProfile(Callback):
     ) -> None:
         """Add the record; close the window on schedule."""
         record: StepRecord = outputs["step"]
-        self.add(record)
-        if crossed(record.step, self._written, self.every):
+        if not record.skipped:
+            self.add(record)
+        if self._pending and crossed(record.step, self._written, self.every):
             self._close_window(trainer, record.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

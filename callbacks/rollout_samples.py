@@ -48,8 +48,10 @@ class RolloutSamples(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write on schedule."""
+        """Write on schedule; the rows of a skipped step are in ``faults/``."""
         record: StepRecord = outputs["step"]
+        if record.skipped:
+            return
         last, self._last = self._last, record.step
         if trainer.is_global_zero and (last == 0 or crossed(record.step, last, self.every)):
             self._write_samples(trainer, pl_module.tokenizer, record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,16 +19,26 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
-from lit_opd.preflight import NotEstimated, Plan, Run, estimate, read_plan, require_free, require_memory
+from lit_opd.preflight import (
+    NotEstimated,
+    Plan,
+    Run,
+    estimate,
+    read_plan,
+    require_free,
+    require_machine,
+    require_memory,
+)
 from lit_opd.prompts import PromptDataModule
 from lit_opd.trainer import OPDTrainer
 from lit_opd.types import InputError, ServerError
+from lit_opd.wandb_run import RunWandbLogger
 
 USAGE_ERROR = 2
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -119,6 +130,9 @@ class OPDCLI(LightningCLI):
         parser.add_argument(
             "--memory_gb", type=float | None, default=None, help="GiB a rank has; default this machine's"
         )
+        parser.add_argument(
+            "--deep", type=bool | None, default=None, help="preflight: load the models; default small ones for CPU runs"
+        )
         parser.add_argument("--vars", type=dict, default={}, help="free values for ${vars.name}")
         parser.set_defaults(MODEL_DEFAULTS)
 
@@ -177,10 +191,13 @@ class OPDCLI(LightningCLI):
         self._check_memory()
         if not is_rank_zero():
             return
+        require_machine(self._run())
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
             _empty(self.run_dir)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.run_dir) as file:  # permissions do not tell of quotas and full disks
+                file.write(bytes(1024))
         except OSError as error:
             raise InputError(f"`--run_dir` must be writable, got {self.run_dir}: {error}") from error
 
@@ -218,7 +235,11 @@ class OPDCLI(LightningCLI):
 
     def before_preflight(self) -> None:
         """Tell the trainer what it cannot know: run folder, planned machine, options."""
-        self.trainer.preflight_run = Run(  # type: ignore[attr-defined]
+        self.trainer.preflight_run = self._run()  # type: ignore[attr-defined]
+
+    def _run(self) -> Run:
+        """What the checks look at."""
+        return Run(
             module=self.model,
             data=self.datamodule,
             trainer=self.trainer,
@@ -258,9 +279,8 @@ class OPDCLI(LightningCLI):
         loggers: list[Logger] = [RunCSVLogger(folder, continued_from=self._checkpoint_step())]
         if wandb["mode"] != "disabled":
             offline = wandb["mode"] == "offline"
-            logger = WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
-            logger._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns about any value
-            loggers.append(logger)
+            named = {"project": wandb["project"], "name": self.run_dir.name, "save_dir": folder}
+            loggers.append(RunWandbLogger(**named, offline=offline))
         return loggers
 
     def _checkpoint_step(self) -> int | None:

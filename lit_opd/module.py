@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -21,6 +22,7 @@ from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warnin
 from lit_opd.checkpoints import by_name, by_number, check_checkpoint, from_consolidated
 from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
+from lit_opd.faults import Room, Skips, memory_for
 from lit_opd.lazy import fill
 from lit_opd.models import (
     StudentSettings,
@@ -93,6 +95,8 @@ class OPDModule(L.LightningModule):
         seed: of the sampling streams; None takes the run's ``seed_everything``.
         reference: a third frozen model, for what reads its log-probs (``RewardExtrapolation``); usually the initial student.
         length_budget: ends training responses earlier than the sampler's ``max_new_tokens``; None for no budget.
+        max_skipped_steps: rollout batches in a row that may hold a NaN or Inf before the run stops; such a batch changes no
+            weight, see docs/reliability.md. 0 stops at the first.
     Raises:
         InputError: a value outside its range.
     """
@@ -117,6 +121,7 @@ class OPDModule(L.LightningModule):
         seed: int | None = None,
         reference: Teacher | None = None,
         length_budget: LengthBudget | None = None,
+        max_skipped_steps: int = 3,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -136,6 +141,7 @@ class OPDModule(L.LightningModule):
         self.validation = validation or ValidationSettings()
         self.evaluator = Evaluator(self.validation)
         self.seed, self.length_budget = seed, length_budget
+        self.skips, self.room = Skips(max_skipped_steps), Room()
         self._validated_at: int | None = None
         self._check_settings()
 
@@ -144,6 +150,8 @@ class OPDModule(L.LightningModule):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`OPDModule.{name}` must be >= 1, got {value}")
+        if self.skips.most < 0:
+            raise InputError(f"`OPDModule.max_skipped_steps` must be >= 0, got {self.skips.most}")
         if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise InputError(f"`OPDModule.gradient_clip_norm` must be > 0 or null, got {self.gradient_clip_norm}")
         if self.length_budget is not None:
@@ -406,7 +414,8 @@ class OPDModule(L.LightningModule):
         with clock("sampling"):
             self.phase("sampling", 0, 1)
             settings = self.training_settings()
-            sampled = self.generate(prompts, settings)
+            with memory_for("sampling", "lower `data.prompt_batch` or `model.sampler.max_new_tokens`"):
+                sampled = self.generate(prompts, settings)
             update = Update(self, apply_truncated(sampled, self.truncated), sampled)
         with clock("scoring"):
             update.score_teacher()
@@ -417,26 +426,24 @@ class OPDModule(L.LightningModule):
         self._log_step(loss, record, settings)
         return {"loss": loss, "step": record}
 
-    def apply_gradients(self) -> Tensor:
-        """Clip, step, schedule, clear; returns the global gradient norm before clipping, scalar.
-
-        Raises:
-            FloatingPointError: the norm is not finite; no weight was changed.
-        """
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
-        bound = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
+    def clip(self) -> Tensor:
+        """Scale the gradients to ``gradient_clip_norm``; returns the global norm before, scalar."""
         assert self.student is not None
-        norm = clip_gradients(self.student, parameters, bound)
-        if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"the gradient norm is {float(norm)} at optimizer step {self.global_step + 1}; no weight was changed"
-            )
+        groups = self.optimizers().param_groups  # type: ignore[union-attr]
+        bound = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
+        return clip_gradients(self.student, [p for group in groups for p in group["params"]], bound).detach()
+
+    def apply_gradients(self) -> None:
+        """Step, schedule, clear."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.clear_gradients()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
-        return norm.detach()
+
+    def clear_gradients(self) -> None:
+        """No weight has a gradient."""
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
 
     def generate(self, prompts: PromptBatch, settings: SamplingSettings | None = None) -> Rollout:
         """Responses of the current student, [B, T].
@@ -482,7 +489,8 @@ class OPDModule(L.LightningModule):
                 listener(name, done, total)
 
     def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings) -> None:
-        values: dict[str, Any] = {"train/loss": loss, **scalars(record)}
+        loss = torch.full_like(loss, math.nan) if record.skipped else loss
+        values: dict[str, Any] = {"train/loss": loss, "train/skipped_steps": self.skips.total, **scalars(record)}
         if self.length_budget is not None:
             values["train/length_budget"] = float(settings.max_new_tokens)
             values["train/tokens_saved_at_most"] = self._saved(record, settings)
@@ -622,11 +630,13 @@ class OPDModule(L.LightningModule):
         whole = is_sharded(self.student)
         pairs = zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=False)
         checkpoint["optimizer_states"] = [by_name(state, self, optimizer, whole=whole) for state, optimizer in pairs]
+        checkpoint["skipped_steps"] = self.skips.total
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._shapes.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The check of ``load_state_dict`` again: under FSDP2 Lightning reads weight by weight and skips what is missing."""
         from_consolidated(checkpoint)
+        self.skips.total = int(checkpoint.get("skipped_steps", 0))
         if "student_shapes" in checkpoint and self.student is not None:
             _require_same(checkpoint["student_shapes"], of=self._shapes)
 

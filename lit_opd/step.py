@@ -4,14 +4,19 @@ The order of things: the teacher (and a reference model where something reads it
 need other rows, where a strategy drops tokens or where the batch is used more than once, the student scores it once too,
 without gradient; denominators are summed over micro-batches and ranks; then each micro-batch runs forward and backward.
 A rank with fewer micro-batches than another runs dummies of weight zero, because sharded collectives must match.
+
+A value that is not finite goes into the signal as 0, so that all ranks finish the backward pass; the one decision whether the
+step is made falls there, see ``faults.py``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_opd.advantage import apply_transforms
 from lit_opd.distributed import all_max, all_sum, world_size
+from lit_opd.faults import FOLDER, GRADIENT, bad_rows, finite, free_memory, is_bad, out_of_memory, save_fault
 from lit_opd.objective import aggregate, denominator
 from lit_opd.server import shared_failure
 from lit_opd.sharding import holds_shards, sync_gradients
@@ -27,9 +33,12 @@ from lit_opd.types import FinishReason, InputError, Rollout, StepRecord, TokenSc
 if TYPE_CHECKING:
     from lit_opd.module import OPDModule
 
+Result = TypeVar("Result")
+
 _SIGNAL_FIELDS = (
     "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
 )  # fmt: skip
+_MUST_BE_FINITE = ("sampler_logprobs", *_SIGNAL_FIELDS)
 _STUDENT_WANTS = {"student_entropy": "entropy", "student_topk": "topk", "token_kl": "token_kl"}
 
 
@@ -110,12 +119,13 @@ class _Parts:
                 self.put(name, rows, value)
 
     def signal_fields(self, rows: Tensor, columns: int) -> dict[str, Any]:
-        """The optional and required fields of a ``TokenSignal`` of some rows and the leading columns."""
+        """The optional and required fields of a ``TokenSignal`` of some rows and the leading columns, finite."""
         cut = {name: value[rows.to(value.device), :columns] for name, value in self.values.items()}
-        fields: dict[str, Any] = {name: cut[name] for name in _SIGNAL_FIELDS if name in cut}
+        fields: dict[str, Any] = {name: finite(cut[name]) for name in _SIGNAL_FIELDS if name in cut}
         for name in ("student_topk", "teacher_topk"):
             if f"{name}.ids" in cut:
-                fields[name] = TopK(ids=cut[f"{name}.ids"], logprobs=cut[f"{name}.logprobs"])
+                logprobs = cut[f"{name}.logprobs"].nan_to_num(neginf=-math.inf)  # no mass is a fair answer
+                fields[name] = TopK(ids=cut[f"{name}.ids"], logprobs=logprobs)
         return fields
 
 
@@ -134,6 +144,8 @@ class Update:
         self.step = module.global_step
         self.lengths = row_lengths(rollout)
         self.parts = _Parts(rollout.mask)
+        self.attempted = torch.arange(0)  # rows of the micro-batch that runs
+        self.skipped = False
         self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
         self.weights: Tensor | None = None
         self.kept: Tensor | None = None
@@ -142,21 +154,21 @@ class Update:
 
     def score_teacher(self) -> None:
         """Scores of the whole batch by the frozen models, in micro-batches."""
-        groups = self._groups(torch.arange(len(self.rollout)))
-        total = self._most(len(groups))
         with ExitStack() as stack:
             for model in self.module.scorers.values():
                 stack.enter_context(model.on_device(self.rollout.mask.device))
             if not any(holds_shards(model) for model in self.module.scorers.values()):
                 stack.enter_context(shared_failure())  # sharded models talk to each other while they score
-            for index in range(total):
-                self._score_group(groups[index] if index < len(groups) else groups[0])
-                self.module.phase("scoring", index + 1, total)
-            for who in self.module.scorers:
-                _require_finite(f"{who}_logprobs", self.parts.values[f"{who}_logprobs"], self.rollout)
+            self._in_micro_batches(torch.arange(len(self.rollout)), self._score_groups)
+
+    def _score_groups(self, groups: list[Tensor]) -> None:
+        total = self._most(len(groups))
+        for index in range(total):
+            self._score_group(groups[index] if index < len(groups) else groups[0])
+            self.module.phase("scoring", index + 1, total)
 
     def _score_group(self, rows: Tensor) -> None:
-        part = self.rollout.rows(rows).trimmed()
+        part = self._part(rows)
         for who, model in self.module.scorers.items():
             requires = self.module.required if who == "teacher" else frozenset()
             scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
@@ -166,15 +178,17 @@ class Update:
         """The student's scores without gradient, where the weights or the denominators need them first."""
         if not self.module.needs_scoring_pass:
             return
-        groups = self._groups(torch.arange(len(self.rollout)))
         with torch.no_grad(), self._teacher_head():
-            for index in range(self._most(len(groups))):
-                rows = groups[index] if index < len(groups) else groups[0]
-                with self.module.teacher.whole_head():
-                    self.parts.put_scores("student", rows, self._student_scores(self.rollout.rows(rows).trimmed()))
-        self.full = self._signal(self.rollout, validate=True)
+            self._in_micro_batches(torch.arange(len(self.rollout)), self._score_groups_of_student)
+        self.full = self._signal(self.rollout)
         self.weights = self.module.weighting(self.full, self.progress)
         self.kept = self.module.weighting.kept(self.full, self.progress)
+
+    def _score_groups_of_student(self, groups: list[Tensor]) -> None:
+        for index in range(self._most(len(groups))):
+            rows = groups[index] if index < len(groups) else groups[0]
+            with self.module.teacher.whole_head():
+                self.parts.put_scores("student", rows, self._student_scores(self._part(rows)))
 
     def _student_scores(self, part: Rollout) -> TokenScores:
         """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted."""
@@ -200,38 +214,51 @@ class Update:
     def _trains_on_distribution(self) -> bool:
         return torch.is_grad_enabled() and "teacher_distribution" in self.module.objective.requires
 
-    def _signal(self, rollout: Rollout, *, rows: Tensor | None = None, validate: bool) -> TokenSignal:
-        """The signal of ``rollout``, which is the batch's ``rows`` (default all of them)."""
+    def _signal(self, rollout: Rollout, *, rows: Tensor | None = None) -> TokenSignal:
+        """The signal of ``rollout``, which is the batch's ``rows`` (default all of them); 0 in place of what is not finite."""
         rows = torch.arange(len(rollout)) if rows is None else rows
         signal = TokenSignal(
             **self.parts.signal_fields(rows, rollout.mask.shape[1]),
             mask=rollout.mask,
-            sampler_logprobs=rollout.sampler_logprobs,
+            sampler_logprobs=finite(rollout.sampler_logprobs),
             row_keys=rollout.prompts.row_keys,
             step=self.step,
-            validate=validate,
+            validate=False,
         )
         return apply_transforms(self.module.advantage, signal)
 
     # -- updating ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Tensor:
-        """All optimizer steps of the batch; returns the mean reported loss, scalar."""
+        """All optimizer steps of the batch, or those before one that is not finite; returns the mean reported loss, scalar."""
         module = self.module
-        losses = []
-        rows = torch.arange(len(self.rollout))
-        updates = module.epochs * module.mini_batches
+        chunks = torch.tensor_split(torch.arange(len(self.rollout)), module.mini_batches) * module.epochs
+        losses: list[Tensor] = []
         with self._teacher_head():
-            for _ in range(module.epochs):
-                for chunk in torch.tensor_split(rows, module.mini_batches):
-                    losses.append(self._optimizer_step(chunk))
-                    module.phase("updating", len(losses), updates)
+            for done, chunk in enumerate(chunks):
+                losses.append(self._optimizer_step(chunk, left=len(chunks) - done))
+                if self.skipped:
+                    break
+                module.phase("updating", done + 1, len(chunks))
+            else:
+                module.skips.made()
         return torch.stack(losses).mean()
 
-    def _optimizer_step(self, rows: Tensor) -> Tensor:
+    def _optimizer_step(self, rows: Tensor, *, left: int) -> Tensor:
+        """The step on ``rows``, the first of ``left``; all of them are skipped where something is not finite."""
+        loss = self._in_micro_batches(rows, lambda groups: self._backward(groups, self._denominator(rows)))
+        self.grad_norm = self.module.clip()
+        names = self._not_finite()
+        if names:
+            self._skip(rows, names, left)
+        else:
+            self._check_sampler_gap(rows)
+            self.module.apply_gradients()
+        return all_sum(loss)
+
+    def _backward(self, groups: list[Tensor], total: Tensor) -> Tensor:
+        """Gradients of all micro-batches; this rank's share of the loss, scalar."""
         module = self.module
-        total = self._denominator(rows)
-        groups = self._groups(rows)
         count = self._most(len(groups))
         loss = torch.zeros((), device=self.rollout.mask.device)
         for index in range(count):
@@ -240,9 +267,31 @@ class Update:
                 share = self._micro_loss(groups[index], total) if index < len(groups) else self._dummy_loss()
                 module.manual_backward(share * world_size())
             loss = loss + share.detach()
-        self._check_sampler_gap(rows)
-        self.grad_norm = module.apply_gradients()
-        return all_sum(loss)
+        return loss
+
+    def _not_finite(self) -> list[str]:
+        """What is not finite on any rank, equal on all of them; the step's one host synchronisation."""
+        values, mask = self._values(), self.rollout.mask
+        fine = torch.zeros((), dtype=torch.bool, device=mask.device)
+        bad = [is_bad(values[name], mask).any() if name in values else fine for name in _MUST_BE_FINITE]
+        flags = torch.stack([*bad, ~torch.isfinite(self.grad_norm).to(mask.device)]).int()
+        found = all_max(flags).tolist()
+        return [name for name, flag in zip((*_MUST_BE_FINITE, GRADIENT), found, strict=True) if flag]
+
+    def _values(self) -> dict[str, Tensor]:
+        return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.parts.values}
+
+    def _skip(self, chunk: Tensor, names: list[str], left: int) -> None:
+        """Keep the rows, count, and let the counters go on without a change of weights; the same on every rank."""
+        module, values = self.module, self._values()
+        folder, step = Path(module.trainer.default_root_dir) / FOLDER, module.global_step + 1
+        rows = bad_rows(names, values, self.rollout, chunk)
+        everyone = save_fault(folder, step, names=names, rows=rows, rollout=self.rollout, values=values)
+        module.skips.skipped(step, left, names=names, rows=everyone, folder=folder)
+        self.skipped = True
+        module.clear_gradients()
+        for _ in range(left):
+            module.apply_gradients()  # of no weight: an optimizer leaves those without a gradient as they are
 
     def _check_sampler_gap(self, rows: Tensor) -> None:
         """Before weights change: the sampler's log-probs are near the student's, where the sampler sets a bound."""
@@ -275,7 +324,7 @@ class Update:
     def _micro_loss(self, rows: Tensor, total: Tensor) -> Tensor:
         """This micro-batch's share of the reduced loss."""
         module = self.module
-        part = self.rollout.rows(rows).trimmed()
+        part = self._part(rows)
         scores = self._student_scores(part)
         signal, weights, kept = self._weighted(part, rows, scores)
         result = module.objective.token_loss(scores.logprobs, signal, weights, divergence=scores.divergence)
@@ -294,7 +343,7 @@ class Update:
             signal = _cut(self.full.rows(rows), columns)
             return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
         self.parts.put_scores("student", rows, scores)
-        signal = self._signal(part, rows=rows, validate=not part.mask.is_cuda)
+        signal = self._signal(part, rows=rows)
         weights = self.module.weighting(signal, self.progress)
         self.parts.put("weights", rows, weights)
         return signal, weights, part.mask
@@ -303,13 +352,13 @@ class Update:
 
     def record(self, seconds: dict[str, float]) -> StepRecord:
         """What callbacks may read of this batch."""
-        signal = self.full if self.full is not None else self._signal(self.rollout, validate=False)
+        signal = self.full if self.full is not None else self._signal(self.rollout)
         weights = self.weights if self.weights is not None else self.parts.values["weights"]
         return StepRecord(
             rollout=self.rollout,
             signal=signal,
             weights=weights,
-            kept=self.kept if self.kept is not None else self.rollout.mask,
+            kept=self._trained(),
             loss=self.parts.values["loss"],
             clipped=self.parts.values["clipped"],
             finish_reason=self.sampled.finish_reason,
@@ -318,10 +367,39 @@ class Update:
             progress=self.progress,
             step=self.module.global_step,
             seconds=seconds,
+            skipped=self.skipped,
         )
 
+    def _trained(self) -> Tensor:
+        kept = self.kept if self.kept is not None else self.rollout.mask
+        return torch.zeros_like(kept) if self.skipped else kept
+
+    # -- micro-batches -----------------------------------------------------------------------------------------------
+
+    def _in_micro_batches(self, rows: Tensor, work: Callable[[list[Tensor]], Result]) -> Result:
+        """``work`` on the rows' micro-batches; where memory runs out, once more from the start with smaller ones."""
+        module, self.attempted = self.module, rows
+        while True:
+            try:
+                return work(self._groups(rows))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                lengths = self.lengths[self.attempted]
+                size = {"rows": len(lengths), "longest": int(lengths.max())}
+                module.room.halve(module.token_budget, **size, step=module.global_step + 1, error=error)
+            module.clear_gradients()  # outside the handler: the traceback holds what the attempt allocated
+            free_memory()
+
+    def _part(self, rows: Tensor) -> Rollout:
+        """A micro-batch of ``rows``."""
+        self.attempted = rows
+        return self.rollout.rows(rows).trimmed()
+
     def _groups(self, rows: Tensor) -> list[Tensor]:
-        return [rows[group] for group in micro_batches(self.lengths[rows], token_budget=self.module.token_budget)]
+        lengths = self.lengths[rows]
+        budget = self.module.room.budget(self.module.token_budget, lengths)
+        return [rows[group] for group in micro_batches(lengths, token_budget=budget)]
 
     def _most(self, count: int) -> int:
         return int(all_max(torch.tensor(count, device=self.rollout.mask.device)))
@@ -339,16 +417,6 @@ def _cut(signal: TokenSignal, columns: int) -> TokenSignal:
     return replace(signal, **(changes | {"validate": False}))
 
 
-def _require_finite(name: str, logprobs: Tensor, rollout: Rollout) -> None:
-    bad = ~torch.isfinite(logprobs).all(-1)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise InputError(
-            f"`{name}` must be finite on valid tokens, got a non-finite value in row {row} "
-            f"(data row {rollout.prompts.row_ids[row]!r}); score this row with that model alone to see why"
-        )
-
-
 def synchronised(module: Any, *, last: bool) -> Any:
     """Gradient reduction over ranks on the last micro-batch only."""
     sync_gradients(module.student, last)
@@ -360,6 +428,8 @@ def synchronised(module: Any, *, last: bool) -> Any:
 
 def scalars(record: StepRecord) -> dict[str, Tensor]:
     """Step statistics over all ranks, one collective; names are documented in docs/metrics.md.
+
+    Of a step that was skipped all but what its sampling says is NaN: Lightning would log the step before's again.
 
     Returns:
         scalars by metric name.
@@ -380,7 +450,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         sums
     ).unbind()
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
-    return {
+    found = {
         "train/reverse_kl_k1": kl / tokens,
         "train/disagreement": gap / tokens,
         "train/weight_mean": weight / counted,
@@ -388,11 +458,15 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/clip_fraction": clipped / tokens,
         "train/student_nll": surprise / tokens,
         "train/sampler_gap": sampler_gap / tokens,
+        "train/grad_norm": record.grad_norm.double(),
+    }
+    if record.skipped:
+        found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
+    return found | {
         "train/tokens": sampled,
         "train/truncated_fraction": cut / rows,
         "train/budget_fraction": budget / rows,
         "train/response_length": sampled / rows,
-        "train/grad_norm": record.grad_norm.double(),
     }
 
 

@@ -24,7 +24,9 @@ class OPDTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> list[Finding]:
-        """Check a run without loading weights: prints a row for each check and the memory of one rank.
+        """Check a run: prints a row for each check and the memory of one rank.
+
+        From Python no weights are loaded; the command line's ``--deep`` decides for itself.
 
         Args:
             model: the ``OPDModule``.
@@ -53,5 +55,5 @@ class OPDTrainer(Trainer):
             trainer=self,
             plan=read_plan(asked, strategy=self.strategy, memory_gb=None),
             run_dir=Path(self.default_root_dir),
-            settings={"ckpt_path": ckpt_path},
+            settings={"ckpt_path": ckpt_path, "deep": False},
         )

@@ -404,6 +404,8 @@ class StepRecord(_Record):
         progress: training progress in [0, 1] that the strategy saw.
         step: optimizer steps done, this batch's included.
         seconds: wall seconds of each phase: sampling, scoring, updating.
+        skipped: True where a value was not finite and the batch's steps, or the rest of them, were not made: no token is in
+            ``kept``, and what was not finite is 0 in the signal.
     """
 
     rollout: Rollout
@@ -418,6 +420,7 @@ class StepRecord(_Record):
     progress: float
     step: int
     seconds: dict[str, float]
+    skipped: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "lazy": {"types"},
     "sharding": {"types", "models"},
     "checkpoints": {"types"},
+    "faults": {"types", "distributed"},
     "tiles": {"types"},
     "scoring": {"types", "tiles"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},
@@ -37,10 +38,11 @@ ALLOWED["step"] = BELOW_MODULE | {"module"}  # for annotations only, see the tes
 ALLOWED["module"] = BELOW_MODULE | {"step"}
 ALLOWED["testbed"] = BELOW_MODULE
 ALLOWED["logs"] = {"types"}
+ALLOWED["wandb_run"] = {"distributed"}
 ALLOWED["report"] = {"types"}
 ALLOWED["preflight"] = BELOW_MODULE
 ALLOWED["trainer"] = {"preflight"}
-ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report"}
+ALLOWED["cli"] = {"logs", "wandb_run"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report"}
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
 

@@ -1,6 +1,6 @@
 """Checks before a run, and the memory a rank will need; see ``python train.py preflight --config FILE``."""
 
-from lit_opd.preflight.checks import CHECKS, Finding, Run, examine, require_free
+from lit_opd.preflight.checks import CHECKS, Finding, Run, examine, require_free, require_machine
 from lit_opd.preflight.estimate import estimate, require_memory
 from lit_opd.preflight.memory import Budget
 from lit_opd.preflight.plan import Plan, read_plan
@@ -18,6 +18,7 @@ __all__ = [
     "examine",
     "read_plan",
     "require_free",
+    "require_machine",
     "require_memory",
     "show",
 ]

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.plan import GIB, Plan
+from lit_opd.preflight.probe import NotProbed, Probe, probe
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.server import ServerError
 from lit_opd.sharding import check_strategy
@@ -60,7 +61,8 @@ class Run:
         trainer: a trainer of this machine, which may not be the planned one.
         plan: where the run is meant to run.
         run_dir: the run folder.
-        settings: the rest of the command line's options ("overwrite", "ckpt_path", "wandb", "checkpoint_every", "config").
+        settings: the rest of the command line's options ("overwrite", "ckpt_path", "wandb", "checkpoint_every", "config",
+            "deep").
     """
 
     def __init__(
@@ -68,12 +70,20 @@ class Run:
     ) -> None:
         self.module, self.data, self.trainer = module, data, trainer
         self.plan, self.run_dir, self.settings = plan, run_dir, settings
+        self.failed: list[str] = []  # checks that were errors, filled by ``examine``
         module.trainer = trainer
 
     @cached_property
     def budget(self) -> Budget:
         """The memory budget of one rank; see ``estimate``."""
         return estimate(self.module, self.data, self.plan)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """A few prompts through the real models; see ``probe``."""
+        if self.failed:
+            raise NotProbed(f"first the errors of: {', '.join(self.failed)}")
+        return probe(self.module, self.data, self.trainer, self.plan, deep=self.settings.get("deep"))
 
     @property
     def estimated(self) -> Budget | None:
@@ -205,6 +215,48 @@ def memory(run: Run) -> Finding:
     return Finding("ok", f"{need}, of {run.plan.memory / GIB:.1f} ({run.plan.memory_source})")
 
 
+# -- real models -------------------------------------------------------------------------------------------------------
+
+
+def logprobs(run: Run) -> Finding:
+    """The sampler draws from the distribution that the student's scorer scores, and every scorer is finite."""
+    try:
+        found = run.probe
+    except NotProbed as reason:
+        return _not_probed(reason)
+    means = f"mean |student - sampler| {found.gap:.2g} nats over {found.tokens} tokens (bound {found.gap_bound:g})"
+    sampler = run.module.sampler
+    if sampler.top_p < 1 or sampler.top_k:
+        return Finding("ok", f"{means}: top-p and top-k cut the sampler's distribution, so they differ on purpose")
+    if not found.gap <= found.gap_bound:
+        remedy = (
+            "sampler and scorer differ in temperature, dtype, attention or padding: try another sampler, or float32"
+        )
+        return Finding("error", means, remedy)
+    return Finding("ok", f"{means}; mean |teacher - student| {found.disagreement:.2g}")
+
+
+def own_teacher(run: Run) -> Finding:
+    """A student that is its own teacher has nothing to learn: A = 0."""
+    try:
+        found = run.probe
+    except NotProbed as reason:
+        return _not_probed(reason)
+    if found.own is None:
+        return Finding("ok", "no teacher is in this process: not probed")
+    text = f"largest |A| {found.own:.2g} nats with the student as teacher, row by row (bound {found.own_bound:g})"
+    if not found.own <= found.own_bound:
+        remedy = "its log-probs depend on padding or on the batch: try attn_implementation eager, or float32"
+        return Finding("error", text, remedy)
+    return Finding("ok", text)
+
+
+def _not_probed(reason: NotProbed) -> Finding:
+    if reason.by_choice:
+        return Finding("ok", f"not probed: {reason}")
+    return Finding("warning", f"not probed: {reason}", "--deep true loads the models and tries a few prompts")
+
+
 # -- files and accounts ------------------------------------------------------------------------------------------------
 
 
@@ -213,9 +265,9 @@ def run_folder(run: Run) -> Finding:
     require_free(
         run.run_dir, going_on=bool(run.settings.get("ckpt_path")), overwrite=bool(run.settings.get("overwrite"))
     )
-    parent = _existing(run.run_dir)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return Finding("error", f"{parent} is not writable", "give another --run_dir")
+    for folder in dict.fromkeys([_existing(run.run_dir), _existing(run.run_dir / "checkpoints")]):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return Finding("error", f"{folder} is not writable", "give another --run_dir, or change its permissions")
     return Finding("ok", str(run.run_dir))
 
 
@@ -270,12 +322,31 @@ CHECKS: dict[str, Check] = {
     "disk": disk,
     "W&B": wandb,
     "callbacks": callbacks,
+    "log-probs": logprobs,
+    "own teacher": own_teacher,
 }
+CHEAP = ("run folder", "disk", "W&B")  # what a fit asks by itself beside its own checks
 
 
 def examine(run: Run, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
     """One finding a check, in their order; none stops another."""
-    return [replace(_examined(run, check), name=name) for name, check in checks.items()]
+    findings = []
+    for name, check in checks.items():
+        findings.append(replace(_examined(run, check), name=name))
+        if findings[-1].status == "error":
+            run.failed.append(name)
+    return findings
+
+
+def require_machine(run: Run) -> None:
+    """The checks in ``CHEAP``.
+
+    Raises:
+        InputError: one of them is an error.
+    """
+    for finding in examine(run, {name: CHECKS[name] for name in CHEAP}):
+        if finding.status == "error":
+            raise InputError("; ".join(filter(None, [finding.found, finding.remedy])))
 
 
 def _examined(run: Run, check: Check) -> Finding:

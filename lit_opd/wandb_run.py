@@ -1,0 +1,95 @@
+"""W&B, without which a run goes on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_opd.distributed import is_rank_zero
+
+
+class RunWandbLogger(WandbLogger):
+    """W&B; when its process dies or its server cannot be reached, one warning is given and training goes on without it.
+
+    A server that cannot be reached at the start turns the run offline; later losses are W&B's own process to retry. What was
+    written before a loss stays in ``wandb/``. The arguments are Lightning's.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns about any value
+        self._lost = False
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run; something that takes every call and does nothing once W&B is lost, and on ranks other than 0."""
+        if self._lost or not is_rank_zero():
+            return NoExperiment()
+        known = self._experiment is not None
+        run = self._guarded(self._begun)() or NoExperiment()
+        if not known and not self._lost:
+            for name in ("log", "finish"):
+                setattr(run, name, self._guarded(getattr(run, name)))
+        return run
+
+    def _begun(self) -> Any:
+        import wandb
+
+        try:
+            return super().experiment
+        except wandb.errors.CommError as error:
+            if self._offline:
+                raise
+            warnings.warn(
+                f"W&B cannot be reached ({_first_line(error)}): the run goes on offline; upload it later with `wandb sync`",
+                stacklevel=2,
+            )
+            self._offline, self._wandb_init["mode"] = True, "offline"
+            return super().experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning does."""
+        self._guarded(super().log_hyperparams)(*args, **kwargs)
+
+    def _guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, or nothing where W&B is lost."""
+        import wandb
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self._lost:
+                return None
+            try:
+                return call(*args, **kwargs)
+            except (OSError, EOFError, wandb.errors.Error, HandleAbandonedError, MailboxClosedError) as error:
+                self._lose(error)
+                return None
+
+        return guarded
+
+    def _lose(self, error: Exception) -> None:
+        """Warn, and take W&B's hooks out of this process, which would raise again at its end."""
+        import wandb
+        from wandb.sdk.lib.module import unset_globals
+
+        self._lost = True
+        with suppress(Exception):  # what is torn down is broken: whatever it says is known already
+            wandb.teardown()
+        unset_globals()
+        warnings.warn(
+            f"W&B is lost ({type(error).__name__}: {_first_line(error)}): training goes on without it; metrics.csv has every "
+            f"number, and what W&B had so far is in {Path(self.save_dir or '.') / 'wandb'}",
+            stacklevel=2,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
