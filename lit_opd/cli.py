@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +22,20 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
+from lit_opd.parse_errors import USAGE_ERROR, OneLineParser
 from lit_opd.preflight import NotEstimated, Plan, Run, estimate, read_plan, require_free, require_memory
 from lit_opd.prompts import PromptDataModule
+from lit_opd.redaction import one_line, redacted, with_references
 from lit_opd.trainer import OPDTrainer
 from lit_opd.types import InputError, ServerError
 
-USAGE_ERROR = 2
+LARGEST_SEED = 2**32 - 1
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -47,6 +53,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
 }
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+_MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
 NOISE = (  # other people's warnings that say nothing about a run of ours
     "Using ModelCheckpoint with manual optimization",  # our checkpoints are meant to be of the updated weights
     "Found .* module.s. in eval mode",  # the teacher
@@ -70,7 +77,8 @@ class RunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            text = self.parser.dump(self.config, skip_none=False)
+            (folder / "config.yaml").write_text(with_references(text))
 
 
 class OPDCLI(LightningCLI):
@@ -86,6 +94,7 @@ class OPDCLI(LightningCLI):
         self, *, default_callbacks: Callable[[], list[Callback]] = list, args: ArgsType = None, run: bool = True
     ) -> None:
         self._default_callbacks = default_callbacks
+        self._new_folder = False
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             model_class=OPDModule,
@@ -94,6 +103,7 @@ class OPDCLI(LightningCLI):
             save_config_callback=RunConfig,
             seed_everything_default=42,
             trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=OneLineParser,
             parser_kwargs={"parser_mode": "omegaconf+"},
             auto_configure_optimizers=False,
             args=args,
@@ -123,11 +133,40 @@ class OPDCLI(LightningCLI):
         parser.set_defaults(MODEL_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning does, with an unresolvable ``${...}`` as a parser error."""
+        """As Lightning does, with an unresolvable ``${...}`` and an unreadable file as parser errors."""
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
-            parser.error(f"the config has an interpolation that cannot be resolved: {str(error).splitlines()[0]}")
+            what = _MISSING_KEY.sub(r"there is no `\1`", str(error).splitlines()[0])
+            parser.error(
+                f"the config has an interpolation that cannot be resolved: {what}; define it, or give the value"
+            )
+        except UnicodeDecodeError as error:
+            parser.error(
+                f"`--config` must be UTF-8 text, got byte {error.start + 1} of another encoding; save it as UTF-8"
+            )
+        except (RecursionError, ValueError) as error:  # a YAML that holds itself, a number of thousands of digits
+            parser.error(f"`--config` must be plain YAML values, got {type(error).__name__}: {error}; correct the file")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""
+
+    def _set_seed(self) -> None:
+        """Lightning's, after the range of the options that are no constructor's."""
+        self._check_options()
+        super()._set_seed()
+
+    def _check_options(self) -> None:
+        seed = self.settings.get("seed_everything")
+        _require(
+            "seed_everything", isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED, f"in [0, {LARGEST_SEED}]", seed
+        )
+        for name in ("num_threads", "checkpoint_every"):
+            value = self.settings.get(name)
+            _require(name, value is None or value >= 1, ">= 1", value)
+        _require("run_dir", self.settings.get("run_dir") != "", "a folder", "an empty text")
+        # a pickle can run code when it is read
+        _require("weights_only", self.settings.get("weights_only") is not False, "true or null", False)
 
     @property
     def settings(self) -> Any:
@@ -146,7 +185,7 @@ class OPDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Threads, run folder and checkpoint path, before anything is built."""
-        if self.settings.get("num_threads"):
+        if self.settings.get("num_threads") is not None:
             torch.set_num_threads(self.settings["num_threads"])
         sys.path.insert(0, os.getcwd())
         if not self.subcommand:
@@ -179,10 +218,24 @@ class OPDCLI(LightningCLI):
             return
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
             _empty(self.run_dir)
+        self._new_folder = not self.run_dir.exists()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"`--run_dir` must be writable, got {self.run_dir}: {error}") from error
+            raise InputError(
+                f"`--run_dir` must be writable, got {self.run_dir}: {error}; give another folder"
+            ) from error
+
+    def fit(self, **arguments: Any) -> None:
+        """The trainer's fit; a run that is refused while it loads leaves no folder behind."""
+        try:
+            self.trainer.fit(**arguments)
+        except Exception:
+            started = (self.run_dir / "config.yaml").exists()
+            if self._new_folder and not started and is_rank_zero():
+                _finish_wandb()
+                _remove(self.run_dir)
+            raise
 
     def before_validate(self) -> None:
         """Every check that needs no weights."""
@@ -241,7 +294,12 @@ class OPDCLI(LightningCLI):
             kwargs |= ONE_PROCESS
         elif self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs.setdefault("logger", self._loggers())
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            if isinstance(_input_error(error), InputError | ServerError):
+                raise
+            raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
         given = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
         extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
         for callback in extra:
@@ -270,7 +328,13 @@ class OPDCLI(LightningCLI):
             return None
         if Path(path).is_dir():  # a sharded checkpoint keeps its counters beside the shards
             path = Path(path) / "meta.pt"
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        try:
+            return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        except Exception as error:  # what torch, zipfile and pickle raise about a file that is none of theirs
+            raise InputError(
+                f"`--ckpt_path` must be a checkpoint of this project, got {path}, which cannot be read without executing "
+                f"code or is damaged ({type(error).__name__}); give another one"
+            ) from error
 
 
 def _attach(trainer: Trainer, extra: list[Callback]) -> None:
@@ -285,12 +349,22 @@ def _attach(trainer: Trainer, extra: list[Callback]) -> None:
     trainer.callbacks = connector._reorder_callbacks(kept + extra)  # type: ignore[attr-defined]
 
 
+def _require(name: str, holds: bool, allowed: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"`--{name}` must be {allowed}, got {value}")
+
+
 def _empty(folder: Path) -> None:
     """Delete the contents of a run folder that is to be overwritten."""
-    import shutil
-
     for entry in folder.iterdir() if folder.is_dir() else ():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a run folder that nothing was trained in, and an empty ``runs`` around it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # other runs are in it
+        Path("runs").rmdir()
 
 
 class _NoTips(logging.Filter):
@@ -322,7 +396,8 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
         cause = _input_error(error)
         if cause is None:
             raise
-        print("\n".join([f"error: {cause}", *getattr(cause, "__notes__", ())]), file=sys.stderr)
+        notes = [redacted(note) for note in getattr(cause, "__notes__", ())]
+        print("\n".join([f"error: {one_line(str(cause))}", *notes]), file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from error
     finally:
         _finish_wandb()
@@ -336,8 +411,8 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def _input_error(error: BaseException | None) -> InputError | ServerError | None:
-    """The InputError or ServerError behind what a library made of it, None where there is none."""
-    while error is not None and not isinstance(error, InputError | ServerError):
+def _input_error(error: BaseException | None) -> Exception | None:
+    """The InputError, ServerError or Lightning's own of that kind behind what a library made of it, None where there is none."""
+    while error is not None and not isinstance(error, InputError | ServerError | MisconfigurationException):
         error = error.__cause__ or error.__context__
     return error

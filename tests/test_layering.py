@@ -15,6 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "streams": set(),
     "server": {"types", "distributed"},
     "masked": {"types"},
+    "redaction": set(),
+    "parse_errors": {"redaction"},
     "distributed": {"types"},
     "prompts": {"types", "distributed"},  # with its helpers prompt_*.py
     "models": {"types"},
@@ -40,7 +42,11 @@ ALLOWED["logs"] = {"types"}
 ALLOWED["report"] = {"types"}
 ALLOWED["preflight"] = BELOW_MODULE
 ALLOWED["trainer"] = {"preflight"}
-ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report"}
+ALLOWED["cli"] = (
+    {"logs", "redaction", "parse_errors"}
+    | BELOW_MODULE
+    | {"step", "module", "testbed", "preflight", "trainer", "report"}
+)
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
 
