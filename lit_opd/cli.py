@@ -223,7 +223,7 @@ class OPDCLI(LightningCLI):
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"`--run_dir` must be writable, got {self.run_dir}: {error}; give another folder"
+                f"`--run_dir` must be writable, got {self.run_dir}: {error.strerror}; give another folder"
             ) from error
 
     def fit(self, **arguments: Any) -> None:
@@ -368,11 +368,12 @@ def _remove(folder: Path) -> None:
 
 
 class _NoTips(logging.Filter):
-    """Lets everything through but Lightning's product tips."""
+    """Lets everything through but Lightning's product tips and transformers' tables of weights, of which our errors tell."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """False for a tip."""
-        return "Tip:" not in record.getMessage()
+        message = record.getMessage()
+        return "Tip:" not in message and "LOAD REPORT" not in message
 
 
 def _quieten() -> None:
@@ -381,7 +382,11 @@ def _quieten() -> None:
 
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.logger_connector"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.trainer.connectors.logger_connector",
+        "transformers.modeling_utils",
+    ):
         logging.getLogger(name).addFilter(_NoTips())
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")

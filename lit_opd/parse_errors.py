@@ -160,7 +160,8 @@ def _no_class(message: str, key: str, value: str, match: re.Match[str]) -> str:
 
 def _key(message: str) -> str:
     """The keys of nested parsers, outer first, joined; of alternatives the first."""
-    parts, depth = [], -1
+    parts: list[str] = []
+    depth = -1
     for match in _KEY.finditer(message):
         if len(match["indent"]) > depth or not parts:
             parts.append(match["key"])
@@ -222,6 +223,7 @@ def _base(message: str) -> type | None:
 
 
 def _subclasses(base: type) -> Iterator[type]:
+    cls: type
     for cls in base.__subclasses__():
         if not cls.__name__.startswith("_"):
             yield cls
