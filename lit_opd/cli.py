@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -54,7 +55,9 @@ MODEL_DEFAULTS: dict[str, Any] = {
 }
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 _MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
+PARSERS = ("argparse", "jsonargparse", "omegaconf", "yaml")
 NOISE = (  # other people's warnings that say nothing about a run of ours
+    "LightningCLI's args parameter",  # ours are meant for callers in Python too, and it repeats them, secrets included
     "Using ModelCheckpoint with manual optimization",  # our checkpoints are meant to be of the updated weights
     "Found .* module.s. in eval mode",  # the teacher
     "You defined a `validation_step` but have no `val_dataloader`",
@@ -145,8 +148,12 @@ class OPDCLI(LightningCLI):
             parser.error(
                 f"`--config` must be UTF-8 text, got byte {error.start + 1} of another encoding; save it as UTF-8"
             )
-        except (RecursionError, ValueError) as error:  # a YAML that holds itself, a number of thousands of digits
-            parser.error(f"`--config` must be plain YAML values, got {type(error).__name__}: {error}; correct the file")
+        except (
+            Exception
+        ) as error:  # a YAML that holds itself, a number of thousands of digits, settings of another shape
+            if not _raised_by_a_parser(error):
+                raise
+            parser.error(f"`--config` must be plain settings, got {type(error).__name__}: {error}; correct the file")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""
@@ -209,6 +216,9 @@ class OPDCLI(LightningCLI):
         if not found.exists():
             raise InputError(f"`--ckpt_path` must be a checkpoint, got {path!r}, but there is no {found}")
         self.settings["ckpt_path"] = str(found)
+        self._checkpoint_step()  # a file that cannot be read is an error now
+        if "weights_only" in self.settings:
+            self.settings["weights_only"] = True
 
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
@@ -347,6 +357,12 @@ def _attach(trainer: Trainer, extra: list[Callback]) -> None:
             kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]
     connector = trainer._callback_connector
     trainer.callbacks = connector._reorder_callbacks(kept + extra)  # type: ignore[attr-defined]
+
+
+def _raised_by_a_parser(error: BaseException) -> bool:
+    """True where the innermost frame reads settings; an error in a file of the user's own keeps its traceback."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] in PARSERS
 
 
 def _require(name: str, holds: bool, allowed: str, value: object) -> None:

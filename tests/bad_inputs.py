@@ -509,6 +509,7 @@ YAMLS: dict[str, tuple[bytes, list[str]]] = {
     "YAML NUL": (b"a: \x00", ["YAML", "control characters"]),
     "YAML not UTF-8": (b"a: \xff\xfe", ["UTF-8", "byte 4"]),
     "YAML that holds itself": (b"x: &a [*a]", ["RecursionError"]),
+    "YAML with a config of another shape": (b"config: {a: 1}", ["AttributeError"]),
     "YAML number of many digits": (b"data: {seed: " + b"9" * 5000 + b"}", ["4300 digits"]),
     "YAML with a Python object": (b"a: !!python/object/apply:os.system ['touch pwned']", ["os.system", "tag"]),
     "YAML with a Python module": (b"a: !!python/module:antigravity", ["python/module", "tag"]),
