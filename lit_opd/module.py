@@ -257,7 +257,6 @@ class OPDModule(L.LightningModule):
 
     def _check_run(self, data: Any) -> None:
         self.check_trainer()
-        self.check_optimizer()
         self.check_scorers()
         self.check_batch(data, ranks=self.trainer.world_size)
         self.check_window(data)
@@ -322,6 +321,7 @@ class OPDModule(L.LightningModule):
             raise InputError("`trainer.gradient_clip_val` has no effect here; set `model.gradient_clip_norm`")
         if self.trainer.accumulate_grad_batches != 1:
             raise InputError("`trainer.accumulate_grad_batches` has no effect here; set `model.token_budget`")
+        self.check_optimizer()
 
     def check_optimizer(self) -> None:
         """Optimizer and schedule accept their settings, tried on a small weight, and the learning rate is one."""

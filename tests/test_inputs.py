@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -225,6 +226,17 @@ def test_a_special_tokens_string_in_a_prompt_never_becomes_the_token(name: str, 
             assert [token for token in ids if token in control] == [token for token in wanted if token in control]
             allowed = PromptEncoder(tokenizer, special_tokens_in_text="allow").encode(wrap(prompt))
             assert sum(token in control for token in allowed) > sum(token in control for token in ids)
+
+
+def test_the_settings_of_the_page_are_accepted(base: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.S)
+    assert blocks
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.yaml").write_text(block)
+        cli = OPDCLI(
+            args=["--config", str(base / "base.yaml"), "--config", str(tmp_path / f"{number}.yaml")], run=False
+        )
+        assert cli.config["data"]["too_long"] == "filter" and cli.datamodule.train.filter == "difficulty >= 6"
 
 
 INJECTIONS = [
