@@ -148,9 +148,7 @@ class OPDCLI(LightningCLI):
             parser.error(
                 f"`--config` must be UTF-8 text, got byte {error.start + 1} of another encoding; save it as UTF-8"
             )
-        except (
-            Exception
-        ) as error:  # a YAML that holds itself, a number of thousands of digits, settings of another shape
+        except Exception as error:  # e.g. a YAML that holds itself, a number of thousands of digits
             if not _raised_by_a_parser(error):
                 raise
             parser.error(f"`--config` must be plain settings, got {type(error).__name__}: {error}; correct the file")
@@ -377,10 +375,11 @@ def _empty(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a run folder that nothing was trained in, and an empty ``runs`` around it."""
+    """Delete a run folder that nothing was trained in, and ``runs`` where that leaves it empty."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # other runs are in it
-        Path("runs").rmdir()
+        if folder.parent == Path("runs"):
+            folder.parent.rmdir()
 
 
 class _NoTips(logging.Filter):
@@ -432,8 +431,9 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def _input_error(error: BaseException | None) -> Exception | None:
-    """The InputError, ServerError or Lightning's own of that kind behind what a library made of it, None where there is none."""
-    while error is not None and not isinstance(error, InputError | ServerError | MisconfigurationException):
-        error = error.__cause__ or error.__context__
-    return error
+def _input_error(error: BaseException) -> BaseException | None:
+    """The InputError or ServerError behind what a library made of it, or Lightning's own word on settings; None for others."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError | ServerError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None and isinstance(error, MisconfigurationException) else cause
