@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,8 +37,8 @@ DATA_EXTRA = "pip install 'lit-opd[data]'"
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _UTF8_BOM = b"\xef\xbb\xbf"
 _GSM8K_MARK = "####"
-_WHITE_SPACE = "\t\n\r"
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # embeddings, overrides and isolates
+# control characters but tab and line ends; bidirectional embeddings, overrides and isolates
+_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 Message = dict[str, str]
 Filters = str | list[str] | None
@@ -164,11 +163,8 @@ def _warn_of_invisible(source: DataSource, rows: Sequence[PromptRow]) -> None:
 def _invisible(prompt: str | list[Message]) -> str | None:
     """The first control or direction character, white space aside."""
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    for character in (character for text in texts if not text.isprintable() for character in text):
-        control = unicodedata.category(character) == "Cc" and character not in _WHITE_SPACE
-        if control or character in _DIRECTIONS:
-            return character
-    return None
+    found = next((match for text in texts if (match := _INVISIBLE.search(text))), None)
+    return found[0] if found else None
 
 
 def _report(source: DataSource, names: ColumnNames, tests: Sequence[RowFilter], *, kept: int, total: int) -> None:

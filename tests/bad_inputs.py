@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,9 @@ def data_modules() -> Cases:
 
 def sources(parts: list[DataSource]) -> Attempt:
     def attempt(world: World) -> None:
-        (world.folder / "a.jsonl").write_text('{"prompt": "a"}\n')
-        os.chdir(world.folder)
-        data(train=parts)(world)
+        path = world.folder / "a.jsonl"
+        path.write_text('{"prompt": "a"}\n')
+        data(train=[replace(part, path=str(path)) for part in parts])(world)
 
     return attempt
 
