@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow soak vllm-test bench-peers lint format smollm2 clean
+.PHONY: quickstart test test-slow soak vllm-test bench-peers audit lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,6 +43,16 @@ vllm-test: $(STAMP) .venv-vllm/.installed
 
 bench-peers: $(STAMP) .venv-trl/.installed
 	$(BIN)/python -m benchmarks.peers --trainers iw-opd distillation --trl-python .venv-trl/bin/python
+
+# pip-audit has an environment of its own. Status 0: nothing is known, 2: vulnerabilities, or no network to ask
+.venv-audit/.installed:
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1 || \
+	  { echo "audit: NOT AUDITED: pip-audit could not be installed (no network?)"; exit 3; }
+	touch $@
+
+audit: .venv-audit/.installed
+	.venv-audit/bin/python benchmarks/audit.py requirements.lock
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,7 +116,7 @@ class EarlyAIMEEvaluation(Callback):
             "steps": (all(step >= 0 for step in self.steps), "steps >= 0"),
             "every": (self.every is None or self.every >= 1, ">= 1 or null"),
             "samples": (self.samples >= 1, ">= 1"),
-            "temperature": (self.temperature > 0, "> 0"),
+            "temperature": (0 < self.temperature < math.inf, "> 0 and finite"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "top_k": (self.top_k >= 0, ">= 0 (0 keeps all candidates)"),
             "max_new_tokens": (self.max_new_tokens is None or self.max_new_tokens >= 1, ">= 1 or null"),

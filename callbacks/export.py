@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_opd.types import InputError
+
 
 class ExportStudent(Callback):
     """Writes ``student/`` in the run folder at the end, and ``student-step-N/`` every N optimizer steps.
@@ -17,6 +19,8 @@ class ExportStudent(Callback):
     """
 
     def __init__(self, every: int | None = None, path: str | None = None) -> None:
+        if every is not None and every < 1:
+            raise InputError(f"`ExportStudent.every` must be >= 1 or null, got {every}")
         self.every, self.path = every, path
 
     def _folder(self, trainer: Trainer) -> Path:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_opd.evaluation import gather_objects
 from lit_opd.report.tokens_page import PredictedResponse, predicted_responses, render
-from lit_opd.types import Prediction
+from lit_opd.types import InputError, Prediction
 
 FILE_NAME, PAGE_NAME = "predictions.jsonl", "predictions.html"
 
@@ -30,6 +30,8 @@ class PredictionFiles(BasePredictionWriter):
 
     def __init__(self, page_rows: int = 64) -> None:
         super().__init__(write_interval="batch")
+        if page_rows < 0:
+            raise InputError(f"`{type(self).__name__}.page_rows` must be >= 0, got {page_rows}")
         self.page_rows = page_rows
         self._shown: list[PredictedResponse] = []
         self._count = 0

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
+from lit_opd.types import InputError
+
 EVALUATING = "evaluating"
 SHOWN = ("greedy_accuracy", "avg_at_k", "reverse_kl")
 
@@ -27,6 +29,8 @@ class Progress(ProgressBar):
 
     def __init__(self, every: int = 5, stream: TextIO | None = None) -> None:
         super().__init__()
+        if every < 1:
+            raise InputError(f"`Progress.every` must be >= 1, got {every}")
         self.every = every
         self._stream = stream
         self._enabled = True

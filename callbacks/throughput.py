@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.tracking import crossed, log_numbers
+from lit_opd.types import InputError
 
 PHASES = ("sampling", "scoring", "updating")
 MIB = 2**20
@@ -31,7 +32,7 @@ class Throughput(Callback):
 
     def __init__(self, every: int = 10) -> None:
         if every < 1:
-            raise ValueError(f"`Throughput.every` must be >= 1, got {every}")
+            raise InputError(f"`Throughput.every` must be >= 1, got {every}")
         self.every = every
         self._last = 0
         self._paused: float | None = None

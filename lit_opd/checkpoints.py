@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_opd.shard_index import read_index
 from lit_opd.types import InputError
 
 # not the command of the same name in lightning.pytorch, which fails on the shards of FSDP2
@@ -100,14 +101,12 @@ def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None
 
 
 def _check_folder(path: Path, strategy: Any, *, sharded: bool, training: bool) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
-
     if not sharded:
         raise InputError(
             f"`--ckpt_path` must be one file under {type(strategy).__name__}, got the folder of shards {path}; make it one with "
             f"`{CONSOLIDATE} {path}` and give {path}.consolidated"
         )
-    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    names = read_index(path).state_dict_metadata
     fsdp1 = isinstance(strategy, FSDPStrategy)
     if not any(name.startswith("model." if fsdp1 else "state_dict.") for name in names):
         other = "ModelParallelStrategy" if fsdp1 else "FSDPStrategy"

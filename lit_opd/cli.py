@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +24,13 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
+from lit_opd.parse_errors import USAGE_ERROR, OneLineParser
 from lit_opd.preflight import (
     NotEstimated,
     Plan,
@@ -36,11 +42,12 @@ from lit_opd.preflight import (
     require_memory,
 )
 from lit_opd.prompts import PromptDataModule
+from lit_opd.redaction import one_line, redacted, with_references
 from lit_opd.trainer import OPDTrainer
 from lit_opd.types import InputError, ServerError
 from lit_opd.wandb_run import RunWandbLogger
 
-USAGE_ERROR = 2
+LARGEST_SEED = 2**32 - 1
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -58,7 +65,10 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
 }
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+_MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
+PARSERS = ("argparse", "jsonargparse", "omegaconf", "yaml")
 NOISE = (  # other people's warnings that say nothing about a run of ours
+    "LightningCLI's args parameter",  # ours are meant for callers in Python too, and it repeats them, secrets included
     "Using ModelCheckpoint with manual optimization",  # our checkpoints are meant to be of the updated weights
     "Found .* module.s. in eval mode",  # the teacher
     "You defined a `validation_step` but have no `val_dataloader`",
@@ -81,7 +91,8 @@ class RunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            text = self.parser.dump(self.config, skip_none=False)
+            (folder / "config.yaml").write_text(with_references(text))
 
 
 class OPDCLI(LightningCLI):
@@ -97,6 +108,7 @@ class OPDCLI(LightningCLI):
         self, *, default_callbacks: Callable[[], list[Callback]] = list, args: ArgsType = None, run: bool = True
     ) -> None:
         self._default_callbacks = default_callbacks
+        self._new_folder = False
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             model_class=OPDModule,
@@ -105,6 +117,7 @@ class OPDCLI(LightningCLI):
             save_config_callback=RunConfig,
             seed_everything_default=42,
             trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=OneLineParser,
             parser_kwargs={"parser_mode": "omegaconf+"},
             auto_configure_optimizers=False,
             args=args,
@@ -137,11 +150,42 @@ class OPDCLI(LightningCLI):
         parser.set_defaults(MODEL_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning does, with an unresolvable ``${...}`` as a parser error."""
+        """As Lightning does, with an unresolvable ``${...}`` and an unreadable file as parser errors."""
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
-            parser.error(f"the config has an interpolation that cannot be resolved: {str(error).splitlines()[0]}")
+            what = _MISSING_KEY.sub(r"there is no `\1`", str(error).splitlines()[0])
+            parser.error(
+                f"the config has an interpolation that cannot be resolved: {what}; define it, or give the value"
+            )
+        except UnicodeDecodeError as error:
+            parser.error(
+                f"`--config` must be UTF-8 text, got byte {error.start + 1} of another encoding; save it as UTF-8"
+            )
+        except Exception as error:  # e.g. a YAML that holds itself, a number of thousands of digits
+            if not _raised_by_a_parser(error):
+                raise
+            parser.error(f"`--config` must be plain settings, got {type(error).__name__}: {error}; correct the file")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""
+
+    def _set_seed(self) -> None:
+        """Lightning's, after the range of the options that are no constructor's."""
+        self._check_options()
+        super()._set_seed()
+
+    def _check_options(self) -> None:
+        seed = self.settings.get("seed_everything")
+        _require(
+            "seed_everything", isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED, f"in [0, {LARGEST_SEED}]", seed
+        )
+        for name in ("num_threads", "checkpoint_every"):
+            value = self.settings.get(name)
+            _require(name, value is None or value >= 1, ">= 1", value)
+        _require("run_dir", self.settings.get("run_dir") != "", "a folder", "an empty text")
+        # a pickle can run code when it is read
+        _require("weights_only", self.settings.get("weights_only") is not False, "true or null", False)
 
     @property
     def settings(self) -> Any:
@@ -160,7 +204,7 @@ class OPDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Threads, run folder and checkpoint path, before anything is built."""
-        if self.settings.get("num_threads"):
+        if self.settings.get("num_threads") is not None:
             torch.set_num_threads(self.settings["num_threads"])
         sys.path.insert(0, os.getcwd())
         if not self.subcommand:
@@ -184,6 +228,9 @@ class OPDCLI(LightningCLI):
         if not found.exists():
             raise InputError(f"`--ckpt_path` must be a checkpoint, got {path!r}, but there is no {found}")
         self.settings["ckpt_path"] = str(found)
+        self._checkpoint_step()  # a file that cannot be read is an error now
+        if "weights_only" in self.settings:
+            self.settings["weights_only"] = True
 
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
@@ -194,12 +241,26 @@ class OPDCLI(LightningCLI):
         require_machine(self._run())
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
             _empty(self.run_dir)
+        self._new_folder = not self.run_dir.exists()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.run_dir) as file:  # permissions do not tell of quotas and full disks
                 file.write(bytes(1024))
         except OSError as error:
-            raise InputError(f"`--run_dir` must be writable, got {self.run_dir}: {error}") from error
+            raise InputError(
+                f"`--run_dir` must be writable, got {self.run_dir}: {error.strerror}; give another folder"
+            ) from error
+
+    def fit(self, **arguments: Any) -> None:
+        """The trainer's fit; a run that is refused while it loads leaves no folder behind."""
+        try:
+            self.trainer.fit(**arguments)
+        except Exception:
+            started = (self.run_dir / "config.yaml").exists()
+            if self._new_folder and not started and is_rank_zero():
+                _finish_wandb()
+                _remove(self.run_dir)
+            raise
 
     def before_validate(self) -> None:
         """Every check that needs no weights."""
@@ -262,7 +323,12 @@ class OPDCLI(LightningCLI):
             kwargs |= ONE_PROCESS
         elif self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs.setdefault("logger", self._loggers())
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            if isinstance(_input_error(error), InputError | ServerError):
+                raise
+            raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
         given = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
         extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
         for callback in extra:
@@ -290,7 +356,13 @@ class OPDCLI(LightningCLI):
             return None
         if Path(path).is_dir():  # a sharded checkpoint keeps its counters beside the shards
             path = Path(path) / "meta.pt"
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        try:
+            return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        except Exception as error:  # what torch, zipfile and pickle raise about a file that is none of theirs
+            raise InputError(
+                f"`--ckpt_path` must be a checkpoint of this project, got {path}, which cannot be read without executing "
+                f"code or is damaged ({type(error).__name__}); give another one"
+            ) from error
 
 
 def _attach(trainer: Trainer, extra: list[Callback]) -> None:
@@ -305,20 +377,38 @@ def _attach(trainer: Trainer, extra: list[Callback]) -> None:
     trainer.callbacks = connector._reorder_callbacks(kept + extra)  # type: ignore[attr-defined]
 
 
+def _raised_by_a_parser(error: BaseException) -> bool:
+    """True where the innermost frame reads settings; an error in a file of the user's own keeps its traceback."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] in PARSERS
+
+
+def _require(name: str, holds: bool, allowed: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"`--{name}` must be {allowed}, got {value}")
+
+
 def _empty(folder: Path) -> None:
     """Delete the contents of a run folder that is to be overwritten."""
-    import shutil
-
     for entry in folder.iterdir() if folder.is_dir() else ():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+def _remove(folder: Path) -> None:
+    """Delete a run folder that nothing was trained in, and ``runs`` where that leaves it empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # other runs are in it
+        if folder.parent == Path("runs"):
+            folder.parent.rmdir()
+
+
 class _NoTips(logging.Filter):
-    """Lets everything through but Lightning's product tips."""
+    """Lets everything through but Lightning's product tips and transformers' tables of weights, of which our errors tell."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """False for a tip."""
-        return "Tip:" not in record.getMessage()
+        message = record.getMessage()
+        return "Tip:" not in message and "LOAD REPORT" not in message
 
 
 def _quieten() -> None:
@@ -327,7 +417,11 @@ def _quieten() -> None:
 
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.logger_connector"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.trainer.connectors.logger_connector",
+        "transformers.modeling_utils",
+    ):
         logging.getLogger(name).addFilter(_NoTips())
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -342,7 +436,8 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
         cause = _input_error(error)
         if cause is None:
             raise
-        print("\n".join([f"error: {cause}", *getattr(cause, "__notes__", ())]), file=sys.stderr)
+        notes = [redacted(note) for note in getattr(cause, "__notes__", ())]
+        print("\n".join([f"error: {one_line(str(cause))}", *notes]), file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from error
     finally:
         _finish_wandb()
@@ -356,8 +451,9 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def _input_error(error: BaseException | None) -> InputError | ServerError | None:
-    """The InputError or ServerError behind what a library made of it, None where there is none."""
-    while error is not None and not isinstance(error, InputError | ServerError):
-        error = error.__cause__ or error.__context__
-    return error
+def _input_error(error: BaseException) -> BaseException | None:
+    """The InputError or ServerError behind what a library made of it, or Lightning's own word on settings; None for others."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError | ServerError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None and isinstance(error, MisconfigurationException) else cause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from lit_opd.types import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 NAMED_DIFFERENCES = 10  # differing tokens listed in an error
+NAMED_WEIGHTS = 5
+_LONGEST_REASON = 300  # characters of what a library says
 
 
 @dataclass
@@ -36,6 +39,16 @@ class LoraSettings:
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        for name, ok, allowed in (
+            ("rank", self.rank >= 1, ">= 1"),
+            ("alpha", 0 < self.alpha < math.inf, "> 0 and finite"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("target_modules", bool(self.target_modules), "at least one module name, or all-linear"),
+        ):
+            if not ok:
+                raise InputError(f"`LoraSettings.{name}` must be {allowed}, got {getattr(self, name)!r}")
 
 
 @dataclass
@@ -67,7 +80,7 @@ class StudentSettings:
 
 
 def _require_reachable(path: str, field: str) -> None:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.isdir(path)
+    looks_local = not path.strip() or path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.isdir(path)
     if looks_local and not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
         raise InputError(
             f"`{field}` must be a Hugging Face folder with a config.json, or a hub id, got {path!r}; "
@@ -75,15 +88,19 @@ def _require_reachable(path: str, field: str) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What an exception says, on one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 
 def _hub_error(field: str, path: str, error: Exception) -> InputError:
-    return InputError(
-        f"`{field}` could not be loaded from {path!r}: {_first_line(error)}. Without a network, download the model elsewhere "
-        "and give its local folder"
-    )
+    """What a loader of transformers raised; it may be anything."""
+    if os.path.isdir(os.path.expanduser(path)):
+        remedy = "correct that file, or copy the folder again"
+    else:
+        remedy = "without a network, download the model elsewhere and give its local folder"
+    return InputError(f"`{field}` could not be loaded from {path!r}: {_reason(error).rstrip('.')}; {remedy}")
 
 
 def load_config(path: str, field: str, *, trust_remote_code: bool = False) -> Any:
@@ -93,18 +110,28 @@ def load_config(path: str, field: str, *, trust_remote_code: bool = False) -> An
     _require_reachable(path, field)
     try:
         return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its checks of the values raise classes of their own
         raise _hub_error(field, path, error) from error
 
 
 def load_generation_config(path: str) -> Any:
-    """The generation config of ``path``; transformers' defaults where the folder has none."""
+    """The generation config of ``path``; transformers' defaults where the folder has none.
+
+    Raises:
+        InputError: there is one, and it cannot be read; its stop ids would be lost.
+    """
     from transformers import GenerationConfig
 
-    try:
-        return GenerationConfig.from_pretrained(os.path.expanduser(path))
-    except OSError:
+    folder = os.path.expanduser(path)
+    file = os.path.join(folder, "generation_config.json")
+    if os.path.isdir(folder) and not os.path.isfile(file):
         return GenerationConfig()
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # broken JSON is an OSError here, values of another type are others
+        if not os.path.isfile(file) and isinstance(error, OSError):
+            return GenerationConfig()  # of a hub id
+        raise InputError(f"{file}: not a generation config ({_reason(error)}); correct or delete it") from error
 
 
 def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -118,8 +145,12 @@ def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust
     _require_reachable(path, field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # broken files raise many types
         raise _hub_error(field, path, error) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise InputError(
+            f"`{field}` must hold a tokenizer, got {path!r} without a vocabulary; copy tokenizer.json there too"
+        )
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise InputError(f"`pad_token` must be a token of the tokenizer at {path!r}, got {pad_token!r}")
@@ -150,16 +181,46 @@ def load_causal_lm(
 
     _require_reachable(path, field)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             os.path.expanduser(path),
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # our own error names them
             **({} if quantization is None else {"quantization_config": quantization}),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files and shapes that do not fit raise many types
         raise _hub_error(field, path, error) from error
+    model, report = loaded
+    _require_complete(report, field, path)
+    return model
+
+
+def _require_complete(report: dict[str, Any], field: str, path: str) -> None:
+    """transformers fills weights that a file lacks with random numbers and goes on; a distillation from noise shows no error.
+
+    Raises:
+        InputError: weights are missing or of another shape. Weights too many only warn: some models store parts that we do
+            not use.
+    """
+    mismatched = {str(entry[0]) for entry in report.get("mismatched_keys") or ()}
+    for what, names in (
+        ("lacks", report.get("missing_keys")),
+        ("has other shapes of", mismatched),
+        ("has too many", report.get("unexpected_keys")),
+    ):
+        found = sorted(names or ())
+        if not found:
+            continue
+        listed = ", ".join(found[:NAMED_WEIGHTS]) + (", ..." if len(found) > NAMED_WEIGHTS else "")
+        message = f"`{field}` {path!r} {what} weights for its config.json, {len(found)} of them: {listed}"
+        if what != "has too many":
+            raise InputError(f"{message}; give weights and config.json of one model")
+        warnings.warn(f"{message}; is its config.json of another architecture?", stacklevel=3)
 
 
 def empty_causal_lm(
@@ -186,7 +247,7 @@ def empty_causal_lm(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # sizes that are no sizes raise many types
         raise _hub_error(field, path, error) from error
     finally:
         handle.remove()
@@ -226,7 +287,7 @@ def quantization_config(settings: dict[str, Any], field: str) -> Any:
         AutoHfQuantizer.from_config(config, pre_quantized=False).validate_environment(device_map=None)
     except Exception as error:  # backends raise what they like
         raise InputError(
-            f"`{field}` must be a quantisation that transformers can apply here, got {settings}: {_first_line(error)}; "
+            f"`{field}` must be a quantisation that transformers can apply here, got {settings}: {_reason(error)}; "
             "install its package, correct it, or set it to null"
         ) from error
     return config
@@ -271,8 +332,12 @@ def agree_vocabularies(
 def configured_stops(path: str, tokenizer: Any) -> set[int]:
     """Token ids at which the model of ``path`` ends a response: its generation config's, and the tokenizer's."""
     configured = load_generation_config(path).eos_token_id
-    found = set(configured if isinstance(configured, list) else [configured])
-    return (found | {tokenizer.eos_token_id}) - {None}
+    found = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
+    if not all(stop is None or isinstance(stop, int) for stop in found):
+        raise InputError(
+            f"`eos_token_id` in generation_config.json of {path!r} must be token ids, got {found[:-1]}; correct it"
+        )
+    return set(found) - {None}
 
 
 def stop_warning(student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role: str = "teacher") -> str | None:
@@ -360,7 +425,13 @@ def _with_lora(model: nn.Module, settings: LoraSettings) -> Any:
         target_modules=settings.target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    try:
+        return get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise InputError(
+            f"`model.student.lora` must fit the model, got target_modules {settings.target_modules!r}: {_reason(error)}; "
+            "all-linear fits every model"
+        ) from error
 
 
 def export_folder(

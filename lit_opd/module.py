@@ -198,9 +198,10 @@ class OPDModule(L.LightningModule):
         configured = self.sampler.stop_token_ids
         found = configured_stops(self.student_settings.path, self.tokenizer) if configured is None else set(configured)
         if not found or not all(0 <= stop < self.vocabulary for stop in found):
+            source = "the model's generation config and tokenizer" if configured is None else "the setting"
             raise InputError(
-                f"`model.sampler.stop_token_ids` must name ids in [0, {self.vocabulary}), got {sorted(found)}; the model's "
-                "generation config and tokenizer name no end of sequence"
+                f"`model.sampler.stop_token_ids` must name ids in [0, {self.vocabulary}), got {sorted(found)} from {source}; "
+                "name the ids that end a response"
             )
         return tuple(sorted(found))
 
@@ -315,6 +316,8 @@ class OPDModule(L.LightningModule):
         if self.trainer.world_size > 1:
             check_master_port()
         updates = self.mini_batches * self.epochs
+        if self.trainer.max_steps == 0 or self.trainer.max_epochs == 0:
+            raise InputError("`trainer.max_steps` must be >= 1, or -1 for no bound, got 0: nothing would be trained")
         if self.trainer.max_steps > 0 and self.trainer.max_steps % updates:
             raise InputError(
                 f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {self.trainer.max_steps}"
@@ -325,6 +328,20 @@ class OPDModule(L.LightningModule):
             raise InputError("`trainer.gradient_clip_val` has no effect here; set `model.gradient_clip_norm`")
         if self.trainer.accumulate_grad_batches != 1:
             raise InputError("`trainer.accumulate_grad_batches` has no effect here; set `model.token_budget`")
+        self.check_optimizer()
+
+    def check_optimizer(self) -> None:
+        """Optimizer and schedule accept their settings, tried on a small weight, and the learning rate is one."""
+        with _explained("model.optimizer"):
+            optimizer = self.optimizer_factory([torch.nn.Parameter(torch.zeros(2, 2))])
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise InputError(f"`model.optimizer.lr` must be >= 0 and finite, got {rates}")
+        if self.scheduler_factory is None:
+            return
+        with _explained("model.lr_scheduler"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer has made no step yet
+            self.scheduler_factory(optimizer).step()
 
     def check_batch(self, data: Any, *, ranks: int) -> None:
         """The global batch divides over ``ranks``, and a rank's rows over the mini-batches."""
@@ -652,6 +669,17 @@ class OPDModule(L.LightningModule):
             export_folder(self.student.model, self.tokenizer, path, state=state, generation=generation)
         self.trainer.strategy.barrier("export_student")
         return Path(path)
+
+
+@contextmanager
+def _explained(field: str) -> Iterator[None]:
+    """Whatever a class of torch's or the user's raises about its arguments, as an InputError that names ``field``."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"`{field}` must accept its settings, got {type(error).__name__}: {error}; correct them"
+        ) from error
 
 
 def _require_same(shapes: Mapping[str, Any], *, of: Mapping[str, torch.Size]) -> None:

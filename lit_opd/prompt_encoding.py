@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,6 +18,7 @@ from lit_opd.prompt_sources import Message, PromptRow, checked_prompt
 from lit_opd.types import InputError, PromptBatch
 
 ChatTemplate = bool | Literal["auto"]
+SpecialTokens = Literal["escape", "refuse", "allow"]
 _KEY_BITS = (1 << 63) - 1
 _OURS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
 _MASK_OPEN, _MASK_CLOSE = "\ue0f0", "\ue0f1"  # private-use characters around the number of a masked special token
@@ -73,7 +74,7 @@ class PromptEncoder:
         template_options: variables of the template, e.g. {"enable_thinking": False}.
         system_prompt: put before conversations that have no system message of their own; it is trusted, special
             tokens in it stay control tokens.
-        special_tokens_in_text: "escape", or "allow" to let the data write control tokens.
+        special_tokens_in_text: "escape"; "refuse" to make such a text an error; "allow" to let the data write control tokens.
         owner: "Class" or "Class.teacher", put before field names in messages.
     """
 
@@ -81,14 +82,14 @@ class PromptEncoder:
     chat_template: ChatTemplate = "auto"
     template_options: Mapping[str, Any] | None = None
     system_prompt: str | None = None
-    special_tokens_in_text: Literal["escape", "allow"] = "escape"
+    special_tokens_in_text: SpecialTokens = "escape"
     owner: str = field(default="PromptEncoder.", repr=False)
 
     def __post_init__(self) -> None:
         if self.chat_template not in (True, False, "auto"):
             raise self._error("chat_template", "True, False or 'auto'", self.chat_template)
-        if self.special_tokens_in_text not in ("escape", "allow"):
-            raise self._error("special_tokens_in_text", "'escape' or 'allow'", self.special_tokens_in_text)
+        if self.special_tokens_in_text not in get_args(SpecialTokens):
+            raise self._error("special_tokens_in_text", "'escape', 'refuse' or 'allow'", self.special_tokens_in_text)
         if self.chat_template is True and not self._template:
             raise self._error(
                 "chat_template",
@@ -146,12 +147,22 @@ class PromptEncoder:
             prompt: plain text, or chat messages that end with a user turn.
             where: "FILE:LINE" for messages.
         Raises:
-            InputError: when the template raises, or nothing is left to encode.
+            InputError: when the template raises, nothing is left to encode, or a special token's string is to be refused.
         """
+        if self.special_tokens_in_text == "refuse":
+            self._refuse_special(prompt, where)
         ids = self._rendered(prompt, where) if self.renders else self._plain(prompt, where)
         if not ids:
             raise InputError(f"{where}: the prompt has no tokens after rendering; check the text and the chat template")
         return [int(token) for token in ids]
+
+    def _refuse_special(self, prompt: str | Sequence[Message], where: str) -> None:
+        for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+            if match := self._special_pattern.search(text):
+                raise InputError(
+                    f"{where}: the prompt must not hold a special token's string, got {match[0]!r}; remove it, or set "
+                    "`special_tokens_in_text: escape` to keep it as ordinary text"
+                )
 
     def _plain(self, prompt: str | Sequence[Message], where: str) -> list[int]:
         if not isinstance(prompt, str):

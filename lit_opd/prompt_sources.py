@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_opd.prompt_filters import RowFilter, shown
 from lit_opd.types import InputError
@@ -37,6 +37,8 @@ DATA_EXTRA = "pip install 'lit-opd[data]'"
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _UTF8_BOM = b"\xef\xbb\xbf"
 _GSM8K_MARK = "####"
+# control characters but tab and line ends; bidirectional embeddings, overrides and isolates
+_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 Message = dict[str, str]
 Filters = str | list[str] | None
@@ -131,6 +133,7 @@ def read_prompts(
     _report(source, names, tests, kept=len(kept), total=len(raw))
     rows = [_prompt_row(row, names, source) for row in kept]
     require_unique_ids(rows)
+    _warn_of_invisible(source, rows)
     return rows
 
 
@@ -144,6 +147,24 @@ def require_unique_ids(rows: Sequence[PromptRow]) -> None:
                 f"`id_column`, `id_column: '{ROW_NUMBER}'` for row numbers, or `id_prefix` in the sources"
             )
         seen[row.row_id] = row.where
+
+
+def _warn_of_invisible(source: DataSource, rows: Sequence[PromptRow]) -> None:
+    """Control and direction characters are legitimate in some data and stay; a reader who sees none should know of them."""
+    found = [(row, invisible) for row in rows if (invisible := _invisible(row.prompt))]
+    if found:
+        row, invisible = found[0]
+        rank_zero_warn(
+            f"{source.path}: {len(found)} of {len(rows)} prompts hold control or bidirectional characters, kept as they are "
+            f"(first: {row.where}, U+{ord(invisible):04X})"
+        )
+
+
+def _invisible(prompt: str | list[Message]) -> str | None:
+    """The first control or direction character, white space aside."""
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    found = next((match for text in texts if (match := _INVISIBLE.search(text))), None)
+    return found[0] if found else None
 
 
 def _report(source: DataSource, names: ColumnNames, tests: Sequence[RowFilter], *, kept: int, total: int) -> None:

@@ -17,6 +17,7 @@ from lit_opd import distributed
 from lit_opd.prompt_encoding import (
     EncodedPrompt,
     PromptEncoder,
+    SpecialTokens,
     collate,
     encode_prompts,
     encode_rows,
@@ -91,7 +92,8 @@ class PromptDataModule(LightningDataModule):
         val_limit: keep the first so many validation prompts.
         seed: of order and split.
         too_long: what happens to prompts above ``max_prompt_tokens``: "filter" (counted) or "error".
-        special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "allow": control tokens.
+        special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "refuse": they are an error;
+            "allow": they become control tokens.
         tokenizer: folder or hub id; None: the tokenizer of the trainer's module.
         pad_token: where the tokenizer has no pad token.
     """
@@ -120,7 +122,7 @@ class PromptDataModule(LightningDataModule):
         val_limit: int | None = None,
         seed: int = 42,
         too_long: Literal["filter", "error"] = "filter",
-        special_tokens_in_text: Literal["escape", "allow"] = "escape",
+        special_tokens_in_text: SpecialTokens = "escape",
         tokenizer: str | None = None,
         pad_token: str | None = None,
     ) -> None:

@@ -101,7 +101,9 @@ def _parsed(url: str, field: str) -> _Server:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InputError(f"`{field}` must be addresses such as http://host:8000, got {url!r}: {error}") from error
+        raise InputError(
+            f"`{field}` must be addresses such as http://host:8000, got one that is not: {error}"
+        ) from error
     plain = not (parts.query or parts.fragment or parts.username or parts.password)
     if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
         raise InputError(

@@ -15,12 +15,15 @@ ALLOWED: dict[str, set[str]] = {
     "streams": set(),
     "server": {"types", "distributed"},
     "masked": {"types"},
+    "redaction": set(),
+    "parse_errors": {"redaction"},
     "distributed": {"types"},
     "prompts": {"types", "distributed"},  # with its helpers prompt_*.py
     "models": {"types"},
     "lazy": {"types"},
     "sharding": {"types", "models"},
-    "checkpoints": {"types"},
+    "checkpoints": {"types", "shard_index"},
+    "shard_index": {"types"},
     "faults": {"types", "distributed"},
     "tiles": {"types"},
     "scoring": {"types", "tiles"},
@@ -42,7 +45,11 @@ ALLOWED["wandb_run"] = {"distributed"}
 ALLOWED["report"] = {"types"}
 ALLOWED["preflight"] = BELOW_MODULE
 ALLOWED["trainer"] = {"preflight"}
-ALLOWED["cli"] = {"logs", "wandb_run"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report"}
+ALLOWED["cli"] = (
+    {"logs", "wandb_run", "redaction", "parse_errors"}
+    | BELOW_MODULE
+    | {"step", "module", "testbed", "preflight", "trainer", "report"}
+)
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
 

@@ -409,7 +409,7 @@ def test_plain_text_keeps_the_tokenizers_own_bos_and_escapes() -> None:
             {"chat_template": "yes"},
             "`PromptEncoder.chat_template` must be True, False or 'auto', got str 'yes'",
         ),
-        (TEMPLATE, {"special_tokens_in_text": "drop"}, "`PromptEncoder.special_tokens_in_text` must be 'escape' or"),
+        (TEMPLATE, {"special_tokens_in_text": "drop"}, "`PromptEncoder.special_tokens_in_text` must be 'escape', 'ref"),
         (TEMPLATE, {"template_options": {"tokenize": True}}, "`PromptEncoder.template_options` must be variables"),
     ],
 )
