@@ -587,5 +587,5 @@ COMMANDS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "a pickle as checkpoint": (checkpoint(pickle.dumps(Evil())), ["--ckpt_path", "bad.ckpt"]),
     "a pickle in a checkpoint": (checkpoint({"global_step": Evil()}), ["--ckpt_path", "bad.ckpt"]),
     "a checkpoint of another student": (checkpoint(OTHER_STUDENT), ["--ckpt_path", "26 weights"]),
-    "a file in the way": (file_in_the_way, ["--run_dir", "Not a directory"]),
+    "a file in the way": (file_in_the_way, ["--run_dir", "is not writable"]),
 }  # fmt: skip
