@@ -98,6 +98,18 @@ def test_the_cache_is_what_generation_leaves(autocast):
     assert _Formula(Held(model_size(model.config), FLOAT32), [], 0, work, plan).rollout(3, 6)["key/value cache"] == real
 
 
+def test_an_engine_that_sleeps_counts_while_it_samples_and_another_always():
+    size = model_size(build(SMALL, 1).config)
+    totals = {}
+    for sleeps in (True, False):
+        work = Workload(rows=3, prompt=4, response=6, local_sampler=False, engine=1e6, engine_sleeps=sleeps)
+        found = budget(student=Held(size, 4), frozen=[], state_bytes=0, work=work, plan=CPU)
+        none = budget(student=Held(size, 4), frozen=[], state_bytes=0, work=replace(work, engine=0.0), plan=CPU)
+        totals[sleeps] = {name: found.total(name) - none.total(name) for name in found.phases}
+    assert totals[True] == {name: 1e6 * (name == "rollout") for name in totals[True]}
+    assert set(totals[False].values()) == {1e6}
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.SGD, default_optimizer])
 def test_optimizer_state_is_that_of_a_real_step(optimizer):
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (11,))]

@@ -86,6 +86,8 @@ def _workload(module: Any, data: Any, plan: Plan) -> Workload:
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
+        engine=sampler.memory_fraction * (plan.memory or 0.0),
+        engine_sleeps=sampler.sleep,
         val_rows=-(-data.val_batch // plan.ranks) if _validates(module, data) else 0,
         val_response=module.validation.max_new_tokens or sampler.max_new_tokens,
         score_tiles=STATISTIC_TILES if scored else LOGPROB_TILES,

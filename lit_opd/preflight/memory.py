@@ -50,6 +50,7 @@ REMEDIES = {
     "key/value cache": "lower model.sampler.max_new_tokens or data.prompt_batch, take more ranks, or sample with VLLMSampler",
     "decoding": "lower model.sampler.max_new_tokens or data.prompt_batch, take more ranks, or sample with VLLMSampler",
     "logits of a step": "lower data.prompt_batch or take more ranks",
+    "sampling engine": "lower model.sampler.memory_fraction",
     "weights of the student": "shard over more ranks (ModelParallelStrategy), or take a smaller student",
     "whole student": "take a smaller student, or sample with VLLMSampler",
     "optimizer state": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
@@ -87,6 +88,8 @@ class Workload:
         checkpointing: activations of a block are computed again in the backward pass.
         eager: attention keeps its scores.
         local_sampler: responses are sampled in this process.
+        engine: bytes of a sampling engine with memory of its own, on this rank's device.
+        engine_sleeps: it gives them back between rollouts.
         val_rows: rows of a validation batch, 0 for no validation.
         val_response: longest response in validation.
         score_tiles: blocks of logits while a model scores.
@@ -101,6 +104,8 @@ class Workload:
     checkpointing: bool = False
     eager: bool = False
     local_sampler: bool = True
+    engine: float = 0.0
+    engine_sleeps: bool = True
     val_rows: int = 0
     val_response: int = 0
     score_tiles: int = LOGPROB_TILES
@@ -216,6 +221,8 @@ class _Formula:
         }
         if self.plan.replicated:
             parts["gradient buckets"] = self.gradient_bytes
+        if not self.work.engine_sleeps:
+            parts["sampling engine"] = self.work.engine
         if self.plan.accelerator == "gpu":
             parts["device context"] = CUDA_CONTEXT
         return parts
@@ -223,7 +230,7 @@ class _Formula:
     def rollout(self, rows: int, response: int) -> Parts:
         """Sampling ``rows`` responses in this process: weights gathered for all of it, a growing cache."""
         if not self.work.local_sampler:
-            return {}
+            return {"sampling engine": self.work.engine} if self.work.engine_sleeps else {}
         size, length = self.size, self.work.prompt + response
         # under autocast too the cache is in float32: rotated keys are, and it takes their dtype for the values
         cache = 2 * rows * length * size.key * self.student.width

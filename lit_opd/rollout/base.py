@@ -75,6 +75,8 @@ class Sampler(ABC):
     """
 
     in_process = True  # False for an engine with memory of its own
+    memory_fraction = 0.0  # of a rank's device memory, taken by such an engine while it samples
+    sleep = True  # the engine gives most of that back between rollouts
     max_logprob_gap: float | None = None  # nats, bound on the step's mean |student - sampler log-prob|
 
     def __init__(
