@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -137,7 +138,8 @@ class PositionProfile(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A run that was stopped by hand has its pictures too."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.history:
+        by_hand = isinstance(exception, KeyboardInterrupt) or getattr(exception, "signum", None) == SIGINT
+        if by_hand and trainer.is_global_zero and self.history:
             self._draw(trainer)
 
     # -- a window ----------------------------------------------------------------------------------------------------

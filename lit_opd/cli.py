@@ -21,13 +21,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_opd.checkpoint_files import counters, intact, newest, requeued
 from lit_opd.distributed import is_rank_zero
-from lit_opd.logs import RunCSVLogger
+from lit_opd.logs import RunCSVLogger, run_id
 from lit_opd.module import OPDModule
 from lit_opd.preflight import NotEstimated, Plan, Run, estimate, read_plan, require_free, require_memory
 from lit_opd.prompts import PromptDataModule
 from lit_opd.trainer import OPDTrainer
-from lit_opd.types import InputError, ServerError
+from lit_opd.types import InputError, ServerError, Stopped
 
 USAGE_ERROR = 2
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -164,12 +165,10 @@ class OPDCLI(LightningCLI):
 
     def _resolve_checkpoint(self) -> None:
         path = self.settings.get("ckpt_path")
-        if path is None:
-            return
-        found = self.run_dir / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
-        if not found.exists():
-            raise InputError(f"`--ckpt_path` must be a checkpoint, got {path!r}, but there is no {found}")
-        self.settings["ckpt_path"] = str(found)
+        if path is None and self.subcommand == "fit" and not self.settings.get("overwrite") and requeued(self.run_dir):
+            path = "last"
+        if path is not None:
+            self.settings["ckpt_path"] = str(newest(self.run_dir) if path == "last" else intact(Path(path)))
 
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
@@ -255,22 +254,21 @@ class OPDCLI(LightningCLI):
         if self.subcommand != "fit":
             return []
         folder, wandb = str(self.run_dir), self.settings["wandb"]
-        loggers: list[Logger] = [RunCSVLogger(folder, continued_from=self._checkpoint_step())]
+        saved = self._saved_counters()
+        validated = not saved.get("validation_due", False)
+        loggers: list[Logger] = [RunCSVLogger(folder, continued_from=saved.get("global_step"), validated=validated)]
         if wandb["mode"] != "disabled":
             offline = wandb["mode"] == "offline"
-            logger = WandbLogger(project=wandb["project"], name=self.run_dir.name, save_dir=folder, offline=offline)
+            options: dict[str, Any] = {"project": wandb["project"], "name": self.run_dir.name, "save_dir": folder}
+            logger = WandbLogger(**options, id=run_id(self.run_dir) if saved else None, offline=offline)
             logger._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns about any value
             loggers.append(logger)
         return loggers
 
-    def _checkpoint_step(self) -> int | None:
-        """Optimizer step of the checkpoint the run goes on from; None for a new run."""
+    def _saved_counters(self) -> dict[str, Any]:
+        """What the checkpoint says that the run goes on from; empty for a new run."""
         path = self.settings.get("ckpt_path")
-        if path is None:
-            return None
-        if Path(path).is_dir():  # a sharded checkpoint keeps its counters beside the shards
-            path = Path(path) / "meta.pt"
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        return {} if path is None else counters(Path(path))
 
 
 def _attach(trainer: Trainer, extra: list[Callback]) -> None:
@@ -324,6 +322,10 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
             raise
         print("\n".join([f"error: {cause}", *getattr(cause, "__notes__", ())]), file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from error
+    except Stopped as stop:
+        if is_rank_zero():
+            print("\n".join([str(stop), *getattr(stop, "__notes__", ())]), file=sys.stderr)
+        raise
     finally:
         _finish_wandb()
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
-from lit_opd.checkpoints import by_name, by_number, check_checkpoint, from_consolidated
+from lit_opd.checkpoints import at_batch_end, by_name, by_number, check_checkpoint, from_consolidated, validation_due
 from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.lazy import fill
@@ -137,6 +137,7 @@ class OPDModule(L.LightningModule):
         self.evaluator = Evaluator(self.validation)
         self.seed, self.length_budget = seed, length_budget
         self._validated_at: int | None = None
+        self._validation_due: bool | None = None  # of the checkpoint the run goes on from; None for a new run
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -499,9 +500,12 @@ class OPDModule(L.LightningModule):
     # -- Lightning: validation ---------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Measure the start, unless the run goes on from a checkpoint."""
-        if self.global_step == 0 and self.validation.before_training:
+        """Measure the start of a new run; of one that goes on, make the validation that its checkpoint was saved before."""
+        if self._validation_due is None:
+            self._validation_due = self.global_step == 0 and self.validation.before_training
+        if self._validation_due:
             self._validate_now()
+        self._validation_due = None
 
     def on_train_end(self) -> None:
         """Measure the end, unless that was just done."""
@@ -622,11 +626,16 @@ class OPDModule(L.LightningModule):
         whole = is_sharded(self.student)
         pairs = zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=False)
         checkpoint["optimizer_states"] = [by_name(state, self, optimizer, whole=whole) for state, optimizer in pairs]
+        checkpoint["validation_due"] = validation_due(
+            self.trainer, validated_at=self._validated_at, at_start=self.validation.before_training
+        )
+        at_batch_end(checkpoint["loops"], validating=self.trainer.validating)
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._shapes.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The check of ``load_state_dict`` again: under FSDP2 Lightning reads weight by weight and skips what is missing."""
         from_consolidated(checkpoint)
+        self._validation_due = checkpoint.get("validation_due", False)
         if "student_shapes" in checkpoint and self.student is not None:
             _require_same(checkpoint["student_shapes"], of=self._shapes)
 

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "lazy": {"types"},
     "sharding": {"types", "models"},
     "checkpoints": {"types"},
+    "checkpoint_files": {"types", "server"},
     "tiles": {"types"},
     "scoring": {"types", "tiles"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},
@@ -36,13 +37,13 @@ BELOW_MODULE = set(ALLOWED)
 ALLOWED["step"] = BELOW_MODULE | {"module"}  # for annotations only, see the test below
 ALLOWED["module"] = BELOW_MODULE | {"step"}
 ALLOWED["testbed"] = BELOW_MODULE
-ALLOWED["logs"] = {"types"}
+ALLOWED["logs"] = {"types", "report"}
 ALLOWED["report"] = {"types"}
 ALLOWED["preflight"] = BELOW_MODULE
-ALLOWED["trainer"] = {"preflight"}
+ALLOWED["trainer"] = {"preflight", "checkpoint_files", "types"}
 ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report"}
 ALLOWED["__init__"] = set()
-CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
+CALLBACKS = {"types", "distributed", "checkpoint_files", "metrics", "evaluation", "prompts", "report"}
 
 
 def imports(path: Path) -> set[str]:
