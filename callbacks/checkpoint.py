@@ -137,6 +137,10 @@ class RunCheckpoint(ModelCheckpoint):
             )
         else:
             exception.add_note(self._saved_before(trainer))
+        if isinstance(exception, Stopped):
+            folder = trainer.default_root_dir
+            again = "" if exception.requeue else " --ckpt_path last"
+            exception.add_note(f"python train.py fit --config {folder}/config.yaml --run_dir {folder}{again}")
 
     def _saved_before(self, trainer: Trainer) -> str:
         """Save the state before the running batch unless it is there; where it is."""
@@ -145,10 +149,8 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save(trainer)
             except InputError as error:
                 return f"nothing could be saved: {error}; {self._kept()}"
-        return (
-            f"the state before the failed batch (optimizer step {trainer.global_step}) is in {self._folder / self._name(trainer)}; "
-            "go on with --ckpt_path last"
-        )
+        step, path = trainer.global_step, self.last_model_path
+        return f"the state before the failed batch (optimizer step {step}) is in {path}; go on with --ckpt_path last"
 
     def _kept(self) -> str:
         if not self.last_model_path:

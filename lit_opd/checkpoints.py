@@ -114,6 +114,15 @@ def at_batch_end(loops: dict[str, Any], *, validating: bool) -> None:
         fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= bool(done)  # loading adds one
 
 
+def count_epoch(trainer: Any) -> None:
+    """Where a run goes on inside an epoch, or at its end, let Lightning's counters say that an epoch has begun: it forgets the one
+    after an end, and ends a later one too late."""
+    if trainer.fit_loop.restarted_mid_epoch:
+        progress = trainer.fit_loop.epoch_progress
+        for part in (progress.total, progress.current):
+            part.ready = part.started = part.processed + 1
+
+
 def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None:
     """Refuse, before weights load, what Lightning's strategies cannot read.
 

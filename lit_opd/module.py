@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
-from lit_opd.checkpoints import at_batch_end, by_name, by_number, check_checkpoint, from_consolidated, validation_due
+from lit_opd.checkpoints import at_batch_end, by_name, by_number, check_checkpoint, count_epoch, from_consolidated, validation_due
 from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.lazy import fill
@@ -503,6 +503,8 @@ class OPDModule(L.LightningModule):
         """Measure the start of a new run; of one that goes on, make the validation that its checkpoint was saved before."""
         if self._validation_due is None:
             self._validation_due = self.global_step == 0 and self.validation.before_training
+        else:
+            count_epoch(self.trainer)
         if self._validation_due:
             self._validate_now()
         self._validation_due = None
