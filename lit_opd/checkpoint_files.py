@@ -181,6 +181,8 @@ def _explained(path: Path, aside: Path, *, first: bool) -> Iterator[None]:
 def _try_unlink(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
+    except NotADirectoryError:
+        pass  # nothing was begun
     except OSError:
         rank_zero_warn(f"{path} is half written and could not be deleted")
 

@@ -115,12 +115,14 @@ def at_batch_end(loops: dict[str, Any], *, validating: bool) -> None:
 
 
 def count_epoch(trainer: Any) -> None:
-    """Where a run goes on inside an epoch, or at its end, let Lightning's counters say that an epoch has begun: it forgets the one
-    after an end, and ends a later one too late."""
-    if trainer.fit_loop.restarted_mid_epoch:
-        progress = trainer.fit_loop.epoch_progress
-        for part in (progress.total, progress.current):
+    """What Lightning's counters get wrong where a run goes on: at an epoch's end it forgets the next one, and so ends a later
+    one too late; without a finished batch it counts one."""
+    loop = trainer.fit_loop
+    if loop.restarted_mid_epoch:
+        for part in (loop.epoch_progress.total, loop.epoch_progress.current):
             part.ready = part.started = part.processed + 1
+    if not loop.epoch_loop.batch_progress.total.processed:
+        loop.epoch_loop.restarting = False
 
 
 def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None:

@@ -18,7 +18,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
-from lit_opd.checkpoints import at_batch_end, by_name, by_number, check_checkpoint, count_epoch, from_consolidated, validation_due
+from lit_opd.checkpoints import (
+    at_batch_end,
+    by_name,
+    by_number,
+    check_checkpoint,
+    count_epoch,
+    from_consolidated,
+    validation_due,
+)
 from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.lazy import fill

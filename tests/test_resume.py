@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from callbacks import default_callbacks
+from lit_opd.checkpoint_files import problem
 from lit_opd.cli import main
 from tests import tiny
 from tests.test_cli import write_prompts
 
+ROOT = Path(__file__).resolve().parent.parent
+TIME_LIMIT = 240  # seconds; a hang is a failure
 STEPS = 8
 TIMES = ("time/", "throughput/")
 FILES = ("profile.jsonl", "samples.jsonl", "evaluation.jsonl")
@@ -74,12 +81,19 @@ def strategy(name: str, **arguments: Any) -> dict[str, Any]:
 SCHEDULE = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": STEPS}}
 SHUFFLED = strategy("Shuffled", strategy=strategy("LinearDecay", gamma=0.3), seed=3)
 CASES: dict[str, dict[str, Any]] = {
-    "schedule, random strategy": {"model.lr_scheduler": SCHEDULE, "model.weighting": strategy("RandomFraction", fraction=0.5, seed=1)},
+    "schedule, random strategy": {
+        "model.lr_scheduler": SCHEDULE,
+        "model.weighting": strategy("RandomFraction", fraction=0.5, seed=1),
+    },
     "annealed strategy, length budget": {
         "model.weighting": strategy("AnnealedPrefixMask"),
         "model.length_budget": {"start": 2, "end": 6},
     },
-    "several updates a batch, shuffled weights": {"model.mini_batches": 2, "model.weighting": SHUFFLED, "model.lr_scheduler": SCHEDULE},
+    "several updates a batch, shuffled weights": {
+        "model.mini_batches": 2,
+        "model.weighting": SHUFFLED,
+        "model.lr_scheduler": SCHEDULE,
+    },
     "no validation": {"data.val": None, "model.weighting": strategy("AnnealedPrefixWeight")},
 }
 
@@ -116,19 +130,34 @@ def same(ours: Any, theirs: Any) -> bool:
     return ours == theirs or (ours != ours and theirs != theirs)
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Everything that the two runs left, but times and paths."""
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    """Every line of every file and every exported weight, but for times."""
     assert metrics(ours) == metrics(theirs)
     for name in FILES:
         assert lines(ours, name) == lines(theirs, name), name
+    summaries = [json.loads((run / "summary.json").read_text()) | {"seconds": 0} for run in (ours, theirs)]
+    assert summaries[0] == summaries[1]
+    weights = [load_file(run / "student" / "model.safetensors") for run in (ours, theirs)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Everything that the two runs left, but times and paths."""
+    assert_same_files(ours, theirs)
     saved = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (ours, theirs)]
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "PromptDataModule", "callbacks", "global_step"):
+    for part in (
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "loops",
+        "PromptDataModule",
+        "callbacks",
+        "global_step",
+    ):
         left, right = (flat(checkpoint[part]) for checkpoint in saved)
         assert left.keys() == right.keys()
         differing = [name for name in left if not same(left[name], right[name]) and "/seconds" not in name]
         assert not differing, (part, differing[:5])
-    summaries = [json.loads((run / "summary.json").read_text()) | {"seconds": 0} for run in (ours, theirs)]
-    assert summaries[0] == summaries[1]
 
 
 def killed_after(step: int, whole: Path, folder: Path) -> Path:
@@ -136,7 +165,7 @@ def killed_after(step: int, whole: Path, folder: Path) -> Path:
     run = Path(shutil.copytree(whole, folder, symlinks=True))
     for path in run.glob("checkpoints/step-*"):
         if int(path.name.split(".")[0].removeprefix("step-")) > step:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     last = run / "checkpoints" / "last.ckpt"
     last.unlink()
     last.symlink_to(f"step-{step}.ckpt")
@@ -200,3 +229,67 @@ def test_a_killed_run_goes_on_bit_for_bit_from_every_step_and_again_from_every_l
                 again = killed_after(later, run, tmp_path / f"killed-{step}-{later}")
                 fit(config, again, "--ckpt_path", "last")
                 assert_same_run(again, undisturbed)
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(models, tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """A config of two ranks, the folder with the runs of tests/resume_ranks.py, and what the ranks report."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"process_group_backend": "gloo"}}
+    shared = {"trainer.devices": 2, "trainer.strategy": ddp, "trainer.max_steps": 5, "trainer.val_check_interval": 3}
+    config = write_config(folder, models, **shared, **{"model.optimizer.init_args.lr": 1e-2})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.resume_ranks", str(folder), str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return config, folder, [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_ranks_go_on_bit_for_bit_with_their_own_random_states(ranks):
+    _, folder, reports = ranks
+    assert_same_run(folder / "killed", folder / "whole")
+    for report in reports:
+        assert report["killed"][1] == report["whole"][1][3:]
+    assert reports[0]["whole"][1] != reports[1]["whole"][1]
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_batch_and_nothing_is_lost(ranks):
+    _, folder, reports = ranks
+    for report in reports:
+        assert report["stopped"] == (0, report["whole"][1][:3])
+        assert report["went on"] == (None, report["whole"][1][3:])
+    assert_same_run(folder / "stopped", folder / "whole")
+
+
+def test_a_disk_that_is_full_for_the_writing_rank_stops_every_rank(ranks):
+    for report in ranks[2]:
+        assert "No space left on device" in report["full disk"] and "there is no checkpoint yet" in report["full disk"]
+
+
+def test_shards_are_whole_checked_and_go_on(ranks):
+    _, folder, _ = ranks
+    checkpoints = folder / "shards" / "checkpoints"
+    named = {line.split("  ")[1] for line in (checkpoints / "step-5.ckpt.sha256").read_text().splitlines()}
+    assert named == {path.relative_to(checkpoints).as_posix() for path in (checkpoints / "step-5.ckpt").iterdir()}
+    assert "step-5.ckpt/__1_0.distcp" in named and problem(checkpoints / "step-5.ckpt") is None
+    assert_same_files(folder / "shards-killed", folder / "shards")
+    shard = checkpoints / "step-5.ckpt" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "sha256" in (problem(checkpoints / "last.ckpt") or "")
+
+
+def test_one_process_goes_on_from_two_correctly(ranks, tmp_path):
+    """Same prompts, same tokens, same losses up to rounding; and it says that it is not bit for bit."""
+    config, folder, _ = ranks
+    run = killed_after(3, folder / "whole", tmp_path / "one")
+    with pytest.warns(UserWarning, match="the checkpoint is of 2 ranks and the run goes on with 1"):
+        fit(config, run, "--ckpt_path", "last", "--trainer.devices", "1", "--trainer.strategy", "auto")
+    ours, theirs = metrics(run), metrics(folder / "whole")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for left, right in zip(ours, theirs, strict=True):
+        for name in ("train/loss", "train/tokens", "train/reverse_kl_k1", "val/reverse_kl"):
+            assert float(left[name] or 0) == pytest.approx(float(right[name] or 0), rel=1e-3, abs=1e-6)
