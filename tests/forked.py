@@ -1,7 +1,7 @@
 """Runs the command line in children that are forked from one import, and kills them where it is told; one job a line of input.
 
-A job: {"argv": [...], "callbacks": Python for a list, "env": {...}, "log": file, "kill": [phase, occurrence, delay]}. The answer is
-a line with exit status, phase at the kill, and optimizer step.
+A job: {"argv": [...], "callbacks": Python for a list, "env": {...}, "log": file, "kill": [phase, occurrence, delay]}. The answer
+is a line with exit status, phase at the kill, and optimizer step.
 """
 
 from __future__ import annotations

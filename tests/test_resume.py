@@ -21,6 +21,7 @@ from lit_opd.checkpoint_files import problem
 from lit_opd.cli import main
 from tests import tiny
 from tests.test_cli import write_prompts
+from tests.wandb_file import records
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT = 240  # seconds; a hang is a failure
@@ -194,7 +195,11 @@ def no_pictures():
         yield
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
+SLOW = {"annealed strategy, length budget", "no validation"}
+PARAMS = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in sorted(CASES)]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def whole(request, models, tmp_path_factory) -> tuple[str, Path, Path]:
     """A case, its config, and the run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
@@ -232,6 +237,25 @@ def test_a_killed_run_goes_on_bit_for_bit_from_every_step_and_again_from_every_l
                 again = killed_after(later, run, tmp_path / f"killed-{step}-{later}")
                 fit(config, again, "--ckpt_path", "last")
                 assert_same_run(again, undisturbed)
+
+
+def test_the_same_wandb_run_goes_on(models, tmp_path):
+    """Offline; a new run in another folder is another one."""
+    config = write_config(tmp_path, models)
+    steps = ["--trainer.max_steps"]
+    for run, words in (("run", ["2"]), ("run", ["3", "--ckpt_path", "last"]), ("other", ["1"])):
+        fit(config, tmp_path / run, "--wandb.mode", "offline", *steps, *words)
+    paths = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    first, second = ([record.run for record in records(path.read_bytes()) if record.HasField("run")] for path in paths)
+    (other,) = tmp_path.glob("other/wandb/offline-run-*/*.wandb")
+    assert first[0].run_id == second[0].run_id != other.stem.removeprefix("run-")
+    seen = [
+        {item.nested_key[0] if item.nested_key else item.key: item.value_json for item in record.history.item}
+        for path in paths
+        for record in records(path.read_bytes())
+        if record.HasField("history")
+    ]
+    assert [row["trainer/global_step"] for row in seen if "train/loss" in row] == ["1", "2", "3"]
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
