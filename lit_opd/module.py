@@ -498,7 +498,11 @@ class OPDModule(L.LightningModule):
         values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
         values["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         values["step"] = self.global_step  # Lightning would count batches, from 0
-        self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
+        metrics = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
+        self.log_dict(metrics, logger=False)
+        connector = self.trainer._logger_connector
+        if connector.should_update_logs:  # Lightning would do so after the batch's checkpoint: a kill in between lost the line
+            connector.log_metrics(metrics)
 
     def _saved(self, record: StepRecord, settings: SamplingSettings) -> Tensor:
         """Tokens that the rows cut by the budget could still have had, over all ranks, scalar."""
