@@ -501,7 +501,9 @@ class OPDModule(L.LightningModule):
         metrics = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
         self.log_dict(metrics, logger=False)
         connector = self.trainer._logger_connector
-        if connector.should_update_logs:  # Lightning would do so after the batch's checkpoint: a kill in between lost the line
+        if (
+            connector.should_update_logs
+        ):  # Lightning would do so after the batch's checkpoint: a kill in between lost the line
             connector.log_metrics(metrics)
 
     def _saved(self, record: StepRecord, settings: SamplingSettings) -> Tensor:

@@ -26,7 +26,7 @@ from tests import tiny
 from tests.test_resume import ROOT, assert_same_files, assert_same_run, fit, no_pictures, write_config
 
 __all__ = ["no_pictures"]
-CHANGES: dict[str, Any] = {"trainer.max_steps": 4, "trainer.val_check_interval": 1, "model.mini_batches": 2}
+CHANGES: dict[str, Any] = {"trainer.max_steps": 6, "trainer.val_check_interval": 2, "model.mini_batches": 2}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory) -> tuple[Path, Path]:
-    """A config of two batches of two updates, and the run that nothing stopped."""
+    """A config of three batches of two updates, a validation after the second, and the run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder, models, **CHANGES)
     return config, fit(config, folder / "run")
@@ -69,12 +69,12 @@ PLACES = {
     "sampling of the first batch": ("on_train_batch_start", 1, 0),
     "first backward of the second batch": ("on_before_backward", 3, 2),
     "second backward of the first batch": ("on_before_backward", 2, 2),
-    "validation at step 2": ("on_validation_batch_end", 2, 2),
-    "an evaluation's end at step 2": ("on_validation_epoch_end", 2, 2),
+    "validation batch at step 4": ("on_validation_batch_start", 2, 4),
+    "an evaluation's end at step 4": ("on_validation_epoch_end", 2, 4),
 }
 
 
-SLOW = {"validation at the start", "first backward of the second batch", "an evaluation's end at step 2"}
+SLOW = {"validation at the start", "sampling of the first batch", "an evaluation's end at step 4"}
 CASES = [pytest.param(place, marks=pytest.mark.slow if place in SLOW else ()) for place in sorted(PLACES)]
 
 
