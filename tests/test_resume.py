@@ -30,7 +30,7 @@ TIMES = ("time/", "throughput/")
 FILES = ("profile.jsonl", "samples.jsonl", "evaluation.jsonl")
 
 
-def write_config(folder: Path, models: tuple[str, str], **changes: Any) -> Path:
+def write_config(folder: Path, models: tuple[str, str], *, every: int = 1, **changes: Any) -> Path:
     """A run of ``STEPS`` optimizer steps over 5 batches an epoch that keeps every checkpoint; dotted names change it."""
     student, teacher = models
     config: dict[str, Any] = {
@@ -43,7 +43,7 @@ def write_config(folder: Path, models: tuple[str, str], **changes: Any) -> Path:
             "max_steps": STEPS,
             "val_check_interval": 3,
             "callbacks": [
-                {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1, "keep": 99}},
+                {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": every, "keep": 99}},
                 {"class_path": "callbacks.PositionProfile", "init_args": {"every": 2, "pictures_every": None}},
                 {"class_path": "callbacks.RolloutSamples", "init_args": {"every": 2}},
                 {"class_path": "callbacks.Throughput", "init_args": {"every": 2}},

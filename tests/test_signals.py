@@ -36,9 +36,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory) -> tuple[Path, Path]:
-    """A config of three batches of two updates, a validation after the second, and the run that nothing stopped."""
+    """A config of three batches of two updates, a validation after the second, checkpoints at stops only; and its whole run."""
     folder = tmp_path_factory.mktemp("whole")
-    config = write_config(folder, models, **CHANGES)
+    config = write_config(folder, models, every=99, **CHANGES)
     return config, fit(config, folder / "run")
 
 
@@ -134,6 +134,12 @@ def forked() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
         parent.stdin.close()
 
 
+def with_checkpoints(config: Path, **options: int) -> list[dict[str, Any]]:
+    """The config's callbacks with other options of ``RunCheckpoint``."""
+    callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    return [{"class_path": "callbacks.RunCheckpoint", "init_args": options}, *callbacks[1:]]
+
+
 def job(config: Path, run: Path, *words: str, **options: Any) -> dict[str, Any]:
     return {"argv": ["fit", "--config", str(config), "--run_dir", str(run), *words], "log": f"{run}.log", **options}
 
@@ -147,12 +153,13 @@ def processes(whole, forked, tmp_path_factory) -> tuple[Path, list[dict[str, Any
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n')
     scontrol.chmod(0o755)
     slurm = SLURM | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    often = ["--trainer.callbacks", json.dumps(with_checkpoints(config, every=2))]
     imported = "__import__('tests.test_signals').test_signals"
     jobs = [
         job(config, folder / "impatient", callbacks=f"[{imported}.Impatient()]"),
         job(config, folder / "slurm", callbacks=f"[{imported}.Sends(10, 'on_before_backward', 3)]", env=slurm),
-        job(config, folder / "killed", kill=["checkpoint", 2, 0.0]),
-        job(config, folder / "killed", "--ckpt_path", "last"),
+        job(config, folder / "killed", *often, kill=["checkpoint", 2, 0.0]),
+        job(config, folder / "killed", *often, "--ckpt_path", "last"),
     ]
     return folder, [forked(asked) for asked in jobs]
 
@@ -193,7 +200,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(whole, pr
     folder, reports = processes
     assert (reports[2]["status"], reports[2]["phase"]) == (-signal.SIGKILL, "checkpoint")
     assert reports[3]["status"] == 0, (folder / "killed.log").read_text()[-3000:]
-    assert_same_run(folder / "killed", whole[1])
+    assert_same_files(folder / "killed", whole[1])
 
 
 # -- many kills --------------------------------------------------------------------------------------------------------
@@ -214,9 +221,7 @@ def test_sixty_kills_at_random_instants_lose_nothing_beyond_the_last_checkpoint(
     """Runs of 6 steps, a checkpoint every second one, killed again and again until they end; then all is as if undisturbed."""
     draw = random.Random(0)
     config = write_config(tmp_path, models, **{"trainer.max_steps": 6, "trainer.val_check_interval": 2})
-    callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    callbacks[0]["init_args"] = {"every": 2, "keep": 2}
-    words = ("--trainer.callbacks", json.dumps(callbacks))
+    words = ("--trainer.callbacks", json.dumps(with_checkpoints(config, every=2, keep=2)))
     undisturbed = tmp_path / "undisturbed"
     fit(config, undisturbed, *words)
     killed, at, runs = 0, dict.fromkeys(PHASES, 0), 0
