@@ -12,6 +12,7 @@ from callbacks.predictions import PredictionFiles
 from callbacks.progress import Progress
 from callbacks.rng import RngState
 from callbacks.rollout_samples import RolloutSamples
+from callbacks.stopping import StopOnSignal
 from callbacks.summary import Summary
 from callbacks.throughput import Throughput
 
@@ -24,6 +25,7 @@ __all__ = [
     "RngState",
     "RolloutSamples",
     "RunCheckpoint",
+    "StopOnSignal",
     "Summary",
     "Throughput",
     "default_callbacks",
@@ -41,5 +43,6 @@ def default_callbacks() -> list[Callback]:
         ExportStudent(),
         PredictionFiles(),
         Summary(),
+        StopOnSignal(),
         RunCheckpoint(),
     ]

@@ -3,51 +3,90 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_opd.types import InputError, ServerError
+from callbacks.tracking import crossed
+from lit_opd.checkpoint_files import FOLDER, LAST, REQUEUE, remove, save, sweep
+from lit_opd.types import InputError, ServerError, Stopped
+
+SAVED_AFTER = (InputError, ServerError, Stopped, OSError)  # what leaves models and optimizer as they were
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """``checkpoints/step-N.ckpt`` every N optimizer steps and at the end, and ``last.ckpt``.
+    """``checkpoints/step-N.ckpt`` every N optimizer steps and at the end, and ``last.ckpt``, a link to the newest.
+
+    A checkpoint appears whole or not at all, is read back, and has its check sums beside it (``step-N.ckpt.sha256``).
 
     Args:
         every: optimizer steps between checkpoints.
         keep: numbered checkpoints to keep, the newest ones.
         dirpath: folder, default ``checkpoints`` in the run folder.
+        monitor: a logged ``val/`` or ``train/`` metric; the checkpoint where it was best is kept too. A ``val/`` metric is looked
+            at after every validation, which saves where it is the best so far; a ``train/`` metric at every checkpoint.
+        mode: whether the best is the smallest ("min") or the largest ("max") value.
+    Raises:
+        InputError: a value outside its range.
     """
 
-    def __init__(self, every: int = 50, keep: int = 2, dirpath: str | None = None) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="step-{step}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            save_last=True,
-            every_n_train_steps=every,
-        )
+    def __init__(
+        self,
+        every: int = 50,
+        keep: int = 2,
+        dirpath: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if value < 1:
+                raise InputError(f"`RunCheckpoint.{name}` must be >= 1, got {value}")
+        if mode not in ("min", "max"):
+            raise InputError(f"`RunCheckpoint.mode` must be 'min' or 'max', got {mode!r}")
+        if monitor is not None and not monitor.startswith(("val/", "train/")):
+            raise InputError(
+                f"`RunCheckpoint.monitor` must be a val/ or train/ metric of docs/metrics.md, got {monitor!r}"
+            )
+        super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_top_k=-1, every_n_train_steps=every)
+        self.every, self.save_top_k = every, keep + bool(monitor)  # the latter is what a run keeps on the disk
+        self.keep = keep
+        self._names: list[str] = []  # of the checkpoints that are kept, oldest first
+        self._best: tuple[float, str] | None = None  # value and name
         self._batch_began_at: int | None = None  # optimizer step at the last batch boundary, None before training
+        self._saving = False  # True where the saving itself failed
+
+    @property
+    def state_key(self) -> str:
+        """The same whatever the settings are."""
+        return type(self).__qualname__
 
     def use_run_dir(self, run_dir: Path, every: int) -> None:
         """Take folder and interval from the command line."""
-        self.dirpath = str(run_dir / "checkpoints")
-        self._every_n_train_steps = every
+        self.dirpath, self.every = str(run_dir / FOLDER), every
+
+    def check(self, pl_module: Any, data: Any) -> None:
+        """A validation metric needs validation data."""
+        named = getattr(data, "val", None), getattr(data, "val_fraction", None)
+        if self.monitor is not None and self.monitor.startswith("val/") and named == (None, None):
+            raise InputError(
+                f"`RunCheckpoint.monitor` must be a train/ metric where `data.val` is null, got {self.monitor!r}"
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The run folder's ``checkpoints`` where no folder was given."""
         if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+            self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
         super().setup(trainer, pl_module, stage)
+
+    # -- when --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on there is something to save."""
-        super().on_train_start(trainer, pl_module)
-        self._batch_began_at = trainer.global_step
+        self._batch_began_at, self._saving = trainer.global_step, False
+        if trainer.is_global_zero:
+            sweep(self._folder)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the optimizer step."""
@@ -57,18 +96,39 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where it is due."""
-        self._batch_began_at = trainer.global_step
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        began, self._batch_began_at = self._batch_began_at, trainer.global_step
+        if began is not None and crossed(trainer.global_step, began, self.every) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._consider(trainer, "train/")
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Epochs do not matter here."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best so far; before the first step there is nothing to save."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step > 0:
+            if self._consider(trainer, "val/"):
+                self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where the last step was not one of the saved ones."""
+        if self._name(trainer) not in self._names and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the state before the failed batch where an InputError or ServerError stopped it, and say so in a note.
+        """Save the state before the failed or abandoned batch, and say so in a note.
 
-        Nothing is saved where the batch had made some of its optimizer steps (a checkpoint falls on batch boundaries, so
-        the last numbered one is what is kept), or where not every rank failed, since saving needs them all.
+        Nothing is saved after an error that is none of ``SAVED_AFTER``, where the batch had made some of its optimizer steps (a
+        checkpoint falls on batch boundaries, so the last numbered one is what is kept), or where not every rank failed, since
+        saving needs them all.
         """
-        if self._batch_began_at is None or not isinstance(exception, InputError | ServerError):
+        if self._batch_began_at is None or not isinstance(exception, SAVED_AFTER):
             return
-        if trainer.world_size > 1 and not exception.on_every_rank:
+        if isinstance(exception, Stopped) and exception.requeue:
+            exception.add_note(f"the job is queued again and goes on from {REQUEUE}*.ckpt in its run folder")
+        elif self._saving:
+            exception.add_note(self._kept())
+        elif trainer.world_size > 1 and not getattr(exception, "on_every_rank", False):
             exception.add_note(f"one rank failed alone, so nothing was saved; {self._kept()}")
         elif trainer.global_step != self._batch_began_at:
             made = trainer.global_step - self._batch_began_at
@@ -76,24 +136,94 @@ class RunCheckpoint(ModelCheckpoint):
                 f"the batch had made {made} of its optimizer steps, so nothing was saved; {self._kept()}"
             )
         else:
-            if self._last_global_step_saved != trainer.global_step or not self._last_checkpoint_saved:
-                self._save_now(trainer)
-            exception.add_note(
-                f"the state before the failed batch (optimizer step {trainer.global_step}) is in {self.last_model_path}; go "
-                "on with --ckpt_path last"
-            )
+            exception.add_note(self._saved_before(trainer))
+        if isinstance(exception, Stopped):
+            folder = trainer.default_root_dir
+            again = "" if exception.requeue else " --ckpt_path last"
+            exception.add_note(f"python train.py fit --config {folder}/config.yaml --run_dir {folder}{again}")
+
+    def _saved_before(self, trainer: Trainer) -> str:
+        """Save the state before the running batch unless it is there; where it is."""
+        if self._name(trainer) not in self._names:
+            try:
+                self._save(trainer)
+            except InputError as error:
+                return f"nothing could be saved: {error}; {self._kept()}"
+        step, path = trainer.global_step, self.last_model_path
+        return f"the state before the failed batch (optimizer step {step}) is in {path}; go on with --ckpt_path last"
 
     def _kept(self) -> str:
         if not self.last_model_path:
             return "there is no checkpoint yet"
         return f"the last checkpoint is {self.last_model_path}; go on with --ckpt_path last"
 
-    def _save_now(self, trainer: Trainer) -> None:
-        candidates: dict[str, Any] = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+    # -- saving ------------------------------------------------------------------------------------------------------
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where the last step was not one of the saved ones."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_now(trainer)
+    @property
+    def _folder(self) -> Path:
+        assert self.dirpath is not None
+        return Path(self.dirpath)
+
+    @staticmethod
+    def _name(trainer: Trainer) -> str:
+        return f"step-{trainer.global_step}.ckpt"
+
+    def _consider(self, trainer: Trainer, stage: str) -> bool:
+        """Compare the metric with the best so far; True where this step is the best and has no checkpoint yet."""
+        if self.monitor is None or not self.monitor.startswith(stage):
+            return False
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith(stage)))
+            error = InputError(
+                f"`RunCheckpoint.monitor` must be a metric that is logged, got {self.monitor!r}; there are {logged}"
+            )
+            error.on_every_rank = True
+            raise error
+        value, name = float(trainer.callback_metrics[self.monitor]), self._name(trainer)
+        sign = 1.0 if self.mode == "min" else -1.0
+        if value != value or (self._best is not None and sign * value >= sign * self._best[0]):
+            return False
+        self._best, self.best_model_path = (value, name), str(self._folder / name)
+        return name not in self._names
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save, let ``last.ckpt`` point there, delete what is no longer kept."""
+        name = self._name(trainer)
+        before = list(self._names)
+        self._names = [*(other for other in before if other != name), name]  # part of the state that is saved
+        self._saving = True
+        try:
+            save(trainer, self._folder / name, link=LAST)
+        except BaseException:
+            self._names = before
+            raise
+        self._saving, self.last_model_path = False, str(self._folder / LAST)
+        self._forget_old(trainer)
+
+    def _forget_old(self, trainer: Trainer) -> None:
+        best = self._best[1] if self._best is not None else None
+        old = [name for name in self._names[: -self.keep] if name != best]
+        self._names = [name for name in self._names if name not in old]
+        if not trainer.is_global_zero:
+            return
+        superseded = Path(trainer.default_root_dir).glob(f"{REQUEUE}*.ckpt")
+        for path in [*(self._folder / name for name in old), *superseded]:
+            try:
+                remove(path)
+            except OSError as error:
+                rank_zero_warn(f"the old checkpoint {path} could not be deleted: {error}")
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which checkpoints there are, by name: the folder may move."""
+        return {"names": list(self._names), "best": list(self._best) if self._best else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with those that are still there."""
+        self._names = [name for name in state_dict.get("names", ()) if (self._folder / name).exists()]
+        best = state_dict.get("best")
+        if best is not None and (self._folder / best[1]).exists():
+            self._best, self.best_model_path = (float(best[0]), str(best[1])), str(self._folder / best[1])
+        if self._names:
+            self.last_model_path = str(self._folder / LAST)

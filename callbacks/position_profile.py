@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from callbacks.profile_history import ProfileHistory
 from callbacks.tracking import crossed, log_media, log_numbers, wandb_runs
+from lit_opd.distributed import gather_objects, rank, world_size
 from lit_opd.metrics import (
     PROFILE_BANDS,
     PROFILE_QUANTITIES,
@@ -100,14 +102,16 @@ class PositionProfile(Callback):
         assert self.metric is not None
         self._written = state["written"]
         self._start = None if state["start"] is None else ProfileWindow.from_json(state["start"])
-        sums = state["sums"]
-        if state["pending"] and sums["sums"].shape != self.metric.sums.shape:
+        ranks = state["ranks"]
+        if state["pending"] and ranks[0]["sums"].shape != self.metric.sums.shape:
             rank_zero_warn("PositionProfile: other bins than the checkpoint's; its unfinished window is left out")
         elif state["pending"]:
             self._pending = state["pending"]
-            if first_rank:  # the state holds the sums of all ranks
-                self.metric.sums.copy_(sums["sums"])
-                self.metric.extra.copy_(sums["extra"])
+            same = len(ranks) == world_size()  # each rank its own: sums of sums are rounded otherwise
+            mine = [ranks[rank()]] if same else ranks if first_rank else []
+            for part in mine:
+                self.metric.sums += part["sums"].to(self.metric.sums.device)
+                self.metric.extra += part["extra"].to(self.metric.extra.device)
 
     def _continue_file(self, trainer: Trainer) -> None:
         """Drop the windows that the run will make again; the rest is the heat maps' past."""
@@ -138,7 +142,8 @@ class PositionProfile(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A run that was stopped by hand has its pictures too."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.history:
+        by_hand = isinstance(exception, KeyboardInterrupt) or getattr(exception, "signum", None) == SIGINT
+        if by_hand and trainer.is_global_zero and self.history:
             self._draw(trainer)
 
     # -- a window ----------------------------------------------------------------------------------------------------
@@ -209,16 +214,16 @@ class PositionProfile(Callback):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors. Called on every rank; an open window's sums are reduced over them."""
+        """Plain values and tensors. Called on every rank; an open window's sums are those of each."""
         state: dict[str, Any] = {
             "written": self._written,
             "pending": self._pending,
             "start": None if self._start is None else self._start.to_json(),
-            "sums": {},
+            "ranks": [],
         }
         if self._pending and self.metric is not None:
-            with self.metric.sync_context():
-                state["sums"] = {name: getattr(self.metric, name).detach().clone().cpu() for name in ("sums", "extra")}
+            sums = {name: getattr(self.metric, name).detach().cpu() for name in ("sums", "extra")}
+            state["ranks"] = gather_objects([sums])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -27,8 +27,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_opd.checkpoint_files import counters, intact, newest, requeued
 from lit_opd.distributed import is_rank_zero
-from lit_opd.logs import RunCSVLogger
+from lit_opd.logs import RunCSVLogger, run_id
 from lit_opd.module import OPDModule
 from lit_opd.parse_errors import USAGE_ERROR, OneLineParser
 from lit_opd.preflight import (
@@ -44,7 +45,7 @@ from lit_opd.preflight import (
 from lit_opd.prompts import PromptDataModule
 from lit_opd.redaction import one_line, redacted, with_references
 from lit_opd.trainer import OPDTrainer
-from lit_opd.types import InputError, ServerError
+from lit_opd.types import InputError, ServerError, Stopped
 from lit_opd.wandb_run import RunWandbLogger
 
 LARGEST_SEED = 2**32 - 1
@@ -222,15 +223,13 @@ class OPDCLI(LightningCLI):
 
     def _resolve_checkpoint(self) -> None:
         path = self.settings.get("ckpt_path")
-        if path is None:
-            return
-        found = self.run_dir / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
-        if not found.exists():
-            raise InputError(f"`--ckpt_path` must be a checkpoint, got {path!r}, but there is no {found}")
-        self.settings["ckpt_path"] = str(found)
-        self._checkpoint_step()  # a file that cannot be read is an error now
-        if "weights_only" in self.settings:
-            self.settings["weights_only"] = True
+        if path is None and self.subcommand == "fit" and not self.settings.get("overwrite") and requeued(self.run_dir):
+            path = "last"
+        if path is not None:
+            self.settings["ckpt_path"] = str(newest(self.run_dir) if path == "last" else intact(Path(path)))
+            self._saved_counters()  # a file that cannot be read is an error now
+            if "weights_only" in self.settings:
+                self.settings["weights_only"] = True
 
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
@@ -342,27 +341,20 @@ class OPDCLI(LightningCLI):
         if self.subcommand != "fit":
             return []
         folder, wandb = str(self.run_dir), self.settings["wandb"]
-        loggers: list[Logger] = [RunCSVLogger(folder, continued_from=self._checkpoint_step())]
+        saved = self._saved_counters()
+        validated = not saved.get("validation_due", False)
+        loggers: list[Logger] = [RunCSVLogger(folder, continued_from=saved.get("global_step"), validated=validated)]
         if wandb["mode"] != "disabled":
             offline = wandb["mode"] == "offline"
             named = {"project": wandb["project"], "name": self.run_dir.name, "save_dir": folder}
-            loggers.append(RunWandbLogger(**named, offline=offline))
+            identity = run_id(self.run_dir) if saved else None
+            loggers.append(RunWandbLogger(**named, id=identity, offline=offline))
         return loggers
 
-    def _checkpoint_step(self) -> int | None:
-        """Optimizer step of the checkpoint the run goes on from; None for a new run."""
+    def _saved_counters(self) -> dict[str, Any]:
+        """What the checkpoint says that the run goes on from; empty for a new run."""
         path = self.settings.get("ckpt_path")
-        if path is None:
-            return None
-        if Path(path).is_dir():  # a sharded checkpoint keeps its counters beside the shards
-            path = Path(path) / "meta.pt"
-        try:
-            return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-        except Exception as error:  # what torch, zipfile and pickle raise about a file that is none of theirs
-            raise InputError(
-                f"`--ckpt_path` must be a checkpoint of this project, got {path}, which cannot be read without executing "
-                f"code or is damaged ({type(error).__name__}); give another one"
-            ) from error
+        return {} if path is None else counters(Path(path))
 
 
 def _attach(trainer: Trainer, extra: list[Callback]) -> None:
@@ -439,6 +431,10 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
         notes = [redacted(note) for note in getattr(cause, "__notes__", ())]
         print("\n".join([f"error: {one_line(str(cause))}", *notes]), file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from error
+    except Stopped as stop:
+        if is_rank_zero():
+            print("\n".join([str(stop), *getattr(stop, "__notes__", ())]), file=sys.stderr)
+        raise
     finally:
         _finish_wandb()
 

@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
-from lit_opd.checkpoints import by_name, by_number, check_checkpoint, from_consolidated
+from lit_opd.checkpoints import (
+    at_batch_end,
+    by_name,
+    by_number,
+    check_checkpoint,
+    count_epoch,
+    from_consolidated,
+    validation_due,
+)
 from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.faults import Room, Skips, memory_for
@@ -143,6 +151,7 @@ class OPDModule(L.LightningModule):
         self.seed, self.length_budget = seed, length_budget
         self.skips, self.room = Skips(max_skipped_steps), Room()
         self._validated_at: int | None = None
+        self._validation_due: bool | None = None  # of the checkpoint the run goes on from; None for a new run
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -514,7 +523,13 @@ class OPDModule(L.LightningModule):
         values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
         values["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         values["step"] = self.global_step  # Lightning would count batches, from 0
-        self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
+        metrics = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
+        self.log_dict(metrics, logger=False)
+        connector = self.trainer._logger_connector
+        if (
+            connector.should_update_logs
+        ):  # Lightning would do so after the batch's checkpoint: a kill in between lost the line
+            connector.log_metrics(metrics)
 
     def _saved(self, record: StepRecord, settings: SamplingSettings) -> Tensor:
         """Tokens that the rows cut by the budget could still have had, over all ranks, scalar."""
@@ -524,9 +539,14 @@ class OPDModule(L.LightningModule):
     # -- Lightning: validation ---------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Measure the start, unless the run goes on from a checkpoint."""
-        if self.global_step == 0 and self.validation.before_training:
+        """Measure the start of a new run; of one that goes on, make the validation that its checkpoint was saved before."""
+        if self._validation_due is None:
+            self._validation_due = self.global_step == 0 and self.validation.before_training
+        else:
+            count_epoch(self.trainer)
+        if self._validation_due:
             self._validate_now()
+        self._validation_due = None
 
     def on_train_end(self) -> None:
         """Measure the end, unless that was just done."""
@@ -648,12 +668,17 @@ class OPDModule(L.LightningModule):
         pairs = zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=False)
         checkpoint["optimizer_states"] = [by_name(state, self, optimizer, whole=whole) for state, optimizer in pairs]
         checkpoint["skipped_steps"] = self.skips.total
+        checkpoint["validation_due"] = validation_due(
+            self.trainer, validated_at=self._validated_at, at_start=self.validation.before_training
+        )
+        at_batch_end(checkpoint["loops"], validating=self.trainer.validating)
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._shapes.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The check of ``load_state_dict`` again: under FSDP2 Lightning reads weight by weight and skips what is missing."""
         from_consolidated(checkpoint)
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
+        self._validation_due = checkpoint.get("validation_due", False)
         if "student_shapes" in checkpoint and self.student is not None:
             _require_same(checkpoint["student_shapes"], of=self._shapes)
 

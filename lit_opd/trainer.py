@@ -1,4 +1,4 @@
-"""The Trainer with one more thing to do: ``preflight``, which runs every check of a fit and trains nothing."""
+"""The Trainer with one more thing to do, ``preflight``, and with checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 
+from lit_opd import checkpoint_files
 from lit_opd.preflight import Finding, Run, examine, read_plan, show
+from lit_opd.types import InputError
 
 
 class OPDTrainer(Trainer):
-    """Lightning's Trainer, with ``preflight``."""
+    """Lightning's Trainer, with ``preflight``, checkpoints written in one piece, and runs that go on at their last step."""
 
     preflight_run: Run | None = None  # the command line's, which knows run folder and planned machine
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """As Lightning's, but the file appears whole or not at all; ``storage_options`` must be None."""
+        if storage_options is not None:
+            raise InputError(f"`storage_options` must be None, got {storage_options!r}: checkpoints are local files")
+        checkpoint_files.save(self, filepath, weights_only)
+
+    def _run_stage(self) -> Any:
+        """A fit that a kill ended after its last checkpoint has nothing to train, but its end is made: the last validation,
+        the exported student, the summary."""
+        before = self.global_step
+        result = super()._run_stage()
+        if self.training and before and self.global_step == before and self.fit_loop.skip:
+            self.fit_loop.on_run_start()
+            self.fit_loop.on_run_end()
+        return result
 
     def preflight(
         self,

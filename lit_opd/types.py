@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
+from signal import Signals
 from typing import Any, Self
 
 import torch
@@ -41,6 +42,25 @@ class ServerError(RuntimeError):
     """
 
     on_every_rank = False
+
+
+class Stopped(SystemExit):
+    """A signal asked the run to stop, and it stopped between two batches' updates; ends the process with its exit status.
+
+    Args:
+        signum: the signal.
+        code: exit status.
+        requeue: a SLURM job that is queued again.
+    """
+
+    on_every_rank = True
+
+    def __init__(self, signum: int, code: int = 0, *, requeue: bool = False) -> None:
+        super().__init__(code)
+        self.signum, self.requeue = signum, requeue
+
+    def __str__(self) -> str:
+        return f"stopped by {Signals(self.signum).name}"
 
 
 class FinishReason(IntEnum):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from callbacks import default_callbacks
+from callbacks import RunCheckpoint, default_callbacks
 from lit_opd.cli import main
 from tests import tiny
 
@@ -128,3 +128,18 @@ def test_every_paper_named_anywhere_is_in_the_one_list_of_references():
     texts = [path for path in [*sources, ROOT / "README.md"] if path.suffix in {".py", ".md", ".yaml"}]
     named = {found for path in texts if path.name != "references.md" for found in pattern.findall(path.read_text())}
     assert named == listed
+
+
+def test_every_test_that_the_reliability_page_names_exists_and_its_yaml_parses():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"^\|.*\| ([^|]*) \|$", page, flags=re.M)
+    cells = [cell for cell in named if "`tests/" in cell]
+    assert len(cells) >= 12
+    for cell in cells:
+        for file, tests in re.findall(r"`(tests/[\w/]+\.py)`: ([^;]*)", cell):
+            code = (ROOT / file).read_text()
+            missing = [name for name in re.findall(r"`(test_\w+)`", tests) if f"def {name}(" not in code]
+            assert not missing, (file, missing)
+    for block in blocks(page, "yaml"):
+        (callback,) = yaml.safe_load(block)["trainer"]["callbacks"]
+        RunCheckpoint(**callback["init_args"])

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"types", "shard_index"},
     "shard_index": {"types"},
     "faults": {"types", "distributed"},
+    "checkpoint_files": {"types", "server"},
     "tiles": {"types"},
     "scoring": {"types", "tiles"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},
@@ -40,18 +41,18 @@ BELOW_MODULE = set(ALLOWED)
 ALLOWED["step"] = BELOW_MODULE | {"module"}  # for annotations only, see the test below
 ALLOWED["module"] = BELOW_MODULE | {"step"}
 ALLOWED["testbed"] = BELOW_MODULE
-ALLOWED["logs"] = {"types"}
+ALLOWED["logs"] = {"types", "report"}
 ALLOWED["wandb_run"] = {"distributed"}
 ALLOWED["report"] = {"types"}
 ALLOWED["preflight"] = BELOW_MODULE
-ALLOWED["trainer"] = {"preflight"}
+ALLOWED["trainer"] = {"preflight", "checkpoint_files", "types"}
 ALLOWED["cli"] = (
     {"logs", "wandb_run", "redaction", "parse_errors"}
     | BELOW_MODULE
     | {"step", "module", "testbed", "preflight", "trainer", "report"}
 )
 ALLOWED["__init__"] = set()
-CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
+CALLBACKS = {"types", "distributed", "checkpoint_files", "metrics", "evaluation", "prompts", "report"}
 
 
 def imports(path: Path) -> set[str]:

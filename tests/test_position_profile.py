@@ -450,4 +450,6 @@ def test_two_ranks_write_what_one_process_writes(folders, tmp_path):
         for name in ("two", "one")
     )
     assert (two["pending"], two["written"]) == (one["pending"], one["written"]) == (1, 2)
-    torch.testing.assert_close(two["sums"], one["sums"], rtol=1e-10, atol=1e-12)
+    for name in ("sums", "extra"):
+        both = two["ranks"][0][name] + two["ranks"][1][name]
+        torch.testing.assert_close(both, one["ranks"][0][name], rtol=1e-10, atol=1e-12)

@@ -4,18 +4,54 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+_waiting: dict[Path, bytes] = {}  # lines that the disk did not take, by file
+
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append each record as one line, written at once and flushed; NaN and infinity are an error, as JSON has none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
-            file.flush()
+    """Append each record as one line, written at once; NaN and infinity are an error, as JSON has none.
+
+    Lines that the disk does not take are no reason to lose a training: they are written with the next ones, and a warning
+    says so.
+    """
+    lines = "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+    late = _waiting.pop(path, b"")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_whole(path, late + lines.encode())
+    except OSError as error:
+        _waiting[path] = late + lines.encode()
+        if not late:
+            warn_unwritten(path, error)
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Append all of ``content`` or, where the disk refuses a part, nothing.
+
+    Raises:
+        OSError: as the disk gave it.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(content) != len(content):
+                file.write(content[file.tell() - size :])  # gives the reason
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def warn_unwritten(path: Path, error: OSError) -> None:
+    """Said once until the disk takes lines again."""
+    warnings.warn(
+        f"{path} could not be written ({error}); training goes on, and its lines are kept in memory until there is room: free "
+        "some before the next checkpoint, which will stop the run otherwise",
+        stacklevel=2,
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -40,6 +76,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the records whose "step" is above ``step`` and a cut last line; returns what was kept."""
+    _waiting.pop(path, None)
     records = read_lines(path)
     kept = [record for record in records if record["step"] <= step]
     if path.is_file():
