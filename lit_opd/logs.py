@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from lit_opd.report.lines import append_whole, warn_unwritten
 
@@ -68,6 +69,7 @@ class RunCSVLogger(CSVLogger):
         self.continued_from, self.validated = continued_from, validated
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:  # type: ignore[override]
         """The writer, made at first use on rank 0."""
         if self._experiment is None:
@@ -76,7 +78,7 @@ class RunCSVLogger(CSVLogger):
                 path = Path(self.root_dir) / ExperimentWriter.NAME_METRICS_FILE
                 drop_later_lines(path, self.continued_from, validated=self.validated)
             self._experiment = _Writer(self.log_dir, continued=self.continued_from is not None)
-        return super().experiment
+        return self._experiment  # type: ignore[return-value]
 
 
 def drop_later_lines(path: Path, step: int, *, validated: bool = True) -> None:
