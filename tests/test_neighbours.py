@@ -8,11 +8,13 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import wandb
 
 from callbacks import default_callbacks
 from lit_opd.cli import main
@@ -30,6 +32,20 @@ HUB_ID = "some-org/some-model"
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     return write_config(folder, tiny.pair(folder), list("abcdefghijkl"))
+
+
+@pytest.fixture
+def own_wandb():
+    """W&B's library as a new process has it, before and after: it keeps its process and the settings of the environment."""
+    yield forget_wandb()
+    forget_wandb()
+
+
+def forget_wandb() -> None:
+    """End W&B's process where it still lives."""
+    with suppress(Exception):  # it was killed
+        wandb.teardown()
+    wandb.sdk.wandb_setup._singleton = None
 
 
 def services() -> list[int]:
@@ -69,7 +85,7 @@ def fit(config: Path, run: Path, *arguments: str, watch: L.Callback | None = Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the process in Linux's /proc")
-def test_a_killed_wandb_process_costs_its_numbers_and_not_the_run(config, tmp_path, recwarn):
+def test_a_killed_wandb_process_costs_its_numbers_and_not_the_run(config, tmp_path, recwarn, own_wandb):
     kill = KillService()
     assert fit(config, tmp_path / "run", watch=kill) == [str(step + 1) for step in range(STEPS)]
     assert kill.killed == 1
@@ -77,7 +93,7 @@ def test_a_killed_wandb_process_costs_its_numbers_and_not_the_run(config, tmp_pa
     assert len(told) == 1 and "training goes on" in told[0]
 
 
-def test_a_wandb_server_that_cannot_be_reached_turns_the_run_offline(config, tmp_path, monkeypatch):
+def test_a_wandb_server_that_cannot_be_reached_turns_the_run_offline(config, tmp_path, own_wandb, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
