@@ -1,4 +1,4 @@
-"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``.
+"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``.
 
 ``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
 one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
@@ -21,6 +21,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_opd.compare.command import run as compare
 from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
@@ -30,6 +31,7 @@ from lit_opd.trainer import OPDTrainer
 from lit_opd.types import InputError, ServerError
 
 USAGE_ERROR = 2
+COMPARE = "compare"  # a command of its own beside Lightning's, which all need the config of a model
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -317,7 +319,11 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
     """Run the command line; wrong input ends with one line and exit status 2."""
     _quieten()
     try:
-        OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
+        words = list(sys.argv[1:] if args is None else args)
+        if words[:1] == [COMPARE]:
+            compare(words[1:])
+        else:
+            OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:
         cause = _input_error(error)
         if cause is None:

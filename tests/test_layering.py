@@ -39,8 +39,9 @@ ALLOWED["testbed"] = BELOW_MODULE
 ALLOWED["logs"] = {"types"}
 ALLOWED["report"] = {"types"}
 ALLOWED["preflight"] = BELOW_MODULE
+ALLOWED["compare"] = BELOW_MODULE | {"step", "module", "report"}
 ALLOWED["trainer"] = {"preflight"}
-ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report"}
+ALLOWED["cli"] = {"logs"} | BELOW_MODULE | {"step", "module", "testbed", "preflight", "trainer", "report", "compare"}
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "metrics", "evaluation", "prompts", "report"}
 

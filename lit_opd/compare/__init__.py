@@ -1,0 +1,1 @@
+"""Finished runs and saved rollouts against each other: ``python train.py compare``."""
