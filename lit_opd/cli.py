@@ -21,7 +21,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_opd.compare.command import run as compare
 from lit_opd.distributed import is_rank_zero
 from lit_opd.logs import RunCSVLogger
 from lit_opd.module import OPDModule
@@ -321,6 +320,8 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
     try:
         words = list(sys.argv[1:] if args is None else args)
         if words[:1] == [COMPARE]:
+            from lit_opd.compare.command import run as compare
+
             compare(words[1:])
         else:
             OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)

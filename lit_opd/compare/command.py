@@ -40,7 +40,7 @@ def _runs_parser() -> ArgumentParser:
     own.add_argument("--out", type=str, required=True, help="folder for compare.md, .json, .html and the pictures")
     own.add_argument("--group_by", nargs="+", type=str, default=[], help="config keys whose values name a variant")
     own.add_argument(
-        "--target", nargs="+", type=str, default=[], help="metric=value; default 80 %% of the baseline's way"
+        "--target", nargs="+", type=str, default=[], help="metric=value; default four fifths of the baseline's way"
     )
     return own
 

@@ -33,7 +33,8 @@ class Cell:
 
     Args:
         mean: over its runs.
-        difference: from the baseline over common seeds; None for the baseline itself and without a common measurement.
+        difference: from the baseline over common seeds; None for the baseline itself, without a common measurement, and where
+            none of them reached a target.
     """
 
     mean: Estimate
@@ -166,9 +167,9 @@ def _mean(values: Iterable[tuple[float, bool]]) -> Estimate:
 
 
 def _difference(ours: dict[Any, tuple[float, bool]], theirs: dict[Any, tuple[float, bool]]) -> Estimate | None:
-    """Over common seeds; censored where either is."""
+    """Over common seeds; censored where either is, None where all are on both sides."""
     common = ours.keys() & theirs.keys()
-    if not common:
+    if all(ours[seed][1] and theirs[seed][1] for seed in common):
         return None
     plain = paired(*({seed: side[seed][0] for seed in sorted(common)} for side in (ours, theirs)))
     return replace(plain, censored=sum(ours[seed][1] or theirs[seed][1] for seed in common))

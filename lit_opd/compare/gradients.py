@@ -75,7 +75,7 @@ class ReplayModule(OPDModule):
         largest = int(torch.cat([rollout.response_ids[rollout.mask], rollout.prompts.ids[rollout.prompts.mask]]).max())
         if largest >= self.vocabulary:
             raise InputError(
-                f"`--student` must be the model that sampled the rollouts, got one of {self.vocabulary} tokens for token {largest}"
+                f"`--student` must be the model that sampled the rollouts, got one of {self.vocabulary} tokens for id {largest}"
             )
 
     @property

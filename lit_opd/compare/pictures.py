@@ -79,7 +79,7 @@ def draw_cosines(cosines: Mapping[str, Mapping[str, float | None]], folder: Path
     references = list(next(iter(cosines.values())))
     height = 0.8 / len(references)
     for number, reference in enumerate(references):
-        widths = [0.0 if own[reference] is None else own[reference] for own in cosines.values()]
+        widths = [own[reference] or 0.0 for own in cosines.values()]
         places = np.arange(len(cosines)) + number * height
         axes.barh(places, widths, height, color=_look(number)[0], label=f"with {reference}")
     axes.set_yticks(np.arange(len(cosines)) + 0.4 - height / 2, list(cosines))

@@ -30,9 +30,13 @@ def replay_document(found: Replay, folder: Path) -> Document:
     if gradients:
         cosines = draw_cosines({name: own["cosine"] for name, own in gradients.items()}, folder)
         sections.append(Section("Gradients", (_GRADIENTS,), _gradient_table(gradients), [cosines]))
-    data = {"kind": "replay", "files": [str(path) for path in found.files], "notes": found.notes}
-    merged = {name: own | {"gradient": gradients.get(name)} for name, own in weights.items()}
-    data |= {"strategies": merged, "exact_kl": gradients.get(REFERENCES[1])}
+    data = {
+        "kind": "replay",
+        "files": [str(path) for path in found.files],
+        "strategies": {name: own | {"gradient": gradients.get(name)} for name, own in weights.items()},
+        "exact_kl": gradients.get(REFERENCES[1]),
+        "notes": found.notes,
+    }
     return Document("Saved rollouts under other weightings", sections, data)
 
 

@@ -96,7 +96,7 @@ def read_runs(words: Sequence[str], *, group_by: Sequence[str] = ()) -> list[Run
     runs: list[Run] = []
     for word in words:
         name, _, pattern = word.rpartition("=") if not Path(word).exists() else ("", "", word)
-        found = sorted(glob.glob(pattern)) or [pattern]
+        found = sorted(path for path in glob.glob(pattern) if Path(path).is_dir()) or [pattern]
         runs += [read_run(path, variant=name or None, group_by=group_by) for path in found]
     seen: dict[tuple[str, Any], Path] = {}
     for run in runs:

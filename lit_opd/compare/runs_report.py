@@ -21,7 +21,8 @@ DIGITS = {"steps_to_target": 1, "tokens_to_target": 0}
 _HOW = (
     "Intervals over seeds are 95 % Student t intervals; differences are paired by seed, and an interval that holds 0 shows "
     "no effect. Area: mean height of the curve up to the horizon. Target: first crossing, linear between evaluations; a run that "
-    "never crosses is censored and counts as the horizon, so its mean is a lower bound."
+    "does not cross by the horizon is censored and counts as the horizon, so that its variant's mean is a lower bound and "
+    "differences are those of min(crossing, horizon)."
 )
 _PROBLEMS = (
     "Differences by problem at each run's last evaluation, averaged over paired seeds; 95 % bootstrap over problems. That "
@@ -69,22 +70,28 @@ def _metric_sections(found: RunsComparison, metric: str, folder: Path) -> Iterab
         pictures.append(draw_curves(found, metric, folder))
     others = [variant for variant in found.variants if variant != found.baseline]
     means = [[name, *(_mean(found, metric, name, quantity) for quantity in used)] for name in found.variants]
-    gaps = [[name, *(_gap(found, metric, name, quantity) for quantity in used)] for name in others]
+    pairs = {name: len({run.seed for run in found.variants[name]} & _seeds(found)) for name in others}
+    gaps = [[name, str(pairs[name]), *(_gap(found, metric, name, quantity) for quantity in used)] for name in others]
     header = ["variant", *(COLUMNS[quantity] for quantity in used)]
     yield Section(LABELS[metric], text, Table(header, means), pictures)
     if gaps:
+        header.insert(1, "pairs")
         yield Section(f"{LABELS[metric]}: difference from {found.baseline}, paired by seed", (), Table(header, gaps))
+
+
+def _seeds(found: RunsComparison) -> set[Any]:
+    return {run.seed for run in found.variants[found.baseline]}
 
 
 def _mean(found: RunsComparison, metric: str, variant: str, quantity: str) -> str:
     cell = found.cells.get((metric, variant, quantity))
-    return show(cell and cell.mean, DIGITS.get(quantity, 3))
+    return show(None if cell is None else cell.mean, DIGITS.get(quantity, 3))
 
 
 def _gap(found: RunsComparison, metric: str, variant: str, quantity: str) -> str:
     """The difference; an asterisk where the interval leaves 0 out."""
     cell = found.cells.get((metric, variant, quantity))
-    difference = cell and cell.difference
+    difference = None if cell is None else cell.difference
     text = show(difference, DIGITS.get(quantity, 3), signed=True)
     return f"{text} *" if difference is not None and difference.excludes_zero else text
 
