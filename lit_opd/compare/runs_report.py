@@ -75,7 +75,7 @@ def _metric_sections(found: RunsComparison, metric: str, folder: Path) -> Iterab
     header = ["variant", *(COLUMNS[quantity] for quantity in used)]
     yield Section(LABELS[metric], text, Table(header, means), pictures)
     if gaps:
-        header.insert(1, "pairs")
+        header = [header[0], "pairs", *header[1:]]
         yield Section(f"{LABELS[metric]}: difference from {found.baseline}, paired by seed", (), Table(header, gaps))
 
 
