@@ -31,7 +31,7 @@ from lit_opd.metrics import bootstrap_interval
 from lit_opd.objective import Divergence
 from lit_opd.report.replay import load_record, save_record
 from lit_opd.types import InputError, Rollout, StepRecord
-from lit_opd.weighting import FirstFraction, FiRe, ImportanceWeighting, RandomFraction, Uniform
+from lit_opd.weighting import FiRe, FirstFraction, ImportanceWeighting, RandomFraction, Uniform
 from tests import cases, fixed, profiled, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,7 +312,8 @@ def test_replayed_weights_are_those_of_the_run(saved):
             for t in range(length)
             if tenth * 2 * length <= (2 * t + 1) * 10 < (tenth + 1) * 2 * length
         ]
-        assert found["weight_by_tenth"][tenth] == pytest.approx(sum(inside) / len(inside), rel=1e-12)
+        expected = pytest.approx(sum(inside) / len(inside), rel=1e-12) if inside else None
+        assert found["weight_by_tenth"][tenth] == expected
 
 
 def test_dropped_tokens_are_counted(saved):
@@ -377,9 +378,9 @@ def test_sampled_gradients_average_to_the_exact_one(tmp_path):
         sums = (
             pair if not sums else [[a + b for a, b in zip(*both, strict=True)] for both in zip(sums, pair, strict=True)]
         )
-    sampled, exact = sums
+    sampled, exact = sums  # equal up to the float32 inside the model's norms
     assert total == pytest.approx(1.0, abs=1e-12)
-    assert relative(sampled, exact) < 1e-10 and cosine(sampled, exact) == pytest.approx(1.0, abs=1e-12)
+    assert relative(sampled, exact) < 1e-6 and cosine(sampled, exact) == pytest.approx(1.0, abs=1e-12)
 
 
 def record_of(response: tuple[int, ...], logprobs: torch.Tensor) -> StepRecord:
