@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -490,40 +492,50 @@ def test_wrong_input_is_one_line(tmp_path, saved, folders, capsys):
 # -- real runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_real_runs_and_their_rollouts_are_compared_from_the_command_line(tmp_path, monkeypatch):
-    """Two short fits of the quickstart; ``compare runs`` as a process of its own, ``compare replay`` with the models."""
-    monkeypatch.chdir(ROOT)
+def commands_of_the_page() -> list[list[str]]:
+    """What docs/compare.md tells to type, behind ``python train.py``."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), flags=re.S)
+    return [shlex.split(line)[2:] for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the repository, with two short fits of the quickstart in runs/, whole batches saved."""
+    for name in ("configs", "lit_opd", "callbacks", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
     small = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.prompt_batch", "8"]
     small += ["--data.val_limit", "8", "--wandb.mode", "disabled", "--model.sampler.max_new_tokens", "12"]
-    kept = ["--trainer.callbacks+", "callbacks.RolloutSamples", "--trainer.callbacks.save_rollouts_every", "1"]
-    for strategy in ("Uniform", "ImportanceWeighting"):
-        words = ["--model.weighting", strategy, "--run_dir", str(tmp_path / strategy)]
-        main(default_callbacks, ["fit", "--config", "configs/quickstart.yaml", *small, *kept, *words])
-    runs = ["--runs", str(tmp_path / "*"), "--baseline", "Uniform", "--out", str(tmp_path / "out" / "runs")]
-    done = subprocess.run([sys.executable, "train.py", "compare", "runs", *runs], capture_output=True, text=True)
+    small += ["--trainer.callbacks+", "callbacks.RolloutSamples", "--trainer.callbacks.save_rollouts_every", "1"]
+    for folder, strategy in (("uniform-1", "Uniform"), ("iw-1", "ImportanceWeighting")):
+        words = ["--model.weighting", strategy, "--run_dir", f"runs/{folder}"]
+        main(default_callbacks, ["fit", "--config", "configs/quickstart.yaml", *small, *words])
+    return tmp_path
+
+
+def test_real_runs_and_their_rollouts_are_compared_as_the_page_says(workplace):
+    """Every command of the page, the first one as a process of its own."""
+    first, *others = commands_of_the_page()
+    done = subprocess.run([sys.executable, "train.py", *first], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ImportanceWeighting: one paired seed (42)" in done.stdout and "Traceback" not in done.stderr
-    report = json.loads((tmp_path / "out" / "runs" / "compare.json").read_text())
-    summary = json.loads((tmp_path / "ImportanceWeighting" / "summary.json").read_text())
+    report = json.loads(Path("runs/compare/compare.json").read_text())
+    summary = json.loads(Path("runs/iw-1/summary.json").read_text())
     assert (
         report["variants"]["ImportanceWeighting"]["metrics"]["reverse_kl"]["end"]["mean"] == summary["reverse_kl_end"]
     )
     assert report["horizons"]["reverse_kl/tokens"] <= summary["tokens"]
+    for command in others:
+        main(list, command)
+    assert json.loads(Path("runs/compare/compare.json").read_text())["baseline"] == "lit_opd.weighting.Uniform"
 
-    assets = Path("lit_opd/testbed/assets")
-    models = ["--student", str(assets / "student"), "--teacher", str(assets / "teacher")]
-    rollouts = str(tmp_path / "Uniform" / "rollouts" / "step-1.safetensors")
-    names = ["Uniform", "ImportanceWeighting", "TIP"]
-    out = tmp_path / "out" / "replay"
-    main(list, ["compare", "replay", "--rollouts", rollouts, "--strategies", *names, *models, "--out", str(out)])
-    replayed = json.loads((out / "compare.json").read_text())
-    assert not replayed["notes"] and replayed["strategies"]["Uniform"]["gradient"]["cosine"][
-        "uniform"
-    ] == pytest.approx(1)
-    record = load_record(rollouts)
-    assert replayed["strategies"]["Uniform"]["gradient"]["norm"] == pytest.approx(float(record.grad_norm), rel=1e-3)
+    replayed = json.loads(Path("runs/replay/compare.json").read_text())
+    uniform = replayed["strategies"]["Uniform"]["gradient"]
+    assert not replayed["notes"] and uniform["cosine"]["uniform"] == pytest.approx(1)
+    record = load_record("runs/uniform-1/rollouts/step-1.safetensors")
+    assert uniform["norm"] == pytest.approx(float(record.grad_norm), rel=1e-3)
     for name in ("weights.png", "cosines.png"):
-        assert_drawn(out / name)
+        assert_drawn(Path("runs/replay") / name)
 
 
 def test_a_saved_record_replays_after_a_round_trip(saved, tmp_path):

@@ -16,6 +16,9 @@ from lit_opd.compare.runs import Run
 from lit_opd.compare.statistics import mean_interval
 
 DPI = 110
+WIDTH = 12.0  # inches
+LEGEND_LETTERS = 150  # that fit beside each other
+LEGEND_GAP = 8  # letters that a line's sample takes
 POINTS = 101  # of a curve that is drawn through runs with differing evaluations
 LABELS = {"greedy": "greedy accuracy", "avg_at_4": "avg@4", "reverse_kl": "KL(student || teacher), nats/token"}
 AXIS_LABELS = {"steps": "optimizer steps", "tokens": "sampled tokens"}
@@ -25,7 +28,7 @@ STYLES = ("-", "--", ":", "-.")
 
 def draw_curves(found: RunsComparison, metric: str, folder: Path) -> Path:
     """One metric over steps and over tokens: means of each variant's runs with 95 % bands."""
-    figure = _figure(12.0, 4.4)
+    figure = _figure(WIDTH, 4.6)
     for place, axis in enumerate(AXES):
         axes = figure.add_subplot(1, 2, place + 1)
         for number, (variant, runs) in enumerate(found.variants.items()):
@@ -58,7 +61,7 @@ def _draw_variant(axes: Any, runs: Sequence[Run], metric: str, axis: str, varian
 
 def draw_weights(curves: Mapping[str, Sequence[float | None]], folder: Path) -> Path:
     """Mean weight by tenth of the response, a line a strategy."""
-    figure = _figure(9.0, 4.4)
+    figure = _figure(WIDTH, 4.6)
     axes = figure.add_subplot()
     axes.axhline(1.0, color="0.6", lw=0.8)
     for number, (name, values) in enumerate(curves.items()):
@@ -74,7 +77,7 @@ def draw_weights(curves: Mapping[str, Sequence[float | None]], folder: Path) -> 
 
 def draw_cosines(cosines: Mapping[str, Mapping[str, float | None]], folder: Path) -> Path:
     """Bars: each strategy's gradient against the references named in the inner mappings."""
-    figure = _figure(9.0, 0.9 + 0.5 * len(cosines))
+    figure = _figure(WIDTH, 1.2 + 0.4 * len(cosines))
     axes = figure.add_subplot()
     references = list(next(iter(cosines.values())))
     height = 0.8 / len(references)
@@ -109,7 +112,10 @@ def _label(axes: Any, *, x: str, y: str) -> None:
 
 def _shared_legend(figure: Figure) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=9, frameon=False)
+    columns = max(1, LEGEND_LETTERS // (max(map(len, labels)) + LEGEND_GAP))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), columns), fontsize=9, frameon=False
+    )
 
 
 def _save(figure: Figure, path: Path) -> Path:

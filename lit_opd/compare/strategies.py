@@ -40,7 +40,7 @@ def read_strategy(word: str) -> tuple[str, WeightingStrategy]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"`--strategies` must name weighting strategies, got {word!r}: {_last_line(error)}") from error
-    return text(given), strategy
+    return text({"class_path": given} if isinstance(given, str) else given), strategy
 
 
 def text(given: Any) -> str:
@@ -48,7 +48,7 @@ def text(given: Any) -> str:
     if isinstance(given, list):
         return f"[{', '.join(map(text, given))}]"
     if not isinstance(given, dict) or "class_path" not in given:
-        return str(given).rsplit(".", 1)[-1] if isinstance(given, str) else str(given)
+        return str(given)
     arguments = ", ".join(f"{name}={text(value)}" for name, value in (given.get("init_args") or {}).items())
     name = str(given["class_path"]).rsplit(".", 1)[-1]
     return f"{name}({arguments})" if arguments else name
