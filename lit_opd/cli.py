@@ -95,7 +95,10 @@ class OPDCLI(LightningCLI):
             save_config_callback=RunConfig,
             seed_everything_default=42,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "epilog": "finished runs side by side: train.py compare --help",
+            },
             auto_configure_optimizers=False,
             args=args,
             run=run,

@@ -446,6 +446,10 @@ def wrong_inputs(root: Path, saved: Path, folders: tuple[str, str]) -> dict[str,
     stale = write_run(root / "stale", known(1, 0.01), seed=1, strategy="DASH")
     summary = json.loads((stale / "summary.json").read_text())
     (stale / "summary.json").write_text(json.dumps(summary | {"steps": 20}))
+    again = write_run(root / "again", known(1, 0.01), seed=1, strategy="DASH")
+    broken = write_run(root / "broken", known(1, 0.01), seed=1, strategy="DASH")
+    (broken / "config.yaml").write_text("a: [")
+    nan = write_run(root / "nan", {"greedy": [math.nan] * len(STEPS)}, seed=1, strategy="DASH")
     alien = root / "alien.safetensors"
     alien.write_text("hello")
     out = ["--out", str(root / "out")]
@@ -462,7 +466,9 @@ def wrong_inputs(root: Path, saved: Path, folders: tuple[str, str]) -> dict[str,
         "trained further": (runs(fine, stale), ["stale", "step 40", "20"]),
         "no common seed": (runs(fine, other), ["common seed", "Uniform (1)", "DASH with 2"]),
         "no such baseline": (runs(fine, baseline="iw"), ["--baseline", "Uniform", "'iw'"]),
-        "same seed twice": (runs(fine, f"Uniform={going.parent / 'stale'}"), ["stale"]),
+        "same seed twice": (runs(fine, f"Uniform={again}"), ["fine", "again", "seed 1", "--group_by"]),
+        "broken config": (runs(fine, broken), ["broken/config.yaml", "YAML"]),
+        "no number in metrics": (runs(fine, nan), ["nan/metrics.csv", "'nan'"]),
         "no such metric": ([*runs(fine), "--target", "speed=1"], ["--target", "greedy", "'speed'"]),
         "no number": ([*runs(fine), "--target", "greedy"], ["--target", "'greedy'"]),
         "no such key": ([*runs(fine), "--group_by", "model.speed"], ["--group_by", "model.speed"]),

@@ -81,7 +81,7 @@ def read_run(folder: str | Path, *, variant: str | None = None, group_by: Sequen
     if not folder.is_dir():
         raise InputError(f"`--runs` must name run folders, got {str(folder)!r}, which is none")
     summary = _summary(folder)
-    config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+    config = _config(folder / "config.yaml")
     name = variant or ", ".join(_setting(config, key, folder) for key in group_by) or summary["strategy"]
     past = past_evaluations(EvaluationFile(folder / FILE_NAME).rows())
     return Run(folder, name, summary, config, _curves(folder, summary), Comparison.of(past))
@@ -95,7 +95,9 @@ def read_runs(words: Sequence[str], *, group_by: Sequence[str] = ()) -> list[Run
     """
     runs: list[Run] = []
     for word in words:
-        name, _, pattern = word.rpartition("=") if not Path(word).exists() else ("", "", word)
+        name, sign, pattern = word.partition("=")
+        if not sign or "/" in name or Path(word).exists():
+            name, pattern = "", word
         found = sorted(path for path in glob.glob(pattern) if Path(path).is_dir()) or [pattern]
         runs += [read_run(path, variant=name or None, group_by=group_by) for path in found]
     seen: dict[tuple[str, Any], Path] = {}
@@ -124,14 +126,23 @@ def _summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    try:
+        config = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must be a run's config, got {type(config).__name__}")
+    return config
+
+
 def _setting(config: dict[str, Any], key: str, folder: Path) -> str:
     """A setting as text; a class with its arguments as one writes it in Python."""
     value: Any = config
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise InputError(
-                f"`--group_by` must be a key of the runs' config, got {key!r}, which {folder}/config.yaml lacks"
-            )
+            raise InputError(f"`--group_by` must be a key of the runs' config, got {key!r}, which {folder} lacks")
         value = value[part]
     return text(value)
 

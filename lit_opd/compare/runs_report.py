@@ -19,10 +19,10 @@ COLUMNS = {
 }
 DIGITS = {"steps_to_target": 1, "tokens_to_target": 0}
 _HOW = (
-    "Intervals over seeds are 95 % Student t intervals; differences are paired by seed, and an interval that holds 0 does "
-    "not show an effect. Area: mean height of the curve up to the horizon. Target: first crossing, linear between evaluations; a run that "
-    "does not cross by the horizon is censored and counts as the horizon, so that its variant's mean is a lower bound and "
-    "differences are those of min(crossing, horizon)."
+    "Intervals over seeds are 95 % Student t intervals; differences are paired by seed, and an interval that holds 0 does not "
+    "show an effect. Area: mean height of the curve up to the horizon. Target: first crossing, linear between evaluations; a "
+    "run that does not cross by the horizon is censored and counts as the horizon, so that its variant's mean is a lower bound "
+    "and differences are those of min(crossing, horizon)."
 )
 _PROBLEMS = (
     "Differences by problem at each run's last evaluation, averaged over paired seeds; 95 % bootstrap over problems. That "
