@@ -215,8 +215,8 @@ def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
 
 def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
     base = {run.seed: run for run in variants[baseline]}
-    for variant, runs in variants.items():
-        own = {run.seed: run for run in runs}
+    for variant in [name for name in variants if name != baseline]:
+        own = {run.seed: run for run in variants[variant]}
         common = [seed for seed in own if seed in base]
         if len(common) == 1:
             yield f"{variant}: one paired seed ({common[0]}), so no interval; what is shown may be chance."
@@ -224,7 +224,7 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
             if missing:
                 yield f"{variant}: unpaired seeds, {_listed(missing)} of {who}: in its mean, not in the difference."
         differing = _differing(own[common[0]].config, base[common[0]].config)
-        if variant != baseline and differing:
+        if differing:
             yield f"{variant} differs from {baseline} in {', '.join(differing)}."
     for key, unit in (("steps", "optimizer steps"), ("tokens", "sampled tokens")):
         counts = [run.summary[key] for runs in variants.values() for run in runs]
