@@ -2,6 +2,7 @@
 
 Any setting can be overridden behind the config (``--model.weighting LinearDecay --model.weighting.gamma 0.3``), further
 ``--config`` files are merged over the first, and ``python train.py fit --help`` lists everything.
+``python train.py compare --help``: finished runs and saved rollouts side by side.
 """
 
 from __future__ import annotations

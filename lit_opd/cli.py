@@ -1,4 +1,4 @@
-"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``.
+"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``.
 
 ``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
 one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
@@ -49,6 +49,7 @@ from lit_opd.types import InputError, ServerError, Stopped
 from lit_opd.wandb_run import RunWandbLogger
 
 LARGEST_SEED = 2**32 - 1
+COMPARE = "compare"  # a command of its own beside Lightning's, which all need the config of a model
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -119,7 +120,10 @@ class OPDCLI(LightningCLI):
             seed_everything_default=42,
             trainer_defaults=TRAINER_DEFAULTS,
             parser_class=OneLineParser,
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "epilog": "finished runs side by side: train.py compare --help",
+            },
             auto_configure_optimizers=False,
             args=args,
             run=run,
@@ -423,7 +427,13 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
     """Run the command line; wrong input ends with one line and exit status 2."""
     _quieten()
     try:
-        OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
+        words = list(sys.argv[1:] if args is None else args)
+        if words[:1] == [COMPARE]:
+            from lit_opd.compare.command import run as compare
+
+            compare(words[1:])
+        else:
+            OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:
         cause = _input_error(error)
         if cause is None:

@@ -45,11 +45,12 @@ ALLOWED["logs"] = {"types", "report"}
 ALLOWED["wandb_run"] = {"distributed"}
 ALLOWED["report"] = {"types"}
 ALLOWED["preflight"] = BELOW_MODULE
+ALLOWED["compare"] = BELOW_MODULE | {"step", "module", "report"}
 ALLOWED["trainer"] = {"preflight", "checkpoint_files", "types"}
 ALLOWED["cli"] = (
     {"logs", "wandb_run", "redaction", "parse_errors"}
     | BELOW_MODULE
-    | {"step", "module", "testbed", "preflight", "trainer", "report"}
+    | {"step", "module", "testbed", "preflight", "trainer", "report", "compare"}
 )
 ALLOWED["__init__"] = set()
 CALLBACKS = {"types", "distributed", "checkpoint_files", "metrics", "evaluation", "prompts", "report"}

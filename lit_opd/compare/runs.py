@@ -1,0 +1,200 @@
+"""A finished run folder read back: its summary, its settings, its curves, its graded problems."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_opd.compare.strategies import text
+from lit_opd.evaluation.comparison import FILE_NAME, Comparison
+from lit_opd.evaluation.rows import EvaluationFile, past_evaluations
+from lit_opd.types import InputError
+
+METRICS = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
+_SUMMARY_KEYS = {"steps", "tokens", "seconds", "seed", "strategy"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric at every evaluation of a run.
+
+    Args:
+        steps: optimizer steps, rising.
+        tokens: tokens sampled for training up to then.
+        values: the metric.
+    """
+
+    steps: tuple[int, ...]
+    tokens: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def along(self, axis: str) -> tuple[int, ...]:
+        """``steps`` or ``tokens``."""
+        return self.tokens if axis == "tokens" else self.steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        folder: where it is.
+        variant: what it is a run of.
+        summary: ``summary.json``.
+        config: ``config.yaml``, empty where there is none.
+        curves: by metric (greedy, avg_at_4, reverse_kl), those that were measured.
+        evaluations: complete evaluations of ``EarlyAIMEEvaluation``.
+    """
+
+    folder: Path
+    variant: str
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    curves: dict[str, Curve]
+    evaluations: Comparison
+
+    @property
+    def seed(self) -> Any:
+        """What runs are paired by."""
+        return self.summary["seed"]
+
+
+def read_run(folder: str | Path, *, variant: str | None = None, group_by: Sequence[str] = ()) -> Run:
+    """Read a run folder.
+
+    Args:
+        folder: holds ``summary.json`` and ``metrics.csv``.
+        variant: its name in the comparison; default the values of ``group_by``, else the strategy's name.
+        group_by: keys of its config, such as ``model.weighting.init_args.w_max``.
+    Raises:
+        InputError: no such folder, an unfinished run, a broken file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"`--runs` must name run folders, got {str(folder)!r}, which is none")
+    summary = _summary(folder)
+    config = _config(folder / "config.yaml")
+    name = variant or ", ".join(_setting(config, key, folder) for key in group_by) or summary["strategy"]
+    past = past_evaluations(EvaluationFile(folder / FILE_NAME).rows())
+    return Run(folder, name, summary, config, _curves(folder, summary), Comparison.of(past))
+
+
+def read_runs(words: Sequence[str], *, group_by: Sequence[str] = ()) -> list[Run]:
+    """The runs that the words name: folders or patterns, each with ``name=`` before it where it is to be called so.
+
+    Raises:
+        InputError: as ``read_run``; a pattern that fits nothing; two runs of one variant with one seed.
+    """
+    runs: list[Run] = []
+    for word in words:
+        name, sign, pattern = word.partition("=")
+        if not sign or "/" in name or Path(word).exists():
+            name, pattern = "", word
+        found = sorted(path for path in glob.glob(pattern) if Path(path).is_dir()) or [pattern]
+        runs += [read_run(path, variant=name or None, group_by=group_by) for path in found]
+    seen: dict[tuple[str, Any], Path] = {}
+    for run in runs:
+        other = seen.setdefault((run.variant, run.seed), run.folder)
+        if other is not run.folder:
+            raise InputError(
+                f"`--runs` must have one run a variant and seed, got {other} and {run.folder}, both {run.variant} with seed "
+                f"{run.seed}; name them (name=folder) or set `--group_by model.weighting`"
+            )
+    return runs
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise InputError(
+            f"`--runs` must be finished runs, got {folder} without summary.json; finish it with `--ckpt_path last`"
+        )
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} must be JSON, got {error}") from error
+    if not isinstance(summary, dict) or not _SUMMARY_KEYS <= summary.keys():
+        raise InputError(f"{path} must be a run's summary with {', '.join(sorted(_SUMMARY_KEYS))}, got another file")
+    return summary
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    try:
+        config = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must be a run's config, got {type(config).__name__}")
+    return config
+
+
+def _setting(config: dict[str, Any], key: str, folder: Path) -> str:
+    """A setting as text; a class with its arguments as one writes it in Python."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise InputError(f"`--group_by` must be a key of the runs' config, got {key!r}, which {folder} lacks")
+        value = value[part]
+    return text(value)
+
+
+# -- metrics.csv -------------------------------------------------------------------------------------------------------
+
+
+def _curves(folder: Path, summary: dict[str, Any]) -> dict[str, Curve]:
+    """Every measured metric; avg@k only where k is 4, as the summary says."""
+    rows = _rows(folder)
+    if rows and rows[-1]["step"] > summary["steps"]:
+        raise InputError(
+            f"`--runs` must be finished runs, got {folder}, whose metrics.csv is at step {rows[-1]['step']:.0f} and whose "
+            f"summary.json at {summary['steps']}; let it end, or finish it with `--ckpt_path last`"
+        )
+    found = {}
+    for name, column in METRICS.items():
+        points = [(row["step"], row["tokens"], row[column]) for row in rows if column in row]
+        if points and (name != "avg_at_4" or summary.get("avg_at_4_end") is not None):
+            steps, tokens, values = zip(*points, strict=True)
+            found[name] = Curve(tuple(map(int, steps)), tuple(map(int, tokens)), values)
+    return found
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    """One dictionary a step, rising, with ``tokens`` sampled up to then and what of ``METRICS`` was measured.
+
+    Raises:
+        InputError: no metrics.csv, or a value that is no finite number.
+    """
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise InputError(f"`--runs` must be run folders, got {folder} without metrics.csv")
+    by_step: dict[int, dict[str, float]] = {}
+    wanted = {"step", "train/tokens", *METRICS.values()}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            values = {name: _number(text, path) for name, text in line.items() if name in wanted and text}
+            if "step" in values:
+                by_step.setdefault(int(values["step"]), {}).update(values)
+    tokens, rows = 0.0, [by_step[step] for step in sorted(by_step)]
+    for row in rows:
+        tokens += row.get("train/tokens", 0.0)
+        row["tokens"] = tokens
+    return rows
+
+
+def _number(text: str, path: Path) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{path} must hold finite numbers, got {text!r}")
+    return value

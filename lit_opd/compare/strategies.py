@@ -1,0 +1,60 @@
+"""Weighting strategies from the words of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lit_opd.types import InputError
+from lit_opd.weighting import WeightingStrategy
+
+
+def read_strategies(words: Sequence[str]) -> dict[str, WeightingStrategy]:
+    """Strategies by the name they are shown with: the class, with arguments where some were given.
+
+    Args:
+        words: each a short name, a class path, or ``{class_path: NAME, init_args: {...}}`` in YAML or JSON.
+    Raises:
+        InputError: an unknown strategy or argument, or one named twice.
+    """
+    found: dict[str, WeightingStrategy] = {}
+    for word in words:
+        name, strategy = read_strategy(word)
+        if name in found:
+            raise InputError(f"`--strategies` must name each strategy once, got {name} twice")
+        found[name] = strategy
+    return found
+
+
+def read_strategy(word: str) -> tuple[str, WeightingStrategy]:
+    """One strategy and its name; see ``read_strategies``."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--strategy", type=WeightingStrategy)
+    try:
+        given = yaml.safe_load(word)
+        strategy = parser.instantiate_classes(parser.parse_object({"strategy": given})).strategy
+    except (ArgumentError, yaml.YAMLError, ImportError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"`--strategies` must name weighting strategies, got {word!r}: {_last_line(error)}") from error
+    return text({"class_path": given} if isinstance(given, str) else given), strategy
+
+
+def text(given: Any) -> str:
+    """A class with its arguments as one writes it in Python: ``ImportanceWeighting(w_max=4)``."""
+    if isinstance(given, list):
+        return f"[{', '.join(map(text, given))}]"
+    if not isinstance(given, dict) or "class_path" not in given:
+        return str(given)
+    arguments = ", ".join(f"{name}={text(value)}" for name, value in (given.get("init_args") or {}).items())
+    name = str(given["class_path"]).rsplit(".", 1)[-1]
+    return f"{name}({arguments})" if arguments else name
+
+
+def _last_line(error: Exception) -> str:
+    """jsonargparse explains over several lines; the last one with a reason is nearest to the cause."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    return lines[-1] if lines else type(error).__name__
