@@ -42,7 +42,7 @@ class Outcome:
     def show(self, console: Console) -> None:
         """The last lines on the screen."""
         for name, (reason, log) in self.failed.items():
-            console.print(f"failed: {name}: {reason} ({log})", style="red", markup=False)
+            console.print(f"failed: {name}: {reason} ({log})", style="red", markup=False, soft_wrap=True)
         if self.stopped:
             console.print(f"stopped: {self.stopped}; the same command goes on", markup=False)
         counts = f"{len(self.finished)} runs finished, {len(self.kept)} were finished before, {len(self.failed)} failed"
@@ -119,7 +119,6 @@ class _Pool:
 
     def __init__(self, root: Path, workers: int, console: Console, outcome: Outcome) -> None:
         self.root, self.workers, self.console, self.outcome = root, workers, console, outcome
-        self.lost = 0
 
     def work(self, jobs: Sequence[Job]) -> None:
         """All of it; on Ctrl-C the processes end at once and what they had begun is gone on with by the next call."""
@@ -133,12 +132,12 @@ class _Pool:
             self._train(pool, jobs)
         except KeyboardInterrupt:
             self.outcome.stopped = "interrupted"
+        except BrokenProcessPool:
+            self.outcome.stopped = "a worker process died, out of memory perhaps"
         finally:
             for process in multiprocessing.active_children():
                 process.kill()
             pool.shutdown(wait=False, cancel_futures=True)
-        if self.lost:
-            self.outcome.stopped = f"a worker process died (out of memory?), {self.lost} runs were not tried"
 
     def _build(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
         from benchmarks.reproduce.worker import build
@@ -169,15 +168,14 @@ class _Pool:
                     advance(job.steps, f"{job.name}: failed")
 
     def _result(self, future: Future[Any], name: str, log: Path) -> Any:
-        """What the worker returned, None where it failed."""
-        error = future.exception()
-        if error is None:
+        """What the worker returned, None where it failed; a dead worker ends it all."""
+        try:
             return future.result()
-        if isinstance(error, BrokenProcessPool):
-            self.lost += 1
-        else:
+        except BrokenProcessPool:
+            raise
+        except Exception as error:  # whatever ended one run, the others go on; it is shown at the end
             self.outcome.failed[name] = (str(error), log)
-        return None
+            return None
 
 
 def in_words(record: Record) -> str:
@@ -204,6 +202,6 @@ def shown(console: Console, total: int) -> Iterator[Callable[[int, str], None]]:
             done += steps
             left = f"{(time.monotonic() - began) / done * (total - done) / 60:.0f} min left"
             bar.update(task, advance=steps, left=left)
-            console.print(f"{done}/{total} steps, {left} | {line}", markup=False, highlight=False)
+            console.print(f"{done}/{total} steps, {left} | {line}", markup=False, highlight=False, soft_wrap=True)
 
         yield advance
