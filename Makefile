@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow vllm-test bench-peers lint format smollm2 clean
+.PHONY: quickstart test test-slow vllm-test bench-peers tune reproduce reproduce-full lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,6 +39,21 @@ vllm-test: $(STAMP) .venv-vllm/.installed
 
 bench-peers: $(STAMP) .venv-trl/.installed
 	$(BIN)/python -m benchmarks.peers --trainers iw-opd distillation --trl-python .venv-trl/bin/python
+
+# Processes of the reproduction; empty is one a core
+JOBS ?=
+REPRODUCE := $(BIN)/python -m benchmarks.reproduce
+
+tune: $(STAMP)
+	$(REPRODUCE) tune $(if $(JOBS),--jobs $(JOBS))
+
+reproduce: $(STAMP)
+	$(REPRODUCE) run $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) report
+
+reproduce-full: $(STAMP)
+	$(REPRODUCE) run --parts base full $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
