@@ -112,9 +112,7 @@ class Steps:
     def __init__(self) -> None:
         self.made, self.began = 0, time.monotonic()
 
-    def counted(
-        self, reached: Callable[[Qwen3ForCausalLM], bool] | None
-    ) -> Callable[[Qwen3ForCausalLM, int], bool]:
+    def counted(self, reached: Callable[[Qwen3ForCausalLM], bool] | None) -> Callable[[Qwen3ForCausalLM, int], bool]:
         """A ``stop`` for ``warm_up`` that asks ``reached`` every few steps, in evaluation mode."""
 
         def stop(model: Qwen3ForCausalLM, step: int) -> bool:

@@ -43,7 +43,9 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     _positions(axes[2], start, "0.55", "--")
     for axis, (title, unit) in zip(axes, PANELS.values(), strict=False):
         axis.set(title=title, xlabel="optimizer step", ylabel=unit)
-    axes[2].set(title="disagreement: start (dashes), end", xlabel="position in the response, %", ylabel="|q - s|, nats/token")
+    axes[2].set(
+        title="disagreement: start (dashes), end", xlabel="position in the response, %", ylabel="|q - s|, nats/token"
+    )
     axes[2].set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=SHOWN, frameon=False)
     _save(figure, path)

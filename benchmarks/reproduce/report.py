@@ -59,7 +59,9 @@ def write_report(plan: Plan, records: Mapping[str, Record], out: Path) -> Path:
     """
     chosen = choose(plan, records)
     if not chosen.counted:
-        raise InputError(f"`--runs` must hold finished runs of plan {plan.sha[:SHORT]}, got {len(records)} others; make reproduce")
+        raise InputError(
+            f"`--runs` must hold finished runs of plan {plan.sha[:SHORT]}, got {len(records)} others; make reproduce"
+        )
     page = out / PAGE
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1:
@@ -92,7 +94,9 @@ def head(plan: Plan, chosen: Chosen) -> list[str]:
         f"Plan sha256 `{plan.sha}`. {len(chosen.counted)} of {sum(chosen.planned.values())} planned runs are finished"
         f" ({dates[0]} to {dates[-1]}; {'; '.join(machines)}; one thread a run, median {median(cpu):.0f} CPU seconds, "
         f"{sum(cpu) / 3600:.1f} CPU hours in all).",
-        "" if plan.tuned else "**Learning rates were not tuned by variant: all runs took the rate of the plan's settings.**",
+        ""
+        if plan.tuned
+        else "**Learning rates were not tuned by variant: all runs took the rate of the plan's settings.**",
         *changes(plan, chosen),
         "",
     ]
@@ -104,7 +108,9 @@ def changes(plan: Plan, chosen: Chosen) -> list[str]:
         return ["All of them were made under this plan."]
     lines = ["**The plan changed after results existed.**"]
     if chosen.older:
-        lines.append(f"Made under another plan, with the settings this one has, and counted: {described(chosen.older)}.")
+        lines.append(
+            f"Made under another plan, with the settings this one has, and counted: {described(chosen.older)}."
+        )
     if chosen.other:
         lines.append(f"Made with settings that are not this plan's, and left out: {described(chosen.other)}.")
     return lines
@@ -155,9 +161,7 @@ def difference(runs: Mapping[int, Record], reference: Mapping[int, Record], valu
     return paired(ours, theirs) if set(ours) & set(theirs) else None
 
 
-def section(
-    plan: Plan, condition: str, about: str, records: Sequence[Record], planned: int, folder: Path
-) -> list[str]:
+def section(plan: Plan, condition: str, about: str, records: Sequence[Record], planned: int, folder: Path) -> list[str]:
     """Heading, both tables and both pictures of a condition."""
     of = grouped(records)
     order = [name for name in plan.variants_of(condition) if name in of]

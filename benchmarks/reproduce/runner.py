@@ -110,7 +110,9 @@ def locked(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"`--runs` must be free, got {root}, where another call is at work; wait for it") from error
+            raise InputError(
+                f"`--runs` must be free, got {root}, where another call is at work; wait for it"
+            ) from error
         yield
 
 
@@ -122,10 +124,12 @@ class _Pool:
 
     def work(self, jobs: Sequence[Job]) -> None:
         """All of it; on Ctrl-C the processes end at once and what they had begun is gone on with by the next call."""
-        from benchmarks.reproduce.worker import begin_worker  # importing the stack takes seconds, and not every call runs
+        from benchmarks.reproduce.worker import (
+            begin_worker,
+        )  # importing the stack takes seconds, and not every call runs
 
         os.environ["OMP_NUM_THREADS"] = "1"
-        context = multiprocessing.get_context("spawn")
+        context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin_worker)
         try:
             self._build(pool, jobs)
@@ -134,10 +138,10 @@ class _Pool:
             self.outcome.stopped = "interrupted"
         except BrokenProcessPool:
             self.outcome.stopped = "a worker process died, out of memory perhaps"
-        finally:
-            for process in multiprocessing.active_children():
+        if self.outcome.stopped:
+            for process in set(multiprocessing.active_children()) - others:
                 process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
     def _build(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
         from benchmarks.reproduce.worker import build
@@ -180,7 +184,9 @@ class _Pool:
 
 def in_words(record: Record) -> str:
     """End of a run in one line."""
-    ends = [f"{name} {record['curves'][name][-1][1]:.3f}" for name in ("greedy", "reverse_kl") if record["curves"][name]]
+    ends = [
+        f"{name} {record['curves'][name][-1][1]:.3f}" for name in ("greedy", "reverse_kl") if record["curves"][name]
+    ]
     return f"{', '.join(ends)} ({record['cpu_seconds']:.0f} CPU s, {record['wall_seconds']:.0f} s)"
 
 

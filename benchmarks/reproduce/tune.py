@@ -49,7 +49,9 @@ def by_variant(plan: Plan, records: Iterable[Record]) -> dict[str, list[Record]]
     for job in plan.tuning_jobs():
         record = known.get(job.name)
         if record is None or record["settings"] != job.settings_sha:
-            raise InputError(f"`tune` must have all its runs finished, got none of this plan for {job.name}; run it again")
+            raise InputError(
+                f"`tune` must have all its runs finished, got none of this plan for {job.name}; run it again"
+            )
         found.setdefault(job.variant, []).append(record)
     return found
 

@@ -6,12 +6,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,10 +64,10 @@ def run_job(job: Job, root: Path) -> Record:
         words = ["fit", "--config", str(config), "--run_dir", str(folder)]
         going_on = ["--ckpt_path", "last"] if resumable(job, folder) else ["--overwrite", "true"]
         logged(log, lambda: main(run_callbacks, [*words, *going_on]))
-    record = write_record(
-        job, folder, cpu_seconds=time.process_time() - cpu, wall_seconds=time.monotonic() - wall
-    )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the student is exported; a hundred runs would keep 200 MB
+    record = write_record(job, folder, cpu_seconds=time.process_time() - cpu, wall_seconds=time.monotonic() - wall)
+    shutil.rmtree(
+        folder / "checkpoints", ignore_errors=True
+    )  # the student is exported; a hundred runs would keep 200 MB
     return record
 
 
@@ -122,14 +121,12 @@ def output_to(path: Path) -> Iterator[None]:
     """Standard output and error of the process, below Python too, appended to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = [os.dup(stream) for stream in (1, 2)]
-    with path.open("ab") as file:
+    with path.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             for stream, kept in zip((1, 2), saved, strict=True):
                 os.dup2(kept, stream)
                 os.close(kept)
