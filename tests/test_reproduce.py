@@ -26,14 +26,20 @@ from benchmarks.reproduce import tune, worker
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.assets import build_asset, folder_of, missing, paths_of
 from benchmarks.reproduce.pictures import draw_curves, draw_differences
-from benchmarks.reproduce.plan import PLAN, Plan, digest, merged, read_plan
+from benchmarks.reproduce.plan import PLAN, Plan, merged, read_plan
 from benchmarks.reproduce.report import END, START, choose, write_report
 from benchmarks.reproduce.results import read_results
 from benchmarks.reproduce.statistics import Estimate, mean_height, paired, reached
 from lit_opd.cli import OPDCLI
 from lit_opd.testbed import make_automaton, make_tokenizer, read_records, sample_problems
-from lit_opd.testbed.warmup import NOT_SUPERVISED, make_model, perturb, supervised_batch, supervised_step
-from lit_opd.testbed.warmup import supervised_targets
+from lit_opd.testbed.warmup import (
+    NOT_SUPERVISED,
+    make_model,
+    perturb,
+    supervised_batch,
+    supervised_step,
+    supervised_targets,
+)
 from lit_opd.types import InputError
 from lit_opd.weighting import WeightingStrategy
 
@@ -284,24 +290,30 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 
 
 def test_a_killed_reproduction_goes_on_without_repeating_finished_runs(built, capfd):
-    plan = write_plan(built / "plan.yaml", tiny_content())
+    """And a run that fails is named with its reason and its log, while the others go on."""
+    content = tiny_content()
+    wrong = {"class_path": "lit_opd.weighting.ImportanceWeighting", "init_args": {"w_max": 0.5}}
+    content["variants"]["wrong"] = {"seeds": 1, "weighting": wrong}
+    plan = write_plan(built / "plan.yaml", content)
     words = ["run", "--plan", str(plan), "--runs", str(built), "--jobs", "1"]
     runner = subprocess.Popen([sys.executable, "-m", "benchmarks.reproduce", *words], cwd=ROOT)
     wait_for(lambda: finished(built))
     runner.send_signal(signal.SIGKILL)
     runner.wait()
-    before, names = finished(built), {job.name for job in read_plan(plan).jobs()}
+    before, names = finished(built), {job.name for job in read_plan(plan).jobs() if job.variant != "wrong"}
     assert set(before) < names
     with pytest.raises(SystemExit) as ended:
         main(words)
-    assert ended.value.code == 0
+    assert ended.value.code == 1
     after = finished(built)
     assert set(after) == names and {name: after[name] for name in before} == before
     assert set(read_results(built)) == names
     lines = (built / "results.jsonl").read_text().splitlines()
     assert len(lines) == len(names)  # no double, and none lost where the kill fell between a run and its line
     out = capfd.readouterr().out
-    assert f"{len(names) - len(before)} runs finished, {len(before)} were finished before, 0 failed" in out
+    assert f"{len(names) - len(before)} runs finished, {len(before)} were finished before, 1 failed" in out
+    failure = next(line for line in out.splitlines() if line.startswith("failed: base/wrong/seed-10: "))
+    assert "ImportanceWeighting.w_max" in failure and str(built / "logs" / "base" / "wrong" / "seed-10.log") in failure
     changed = tiny_content()
     changed["settings"]["trainer"]["max_steps"] = 3
     with pytest.raises(SystemExit):
@@ -383,7 +395,7 @@ def page_with(folder: Path) -> Path:
 
 def row_of(page: str, variant: str, table: int = 0) -> list[str]:
     """Cells of a variant's row in the n-th table that has one."""
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(f"| {variant} |")]
+    rows = [line[2:-2].split(" | ") for line in page.splitlines() if line.startswith(f"| {variant} |")]
     return rows[table]
 
 
@@ -456,4 +468,4 @@ def test_pictures_are_not_blank(tmp_path):
     for name in ("curves", "differences"):
         image = matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3]
         ink = (image.min(-1) < 0.7).mean()
-        assert 0.003 < ink < 0.5 and len(image.reshape(-1, 3).round(1).tolist()) > 10_000
+        assert 0.003 < ink < 0.5 and image.shape[0] > 150 and image.shape[1] > 1500

@@ -82,7 +82,7 @@ def draw_differences(found: Mapping[str, Mapping[str, Estimate | None]], path: P
         for row, (_, estimates) in enumerate(found.items()):
             _estimate(axis, row, estimates[measure], sign=-1 if measure == GOOD_BELOW else 1)
         axis.axvline(0, color="0.4", lw=0.8)
-        axis.set(title=f"{measure} - uniform{' (left is better)' if measure == GOOD_BELOW else ''}")
+        axis.set_title(f"{measure} - uniform{' (left is better)' if measure == GOOD_BELOW else ''}", fontsize=10)
         axis.grid(axis="y", color="0.93")
     axes[0].set_yticks(range(len(found)), list(found))
     axes[0].set_ylim(len(found) - 0.5, -0.5)
@@ -102,8 +102,9 @@ def _estimate(axis: Axes, row: int, estimate: Estimate | None, *, sign: int) -> 
 def _limit(axes: Sequence[Axes], estimates: Sequence[Sequence[Estimate | None]]) -> None:
     """Axes by the means: an interval of two seeds may be ten times as wide as all else, and runs out of the panel."""
     for axis, column in zip(axes, estimates, strict=True):
-        reach = max((abs(e.mean) for e in column if e is not None), default=0.0)
-        axis.set_xlim(-2 * reach - 0.01, 2 * reach + 0.01)
+        means = [0.0, *(estimate.mean for estimate in column if estimate is not None)]
+        margin = 0.5 * (max(means) - min(means)) + 0.005
+        axis.set_xlim(min(means) - margin, max(means) + margin)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -158,7 +158,7 @@ class Plan:
         """Variant -> its main seeds in a condition."""
         spec, main = self.content["conditions"][condition], self.content["seeds"]["main"]
         if "variants" in spec:
-            return {name: main[: spec["seeds"]] for name in spec["variants"]}
+            return dict.fromkeys(spec["variants"], main[: spec["seeds"]])
         return {name: main[: v["seeds"]] for name, v in self.content["variants"].items() if "seeds" in v}
 
     def jobs(self, parts: tuple[str, ...] = ("base",)) -> list[Job]:

@@ -102,7 +102,7 @@ def head(plan: Plan, chosen: Chosen) -> list[str]:
     ]
 
 
-def changes(plan: Plan, chosen: Chosen) -> list[str]:
+def changes(chosen: Chosen) -> list[str]:
     """What to know of runs that were made under another plan."""
     if not chosen.older and not chosen.other:
         return ["All of them were made under this plan."]

@@ -79,10 +79,10 @@ def table(plan: Plan, found: dict[str, list[Record]]) -> str:
     lines = [
         "# What `make tune` tried",
         "",
-        f"Plan {plan.untuned_sha[:12]} without its learning rates; condition {tuning['condition']}, {steps} steps, seeds {seeds}. "
-        "An entry is the area under",
-        "greedy accuracy and, in brackets, the reverse KL at the end; the chosen rate is bold. At the edge of the grid a better rate",
-        "may lie outside.",
+        f"Plan {plan.untuned_sha[:12]} without its learning rates; condition {tuning['condition']}, {steps} steps, "
+        f"seeds {seeds}.",
+        "An entry is the area under greedy accuracy and, in brackets, the reverse KL at the end; the chosen rate is bold.",
+        "At the edge of the grid a better rate may lie outside.",
         "",
         f"| variant | {' | '.join(f'{rate:g}' for rate in rates)} | at the edge |",
         "|---|" + "---|" * (len(rates) + 1),

@@ -109,11 +109,12 @@ def logged(path: Path, work: Callable[[], T]) -> T:
     with output_to(path):
         try:
             return work()
-        except BaseException as error:
+        except SystemExit:  # the command line has said what is wrong
+            reason = ""
+        except Exception as error:
             traceback.print_exc()
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = f"exit status {error.code}" if isinstance(error, SystemExit) else text
-    raise RunFailed(reason)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise RunFailed(reason or path.read_text().splitlines()[-1])
 
 
 @contextmanager
