@@ -24,9 +24,10 @@ from lightning.pytorch import Callback
 import lit_opd.weighting
 from benchmarks.reproduce import tune, worker
 from benchmarks.reproduce.__main__ import main
-from benchmarks.reproduce.assets import build_asset, folder_of, missing, paths_of
+from benchmarks.reproduce.assets import build_asset, paths_of
 from benchmarks.reproduce.pictures import draw_curves, draw_differences
-from benchmarks.reproduce.plan import PLAN, Plan, merged, read_plan
+from benchmarks.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
+from benchmarks.reproduce.processes import RunFailed
 from benchmarks.reproduce.report import END, START, choose, write_report
 from benchmarks.reproduce.results import read_results
 from benchmarks.reproduce.statistics import Estimate, mean_height, paired, reached
@@ -258,7 +259,7 @@ def test_a_broken_run_goes_on_from_its_checkpoint_to_the_same_result(built, monk
     os.rename(built / broken.name, built / "whole")
     callbacks = worker.run_callbacks
     monkeypatch.setattr(worker, "run_callbacks", lambda: [*callbacks(), Fault()])
-    with pytest.raises(worker.RunFailed, match="the lights went out"):
+    with pytest.raises(RunFailed, match="the lights went out"):
         worker.run_job(broken, built)
     log = built / "logs" / f"{broken.name}.log"
     assert "Traceback" in log.read_text() and not (built / broken.name / "reproduce.json").exists()

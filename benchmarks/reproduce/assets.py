@@ -10,13 +10,13 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3ForCausalLM
 
-from benchmarks.reproduce.plan import Job, digest
+from benchmarks.reproduce.plan import Asset, Job, folder_of
 from lit_opd.testbed import ASSETS
 from lit_opd.testbed.accuracy import accuracy
 from lit_opd.testbed.task import CHAIN_LENGTH, make_automaton, records, sample_problems, write_records
@@ -28,13 +28,6 @@ NUM_TRAIN, NUM_VAL = 4096, 256
 PROBE_SEED, NUM_PROBES = 2, 128  # problems that tell when a student has learned enough; not those of a validation
 PROBE_EVERY = 8  # steps
 SIZES = ("hidden_size", "num_steps", "cosine")
-Asset = tuple[str, dict[str, Any]]
-
-
-def folder_of(asset: Asset, root: Path) -> Path:
-    """Where an asset is, or will be."""
-    name, spec = asset
-    return root / "assets" / f"{name}-{digest(spec)[:8]}"
 
 
 def paths_of(job: Job, root: Path) -> dict[str, Any]:
@@ -47,12 +40,6 @@ def paths_of(job: Job, root: Path) -> dict[str, Any]:
         "model": {"student": {"path": str(student)}, "teacher": local},
         "data": {"train": str(data / "train.jsonl"), "val": str(data / "val.jsonl")},
     }
-
-
-def missing(jobs: Iterable[Job], root: Path) -> list[Asset]:
-    """Assets that ``jobs`` need and that are not built yet, each once."""
-    needed = {folder_of(asset, root): asset for job in jobs for asset in job.assets.values()}
-    return [asset for folder, asset in needed.items() if not (folder / "asset.json").exists()]
 
 
 def build_asset(asset: Asset, root: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ KEYS = {"question", "seeds", "search", "target", "settings", "tuning", "learning
     "data",
 }
 REFERENCE = "uniform"
+Asset = tuple[str, dict[str, Any]]  # name and specification of a model or of prompts
 
 
 def digest(content: Any) -> str:
@@ -77,7 +78,7 @@ class Job:
     seed: int
     label: str
     settings: dict[str, Any]
-    assets: dict[str, tuple[str, dict[str, Any]]]
+    assets: dict[str, Asset]
     plan: str
 
     @property
@@ -94,6 +95,18 @@ class Job:
     def settings_sha(self) -> str:
         """sha256 of all that the run depends on in the plan: a plan may change without changing this run."""
         return digest([self.settings, {role: spec for role, (_, spec) in self.assets.items()}])
+
+
+def folder_of(asset: Asset, root: Path) -> Path:
+    """Where an asset is, or will be: named after what it is made of."""
+    name, spec = asset
+    return root / "assets" / f"{name}-{digest(spec)[:8]}"
+
+
+def missing(jobs: Iterable[Job], root: Path) -> list[Asset]:
+    """Assets that ``jobs`` need and that are not built yet, each once."""
+    needed = {folder_of(asset, root): asset for job in jobs for asset in job.assets.values()}
+    return [asset for folder, asset in needed.items() if not (folder / "asset.json").exists()]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lit_opd.types import InputError
 PAGE = "findings.md"
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
 SHORT = 12  # digits of a hash that are shown
+NOT_TUNED = "**Learning rates were not tuned by variant: all took the rate of the plan's settings.**"
 NAMED = 6  # run names that a sentence lists
 
 
@@ -94,10 +95,8 @@ def head(plan: Plan, chosen: Chosen) -> list[str]:
         f"Plan sha256 `{plan.sha}`. {len(chosen.counted)} of {sum(chosen.planned.values())} planned runs are finished"
         f" ({dates[0]} to {dates[-1]}; {'; '.join(machines)}; one thread a run, median {median(cpu):.0f} CPU seconds, "
         f"{sum(cpu) / 3600:.1f} CPU hours in all).",
-        ""
-        if plan.tuned
-        else "**Learning rates were not tuned by variant: all runs took the rate of the plan's settings.**",
-        *changes(plan, chosen),
+        *([] if plan.tuned else [NOT_TUNED]),
+        *changes(chosen),
         "",
     ]
 

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from benchmarks.reproduce.assets import folder_of, missing
-from benchmarks.reproduce.plan import Job
+from benchmarks.reproduce.plan import Job, folder_of, missing
+from benchmarks.reproduce.processes import begin, build, train
 from benchmarks.reproduce.results import Record, add_line, read_record, read_results
 from lit_opd.types import InputError
 
@@ -124,13 +124,10 @@ class _Pool:
 
     def work(self, jobs: Sequence[Job]) -> None:
         """All of it; on Ctrl-C the processes end at once and what they had begun is gone on with by the next call."""
-        from benchmarks.reproduce.worker import (
-            begin_worker,
-        )  # importing the stack takes seconds, and not every call runs
 
         os.environ["OMP_NUM_THREADS"] = "1"
         context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin_worker)
+        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin)
         try:
             self._build(pool, jobs)
             self._train(pool, jobs)
@@ -144,8 +141,6 @@ class _Pool:
         pool.shutdown(cancel_futures=True)
 
     def _build(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
-        from benchmarks.reproduce.worker import build
-
         assets = missing(jobs, self.root)
         futures = {pool.submit(build, asset, self.root): asset for asset in assets}
         for future in as_completed(futures):
@@ -156,10 +151,8 @@ class _Pool:
                 self.console.print(f"built {asset[0]}: {facts}", markup=False)
 
     def _train(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
-        from benchmarks.reproduce.worker import run_job
-
         ready = [job for job in jobs if not missing([job], self.root)]
-        futures = {pool.submit(run_job, job, self.root): job for job in ready}
+        futures = {pool.submit(train, job, self.root): job for job in ready}
         with shown(self.console, sum(job.steps for job in ready)) as advance:
             for future in as_completed(futures):
                 job = futures[future]

@@ -1,12 +1,9 @@
-"""Runs in a process of the pool: the real command line, many runs in one process, since importing the stack takes seconds."""
+"""What a process of the pool does: runs through the real command line, many runs in one process, since importing the stack takes seconds."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,33 +14,14 @@ from typing import Any, TypeVar
 import yaml
 from lightning.pytorch import Callback
 
-from benchmarks.reproduce.assets import Asset, build_asset, folder_of, paths_of
-from benchmarks.reproduce.plan import Job, merged
+from benchmarks.reproduce.assets import build_asset, paths_of
+from benchmarks.reproduce.plan import Asset, Job, folder_of, merged
+from benchmarks.reproduce.processes import RunFailed
 from benchmarks.reproduce.results import Record, write_record
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
 from lit_opd.cli import main
 
 T = TypeVar("T")
-
-
-class RunFailed(Exception):
-    """A run or a build that ended with an error; the text is one line, the rest is in its log."""
-
-
-def begin_worker() -> None:
-    """Leave Ctrl-C to the runner, end with it however it ends, one thread."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)  # else a killed runner leaves a process that goes on writing into the folder of the next one
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run_callbacks() -> list[Callback]:
