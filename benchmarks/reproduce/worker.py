@@ -1,4 +1,4 @@
-"""What a process of the pool does: runs through the real command line, many runs in one process, since importing the stack takes seconds."""
+"""What a process of the pool does: many runs through the real command line, since importing the stack takes seconds."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def run_job(job: Job, root: Path) -> Record:
         going_on = ["--ckpt_path", "last"] if resumable(job, folder) else ["--overwrite", "true"]
         logged(log, lambda: main(run_callbacks, [*words, *going_on]))
     record = write_record(job, folder, cpu_seconds=time.process_time() - cpu, wall_seconds=time.monotonic() - wall)
-    shutil.rmtree(
-        folder / "checkpoints", ignore_errors=True
-    )  # the student is exported; a hundred runs would keep 200 MB
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the student is exported; 100 runs would keep 200 MB
     return record
 
 
