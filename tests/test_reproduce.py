@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -290,6 +289,12 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+def alive(process: int) -> bool:
+    """Whether a process is there and no zombie, which has no command line."""
+    path = Path(f"/proc/{process}/cmdline")
+    return path.exists() and bool(path.read_bytes())
+
+
 def test_a_killed_reproduction_goes_on_without_repeating_finished_runs(built, capfd):
     """And a run that fails is named with its reason and its log, while the others go on."""
     content = tiny_content()
@@ -299,8 +304,11 @@ def test_a_killed_reproduction_goes_on_without_repeating_finished_runs(built, ca
     words = ["run", "--plan", str(plan), "--runs", str(built), "--jobs", "1"]
     runner = subprocess.Popen([sys.executable, "-m", "benchmarks.reproduce", *words], cwd=ROOT)
     wait_for(lambda: finished(built))
-    runner.send_signal(signal.SIGKILL)
+    workers = [int(word) for word in Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split()]
+    assert any(map(alive, workers))
+    runner.kill()
     runner.wait()
+    wait_for(lambda: not any(map(alive, workers)), seconds=10)  # or they would go on beside the next call's
     before, names = finished(built), {job.name for job in read_plan(plan).jobs() if job.variant != "wrong"}
     assert set(before) < names
     with pytest.raises(SystemExit) as ended:
@@ -468,5 +476,5 @@ def test_pictures_are_not_blank(tmp_path):
     draw_differences(found, tmp_path / "differences.png")
     for name in ("curves", "differences"):
         image = matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3]
-        ink = (image.min(-1) < 0.7).mean()
-        assert 0.003 < ink < 0.5 and image.shape[0] > 150 and image.shape[1] > 1500
+        coloured = ((image.max(-1) - image.min(-1)) > 0.3).sum()  # what is drawn of the runs; frames and words are grey
+        assert coloured > 200

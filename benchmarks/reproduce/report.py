@@ -245,6 +245,9 @@ def interval(estimate: Estimate | None) -> str:
 
 def steps_to(runs: Sequence[Record], target: float) -> str:
     """Mean over the runs that reach the target, and how many do."""
-    ways = [reached(*zip(*run["curves"]["greedy"], strict=True), target) for run in runs]
+    ways = []
+    for run in runs:
+        places, values = zip(*run["curves"]["greedy"], strict=True)
+        ways.append(reached(places, values, target))
     there = [way for way in ways if way is not None]
     return f"{fmean(there):.1f} ({len(there)}/{len(runs)})" if there else f"never (0/{len(runs)})"

@@ -44,9 +44,9 @@ class Outcome:
         for name, (reason, log) in self.failed.items():
             console.print(f"failed: {name}: {reason} ({log})", style="red", markup=False, soft_wrap=True)
         if self.stopped:
-            console.print(f"stopped: {self.stopped}; the same command goes on", markup=False)
+            console.print(f"stopped: {self.stopped}; the same command goes on", markup=False, soft_wrap=True)
         counts = f"{len(self.finished)} runs finished, {len(self.kept)} were finished before, {len(self.failed)} failed"
-        console.print(counts)
+        console.print(counts, highlight=False, soft_wrap=True)
 
 
 def run_jobs(
@@ -148,7 +148,7 @@ class _Pool:
             about = self._result(future, asset[0], self.root / "logs" / f"{folder_of(asset, self.root).name}.log")
             if about is not None:
                 facts = ", ".join(f"{key} {about[key]}" for key in ("greedy", "steps", "train") if key in about)
-                self.console.print(f"built {asset[0]}: {facts}", markup=False)
+                self.console.print(f"built {asset[0]}: {facts}", markup=False, highlight=False, soft_wrap=True)
 
     def _train(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
         ready = [job for job in jobs if not missing([job], self.root)]
