@@ -428,6 +428,19 @@ def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path):
     assert plan.sha in page and "All of them were made under this plan." in page and "95 of 269" in page
 
 
+def test_a_condition_with_bases_models_is_paired_with_base(tmp_path):
+    """Zero-weighted tokens against dropped ones: the variant with the base variant it is like."""
+    plan = read_plan()
+    records = synthetic(plan, {})
+    for job in plan.jobs(("full",)):
+        if job.condition == "zero-weighted" and job.seed in (10, 11):  # 0.80, 0.82 in base; 0.85 and 0.89 here
+            end = 0.85 if job.seed == 10 else 0.89
+            records[job.name] = record_of(job, greedy=[0.4, 0.6, 0.7, 0.7, end], kl=1.0 - end)
+    page = write_report(plan, records, page_with(tmp_path)).read_text().split("zero-weighted minus base")[1]
+    # differences 0.05 and 0.07: mean 0.06, sd 0.0141, half 12.706 * 0.0141 / sqrt(2) = 0.127
+    assert row_of(page, "first-30-zero")[:3] == ["first-30-zero", "base, first-30", "+0.060 [-0.067, +0.187]"]
+
+
 def test_a_run_that_never_reaches_the_target_says_so(tmp_path):
     plan = read_plan()
     page = write_report(plan, synthetic(plan, {"last-30": [-0.3] * 6}), page_with(tmp_path)).read_text()

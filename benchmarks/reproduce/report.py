@@ -16,6 +16,7 @@ from lit_opd.types import InputError
 
 PAGE = "findings.md"
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
+BASE = "base"
 SHORT = 12  # digits of a hash that are shown
 NOT_TUNED = "**Learning rates were not tuned by variant: all took the rate of the plan's settings.**"
 NAMED = 6  # run names that a sentence lists
@@ -80,6 +81,7 @@ def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
         records = [record for record in chosen.counted if record["condition"] == condition]
         if records:
             lines += section(plan, condition, spec["about"], records, chosen.planned[condition], folder)
+            lines += factor_table(plan, condition, chosen.counted)
     return lines
 
 
@@ -205,6 +207,22 @@ def results_table(
         cells += [interval(found[name][title]) if name in found else "" for title in MEASURES]
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return lines
+
+
+def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[str]:
+    """What the condition's factor does to each variant: minus the same variant in base, or the one it is ``like``.
+
+    Only where the models are those of base; elsewhere the runs start from another student.
+    """
+    if condition == BASE or plan.content["conditions"][condition].get("models"):
+        return []
+    here, base = (grouped(record for record in records if record["condition"] == name) for name in (condition, BASE))
+    lines = [f"| variant | against | {' | '.join(MEASURES)} |", "|---|" + "---|" * (len(MEASURES) + 1)]
+    for name in here:
+        like = plan.content["variants"][name].get("like", name)
+        cells = [interval(difference(here[name], base.get(like, {}), value)) for value in MEASURES.values()]
+        lines.append(f"| {name} | {BASE}, {like} | {' | '.join(cells)} |")
+    return [f"{condition} minus base, paired by seed:", "", *lines, ""]
 
 
 def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> list[str]:
