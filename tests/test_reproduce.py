@@ -312,6 +312,8 @@ def test_a_killed_reproduction_goes_on_without_repeating_finished_runs(built, ca
     wait_for(lambda: not any(map(alive, workers)), seconds=10)  # or they would go on beside the next call's
     before, names = finished(built), {job.name for job in read_plan(plan).jobs() if job.variant != "wrong"}
     assert set(before) < names
+    with (built / "results.jsonl").open("a") as file:
+        file.write('{"run": "base/uni')  # as a kill in the middle of a write would leave it
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 1

@@ -82,3 +82,14 @@ def add_line(root: Path, record: Record) -> None:
 def read_results(root: Path) -> dict[str, Record]:
     """The newest line of every run, by its name; a line that a kill cut short is left out."""
     return {record["run"]: record for record in read_lines(root / LINES)}
+
+
+def mended(root: Path) -> dict[str, Record]:
+    """``read_results``, and the file without a cut last line, which the next one would be appended to."""
+    path = root / LINES
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        draft = path.with_name(f".{LINES}")
+        draft.unlink(missing_ok=True)
+        append_lines(draft, read_lines(path))
+        os.replace(draft, path)
+    return read_results(root)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from benchmarks.reproduce.plan import Job, folder_of, missing
 from benchmarks.reproduce.processes import begin, build, train
-from benchmarks.reproduce.results import Record, add_line, read_record, read_results
+from benchmarks.reproduce.results import Record, add_line, mended, read_record
 from lit_opd.types import InputError
 
 
@@ -96,8 +96,8 @@ def require_unchanged(jobs: Sequence[Job], records: dict[str, Record | None]) ->
 
 
 def complete_lines(root: Path, records: Sequence[Record]) -> None:
-    """Append what a kill kept from being appended: finished runs without a line of their own."""
-    known = read_results(root)
+    """Mend what a kill left: a line cut short goes, finished runs without a line of their own get one."""
+    known = mended(root)
     for record in records:
         if known.get(record["run"], {}).get("finished") != record["finished"]:
             add_line(root, record)
@@ -124,7 +124,6 @@ class _Pool:
 
     def work(self, jobs: Sequence[Job]) -> None:
         """All of it; on Ctrl-C the processes end at once and what they had begun is gone on with by the next call."""
-
         os.environ["OMP_NUM_THREADS"] = "1"
         context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin)
@@ -152,6 +151,8 @@ class _Pool:
 
     def _train(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
         ready = [job for job in jobs if not missing([job], self.root)]
+        if len(ready) < len(jobs):
+            self.console.print(f"{len(jobs) - len(ready)} runs wait for what could not be built", style="red")
         futures = {pool.submit(train, job, self.root): job for job in ready}
         with shown(self.console, sum(job.steps for job in ready)) as advance:
             for future in as_completed(futures):
@@ -193,7 +194,7 @@ def shown(console: Console, total: int) -> Iterator[Callable[[int, str], None]]:
     """
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}% {task.fields[left]}")
     began, done = time.monotonic(), 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, refresh_per_second=1, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=total, left="")
 
         def advance(steps: int, line: str) -> None:
