@@ -62,7 +62,7 @@ def write_rates(plan: Plan, found: dict[str, list[Record]]) -> Plan:
     if text.count(START) != 1 or text.count(END) != 1:
         raise InputError(f"`--plan` must have the markers {START.strip()} and {END.strip()} once, got {plan.path}")
     before, rest = text.split(START)
-    lines = [f"  {variant}: {chosen(records):.1e}\n" for variant, records in found.items()]
+    lines = [f"  {variant}: {chosen(records)!r}\n" for variant, records in found.items()]
     block = f"learning_rates:    # tried: {TABLE}, tuning of plan {plan.untuned_sha[:12]} without its rates\n"
     draft = plan.path.with_name(f".{plan.path.name}")
     draft.write_text(before + START + block + "".join(lines) + END + rest.split(END)[1], encoding="utf-8")
