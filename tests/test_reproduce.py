@@ -167,7 +167,7 @@ def test_the_page_of_findings_tells_the_plans_numbers():
     assert page.count(START) == page.count(END) == 1
     assert f"{len(plan.jobs())} runs" in page and f"{len(plan.jobs(('full',)))} more runs" in page
     num_others = len(plan.variants_of("base")) - 1
-    assert f"holds {num_others} variants" in page and f"of {4 * num_others} intervals" in page
+    assert f"holds {num_others} variants" in page and f"of {4 * num_others}\n  intervals" in page
 
 
 # -- what the conditions train on ------------------------------------------------------------------------------------------
