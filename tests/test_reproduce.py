@@ -438,7 +438,10 @@ def test_a_condition_with_bases_models_is_paired_with_base(tmp_path):
         if job.condition == "zero-weighted" and job.seed in (10, 11):  # 0.80, 0.82 in base; 0.85 and 0.89 here
             end = 0.85 if job.seed == 10 else 0.89
             records[job.name] = record_of(job, greedy=[0.4, 0.6, 0.7, 0.7, end], kl=1.0 - end)
-    page = write_report(plan, records, page_with(tmp_path)).read_text().split("zero-weighted minus base")[1]
+    page = write_report(plan, records, page_with(tmp_path)).read_text()
+    pictures = re.findall(r"\]\((pictures/.*?)\)", page)
+    assert len(pictures) == 4 and all((tmp_path / name).is_file() for name in pictures)
+    page = page.split("zero-weighted minus base")[1]
     # differences 0.05 and 0.07: mean 0.06, sd 0.0141, half 12.706 * 0.0141 / sqrt(2) = 0.127
     assert row_of(page, "first-30-zero")[:3] == ["first-30-zero", "base, first-30", "+0.060 [-0.067, +0.187]"]
 
@@ -447,6 +450,14 @@ def test_a_run_that_never_reaches_the_target_says_so(tmp_path):
     plan = read_plan()
     page = write_report(plan, synthetic(plan, {"last-30": [-0.3] * 6}), page_with(tmp_path)).read_text()
     assert row_of(page, "last-30")[6] == "never (0/6)"
+
+
+def test_runs_without_uniform_have_no_differences_and_no_picture_of_them(tmp_path):
+    plan = read_plan()
+    records = {name: record for name, record in synthetic(plan, {}).items() if record["variant"] == "dash"}
+    page = write_report(plan, records, page_with(tmp_path)).read_text()
+    assert row_of(page, "dash")[7:] == [""] * 4 and "2 of 95 runs" in page
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["reproduce-base-curves.png"]
 
 
 def test_a_plan_that_changed_after_results_existed_is_told_and_nothing_is_mixed_silently(tmp_path):

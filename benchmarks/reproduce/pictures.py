@@ -70,12 +70,10 @@ def draw_differences(found: Mapping[str, Mapping[str, Estimate | None]], path: P
     """A panel a measure, a row a variant: mean difference from uniform and its 95 % interval.
 
     Args:
-        found: variant -> measure -> estimate, None without a common seed.
+        found: variant -> measure -> estimate, None without a common seed; at least one variant.
         path: PNG to write.
     """
-    measures = list(next(iter(found.values()), {}))
-    if not measures:
-        return
+    measures = list(next(iter(found.values())))
     height = 1.3 + 0.24 * len(found)
     figure, axes = plt.subplots(1, len(measures), figsize=(13, height), sharey=True, layout="constrained")
     for axis, measure in zip(axes, measures, strict=True):

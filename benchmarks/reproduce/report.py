@@ -174,7 +174,9 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
         for name in order
         if name != REFERENCE
     }
-    pictures.draw_differences(found, folder / differences)
+    known = any(estimate is not None for estimates in found.values() for estimate in estimates.values())
+    if known:
+        pictures.draw_differences(found, folder / differences)
     return [
         f"### {condition}: {about}",
         "",
@@ -186,8 +188,7 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
         "",
         f"![{condition}: curves and disagreement by position](pictures/{curves})",
         "",
-        f"![{condition}: differences from uniform](pictures/{differences})",
-        "",
+        *([f"![{condition}: differences from uniform](pictures/{differences})", ""] if known else []),
     ]
 
 
