@@ -283,7 +283,7 @@ def finished(root: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def wait_for(condition: Any, seconds: float = 120) -> None:
+def wait_for(condition: Any, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
