@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow soak vllm-test bench-peers audit lint format smollm2 clean
+.PHONY: quickstart test test-slow soak vllm-test bench-peers audit tune reproduce reproduce-full lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -53,6 +53,21 @@ bench-peers: $(STAMP) .venv-trl/.installed
 
 audit: .venv-audit/.installed
 	.venv-audit/bin/python benchmarks/audit.py requirements.lock
+
+# Processes of the reproduction; empty is one a core
+JOBS ?=
+REPRODUCE := $(BIN)/python -m benchmarks.reproduce
+
+tune: $(STAMP)
+	$(REPRODUCE) tune $(if $(JOBS),--jobs $(JOBS))
+
+reproduce: $(STAMP)
+	$(REPRODUCE) run $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) report
+
+reproduce-full: $(STAMP)
+	$(REPRODUCE) run --parts base full $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -97,15 +97,23 @@ class ReplayModule(OPDModule):
         """Without a fit there is no precision plugin to go through."""
         loss.backward()
 
-    def apply_gradients(self) -> Tensor:
-        """Keep the gradient, clear it, return its norm."""
-        assert self.student is not None
-        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        zero = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        self._gradient = [gradient.detach() for gradient in zero]
-        for parameter in trained:
-            parameter.grad = None
+    def clip(self) -> Tensor:
+        """The norm of the gradient, which is left as it is."""
+        self._gradient = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._trained()]
         return torch.tensor(dot(self._gradient, self._gradient)).sqrt()
+
+    def apply_gradients(self) -> None:
+        """No step: the gradient has been kept."""
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Without an optimizer."""
+        for parameter in self._trained():
+            parameter.grad = None
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        assert self.student is not None
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
 
 def dot(left: Gradient, right: Gradient) -> float:

@@ -13,17 +13,18 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from lit_opd.testbed.task import Automaton, Problem, sample_problem
+from lit_opd.testbed.task import CHAIN_LENGTH, CODE_LENGTH, NUM_STATES, Automaton, Problem, sample_problem
 from lit_opd.testbed.tokenizer import MAX_LENGTH, prompt_ids
 
 LOG_EVERY = 20
+NOT_SUPERVISED = -100  # a target that cross-entropy leaves out
 INITIALIZER_RANGE = 0.05  # at 0.02, Qwen3's default, both learn later and the teacher does not finish
 
 
@@ -97,13 +98,54 @@ def response_logits(model: Qwen3ForCausalLM, prompts: Tensor, responses: Tensor)
     return model(input_ids=ids[:, :-1], logits_to_keep=responses.shape[1]).logits
 
 
+def perturb(problem: Problem, full: Automaton, rng: random.Random, rate: float) -> tuple[Problem, list[bool]]:
+    """The problem with wrong codes in its response, and which they are; the path goes on from what stands there.
+
+    Args:
+        problem: a legal path.
+        full: the tables with every operation legal, by which the path goes on off its own way.
+        rng: draws.
+        rate: probability that a code is replaced by that of a random state.
+    """
+    state, codes, replaced = full.codes.index(problem.start), [], []
+    for word in problem.words:
+        target = full.targets[state][full.words.index(word)]
+        assert target is not None  # every operation is legal
+        replaced.append(rng.random() < rate)
+        state = rng.randrange(NUM_STATES) if replaced[-1] else target
+        codes.append(full.codes[state])
+    return replace(problem, codes=tuple(codes)), replaced
+
+
+def supervised_targets(responses: Tensor, replaced: Sequence[list[bool]]) -> Tensor:
+    """``responses`` with the tokens of replaced codes left out: a teacher reads the errors and does not learn to make them."""
+    targets = responses.clone()
+    wrong = torch.tensor(replaced).repeat_interleave(CODE_LENGTH, dim=-1)
+    targets[:, : wrong.shape[1]].masked_fill_(wrong, NOT_SUPERVISED)
+    return targets
+
+
 def supervised_step(
-    model: Qwen3ForCausalLM, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, max_grad_norm: float
+    model: Qwen3ForCausalLM,
+    batch: tuple[Tensor, Tensor],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    *,
+    targets: Tensor | None = None,
 ) -> Tensor:
-    """One optimizer step on prompts and responses; returns the mean loss a response token, nats."""
+    """One optimizer step on prompts and responses; returns the mean loss a supervised token, nats.
+
+    Args:
+        model: trained in place.
+        batch: prompt and response ids.
+        optimizer: of its parameters.
+        max_grad_norm: gradients are clipped to this norm.
+        targets: response ids with ``NOT_SUPERVISED`` where a token does not count; default all count.
+    """
     prompts, responses = batch
     logits = response_logits(model, prompts, responses)
-    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses)
+    supervised = responses if targets is None else targets
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), supervised, ignore_index=NOT_SUPERVISED)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -111,7 +153,17 @@ def supervised_step(
     return loss.detach()
 
 
-def warm_up(plan: WarmUp, automaton: Automaton, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
+def warm_up(
+    plan: WarmUp,
+    automaton: Automaton,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    chain_length: int = CHAIN_LENGTH,
+    perturbed: float = 0.0,
+    full: Automaton | None = None,
+    stop: Callable[[Qwen3ForCausalLM, int], bool] | None = None,
+) -> Qwen3ForCausalLM:
     """Train a new model on fresh legal paths; cross-entropy on the response tokens, the end symbol included.
 
     Args:
@@ -119,6 +171,10 @@ def warm_up(plan: WarmUp, automaton: Automaton, tokenizer: PreTrainedTokenizerFa
         automaton: the tables to learn.
         tokenizer: makes the chat format.
         seed: of the initial weights and the problems; torch's global stream is left as it was found.
+        chain_length: operations a problem.
+        perturbed: probability that a code in the response is a wrong one, see ``perturb``.
+        full: the tables with every operation legal; needed where ``perturbed`` is above 0.
+        stop: asked after each step with the model and the number of steps made; True ends the training.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -128,9 +184,29 @@ def warm_up(plan: WarmUp, automaton: Automaton, tokenizer: PreTrainedTokenizerFa
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr_factor)
     began = time.monotonic()
     for step in range(1, plan.num_steps + 1):
-        problems = [sample_problem(automaton, rng) for _ in range(plan.batch_size)]
-        loss = supervised_step(model, supervised_batch(problems, tokenizer), optimizer, plan.max_grad_norm)
+        problems = [sample_problem(automaton, rng, chain_length=chain_length) for _ in range(plan.batch_size)]
+        batch, targets = drawn_batch(problems, tokenizer, rng, perturbed=perturbed, full=full)
+        loss = supervised_step(model, batch, optimizer, plan.max_grad_norm, targets=targets)
         schedule.step()
         if step % LOG_EVERY == 0 or step == plan.num_steps:
             print(f"step {step}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True)
+        if stop is not None and stop(model, step):
+            break
     return model.eval()
+
+
+def drawn_batch(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    *,
+    perturbed: float,
+    full: Automaton | None,
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Prompts and responses of ``problems``, perturbed where that is asked for, and what is supervised of them."""
+    if perturbed == 0.0:
+        return supervised_batch(problems, tokenizer), None
+    assert full is not None
+    pairs = [perturb(problem, full, rng, perturbed) for problem in problems]
+    batch = supervised_batch([problem for problem, _ in pairs], tokenizer)
+    return batch, supervised_targets(batch[1], [replaced for _, replaced in pairs])

@@ -1,0 +1,272 @@
+"""The report: tables and pictures of finished runs, written between the markers of docs/findings.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+from benchmarks.reproduce import pictures
+from benchmarks.reproduce.plan import REFERENCE, Plan
+from benchmarks.reproduce.results import Record
+from benchmarks.reproduce.statistics import Estimate, mean_height, paired, reached
+from lit_opd.types import InputError
+
+PAGE = "findings.md"
+START, END = "<!-- results -->\n", "<!-- /results -->\n"
+BASE = "base"
+SHORT = 12  # digits of a hash that are shown
+NOT_TUNED = "**Learning rates were not tuned by variant: all took the rate of the plan's settings.**"
+NAMED = 6  # run names that a sentence lists
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which finished runs count under a plan.
+
+    Args:
+        counted: runs with the settings of this plan.
+        older: those of them that were made under another plan, whose own settings have not changed since.
+        other: runs whose settings differ from this plan's, or that it does not have; they are left out.
+        planned: runs in the plan, by condition.
+    """
+
+    counted: list[Record]
+    older: list[Record]
+    other: list[Record]
+    planned: dict[str, int]
+
+
+def choose(plan: Plan, records: Mapping[str, Record]) -> Chosen:
+    """Sort finished runs by whether they are of this plan."""
+    jobs = {job.name: job for job in plan.jobs(("base", "full"))}
+    known = [record for name, record in records.items() if name in jobs]
+    counted = [record for record in known if record["settings"] == jobs[record["run"]].settings_sha]
+    order = {name: place for place, name in enumerate(jobs)}
+    return Chosen(
+        counted=sorted(counted, key=lambda record: order[record["run"]]),
+        older=[record for record in counted if record["plan"] != plan.sha],
+        other=[record for record in records.values() if record not in counted],
+        planned=dict(Counter(job.condition for job in jobs.values())),
+    )
+
+
+def write_report(plan: Plan, records: Mapping[str, Record], out: Path) -> Path:
+    """Write pictures and the part of ``findings.md`` between its markers; returns the page.
+
+    Raises:
+        InputError: nothing is finished, or the page has no markers.
+    """
+    chosen = choose(plan, records)
+    if not chosen.counted:
+        raise InputError(
+            f"`--runs` must hold finished runs of plan {plan.sha[:SHORT]}, got {len(records)} others; make reproduce"
+        )
+    page = out / PAGE
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise InputError(f"`--out` must hold a {PAGE} with the markers {START.strip()} and {END.strip()}, got {out}")
+    before, rest = text.split(START)
+    body = "\n".join(lines_of(plan, chosen, out / "pictures"))
+    page.write_text(f"{before}{START}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    return page
+
+
+def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
+    """The whole part: head, then a section a condition."""
+    lines = head(plan, chosen)
+    for condition, spec in plan.content["conditions"].items():
+        records = [record for record in chosen.counted if record["condition"] == condition]
+        if records:
+            lines += section(plan, condition, spec["about"], records, chosen.planned[condition], folder)
+            lines += factor_table(plan, condition, chosen.counted)
+    return lines
+
+
+# -- where the numbers are from ------------------------------------------------------------------------------------------
+
+
+def head(plan: Plan, chosen: Chosen) -> list[str]:
+    """Plan, machine, dates, cost, and whether the plan changed after results existed."""
+    dates = sorted(record["finished"][:10] for record in chosen.counted)
+    machines = sorted({record["machine"] for record in chosen.counted})
+    cpu = [record["cpu_seconds"] for record in chosen.counted]
+    return [
+        f"Plan sha256 `{plan.sha}`. {len(chosen.counted)} of {sum(chosen.planned.values())} planned runs are finished"
+        f" ({dates[0]} to {dates[-1]}; {'; '.join(machines)}; one thread a run, median {median(cpu):.0f} CPU seconds, "
+        f"{sum(cpu) / 3600:.1f} CPU hours in all).",
+        *([] if plan.tuned else [NOT_TUNED]),
+        *changes(chosen),
+        "",
+    ]
+
+
+def changes(chosen: Chosen) -> list[str]:
+    """What to know of runs that were made under another plan."""
+    if not chosen.older and not chosen.other:
+        return ["All of them were made under this plan."]
+    lines = ["**The plan changed after results existed.**"]
+    if chosen.older:
+        lines.append(
+            f"Made under another plan, with the settings this one has, and counted: {described(chosen.older)}."
+        )
+    if chosen.other:
+        lines.append(f"Made with settings that are not this plan's, and left out: {described(chosen.other)}.")
+    return lines
+
+
+def described(records: Sequence[Record]) -> str:
+    """Number, plans and names of runs."""
+    plans = ", ".join(sorted({f"`{record['plan'][:SHORT]}`" for record in records}))
+    names = ", ".join(record["run"] for record in records[:NAMED])
+    return f"{len(records)} runs of plan {plans} ({names}{', ...' if len(records) > NAMED else ''})"
+
+
+# -- one condition -------------------------------------------------------------------------------------------------------
+
+Value = Callable[[Record], float]
+
+
+def end_of(name: str) -> Value:
+    """Last value of a curve."""
+    return lambda record: float(record["curves"][name][-1][1])
+
+
+def area(record: Record) -> float:
+    """Mean height of greedy accuracy from the start to the end."""
+    places, values = zip(*record["curves"]["greedy"], strict=True)
+    return mean_height(places, values, horizon=places[-1])
+
+
+MEASURES: dict[str, Value] = {
+    "greedy": end_of("greedy"),
+    "avg@4": end_of("avg_at_4"),
+    "reverse KL": end_of("reverse_kl"),
+    "area": area,
+}
+
+
+def grouped(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
+    """Variant -> seed -> run."""
+    found: dict[str, dict[int, Record]] = {}
+    for record in records:
+        found.setdefault(record["variant"], {})[record["seed"]] = record
+    return found
+
+
+def difference(runs: Mapping[int, Record], reference: Mapping[int, Record], value: Value) -> Estimate | None:
+    """Paired by seed; None without a common seed."""
+    ours, theirs = ({seed: value(record) for seed, record in group.items()} for group in (runs, reference))
+    return paired(ours, theirs) if set(ours) & set(theirs) else None
+
+
+def section(plan: Plan, condition: str, about: str, records: Sequence[Record], planned: int, folder: Path) -> list[str]:
+    """Heading, both tables and both pictures of a condition."""
+    of = grouped(records)
+    order = [name for name in plan.variants_of(condition) if name in of]
+    curves, differences = (f"reproduce-{condition}-{kind}.png" for kind in ("curves", "differences"))
+    pictures.draw_curves({name: list(of[name].values()) for name in order}, folder / curves)
+    reference = of.get(REFERENCE, {})
+    found = {
+        name: {title: difference(of[name], reference, value) for title, value in MEASURES.items()}
+        for name in order
+        if name != REFERENCE
+    }
+    known = any(estimate is not None for estimates in found.values() for estimate in estimates.values())
+    if known:
+        pictures.draw_differences(found, folder / differences)
+    return [
+        f"### {condition}: {about}",
+        "",
+        f"{len(records)} of {planned} runs.",
+        "",
+        *results_table(of, order, found, plan.content["target"]),
+        "",
+        *weights_table(of, order),
+        "",
+        f"![{condition}: curves and disagreement by position](pictures/{curves})",
+        "",
+        *([f"![{condition}: differences from uniform](pictures/{differences})", ""] if known else []),
+    ]
+
+
+def results_table(
+    of: Mapping[str, Mapping[int, Record]],
+    order: Sequence[str],
+    found: Mapping[str, Mapping[str, Estimate | None]],
+    target: float,
+) -> list[str]:
+    """Ends with standard deviations, then differences from uniform with 95 % intervals."""
+    titles = [*MEASURES, f"steps to {target:.2f}", *(f"{title} - {REFERENCE}" for title in MEASURES)]
+    lines = [f"| variant | seeds | {' | '.join(titles)} |", "|---|" + "---|" * (len(titles) + 1)]
+    for name in order:
+        runs = list(of[name].values())
+        cells = [spread([value(run) for run in runs]) for value in MEASURES.values()]
+        cells.append(steps_to(runs, target))
+        cells += [interval(found[name][title]) if name in found else "" for title in MEASURES]
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return lines
+
+
+def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[str]:
+    """What the condition's factor does to each variant: minus the same variant in base, or the one it is ``like``.
+
+    Only where the models are those of base; elsewhere the runs start from another student.
+    """
+    if condition == BASE or plan.content["conditions"][condition].get("models"):
+        return []
+    here, base = (grouped(record for record in records if record["condition"] == name) for name in (condition, BASE))
+    lines = [f"| variant | against | {' | '.join(MEASURES)} |", "|---|" + "---|" * (len(MEASURES) + 1)]
+    for name in here:
+        like = plan.content["variants"][name].get("like", name)
+        cells = [interval(difference(here[name], base.get(like, {}), value)) for value in MEASURES.values()]
+        lines.append(f"| {name} | {BASE}, {like} | {' | '.join(cells)} |")
+    return [f"{condition} minus base, paired by seed:", "", *lines, ""]
+
+
+def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> list[str]:
+    """Step scale: learning rate and what was logged of weights and gradients, means over steps and seeds."""
+    titles = {"weight_mean": "mean weight", "weight_ess": "effective sample", "grad_norm": "gradient norm"}
+    titles |= {"clip_fraction": "clip fraction"}
+    lines = [f"| variant | learning rate | {' | '.join(titles.values())} |", "|---|" + "---|" * (len(titles) + 1)]
+    for name in order:
+        runs = list(of[name].values())
+        cells = [f"{fmean(run['means'][key] for run in runs):.3f}" for key in titles]
+        rates = ", ".join(f"{rate:g}" for rate in sorted({run["learning_rate"] for run in runs}))
+        lines.append(f"| {name} | {rates} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean +- standard deviation.
+
+    >>> spread([0.5, 0.7])
+    '0.600 +- 0.141'
+    """
+    return f"{fmean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def interval(estimate: Estimate | None) -> str:
+    """Mean and interval, bold where it excludes 0.
+
+    >>> interval(Estimate(0.1, 0.05, 0.15, 3))
+    '**+0.100 [+0.050, +0.150]**'
+    """
+    if estimate is None:
+        return ""
+    if estimate.low is None:
+        return f"{estimate.mean:+.3f}"
+    text = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    return f"**{text}**" if estimate.excludes_zero else text
+
+
+def steps_to(runs: Sequence[Record], target: float) -> str:
+    """Mean over the runs that reach the target, and how many do."""
+    ways = []
+    for run in runs:
+        places, values = zip(*run["curves"]["greedy"], strict=True)
+        ways.append(reached(places, values, target))
+    there = [way for way in ways if way is not None]
+    return f"{fmean(there):.1f} ({len(there)}/{len(runs)})" if there else f"never (0/{len(runs)})"

@@ -1,0 +1,95 @@
+"""What a finished run says, as one JSON object: in its folder as ``reproduce.json``, and as a line of ``results.jsonl``."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.reproduce.plan import Job
+from lit_opd.report.lines import append_lines, read_lines
+
+RECORD, LINES = "reproduce.json", "results.jsonl"
+CURVES = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
+MEANS = {
+    "weight_mean": "train/weight_mean",
+    "weight_ess": "train/weight_ess",
+    "grad_norm": "train/grad_norm",
+    "clip_fraction": "train/clip_fraction",
+}
+BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
+Record = dict[str, Any]
+
+
+def measured(folder: Path) -> Record:
+    """Curves as [step, value] pairs, disagreement by relative position at each evaluation, means over the steps."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    bands = [[int(row["step"]), [float(row[band]) for band in BANDS]] for row in rows if row.get(BANDS[0])]
+    return {
+        "curves": {name: _column(rows, column) for name, column in CURVES.items()},
+        "bands": bands,
+        "means": {name: fmean(value for _, value in _column(rows, column)) for name, column in MEANS.items()},
+    }
+
+
+def _column(rows: Iterable[dict[str, str]], name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+
+
+def write_record(job: Job, folder: Path, *, cpu_seconds: float, wall_seconds: float) -> Record:
+    """Write ``reproduce.json``, which makes the run a finished one; returns its content."""
+    summary = json.loads((folder / "summary.json").read_text())
+    record = {
+        "run": job.name,
+        "condition": job.condition,
+        "variant": job.variant,
+        "seed": job.seed,
+        "label": job.label,
+        "plan": job.plan,
+        "settings": job.settings_sha,
+        "learning_rate": job.settings["model"]["optimizer"]["init_args"]["lr"],
+        "steps": summary["steps"],
+        "tokens": summary["tokens"],
+        "cpu_seconds": round(cpu_seconds, 1),
+        "wall_seconds": round(wall_seconds, 1),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    } | measured(folder)
+    draft = folder / f".{RECORD}"
+    draft.write_text(json.dumps(record, allow_nan=False) + "\n")
+    os.replace(draft, folder / RECORD)
+    return record
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a finished run, None where it is not finished."""
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def add_line(root: Path, record: Record) -> None:
+    """Append a finished run to ``results.jsonl``."""
+    append_lines(root / LINES, [record])
+
+
+def read_results(root: Path) -> dict[str, Record]:
+    """The newest line of every run, by its name; a line that a kill cut short is left out."""
+    return {record["run"]: record for record in read_lines(root / LINES)}
+
+
+def mended(root: Path) -> dict[str, Record]:
+    """``read_results``, and the file without a cut last line, which the next one would be appended to."""
+    path = root / LINES
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        draft = path.with_name(f".{LINES}")
+        draft.unlink(missing_ok=True)
+        append_lines(draft, read_lines(path))
+        os.replace(draft, path)
+    return read_results(root)
