@@ -15,8 +15,9 @@ $(STAMP): requirements.lock setup.cfg pyproject.toml
 quickstart: $(STAMP)
 	$(BIN)/python train.py fit --config configs/quickstart.yaml --run_dir runs/quickstart --overwrite true
 
+# Two processes, a file of tests in one of them: nine minutes on two cores, sixteen in one process
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
