@@ -30,8 +30,8 @@ from benchmarks.reproduce.plan import PLAN, Plan, folder_of, merged, missing, re
 from benchmarks.reproduce.processes import RunFailed
 from benchmarks.reproduce.report import END, START, choose, write_report
 from benchmarks.reproduce.results import read_results
-from benchmarks.reproduce.statistics import Estimate, mean_height, paired, reached
 from lit_opd.cli import OPDCLI
+from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
 from lit_opd.testbed import make_automaton, make_tokenizer, read_records, sample_problems
 from lit_opd.testbed.warmup import (
     NOT_SUPERVISED,
@@ -480,18 +480,19 @@ def test_a_plan_that_changed_after_results_existed_is_told_and_nothing_is_mixed_
 
 def test_paired_differences_pair_by_seed():
     ours, theirs = {1: 0.9, 2: 0.5, 3: 0.7, 9: 0.0}, {3: 0.5, 2: 0.4, 1: 0.6}
-    found = paired(ours, theirs)  # 0.3, 0.1, 0.2: mean 0.2, sd 0.1, half 4.303 * 0.1 / sqrt(3) = 0.24843
+    found = paired(ours, theirs)  # 0.3, 0.1, 0.2: mean 0.2, sd 0.1, half 4.30265 * 0.1 / sqrt(3) = 0.24841
     assert (found.count, found.mean) == (3, pytest.approx(0.2))
-    assert (found.low, found.high) == (pytest.approx(-0.04843, abs=1e-5), pytest.approx(0.44843, abs=1e-5))
+    assert (found.low, found.high) == (pytest.approx(-0.04841, abs=1e-5), pytest.approx(0.44841, abs=1e-5))
     assert paired({1: 1.0}, {1: 0.5}) == Estimate(0.5, None, None, 1)
-    with pytest.raises(InputError, match="common seeds, got 0"):
+    with pytest.raises(InputError, match="must have a common seed"):
         paired({1: 1.0}, {2: 0.5})
 
 
 def test_curves_are_read_between_their_points():
     assert mean_height([0, 10, 40], [0.0, 1.0, 1.0], horizon=40) == pytest.approx(35 / 40)
-    assert reached([0, 10, 20], [0.2, 0.4, 0.8], 0.5) == pytest.approx(12.5)
-    assert reached([0, 10], [0.9, 0.1], 0.5) == 0.0 and reached([0, 10], [0.1, 0.2], 0.5) is None
+    assert reached([0, 10, 20], [0.2, 0.4, 0.8], 0.5, rising=True) == pytest.approx(12.5)
+    assert reached([0, 10], [0.9, 0.1], 0.5, rising=True) == 0.0
+    assert reached([0, 10], [0.1, 0.2], 0.5, rising=True) is None
 
 
 def test_pictures_are_not_blank(tmp_path):

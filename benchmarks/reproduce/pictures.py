@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.reproduce.results import Record
-from benchmarks.reproduce.statistics import Estimate
+from lit_opd.compare.statistics import Estimate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

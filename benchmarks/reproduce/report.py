@@ -11,7 +11,7 @@ from statistics import fmean, median, stdev
 from benchmarks.reproduce import pictures
 from benchmarks.reproduce.plan import REFERENCE, Plan
 from benchmarks.reproduce.results import Record
-from benchmarks.reproduce.statistics import Estimate, mean_height, paired, reached
+from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
 from lit_opd.types import InputError
 
 PAGE = "findings.md"
@@ -267,6 +267,6 @@ def steps_to(runs: Sequence[Record], target: float) -> str:
     ways = []
     for run in runs:
         places, values = zip(*run["curves"]["greedy"], strict=True)
-        ways.append(reached(places, values, target))
+        ways.append(reached(places, values, target, rising=True))
     there = [way for way in ways if way is not None]
     return f"{fmean(there):.1f} ({len(there)}/{len(runs)})" if there else f"never (0/{len(runs)})"

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from benchmarks.reproduce.plan import Plan, read_plan
 from benchmarks.reproduce.results import Record
-from benchmarks.reproduce.statistics import mean_height
+from lit_opd.compare.statistics import mean_height
 from lit_opd.types import InputError
 
 START, END = "# <tuned>\n", "# </tuned>\n"
