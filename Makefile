@@ -63,12 +63,10 @@ tune: $(STAMP)
 	$(REPRODUCE) tune $(if $(JOBS),--jobs $(JOBS))
 
 reproduce: $(STAMP)
-	$(REPRODUCE) run $(if $(JOBS),--jobs $(JOBS))
-	$(REPRODUCE) report
+	$(REPRODUCE) run $(if $(JOBS),--jobs $(JOBS)); status=$$?; $(REPRODUCE) report && exit $$status
 
 reproduce-full: $(STAMP)
-	$(REPRODUCE) run --parts base full $(if $(JOBS),--jobs $(JOBS))
-	$(REPRODUCE) report
+	$(REPRODUCE) run --parts base full $(if $(JOBS),--jobs $(JOBS)); status=$$?; $(REPRODUCE) report && exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

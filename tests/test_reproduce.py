@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import re
@@ -25,6 +26,7 @@ import lit_opd.weighting
 from benchmarks.reproduce import tune, worker
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.assets import build_asset, paths_of
+from benchmarks.reproduce.candidates import Largest, SurpriseDrift, TeacherCertainty, WindowedRatio
 from benchmarks.reproduce.pictures import draw_curves, draw_differences
 from benchmarks.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
 from benchmarks.reproduce.processes import RunFailed
@@ -41,9 +43,10 @@ from lit_opd.testbed.warmup import (
     supervised_step,
     supervised_targets,
 )
-from lit_opd.types import InputError
+from lit_opd.types import InputError, TokenSignal
 from lit_opd.weighting import WeightingStrategy
 
+SEARCH = PLAN.parent / "search.yaml"
 ROOT = Path(__file__).resolve().parent.parent
 TINY_SETTINGS = {
     "checkpoint_every": 1,
@@ -132,6 +135,44 @@ def test_development_and_held_out_share_neither_seeds_nor_conditions():
     assert len(seeds) == len(set(seeds))
     development, held_out = (set(content["search"][name]) for name in ("development", "held_out"))
     assert not development & held_out and development | held_out <= set(content["conditions"])
+
+
+def test_a_plan_that_extends_another_has_what_it_names_itself():
+    whole, search = read_plan(), read_plan(SEARCH)
+    assert (
+        search.content["settings"] == whole.content["settings"] and search.content["target"] == whole.content["target"]
+    )
+    assert set(search.content["conditions"]) == set(whole.content["search"]["development"])
+    assert search.content["seeds"]["main"] == whole.content["seeds"]["development"]
+    for name, condition in search.content["conditions"].items():
+        assert condition.get("models") == whole.content["conditions"][name].get("models")
+    jobs, others = search.jobs(("base", "full")), {job.name: job for job in whole.jobs(("base", "full"))}
+    assert not {job.name for job in jobs} & set(others)  # other seeds
+    uniform = next(job for job in jobs if job.variant == "uniform" and job.condition == "base")
+    twin = others["base/uniform/seed-10"]
+    assert uniform.settings == twin.settings | {"seed_everything": uniform.seed}
+
+
+def test_the_searchs_own_weightings_are_those_of_plain_loops():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (-4 * torch.rand(3, 12, generator=generator) for _ in range(2))
+    entropy = torch.rand(3, 12, generator=generator)
+    mask = torch.arange(12) < torch.tensor([12, 7, 1]).unsqueeze(-1)
+    signal = TokenSignal(student_logprobs=student, teacher_logprobs=teacher, mask=mask, teacher_entropy=entropy)
+    window, drift = WindowedRatio(window=3, low=-2.0), SurpriseDrift(alpha=0.5, low=-2.0)
+    sure, most = TeacherCertainty(window=3, alpha=2.0, floor=0.1), Largest([window, drift])
+    found = {strategy: strategy(signal, 0.0) for strategy in (window, drift, sure, most)}
+    for row, column in mask.nonzero().tolist():
+        a, q, h = ((teacher - student)[row].tolist(), teacher[row].tolist(), entropy[row].tolist())
+        ratio = math.exp(min(0.0, max(-2.0, sum(a[max(0, column - 3) : column]))))
+        surprise = sum(q[k] + h[k] for k in range(column))
+        drifted = math.exp(min(0.0, max(-2.0, 0.5 * surprise)))
+        recent = h[max(0, column - 2) : column + 1]
+        certain = max(0.1, math.exp(-2.0 * sum(recent) / len(recent)))
+        expected = {window: ratio, drift: drifted, sure: certain, most: max(ratio, drifted)}
+        for strategy, value in expected.items():
+            assert float(found[strategy][row, column]) == pytest.approx(value, rel=1e-5)
+    assert all(not weights[~mask].any() for weights in found.values())
 
 
 def test_the_hash_is_of_the_content_alone(tmp_path):
@@ -355,6 +396,8 @@ def record_of(
         "cpu_seconds": 42.0,
         "finished": "2026-11-23T00:00:00+00:00",
         "machine": "a machine",
+        "models": {},
+        "code": "0123456789ab",
         "curves": curves | {"reverse_kl": [[step, kl] for step in steps]},
         "bands": [[step, [0.5 + 0.1 * band for band in range(10)]] for step in steps],
         "means": {"weight_mean": 1.25, "weight_ess": 0.9, "grad_norm": 7.0, "clip_fraction": 0.0},
@@ -426,7 +469,8 @@ def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path):
     assert row[6] == "37.0 (3/3)"
     assert row_of(page, "dash")[7] == "**+0.020 [+0.020, +0.020]**"
     assert row_of(page, "uniform")[7] == "" and row_of(page, "uniform")[1] == "6"
-    assert row_of(page, "iw-signed", table=1) == ["iw-signed", "0.0004", "1.250", "0.900", "7.000", "0.000"]
+    rate = f"{plan.rate_of('iw-signed') or 4e-4:g}"
+    assert row_of(page, "iw-signed", table=1) == ["iw-signed", rate, "1.250", "0.900", "7.000", "0.000"]
     assert plan.sha in page and "All of them were made under this plan." in page and "95 of 269" in page
 
 
@@ -444,6 +488,29 @@ def test_a_condition_with_bases_models_is_paired_with_base(tmp_path):
     page = page.split("zero-weighted minus base")[1]
     # differences 0.05 and 0.07: mean 0.06, sd 0.0141, half 12.706 * 0.0141 / sqrt(2) = 0.127
     assert row_of(page, "first-30-zero")[:3] == ["first-30-zero", "base, first-30", "+0.060 [-0.067, +0.187]"]
+
+
+def test_a_search_compares_every_variant_with_its_references(tmp_path):
+    plan = read_plan(SEARCH)
+    folder = tmp_path
+    (folder / "search.md").write_text(f"{START}{END}")
+    page = write_report(plan, synthetic(plan, {"iw-4": [0.01, 0.03, 0.05]}), folder).read_text()
+    against_uniform, against_iw = (page.split(f"### greedy minus that of {name}")[1] for name in ("uniform", "iw-4"))
+    assert row_of(against_uniform, "iw-4") == ["iw-4", "+0.030 [-0.020, +0.080]"]
+    assert row_of(against_iw, "uniform") == ["uniform", "-0.030 [-0.080, +0.020]"]
+    assert row_of(against_uniform, "floor-0.1")[1].startswith("+0.000")
+    assert (folder / "pictures" / "search-base-curves.png").is_file()
+
+
+def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_path):
+    plan = read_plan()
+    models = {"teacher": {"name": "teacher-x", "greedy": 0.97, "steps": 360}}
+    records = {job.name: record_of(job, greedy=[0.4, 0.6], models=models) for job in plan.jobs()[:2]}
+    page = write_report(plan, records, page_with(tmp_path)).read_text()
+    assert (
+        "The student starts at greedy 0.400. Models: teacher-x (greedy 0.970 on 128 other problems, 360 steps)." in page
+    )
+    assert "code `0123456789ab`" in page
 
 
 def test_a_run_that_never_reaches_the_target_says_so(tmp_path):

@@ -8,7 +8,10 @@ Keys of the plan:
     conditions      name -> part, about, variants and seeds (left out: every variant that has ``seeds``), settings, models
     models, data    what a condition's ``models`` may name in place of the shipped teacher, student and prompts
     tuning          condition, learning rates, settings of the tuning runs; learning_rates is what they gave
-    search          conditions for the search of a weighting and for its confirmation, and what counts as a win
+    search          conditions for the search of a weighting and for its confirmation, and what counts as a win; in a plan
+                    that extends this one ``references``: variants that all others are compared with in one table
+    extends         another plan's file beside this one: this plan's keys are merged over its, but it has those variants and
+                    conditions only that it names itself (``uniform: {}`` takes over the other plan's)
 """
 
 from __future__ import annotations
@@ -152,6 +155,16 @@ class Plan:
         return digest({key: value for key, value in self.content.items() if key != "learning_rates"})
 
     @property
+    def page(self) -> str:
+        """The report's page: findings.md for the committed plan, else named after the plan's file."""
+        return "findings.md" if self.path.stem == PLAN.stem else f"{self.path.stem}.md"
+
+    @property
+    def pictures(self) -> str:
+        """What the names of its pictures begin with."""
+        return "reproduce" if self.path.stem == PLAN.stem else self.path.stem
+
+    @property
     def tuned(self) -> bool:
         """Whether every variant has a learning rate of its own."""
         return all(self.rate_of(variant) is not None for variant in self.content["variants"])
@@ -207,6 +220,17 @@ class Plan:
         return Job(condition, variant, seed, label, settings, assets, plan)
 
 
+def extended(below: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a plan that extends another one, see the module's ``extends``."""
+    content = merged(below, own)
+    for key in ("variants", "conditions"):
+        named = own.get(key, below[key])
+        content[key] = {name: merged(below[key].get(name, {}), spec) for name, spec in named.items()}
+    rates = content["learning_rates"]
+    content["learning_rates"] = {name: rate for name, rate in rates.items() if name in content["variants"]}
+    return content
+
+
 def read_plan(path: Path = PLAN) -> Plan:
     """The plan in a file.
 
@@ -215,4 +239,6 @@ def read_plan(path: Path = PLAN) -> Plan:
     """
     if not path.is_file():
         raise InputError(f"`--plan` must be a file, got {path}; the plan is benchmarks/reproduce/plan.yaml")
-    return Plan(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    below = content.pop("extends", None)
+    return Plan(content if below is None else extended(read_plan(path.parent / below).content, content), path)

@@ -14,7 +14,6 @@ from benchmarks.reproduce.results import Record
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
 from lit_opd.types import InputError
 
-PAGE = "findings.md"
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
 BASE = "base"
 SHORT = 12  # digits of a hash that are shown
@@ -64,10 +63,12 @@ def write_report(plan: Plan, records: Mapping[str, Record], out: Path) -> Path:
         raise InputError(
             f"`--runs` must hold finished runs of plan {plan.sha[:SHORT]}, got {len(records)} others; make reproduce"
         )
-    page = out / PAGE
+    page = out / plan.page
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1:
-        raise InputError(f"`--out` must hold a {PAGE} with the markers {START.strip()} and {END.strip()}, got {out}")
+        raise InputError(
+            f"`--out` must hold a {plan.page} with the markers {START.strip()} and {END.strip()}, got {out}"
+        )
     before, rest = text.split(START)
     body = "\n".join(lines_of(plan, chosen, out / "pictures"))
     page.write_text(f"{before}{START}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8")
@@ -82,7 +83,7 @@ def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
         if records:
             lines += section(plan, condition, spec["about"], records, chosen.planned[condition], folder)
             lines += factor_table(plan, condition, chosen.counted)
-    return lines
+    return lines + tally(plan, chosen.counted)
 
 
 # -- where the numbers are from ------------------------------------------------------------------------------------------
@@ -92,11 +93,12 @@ def head(plan: Plan, chosen: Chosen) -> list[str]:
     """Plan, machine, dates, cost, and whether the plan changed after results existed."""
     dates = sorted(record["finished"][:10] for record in chosen.counted)
     machines = sorted({record["machine"] for record in chosen.counted})
+    code = sorted({f"`{record['code']}`" for record in chosen.counted})
     cpu = [record["cpu_seconds"] for record in chosen.counted]
     return [
         f"Plan sha256 `{plan.sha}`. {len(chosen.counted)} of {sum(chosen.planned.values())} planned runs are finished"
         f" ({dates[0]} to {dates[-1]}; {'; '.join(machines)}; one thread a run, median {median(cpu):.0f} CPU seconds, "
-        f"{sum(cpu) / 3600:.1f} CPU hours in all).",
+        f"{sum(cpu) / 3600:.1f} CPU hours in all; code {', '.join(code)}).",
         *([] if plan.tuned else [NOT_TUNED]),
         *changes(chosen),
         "",
@@ -148,6 +150,9 @@ MEASURES: dict[str, Value] = {
 }
 
 
+TALLIED = ("greedy", "area")
+
+
 def grouped(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
     """Variant -> seed -> run."""
     found: dict[str, dict[int, Record]] = {}
@@ -166,7 +171,7 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
     """Heading, both tables and both pictures of a condition."""
     of = grouped(records)
     order = [name for name in plan.variants_of(condition) if name in of]
-    curves, differences = (f"reproduce-{condition}-{kind}.png" for kind in ("curves", "differences"))
+    curves, differences = (f"{plan.pictures}-{condition}-{kind}.png" for kind in ("curves", "differences"))
     pictures.draw_curves({name: list(of[name].values()) for name in order}, folder / curves)
     reference = of.get(REFERENCE, {})
     found = {
@@ -180,7 +185,7 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
     return [
         f"### {condition}: {about}",
         "",
-        f"{len(records)} of {planned} runs.",
+        f"{len(records)} of {planned} runs. {models_line(records)}",
         "",
         *results_table(of, order, found, plan.content["target"]),
         "",
@@ -190,6 +195,15 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
         "",
         *([f"![{condition}: differences from uniform](pictures/{differences})", ""] if known else []),
     ]
+
+
+def models_line(records: Sequence[Record]) -> str:
+    """Where the student starts, and the models that are not the shipped ones."""
+    start = fmean(record["curves"]["greedy"][0][1] for record in records)
+    models = {role: about for record in records for role, about in record["models"].items()}
+    parts = [f"{about['name']} (greedy {about['greedy']:.3f} on 128 other problems, {about['steps']} steps)"
+             for about in models.values()]  # fmt: skip
+    return f"The student starts at greedy {start:.3f}." + (f" Models: {', '.join(parts)}." if parts else "")
 
 
 def results_table(
@@ -224,6 +238,25 @@ def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[
         cells = [interval(difference(here[name], base.get(like, {}), value)) for value in MEASURES.values()]
         lines.append(f"| {name} | {BASE}, {like} | {' | '.join(cells)} |")
     return [f"{condition} minus base, paired by seed:", "", *lines, ""]
+
+
+def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
+    """Every variant against the plan's ``search.references`` in every condition; nothing where the plan names none."""
+    lines: list[str] = []
+    for reference in plan.content["search"].get("references", ()):
+        conditions = {
+            name: grouped(r for r in records if r["condition"] == name) for name in plan.content["conditions"]
+        }
+        conditions = {name: of for name, of in conditions.items() if reference in of}
+        for title in TALLIED if conditions else ():
+            lines += [f"### {title} minus that of {reference}", "", f"| variant | {' | '.join(conditions)} |"]
+            lines.append("|---|" + "---|" * len(conditions))
+            for name in plan.content["variants"]:
+                found = [difference(of.get(name, {}), of[reference], MEASURES[title]) for of in conditions.values()]
+                if name != reference and any(found):
+                    lines.append(f"| {name} | {' | '.join(map(interval, found))} |")
+            lines.append("")
+    return lines
 
 
 def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> list[str]:

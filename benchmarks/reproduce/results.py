@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -43,8 +44,24 @@ def _column(rows: Iterable[dict[str, str]], name: str) -> list[tuple[int, float]
     return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
 
 
-def write_record(job: Job, folder: Path, *, cpu_seconds: float, wall_seconds: float) -> Record:
-    """Write ``reproduce.json``, which makes the run a finished one; returns its content."""
+def code_version() -> str:
+    """Commit of this code, with "-dirty" where files differ from it; "unknown" outside a clone."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def write_record(
+    job: Job, folder: Path, *, cpu_seconds: float, wall_seconds: float, models: dict[str, Any], code: str
+) -> Record:
+    """Write ``reproduce.json``, which makes the run a finished one; returns its content.
+
+    Args:
+        job, folder: the run.
+        cpu_seconds, wall_seconds: of the process that finished it.
+        models: role -> what ``asset.json`` says of a model that is not the shipped one.
+        code: ``code_version`` of when it was made.
+    """
     summary = json.loads((folder / "summary.json").read_text())
     record = {
         "run": job.name,
@@ -59,6 +76,8 @@ def write_record(job: Job, folder: Path, *, cpu_seconds: float, wall_seconds: fl
         "tokens": summary["tokens"],
         "cpu_seconds": round(cpu_seconds, 1),
         "wall_seconds": round(wall_seconds, 1),
+        "models": models,
+        "code": code,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     } | measured(folder)

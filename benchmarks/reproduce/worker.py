@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
 import time
@@ -17,7 +19,7 @@ from lightning.pytorch import Callback
 from benchmarks.reproduce.assets import build_asset, paths_of
 from benchmarks.reproduce.plan import Asset, Job, folder_of, merged
 from benchmarks.reproduce.processes import RunFailed
-from benchmarks.reproduce.results import Record, write_record
+from benchmarks.reproduce.results import Record, code_version, write_record
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
 from lit_opd.cli import main
 
@@ -42,9 +44,26 @@ def run_job(job: Job, root: Path) -> Record:
         words = ["fit", "--config", str(config), "--run_dir", str(folder)]
         going_on = ["--ckpt_path", "last"] if resumable(job, folder) else ["--overwrite", "true"]
         logged(log, lambda: main(run_callbacks, [*words, *going_on]))
-    record = write_record(job, folder, cpu_seconds=time.process_time() - cpu, wall_seconds=time.monotonic() - wall)
+    seconds = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.monotonic() - wall}
+    record = write_record(job, folder, models=models_of(job, root), code=imported_code(), **seconds)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the student is exported; 100 runs would keep 200 MB
     return record
+
+
+@functools.cache
+def imported_code() -> str:
+    """``code_version``, asked once: a process keeps the code it began with."""
+    return code_version()
+
+
+def models_of(job: Job, root: Path) -> dict[str, Any]:
+    """Role -> name, greedy accuracy and warm-up steps of the models that are not the shipped ones."""
+    found = {}
+    for role, asset in job.assets.items():
+        about = json.loads((folder_of(asset, root) / "asset.json").read_text())
+        if "greedy" in about:
+            found[role] = {"name": asset[0], "greedy": about["greedy"], "steps": about["steps"]}
+    return found
 
 
 def build(asset: Asset, root: Path) -> Record:
