@@ -593,6 +593,10 @@ class OPDModule(L.LightningModule):
             values["step"] = torch.tensor(float(self.global_step))
         self.log_dict(values)
 
+    def teardown(self, stage: str) -> None:
+        """End the processes that graded answers."""
+        self.evaluator.grader.close()
+
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """As in validation."""
         self.validation_step(prompts, batch_idx)

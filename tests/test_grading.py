@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 
 from lit_opd.grading import (
     MAX_ANSWER_CHARS,
@@ -24,6 +25,8 @@ from lit_opd.grading import (
     quick_verdict,
     vote,
 )
+from lit_opd.rollout import TransformersSampler
+from tests import fixed, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -270,3 +273,20 @@ def test_math500_answers_grade_as_themselves(grader):
     assert grader.compare([(answer, answer) for answer in latex]) == ["correct"] * len(latex)
     different = [(a, b) for a, b in zip(latex, latex[1:], strict=False) if a != b]
     assert grader.compare(different).count(Outcome.CORRECT) <= 2
+
+
+@needs_math_verify
+def test_the_end_of_a_run_ends_the_processes_that_graded_in_it(tmp_path):
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Grades(Callback):
+        def on_train_end(self, trainer, pl_module):
+            grader = pl_module.evaluator.grader
+            assert grader.compare([("x+1", "1+x")]) == [Outcome.CORRECT]
+            started.extend(worker.process for worker in grader._workers if worker.process is not None)
+            assert all(process.poll() is None for process in started)
+
+    rollout = fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
+    trained = fixed.module(tiny.pair(tmp_path), rollout, dtype="float32", sampler=TransformersSampler(max_new_tokens=4))
+    fixed.fit(trained, rollout.prompts, steps=1, watch=Grades())
+    assert started and all(process.poll() is not None for process in started)
