@@ -1,0 +1,67 @@
+"""The study on a real model, on tiny ones: real processes, nothing repeated, figures from the runs' own files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import yaml
+
+from benchmarks import healing_study
+from tests import tiny
+
+SMALL = {
+    "trainer.max_steps": 2,
+    "trainer.val_check_interval": 1,
+    "model.sampler.max_new_tokens": 20,
+    "data.prompt_batch": 2,
+    "data.val_batch": 2,
+    "data.val_limit": 2,
+    "data.val_fraction": 0.2,
+    "data.max_prompt_tokens": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("healing")
+    student, teacher = tiny.pair(folder)
+    prompts = folder / "questions.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"what is {n} + {n}"}) + "\n" for n in range(10)))
+    settings = SMALL | {
+        "model.student.path": student,
+        "model.teacher.init_args.path": teacher,
+        "data.train": str(prompts),
+    }
+    runs = ["--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "0"]
+    return runs + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_study_trains_each_weighting_once_and_tells_their_ends(words, monkeypatch):
+    chosen = {name: healing_study.VARIANTS[name] for name in ("uniform", "first-30")}
+    monkeypatch.setattr(healing_study, "VARIANTS", chosen)
+    healing_study.main(words)
+    runs, out = (Path(words[words.index(name) + 1]) for name in ("--runs", "--out"))
+    made = {path: path.stat().st_mtime_ns for path in runs.glob("*/study.json")}
+    assert {path.parent.name for path in made} == {"uniform-0", "first-30-0"}
+    assert not list(runs.glob("*/checkpoints")) and not list(runs.glob("*/student"))
+    healing_study.main(words)
+    assert made == {path: path.stat().st_mtime_ns for path in runs.glob("*/study.json")}  # nothing was repeated
+    records = {record["variant"]: record for record in json.loads((out / "study.json").read_text())}
+    page = (out / "study.md").read_text()
+    for name, record in records.items():
+        with (runs / f"{name}-0" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        ends = [float(row["val/reverse_kl"]) for row in rows if row["val/reverse_kl"]]
+        assert record["curves"]["reverse_kl"][-1][1] == pytest.approx(ends[-1])
+        assert f"| {name} | 1 | {ends[-1]:.3f} |" in page
+    weights = [yaml_of(runs / f"{name}-0")["model"]["weighting"]["class_path"] for name in ("uniform", "first-30")]
+    assert weights == ["lit_opd.weighting.Uniform", "lit_opd.weighting.FirstFraction"]
+    assert matplotlib.image.imread(out / "study.png").std() > 0.05
+
+
+def yaml_of(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())
