@@ -190,7 +190,7 @@ class _HeadGradient:
             return
         slope = slope.to(head.hidden.dtype)
         if self.hidden is not None:
-            self.hidden[rows] += _product(slope, head.weight[columns].T)
+            self.hidden[rows].add_(_product(slope, head.weight[columns].T))
         if self.weight is not None and self.scaled is not None:
             _add_product(self.weight[columns], slope.T, self.scaled[rows])
 
