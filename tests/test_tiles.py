@@ -195,6 +195,53 @@ def row_by_row(model, rollout, vocabulary: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
+class Operations(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(("hidden", "tokens"), [(16, 600), (128, 1)])
+def test_onednn_products_equal_those_of_the_plain_path(hidden, tokens, inference, monkeypatch):
+    """At the tile shape that is shipped, values and gradients."""
+    monkeypatch.undo()
+    head, found, ran = wide_head(tokens=tokens, vocabulary=1500, hidden=hidden), [], []
+    for available in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda available=available: available)
+        with torch.inference_mode(inference), Operations() as operations:
+            logprobs = logprobs_of(head)
+            gradients = [] if inference else torch.autograd.grad(logprobs.sum(), [head.hidden, head.weight])
+        found.append([logprobs, *gradients])
+        ran.append(any("mkldnn" in name for name in operations.names))
+    assert ran == [True, False]
+    for fast, plain in zip(*found, strict=True):
+        assert relative_gap(fast.detach(), plain.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_keep_the_plain_product(dtype):
+    head = random_head(0, dtype=dtype)
+    with Operations() as operations:
+        torch.autograd.grad(logprobs_of(head).sum(), [head.hidden, head.weight])
+    assert not any("mkldnn" in name for name in operations.names)
+
+
+def test_logits_that_are_recorded_keep_their_gradient():
+    head = random_head(0, dtype=torch.float32)
+    ours = torch.autograd.grad(head.logits(slice(None), 1.0).sum(), [head.hidden, head.weight])
+    for mine, theirs in zip(
+        ours, torch.autograd.grad((head.hidden @ head.weight.T).sum(), [head.hidden, head.weight]), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
