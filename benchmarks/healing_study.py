@@ -172,7 +172,7 @@ def table(records: Sequence[Record]) -> list[str]:
 def draw(of: Mapping[str, Mapping[int, Record]], path: Path) -> None:
     """Held-out KL against the step, and disagreement by position at the start and the end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
-    for (variant, runs), color in zip(of.items(), COLORS, strict=True):
+    for (variant, runs), color in zip(of.items(), COLORS, strict=False):
         _band(left, [r["curves"]["reverse_kl"] for r in runs.values()], color, f"{variant} ({len(runs)})")
         right.plot(*_positions([r["bands"][-1] for r in runs.values()]), color=color)
     right.plot(*_positions([r["bands"][0] for runs in of.values() for r in runs.values()]), "--", color="0.55")
