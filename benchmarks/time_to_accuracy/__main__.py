@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from lit_opd.testbed.accuracy import accuracy
 HERE = Path(__file__).parent
 CONFIG = Path("configs/quickstart.yaml")
 EVERY = 2  # rollout batches between two marks
+TARGET_NAME = "time-to-accuracy"  # in the Makefile
+ROLES = ("student", "teacher")
+PAGE = "benchmarks.md"
 START, END = "<!-- time-to-accuracy -->", "<!-- /time-to-accuracy -->"
 
 # What each setting changes of configs/quickstart.yaml, by command-line name
@@ -122,10 +125,9 @@ def asked_of_trl(config: dict[str, Any], *, seed: int, batches: int, prompts: Pa
     }
 
 
-ROLES = ("student", "teacher")
-
-
-def one_run(name: str, *, seed: int, batches: int, prompts: Path, trl_python: str | None, judge: Judge) -> dict[str, Any]:
+def one_run(
+    name: str, *, seed: int, batches: int, prompts: Path, trl_python: str | None, judge: Judge
+) -> dict[str, Any]:
     """One setting with one seed: its marks with accuracies."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -139,80 +141,104 @@ def one_run(name: str, *, seed: int, batches: int, prompts: Path, trl_python: st
     return {"setting": name, "seed": seed, **result}
 
 
-def require_same(runs: Iterable[dict[str, Any]]) -> None:
-    """All runs of a seed met the same prompts, as token ids and in one order, and end a response at the same ids.
+def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Both runs met the same prompts, as token ids and in one order, and end a response at the same ids.
 
     Raises:
-        RuntimeError: two of them differ.
+        RuntimeError: they differ.
     """
-    first, *others = runs
-    for other in others:
-        pairs = zip(distinct(first["rows"]), distinct(other["rows"]), strict=False)
-        same = first["first_prompt"] == other["first_prompt"] and all(one == two for one, two in pairs)
-        if not same or first["stop_ids"] != other["stop_ids"]:
-            raise RuntimeError(f"{first['setting']} and {other['setting']} differ in prompts or stop ids: "
-                               f"{first['first_prompt']} {first['stop_ids']}, {other['first_prompt']} {other['stop_ids']}")  # fmt: skip
+    pairs = zip(distinct(one["rows"]), distinct(other["rows"]), strict=False)
+    same = all(left == right for left, right in pairs)
+    shared = [(result["first_prompt"], sorted(result["stop_ids"])) for result in (one, other)]
+    if not same or shared[0] != shared[1]:
+        raise RuntimeError(
+            f"{one['setting']} and {other['setting']} must meet the same prompts and stop ids, got a first prompt and "
+            f"stop ids of {shared[0]} and {shared[1]}, and {'equal' if same else 'different'} prompts in all"
+        )
 
 
-def distinct(rows: Iterable[int]) -> list[int]:
+def distinct(rows: Sequence[int]) -> list[int]:
     """Without the repetitions of several samples a prompt."""
     return [row for row, _ in groupby(rows)]
 
 
-def measure(names: list[str], *, seeds: list[int], rounds: int, batches: int, trl_python: str | None) -> dict[str, Any]:
-    """All runs, the settings taking turns within a seed, with the accuracy they start from."""
-    judge = Judge()
-    start, runs = judge.accuracy(), []
+def measured(
+    names: list[str], *, seeds: list[int], rounds: int, batches: int, trl_python: str | None, judge: Judge
+) -> Iterator[dict[str, Any]]:
+    """All runs, the settings taking turns within a seed."""
     with tempfile.TemporaryDirectory() as place:
-        for turn in range(rounds):
-            for seed in seeds:
-                prompts = Path(place) / f"prompts-{seed}.jsonl"
-                write_prompts(prompts, seed=seed, batches=batches)
-                found = []
-                for name in names:
-                    found.append(one_run(name, seed=seed, batches=batches, prompts=prompts, trl_python=trl_python, judge=judge))
-                    when = crossings(found[-1]["marks"], start)
-                    print(f"round {turn + 1} seed {seed} {name}: {shown(when['cpu'])} s, {shown(when['steps'])} steps", flush=True)
-                require_same(found)
-                runs += [{key: value for key, value in one.items() if key != "rows"} for one in found]
-    return {"start": start, "runs": runs}
+        for seed in seeds * rounds:
+            prompts = Path(place) / f"prompts-{seed}.jsonl"
+            write_prompts(prompts, seed=seed, batches=batches)
+            first: dict[str, Any] | None = None
+            for name in names:
+                found = one_run(name, seed=seed, batches=batches, prompts=prompts, trl_python=trl_python, judge=judge)
+                first = first or found
+                require_same(first, found)
+                yield found
 
 
-def page(text: str, body: str) -> str:
-    """A page with another part between its markers."""
-    before, rest = text.split(START)
-    return before + START + "\n" + body + END + rest.split(END)[1]
+def part(about: dict[str, Any], summaries: dict[str, dict[str, Any]], asked: argparse.Namespace) -> str:
+    """What stands between the page's markers."""
+    packages = ", ".join(f"{name} {number}" for name, number in {**about["ours"], **about.get("trl", {})}.items())
+    seeds = ", ".join(str(seed) for seed in asked.seeds)
+    where = f"{about['machine']}, {about['date']}; {packages}"
+    head = f"{where}; seeds {seeds}, {asked.rounds} round(s), {asked.batches} batches a run."
+    return f"{START}\n{head}\n\n{table(summaries, list(TRL))}{END}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run and print; with --out write JSON and the page's part between its markers."""
+def write(out: Path, report: dict[str, Any], body: str) -> None:
+    """The numbers as JSON (null where a run never got there) and the page's part."""
+    (out / "benchmarks").mkdir(exist_ok=True)
+    text = json.dumps(report, indent=1).replace("Infinity", "null")
+    (out / "benchmarks" / "time_to_accuracy.json").write_text(text + "\n")
+    page = (out / PAGE).read_text()
+    (out / PAGE).write_text(page.split(START)[0] + body + page.split(END)[1])
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; what cannot run is refused before anything does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=[*OURS, *TRL], default=None, help="default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--batches", type=int, default=40, help="rollout batches a run")
-    parser.add_argument("--out", type=Path, default=None, help="folder with benchmarks.md")
+    parser.add_argument("--out", type=Path, default=None, help=f"folder with {PAGE}")
     parser.add_argument("--trl-python", help="Python of an environment with TRL; without it only this project runs")
     asked = parser.parse_args(arguments)
-    if asked.rounds < 1 or asked.batches < EVERY:
-        parser.error(f"--rounds must be >= 1 and --batches >= {EVERY}, got {asked.rounds} and {asked.batches}")
-    names = asked.settings or [*OURS, *(TRL if asked.trl_python else [])]
-    if set(names) & set(TRL) and not (asked.trl_python and Path(asked.trl_python).exists()):
-        parser.error(f"--trl-python must be a Python with TRL, got {asked.trl_python}; `make time-to-accuracy` installs one")
+    asked.settings = asked.settings or [*OURS, *(TRL if asked.trl_python else [])]
+    if asked.rounds < 1:
+        parser.error(f"--rounds must be >= 1, got {asked.rounds}")
+    if asked.batches < EVERY:
+        parser.error(f"--batches must be >= {EVERY}, got {asked.batches}")
+    if set(asked.settings) & set(TRL) and not Path(asked.trl_python or "").is_file():
+        parser.error(
+            f"--trl-python must be a Python with TRL, got {asked.trl_python}; `make {TARGET_NAME}` installs one"
+        )
+    if asked.out is not None and START not in (asked.out / PAGE).read_text():
+        parser.error(f"--out must hold a {PAGE} with the marker {START}, got {asked.out}")
+    return asked
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run and print; with --out write JSON and the page's part after every run."""
+    asked = parsed(arguments)
     torch.set_num_threads(1)
-    found = measure(names, seeds=asked.seeds, rounds=asked.rounds, batches=asked.batches, trl_python=asked.trl_python)
-    summaries = {
-        name: summary([one for one in found["runs"] if one["setting"] == name], found["start"]) for name in names
-    }
-    about = facts(asked.trl_python)
-    body = table(summaries, list(TRL))
-    print(body)
-    if asked.out is not None:
-        (asked.out / "benchmarks").mkdir(exist_ok=True)
-        saved = {"about": about, "settings": OURS | TRL, "summaries": summaries, **found}
-        (asked.out / "benchmarks" / "time_to_accuracy.json").write_text(json.dumps(saved, indent=1) + "\n")
-        place = asked.out / "benchmarks.md"
-        place.write_text(page(place.read_text(), f"{json.dumps(about)}\n\n{body}"))
+    judge, about = Judge(), facts(asked.trl_python)
+    start, runs = judge.accuracy(), []
+    how = {"seeds": asked.seeds, "rounds": asked.rounds, "batches": asked.batches, "trl_python": asked.trl_python}
+    for found in measured(asked.settings, **how, judge=judge):
+        runs.append({key: value for key, value in found.items() if key != "rows"})
+        when = crossings(found["marks"], start)
+        print(
+            f"seed {found['seed']} {found['setting']}: {shown(when['cpu'])} s, {shown(when['steps'])} steps", flush=True
+        )
+        done = {name: [one for one in runs if one["setting"] == name] for name in asked.settings}
+        summaries = {name: summary(own, start) for name, own in done.items() if own}
+        if asked.out is not None:
+            report = {"about": about, "settings": OURS | TRL, "start": start, "summaries": summaries, "runs": runs}
+            write(asked.out, report, part(about, summaries, asked))
+    print(table(summaries, list(TRL)))
 
 
 if __name__ == "__main__":
