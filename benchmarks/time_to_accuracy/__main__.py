@@ -87,7 +87,7 @@ def words(overrides: dict[str, str], *, seed: int, batches: int, folder: Path) -
         "wandb.mode": "disabled",
         **overrides,
     }
-    return ["fit", "--config", str(CONFIG), *(w for name, value in settings.items() for w in (f"--{name}", str(value)))]
+    return ["fit", "--config", str(CONFIG), *(f"--{name}={value}" for name, value in settings.items())]
 
 
 def write_prompts(path: Path, *, seed: int, batches: int) -> None:
