@@ -17,9 +17,9 @@ from lit_opd.testbed.accuracy import accuracy
 
 
 def marks(cpu: list[float], accuracies: list[float]) -> list[dict[str, float]]:
-    """Marks two batches apart, at three optimizer steps and 500 tokens a batch, wall time twice the CPU time."""
+    """Marks 256 responses apart, six optimizer steps and 1000 tokens each, wall time twice the CPU time."""
     return [
-        {"batches": 2 * i, "steps": 6 * i, "tokens": 1000 * i, "cpu": x, "wall": 2 * x, "accuracy": y}
+        {"responses": 256 * i, "steps": 6 * i, "tokens": 1000 * i, "cpu": x, "wall": 2 * x, "accuracy": y}
         for i, (x, y) in enumerate(zip(cpu, accuracies, strict=True), start=1)
     ]
 
@@ -33,7 +33,7 @@ def test_the_crossing_is_the_first_one_and_linear_between_points():
 
 
 def test_a_summary_is_the_median_and_range_over_runs_of_their_own_crossings():
-    parts = {"generate": 1.0, "teacher": 2.0, "rest": 3.0}
+    parts = {"generate": 4.0, "teacher": 2.0, "rest": 2.0}
     runs = [
         {"marks": marks([4.0, 8.0], [0.5, 0.9]), "parts": parts},  # 3/4 of the way: 7 s, step 10.5, token 1750
         {"marks": marks([2.0, 6.0], [0.8, 0.8]), "parts": parts},  # 2 s, step 6, token 1000
@@ -43,8 +43,8 @@ def test_a_summary_is_the_median_and_range_over_runs_of_their_own_crossings():
     assert found["cpu"] == pytest.approx({"median": 7.0, "lowest": 2.0, "highest": 9.0})
     assert found["wall"]["median"] == pytest.approx(14.0)
     assert found["steps"]["median"] == pytest.approx(10.5) and found["tokens"]["median"] == pytest.approx(1750.0)
-    assert found["cpu_per_batch"] == 2.0  # 8, 6 and 9 seconds for four batches
-    assert found["reached"] == 3 and found["parts"] == parts
+    assert found["cpu_per_unit"] == 2.0  # 8, 6 and 9 seconds for four times 128 responses
+    assert found["reached"] == 3 and found["parts"] == {"generate": 1.0, "teacher": 0.5, "rest": 0.5}
 
 
 def test_the_table_has_the_reference_over_each_row_and_says_who_never_got_there():
@@ -57,7 +57,7 @@ def test_the_table_has_the_reference_over_each_row_and_says_who_never_got_there(
     rows = {cells[0]: cells for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
     assert rows["setting"][-1] == "TRL / this"
     assert rows["fast"][1] == "2.0 (2.0 to 2.0)" and rows["fast"][-1] == "3.00"  # 6 s over 2 s
-    assert rows["never"][1] == "never in 4 batches" and rows["never"][-1] == ""
+    assert rows["never"][1] == "never in 512 responses" and rows["never"][-1] == ""
     assert rows["half"][1] == "never (2.0 to never; 1 of 2 runs never)" and rows["half"][-1] == ""
     assert rows["TRL"][-1] == ""
 
@@ -81,7 +81,7 @@ def test_a_report_is_json_and_replaces_the_part_between_the_markers(tmp_path):
     ("arguments", "message"),
     [
         (["--rounds", "0"], "--rounds must be >= 1, got 0"),
-        (["--batches", "1"], "--batches must be >= 2, got 1"),
+        (["--prompts", "300"], "--prompts must be a multiple of 256, got 300"),
         (["--settings", "TRL"], "--trl-python must be a Python with TRL, got None"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_real_run_is_the_command_line_s_and_its_accuracy_that_of_the_exported_
     start = judge.accuracy()
     judge.judge(result, tmp_path)
     (mark,) = result["marks"]
-    assert (mark["batches"], mark["steps"]) == (2, 4)
+    assert (mark["batches"], mark["responses"], mark["steps"]) == (2, 64, 4)
     assert 64 * 10 < mark["tokens"] <= 64 * 48 and 0 < mark["cpu"]
     assert len(result["rows"]) == 64 and result["stop_ids"] == [1]
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.time_to_accuracy --trl-python PATH [--seeds 200 201 202] [--rounds 1] [--out docs]
 
-Every run is a process of its own with one thread and starts from the shipped student. The clock stands still at every second
-rollout batch while the student's weights are saved; afterwards ``lit_opd.testbed.accuracy`` answers the 256 held-out
+Every run is a process of its own with one thread and starts from the shipped student. The clock stands still at every 256
+prompts while the student's weights are saved; afterwards ``lit_opd.testbed.accuracy`` answers the 256 held-out
 prompts greedily with each of them, for both sides. Sides take turns within a seed and see the same prompts in the same
 order, which is checked token by token, as the ids that end a response are. Without ``--trl-python`` only this project
 runs. ``make time-to-accuracy`` does all of it.
@@ -34,14 +34,14 @@ from lit_opd.testbed.accuracy import accuracy
 
 HERE = Path(__file__).parent
 CONFIG = Path("configs/quickstart.yaml")
-EVERY = 2  # rollout batches between two marks
+EVERY = 256  # prompts between two marks
 TARGET_NAME = "time-to-accuracy"  # in the Makefile
-ROLES = ("student", "teacher")
 PAGE = "benchmarks.md"
 START, END = "<!-- time-to-accuracy -->", "<!-- /time-to-accuracy -->"
 
 # What each setting changes of configs/quickstart.yaml, by command-line name
 FAST = {"model.token_budget": "6000", "model.optimizer.fused": "true"}  # the same numbers up to rounding, in less time
+FORWARD_KL = {"model.objective": "Divergence", "model.objective.kind": "forward_kl"}
 PREFIX_RATIO = {
     "model.weighting": "PrefixRatioTilt",
     "model.weighting.alpha": "1.0",
@@ -52,16 +52,13 @@ OURS: dict[str, dict[str, str]] = {
     "published": {},
     "published, best setting": {**FAST, "model.weighting.w_max": "4.0"},
     "own, truncated prefix ratio": {**FAST, **PREFIX_RATIO},
-    "own, full vocabulary": {
-        **PREFIX_RATIO,
-        "model.objective": "Divergence",
-        "model.objective.kind": "forward_kl",
-        "model.mini_batches": "4",
-    },
+    "own, full vocabulary": {**PREFIX_RATIO, **FORWARD_KL, "model.mini_batches": "4"},
+    "own, full vocabulary, 32 prompts a step": {**PREFIX_RATIO, **FORWARD_KL, "data.prompt_batch": "32"},
 }
 # What each setting changes of the IWOPDConfig in trl_side.py
 TRL: dict[str, dict[str, Any]] = {
     "TRL": {},
+    "TRL, 32 prompts a step": {"per_device_train_batch_size": 32},
 }
 UPDATES = ("model.mini_batches", "model.epochs")  # whose product is the number of optimizer steps a rollout batch
 
@@ -86,6 +83,15 @@ class Judge:
             mark["accuracy"] = self.accuracy(weights_file(folder, mark["batches"]))
 
 
+def batch_of(name: str) -> int:
+    """Prompts a rollout batch of a setting."""
+    batch: int = quickstart()["data"]["prompt_batch"]
+    if name in OURS:
+        return int(OURS[name].get("data.prompt_batch", batch))
+    size, times = (TRL[name].get(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    return (size or batch) * (times or 1)
+
+
 def words(overrides: dict[str, str], *, seed: int, batches: int, folder: Path) -> list[str]:
     """The command line of one of our runs: no evaluation, no loggers, no checkpoints."""
     updates = math.prod(int(overrides.get(name, 1)) for name in UPDATES)
@@ -105,11 +111,10 @@ def words(overrides: dict[str, str], *, seed: int, batches: int, folder: Path) -
     return ["fit", "--config", str(CONFIG), *(f"--{name}={value}" for name, value in settings.items())]
 
 
-def write_prompts(path: Path, *, seed: int, batches: int) -> None:
+def write_prompts(path: Path, *, seed: int, count: int) -> None:
     """The training prompts in the order in which a run with this seed meets them."""
     rows = read_records(ASSETS / "train.jsonl")
-    order = PromptOrder([len(rows)], None, seed)
-    drawn = order.rows(0, batches * quickstart()["data"]["prompt_batch"])
+    drawn = PromptOrder([len(rows)], None, seed).rows(0, count)
     path.write_text("".join(json.dumps(rows[row]) + "\n" for row in drawn))
 
 
@@ -119,12 +124,13 @@ def quickstart() -> dict[str, Any]:
     return found
 
 
-def asked_of_trl(config: dict[str, Any], *, seed: int, batches: int, prompts: Path, folder: Path) -> dict[str, Any]:
-    """The arguments of trl_side.py: the quickstart's."""
+def asked_of_trl(name: str, *, seed: int, prompts: Path) -> dict[str, Any]:
+    """The arguments of trl_side.py that are the quickstart's, or what the setting changes."""
     shared = quickstart()
     model, data = shared["model"], shared["data"]
     return {
-        **{role: str(Path(model[role].get("path") or model[role]["init_args"]["path"]).absolute()) for role in ROLES},
+        "student": str(Path(model["student"]["path"]).absolute()),
+        "teacher": str(Path(model["teacher"]["init_args"]["path"]).absolute()),
         "prompts": str(prompts),
         "rows": data["prompt_batch"],
         "max_prompt_tokens": data["max_prompt_tokens"],
@@ -133,24 +139,20 @@ def asked_of_trl(config: dict[str, Any], *, seed: int, batches: int, prompts: Pa
         "optimizer": model["optimizer"]["init_args"] | {"fused": True},
         "lr_scheduler": model["lr_scheduler"]["init_args"],
         "seed": seed,
-        "batches": batches,
-        "folder": str(folder),
-        "every": EVERY,
-        "config": config,
+        "config": TRL[name],
     }
 
 
-def one_run(
-    name: str, *, seed: int, batches: int, prompts: Path, trl_python: str | None, judge: Judge
-) -> dict[str, Any]:
-    """One setting with one seed: its marks with accuracies."""
+def one_run(name: str, *, seed: int, prompts: Path, count: int, trl_python: str | None, judge: Judge) -> dict[str, Any]:
+    """One setting with one seed on the first ``count`` prompts of a file: its marks with accuracies."""
+    batch = batch_of(name)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        asked: dict[str, Any] = {"folder": place, "every": EVERY // batch, "batches": count // batch}
         if name in TRL:
-            asked = asked_of_trl(TRL[name], seed=seed, batches=batches, prompts=prompts, folder=folder)
+            asked |= asked_of_trl(name, seed=seed, prompts=prompts)
         else:
-            line = words(OURS[name], seed=seed, batches=batches, folder=folder)
-            asked = {"words": line, "folder": str(folder), "every": EVERY}
+            asked |= {"words": words(OURS[name], seed=seed, batches=count // batch, folder=folder)}
         result = run("trl" if name in TRL else "ours", [json.dumps(asked)], trl_python, HERE)
         judge.judge(result, folder)
     return {"setting": name, "seed": seed, **result}
@@ -178,16 +180,16 @@ def distinct(rows: Sequence[int]) -> list[int]:
 
 
 def measured(
-    names: list[str], *, seeds: list[int], rounds: int, batches: int, trl_python: str | None, judge: Judge
+    names: list[str], *, seeds: list[int], rounds: int, count: int, trl_python: str | None, judge: Judge
 ) -> Iterator[dict[str, Any]]:
     """All runs, the settings taking turns within a seed."""
     with tempfile.TemporaryDirectory() as place:
         for seed in seeds * rounds:
             prompts = Path(place) / f"prompts-{seed}.jsonl"
-            write_prompts(prompts, seed=seed, batches=batches)
+            write_prompts(prompts, seed=seed, count=count)
             first: dict[str, Any] | None = None
             for name in names:
-                found = one_run(name, seed=seed, batches=batches, prompts=prompts, trl_python=trl_python, judge=judge)
+                found = one_run(name, seed=seed, prompts=prompts, count=count, trl_python=trl_python, judge=judge)
                 first = first or found
                 require_same(first, found)
                 yield found
@@ -198,7 +200,7 @@ def part(about: dict[str, Any], summaries: dict[str, dict[str, Any]], asked: arg
     packages = ", ".join(f"{name} {number}" for name, number in {**about["ours"], **about.get("trl", {})}.items())
     seeds = ", ".join(str(seed) for seed in asked.seeds)
     where = f"{about['machine']}, {about['date']}; {packages}"
-    head = f"{where}; seeds {seeds}, {asked.rounds} round(s), {asked.batches} batches a run."
+    head = f"{where}; seeds {seeds}, {asked.rounds} round(s), {asked.prompts} prompts a run."
     return f"{START}\n{head}\n\n{table(summaries, list(TRL))}{END}"
 
 
@@ -217,15 +219,15 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=[*OURS, *TRL], default=None, help="default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--batches", type=int, default=40, help="rollout batches a run")
+    parser.add_argument("--prompts", type=int, default=5120, help="prompts a run, in multiples of 256")
     parser.add_argument("--out", type=Path, default=None, help=f"folder with {PAGE}")
     parser.add_argument("--trl-python", help="Python of an environment with TRL; without it only this project runs")
     asked = parser.parse_args(arguments)
     asked.settings = asked.settings or [*OURS, *(TRL if asked.trl_python else [])]
     if asked.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {asked.rounds}")
-    if asked.batches < EVERY:
-        parser.error(f"--batches must be >= {EVERY}, got {asked.batches}")
+    if asked.prompts < EVERY or asked.prompts % EVERY:
+        parser.error(f"--prompts must be a multiple of {EVERY}, got {asked.prompts}")
     if set(asked.settings) & set(TRL) and not Path(asked.trl_python or "").is_file():
         parser.error(
             f"--trl-python must be a Python with TRL, got {asked.trl_python}; `make {TARGET_NAME}` installs one"
@@ -241,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     judge, about = Judge(), facts(asked.trl_python)
     start, runs = judge.accuracy(), []
-    how = {"seeds": asked.seeds, "rounds": asked.rounds, "batches": asked.batches, "trl_python": asked.trl_python}
+    how = {"seeds": asked.seeds, "rounds": asked.rounds, "count": asked.prompts, "trl_python": asked.trl_python}
     for found in measured(asked.settings, **how, judge=judge):
         runs.append({key: value for key, value in found.items() if key != "rows"})
         when = crossings(found["marks"], start)

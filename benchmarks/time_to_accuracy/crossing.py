@@ -11,6 +11,7 @@ TARGET = 0.80
 MEASURES = ("cpu", "wall", "steps", "tokens")
 PARTS = ("generate", "teacher", "rest")
 THOUSAND = 1000
+UNIT = 128  # responses that costs are given for: the quickstart's batch
 
 
 def crossing(xs: Sequence[float], accuracies: Sequence[float], target: float = TARGET) -> float:
@@ -38,14 +39,20 @@ def summary(runs: Sequence[dict[str, Any]], start: float) -> dict[str, Any]:
     """Median, lowest and highest of every measure over the runs of one setting; inf where a run did not get there."""
     found = [crossings(run["marks"], start) for run in runs]
     values = {name: [crossed[name] for crossed in found] for name in MEASURES}
-    parts = [run["parts"] for run in runs if "parts" in run]
+    ends = [run["marks"][-1] for run in runs]
+    units = [end["responses"] / UNIT for end in ends]
+    parted = all("parts" in run for run in runs)
     return {
         **{name: {"median": median(of), "lowest": min(of), "highest": max(of)} for name, of in values.items()},
         "runs": len(runs),
         "reached": sum(value < math.inf for value in values["cpu"]),
-        "last_batch": max(run["marks"][-1]["batches"] for run in runs),
-        "cpu_per_batch": median(run["marks"][-1]["cpu"] / run["marks"][-1]["batches"] for run in runs),
-        "parts": {name: median(part[name] for part in parts) for name in PARTS} if parts else None,
+        "responses": max(end["responses"] for end in ends),
+        "cpu_per_unit": median(end["cpu"] / unit for end, unit in zip(ends, units, strict=True)),
+        "parts": {
+            name: median(run["parts"][name] / unit for run, unit in zip(runs, units, strict=True)) for name in PARTS
+        }
+        if parted
+        else None,
     }
 
 
@@ -53,12 +60,12 @@ def table(summaries: dict[str, dict[str, Any]], references: Sequence[str]) -> st
     """Markdown: a row a setting, a last column a reference: its median CPU seconds over the row's."""
     present = [name for name in references if name in summaries]
     heads = ["setting", f"CPU s to {TARGET:.2f}, median (range)", "optimizer steps", "sampled tokens, thousand"]
-    heads += ["CPU s a batch", "sampling, teacher, rest", *(f"{name} / this" for name in present)]
+    heads += [f"CPU s for {UNIT} responses", "of it sampling, teacher, rest", *(f"{name} / this" for name in present)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, row in summaries.items():
         cells = [name, seconds(row), shown(row["steps"]["median"]), shown(row["tokens"]["median"] / THOUSAND)]
         parts = row["parts"]
-        cells += [f"{row['cpu_per_batch']:.2f}", " ".join(f"{parts[p]:.2f}" for p in PARTS) if parts else ""]
+        cells += [f"{row['cpu_per_unit']:.2f}", " ".join(f"{parts[p]:.2f}" for p in PARTS) if parts else ""]
         cells += [ratio(summaries[reference], row) for reference in present]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -68,7 +75,7 @@ def seconds(row: dict[str, Any]) -> str:
     """CPU seconds of a row, or how many of its runs got there."""
     missing = row["runs"] - row["reached"]
     if row["reached"] == 0:
-        return f"never in {row['last_batch']} batches"
+        return f"never in {row['responses']} responses"
     low, high = row["cpu"]["lowest"], row["cpu"]["highest"]
     note = f"; {missing} of {row['runs']} runs never" if missing else ""
     return f"{shown(row['cpu']['median'])} ({shown(low)} to {shown(high)}{note})"

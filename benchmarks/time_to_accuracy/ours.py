@@ -69,8 +69,8 @@ def main() -> None:
     watch = Watch(recorder)
     count_data(recorder)
     run_cli(lambda: [watch], asked["words"])
-    parts = {name: timed.spent / recorder.batches for name, timed in watch.parts.items()}
-    rest = recorder.cpu / recorder.batches - sum(parts.values())
+    parts = {name: timed.spent for name, timed in watch.parts.items()}
+    rest = recorder.cpu - sum(parts.values())
     result = recorder.result() | {"stop_ids": watch.stop_ids, "parts": parts | {"rest": rest}}
     print("RESULT " + json.dumps(result))
 

@@ -31,7 +31,7 @@ class Recorder:
     def __init__(self, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
         self.cpu = self.wall = 0.0
-        self.batches = self.tokens = 0
+        self.batches = self.responses = self.tokens = 0
         self.marks: list[dict[str, float]] = []
         self.rows: list[int] = []  # a checksum a sampled row's prompt, in order
         self.first: list[int] = []
@@ -68,13 +68,13 @@ class Recorder:
             weights: the student's, by name.
         """
         self.stop()
-        self.batches, self.tokens = self.batches + 1, self.tokens + tokens
+        self.batches, self.responses, self.tokens = self.batches + 1, self.responses + len(ids), self.tokens + tokens
         rows = [row[mask.bool()].tolist() for row, mask in zip(ids, prompt_mask, strict=True)]
         self.first = self.first or rows[0]
         self.rows += [zlib.crc32(str(row).encode()) for row in rows]
         if self.batches % self.every == 0:
-            mark = {"batches": self.batches, "steps": steps, "tokens": self.tokens, "cpu": self.cpu, "wall": self.wall}
-            self.marks.append(mark)
+            counts = {"batches": self.batches, "responses": self.responses, "tokens": self.tokens, "steps": steps}
+            self.marks.append(counts | {"cpu": self.cpu, "wall": self.wall})
             save_file(dict(weights()), weights_file(self.folder, self.batches))
         self.start()
 
