@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
+from pathlib import Path
 
 import pytest
 
 from benchmarks.peers.__main__ import run
-from benchmarks.time_to_accuracy.__main__ import HERE, Judge, parsed, require_same, words
+from benchmarks.time_to_accuracy.__main__ import HERE, Judge, parsed, require_same, words, write_prompts
 from benchmarks.time_to_accuracy.__main__ import write as write_report
 from benchmarks.time_to_accuracy.crossing import crossing, summary, table
 from callbacks import ExportStudent
 from lit_opd.cli import main as run_cli
+from lit_opd.testbed import read_records
 from lit_opd.testbed.accuracy import accuracy
+from lit_opd.testbed.tokenizer import prompt_ids
 
 
 def marks(cpu: list[float], accuracies: list[float]) -> list[dict[str, float]]:
@@ -103,9 +107,16 @@ def test_a_real_run_is_the_command_line_s_and_its_accuracy_that_of_the_exported_
     (mark,) = result["marks"]
     assert (mark["batches"], mark["responses"], mark["steps"]) == (2, 64, 4)
     assert 64 * 10 < mark["tokens"] <= 64 * 48 and 0 < mark["cpu"]
-    assert len(result["rows"]) == 64 and result["stop_ids"] == [1]
+    assert result["stop_ids"] == [1] and result["rows"] == checksums(tmp_path, judge, seed=3, count=64)
 
     again = tmp_path / "again"
     run_cli(lambda: [ExportStudent()], [*line[:3], *words(small, seed=3, batches=2, folder=again)[3:]])
     exported = judge.model.from_pretrained(again / "run" / "student")
     assert mark["accuracy"] == accuracy(exported, judge.tokenizer, judge.rows) != start
+
+
+def checksums(folder: Path, judge: Judge, *, seed: int, count: int) -> list[int]:
+    """Of the prompts in the file that TRL reads in order."""
+    write_prompts(folder / "prompts.jsonl", seed=seed, count=count)
+    prompts = [row["prompt"] for row in read_records(folder / "prompts.jsonl")]
+    return [zlib.crc32(str(prompt_ids(judge.tokenizer, prompt)).encode()) for prompt in prompts]

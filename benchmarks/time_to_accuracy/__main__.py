@@ -39,7 +39,6 @@ TARGET_NAME = "time-to-accuracy"  # in the Makefile
 PAGE = "benchmarks.md"
 START, END = "<!-- time-to-accuracy -->", "<!-- /time-to-accuracy -->"
 
-# What each setting changes of configs/quickstart.yaml, by command-line name
 FAST = {"model.token_budget": "6000", "model.optimizer.fused": "true"}  # the same numbers up to rounding, in less time
 FORWARD_KL = {"model.objective": "Divergence", "model.objective.kind": "forward_kl"}
 PREFIX_RATIO = {
@@ -48,6 +47,7 @@ PREFIX_RATIO = {
     "model.weighting.low": "-.inf",
     "model.weighting.high": "0.0",
 }
+# What each setting changes of configs/quickstart.yaml, by command-line name
 OURS: dict[str, dict[str, str]] = {
     "published": {},
     "published, best setting": {**FAST, "model.weighting.w_max": "4.0"},
