@@ -30,16 +30,21 @@ HERE = Path(__file__).parent
 MEGABYTE = 1e6
 
 
-def command(side: str, trl_python: str | None) -> list[str]:
+def command(side: str, trl_python: str | None, folder: Path) -> list[str]:
     """How a side starts, without the run's arguments."""
     if side == "ours":
-        return [sys.executable, "-m", "benchmarks.peers.ours"]
+        return [sys.executable, "-m", f"benchmarks.{folder.name}.ours"]
     return [str(Path(str(trl_python)).absolute()), "trl_side.py"]
 
 
-def run(side: str, arguments: list[str], trl_python: str | None) -> dict[str, Any]:
+def run(side: str, arguments: list[str], trl_python: str | None, folder: Path = HERE) -> dict[str, Any]:
     """One run's figures, in a process of its own.
 
+    Args:
+        side: "ours" or "trl".
+        arguments: of the side's script.
+        trl_python: Python of an environment with TRL.
+        folder: of the benchmark, which holds ``ours.py`` and ``trl_side.py``.
     Raises:
         RuntimeError: it printed no result; with the end of what it printed.
     """
@@ -47,8 +52,8 @@ def run(side: str, arguments: list[str], trl_python: str | None) -> dict[str, An
     if side == "trl":
         environment.pop("PYTHONPATH", None)  # its packages are those of its own environment
     done = subprocess.run(
-        command(side, trl_python) + arguments,
-        cwd=HERE.parent.parent if side == "ours" else HERE,
+        command(side, trl_python, folder) + arguments,
+        cwd=folder.parent.parent if side == "ours" else folder,
         env=environment,
         capture_output=True,
         text=True,
