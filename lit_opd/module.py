@@ -280,7 +280,7 @@ class OPDModule(L.LightningModule):
         self.check_batch(data, ranks=self.trainer.world_size)
         self.check_window(data)
         self.check_token_budget(data)
-        self.check_rollout_stop()
+        self.check_rollout_stop(sharded=shards(self.trainer.strategy))
         self.check_servers(data)
         for warning in (*self.setting_warnings(), *self.stop_warnings()):
             warnings.warn(warning, stacklevel=2)
@@ -384,11 +384,11 @@ class OPDModule(L.LightningModule):
                 f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {self.token_budget}"
             )
 
-    def check_rollout_stop(self) -> None:
-        """Sampler, teacher and strategy are ones that can stop a response by its prefix ratio."""
+    def check_rollout_stop(self, *, sharded: bool) -> None:
+        """Sampler and teacher are ones that can stop a response by its prefix ratio, and weights are not ``sharded``."""
         if self.rollout_stop is not None:
-            config, sharded = self.teacher.reader_config, shards(self.trainer.strategy)
-            self.rollout_stop.check(self.sampler, teacher=type(self.teacher).__name__, config=config, sharded=sharded)
+            teacher, config = type(self.teacher).__name__, self.teacher.reader_config
+            self.rollout_stop.check(self.sampler, teacher=teacher, config=config, sharded=sharded)
 
     def check_servers(self, data: Any) -> None:
         """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
