@@ -96,6 +96,10 @@ CASES: dict[str, dict[str, Any]] = {
         "model.lr_scheduler": SCHEDULE,
     },
     "no validation": {"data.val": None, "model.weighting": strategy("AnnealedPrefixWeight")},
+    "responses stopped by their prefix ratio": {
+        "model.sampler": {"class_path": "lit_opd.rollout.DecodeSampler", "init_args": {"max_new_tokens": 6}},
+        "model.rollout_stop": {"threshold": 0.3, "chunk": 2},
+    },
 }
 
 
