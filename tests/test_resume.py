@@ -224,6 +224,7 @@ KILLED_AFTER = {
     "annealed strategy, length budget": (6, 8),
     "several updates a batch, shuffled weights": (2, 6),
     "no validation": (1, 5),
+    "responses stopped by their prefix ratio": (4,),
 }
 
 
