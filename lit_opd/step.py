@@ -358,7 +358,7 @@ class Update:
         signal = self.full if self.full is not None else self._signal(self.rollout)
         weights = self.weights if self.weights is not None else self.parts.values["weights"]
         return StepRecord(
-            rollout=self.rollout,
+            rollout=replace(self.rollout, teacher_logprobs=None),  # which the signal has, and a replay makes anew
             signal=signal,
             weights=weights,
             kept=self._trained(),
