@@ -136,8 +136,6 @@ class RatioWatch:
         self.ratio, self.read = ratio[:, -1], columns
         return self.kept[rows] <= columns
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def select(self, rows: Tensor) -> None:
         """Go on with ``rows`` of those still written, int64 [R]."""
         self.teacher.take(rows)
