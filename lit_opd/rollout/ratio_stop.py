@@ -27,10 +27,10 @@ class RatioStop:
     of the teacher. Evaluation is never stopped.
 
     A row ended so is marked ``FinishReason.DRIFT`` and trained on, whatever ``truncated`` says of rows that reach
-    ``max_new_tokens``. "Not generated" is not "weight 0": a stopped row has n tokens and no others, so with the aggregation
-    ``sequence-mean`` each of them counts for 1/n of the row, more than in the whole response; ``token-mean`` divides by fewer
-    tokens; and a strategy that looks at the whole row, such as IW-OPD, sees a shorter one. Whether a token is written depends on
-    the tokens before it only, as for a mask with ``depends_on`` "prefix".
+    ``max_new_tokens``. "Not generated" is not "weight 0": a stopped row has n tokens and no others. The aggregation
+    ``sequence-mean`` gives each of them 1/n of the row, so rows stopped early outweigh the others token by token; ``token-mean``
+    divides all by the smaller count, ``constant`` by what it ever does. A strategy that looks at the whole row, such as IW-OPD,
+    sees a shorter one. Whether a token is written depends on those before it only, as for a mask with ``depends_on`` "prefix".
 
     The rule is ours. The ratio is that of arXiv 2606.22600, see ``PrefixRatioTilt``; stopping rollouts early: reported in
     arXiv 2605.27028, see ``LengthBudget``.
