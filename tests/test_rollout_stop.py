@@ -12,16 +12,18 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_opd.advantage import RewardExtrapolation
 from lit_opd.models import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
 from lit_opd.rollout import DecodeSampler, LengthBudget, RatioStop, Sampler, TransformersSampler, decode
 from lit_opd.rollout.ratio_stop import RatioWatch
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
-from lit_opd.types import FinishReason, InputError, Rollout
-from lit_opd.weighting import FiRe, ImportanceWeighting, Uniform
+from lit_opd.types import FinishReason, InputError, Rollout, TokenSignal
+from lit_opd.weighting import FiRe, ImportanceWeighting, Uniform, WeightingStrategy
 from tests import fixed, tiny
 from tests.test_decode import MODELS, Watched, flat, policy_of, prompts, settings
 
@@ -215,6 +217,32 @@ def test_training_responses_stop_whatever_becomes_of_truncated_ones(folders, tru
     assert fixed.relative_gap(gradient, fixed.gradient(again, stopped.prompts)[1]) < 1e-9
 
 
+class UntilCollapse(WeightingStrategy):
+    """Weight 0 where ``RatioStop`` leaves nothing."""
+
+    def weights(self, signal: TokenSignal, progress: float) -> Tensor:
+        """1 up to and with the first token at which the ratio is down, one after the other."""
+        found = torch.zeros_like(signal.log_ratio)
+        for row in range(len(found)):
+            total, collapsed = 0.0, False
+            for t in range(int(signal.mask[row].sum())):
+                found[row, t] = float(not collapsed)
+                total += float(signal.log_ratio[row, t])
+                collapsed = collapsed or total <= math.log(THRESHOLD)
+        return found
+
+
+def test_not_generated_equals_weight_zero_where_nothing_divides_by_what_is_generated(folders):
+    """Under ``constant``; under ``sequence-mean`` rows that were stopped early gain."""
+
+    def gap(aggregation: str) -> float:
+        stopped = one_step(folders, rollout_stop=RatioStop(THRESHOLD), aggregation=aggregation)[1]
+        return fixed.relative_gap(stopped, one_step(folders, weighting=UntilCollapse(), aggregation=aggregation)[1])
+
+    assert gap("constant") < 1e-9
+    assert gap("sequence-mean") > 0.01
+
+
 class Counted(LocalTeacher):
     """Counts the scoring passes."""
 
@@ -256,8 +284,6 @@ def test_a_run_that_reads_more_of_the_teacher_scores_as_ever(folders, reads):
 
 def test_a_reference_model_still_scores(folders):
     """Only the teacher's log-probs are known from sampling."""
-    from lit_opd.advantage import RewardExtrapolation
-
     run = {"advantage": [RewardExtrapolation(1.5)], "reference": LocalTeacher(folders[0], dtype="float64")}
     record = one_step(folders, rollout_stop=RatioStop(THRESHOLD), **run)[0]
     torch.testing.assert_close(record.signal.reference_logprobs, record.signal.student_logprobs)

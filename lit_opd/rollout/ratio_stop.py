@@ -21,10 +21,10 @@ class RatioStop:
 
         n = the first t with   sum_{k<=t} A_k <= log(threshold),   A_k = q_k - s_k in nats
 
-    Token n, to which the teacher objects most, is kept. What would stand behind it, where the teacher continues a text it would
-    not have written, is never generated, scored or paid for. Every ``chunk`` tokens the teacher reads what was written since,
-    with keys and values of its own; its log-probs then serve as those of the scoring pass wherever the run needs nothing else
-    of the teacher. Evaluation is never stopped.
+    Token n, to which the teacher objected, is kept. What would stand behind it, where the teacher continues a text it would not
+    have written, is sampled to the end of a chunk at most, never scored by the student, never trained on. Every ``chunk`` tokens
+    the teacher reads what was written since, with keys and values of its own; its log-probs then serve as those of the scoring
+    pass wherever the run needs nothing else of the teacher. Evaluation is never stopped.
 
     A row ended so is marked ``FinishReason.DRIFT`` and trained on, whatever ``truncated`` says of rows that reach
     ``max_new_tokens``. "Not generated" is not "weight 0": a stopped row has n tokens and no others. The aggregation
@@ -37,8 +37,8 @@ class RatioStop:
 
     Args:
         threshold: of the ratio, in (0, 1).
-        chunk: tokens between two looks, >= 1. It changes the cost, not the responses: more tokens are sampled in vain, the
-            teacher runs less often.
+        chunk: tokens between two looks, >= 1. It changes the cost, not the responses (up to rounding): with more of them the
+            teacher runs less often, and more tokens are sampled in vain.
     Raises:
         InputError: a value outside its range.
     """
