@@ -44,7 +44,7 @@ from lit_opd.models import (
     stop_warning,
 )
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
-from lit_opd.rollout import LengthBudget, Sampler, SamplingSettings, TransformersSampler
+from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
 from lit_opd.server import shared_failure
 from lit_opd.sharding import (
@@ -56,6 +56,7 @@ from lit_opd.sharding import (
     gathered,
     is_sharded,
     placement,
+    shards,
 )
 from lit_opd.step import Update, apply_truncated, scalars, total_updates
 from lit_opd.teacher import Teacher
@@ -103,6 +104,7 @@ class OPDModule(L.LightningModule):
         seed: of the sampling streams; None takes the run's ``seed_everything``.
         reference: a third frozen model, for what reads its log-probs (``RewardExtrapolation``); usually the initial student.
         length_budget: ends training responses earlier than the sampler's ``max_new_tokens``; None for no budget.
+        rollout_stop: ends training responses where the teacher has left them; None for no such end.
         max_skipped_steps: rollout batches in a row that may hold a NaN or Inf before the run stops; such a batch changes no
             weight, see docs/reliability.md. 0 stops at the first.
     Raises:
@@ -130,6 +132,7 @@ class OPDModule(L.LightningModule):
         reference: Teacher | None = None,
         length_budget: LengthBudget | None = None,
         max_skipped_steps: int = 3,
+        rollout_stop: RatioStop | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -148,7 +151,7 @@ class OPDModule(L.LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.validation = validation or ValidationSettings()
         self.evaluator = Evaluator(self.validation)
-        self.seed, self.length_budget = seed, length_budget
+        self.seed, self.length_budget, self.rollout_stop = seed, length_budget, rollout_stop
         self.skips, self.room = Skips(max_skipped_steps), Room()
         self._validated_at: int | None = None
         self._validation_due: bool | None = None  # of the checkpoint the run goes on from; None for a new run
@@ -277,6 +280,7 @@ class OPDModule(L.LightningModule):
         self.check_batch(data, ranks=self.trainer.world_size)
         self.check_window(data)
         self.check_token_budget(data)
+        self.check_rollout_stop(sharded=shards(self.trainer.strategy))
         self.check_servers(data)
         for warning in (*self.setting_warnings(), *self.stop_warnings()):
             warnings.warn(warning, stacklevel=2)
@@ -380,6 +384,12 @@ class OPDModule(L.LightningModule):
                 f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {self.token_budget}"
             )
 
+    def check_rollout_stop(self, *, sharded: bool) -> None:
+        """Sampler and teacher are ones that can stop a response by its prefix ratio, and weights are not ``sharded``."""
+        if self.rollout_stop is not None:
+            teacher, config = type(self.teacher).__name__, self.teacher.reader_config
+            self.rollout_stop.check(self.sampler, teacher=teacher, config=config, sharded=sharded)
+
     def check_servers(self, data: Any) -> None:
         """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
         limit = getattr(data, "max_prompt_tokens", None)
@@ -440,7 +450,8 @@ class OPDModule(L.LightningModule):
         with clock("sampling"):
             self.phase("sampling", 0, 1)
             settings = self.training_settings()
-            with memory_for("sampling", "lower `data.prompt_batch` or `model.sampler.max_new_tokens`"):
+            reads_along = self.teacher.on_device(prompts.ids.device) if self.rollout_stop is not None else nullcontext()
+            with reads_along, memory_for("sampling", "lower `data.prompt_batch` or `model.sampler.max_new_tokens`"):
                 sampled = self.generate(prompts, settings)
             update = Update(self, apply_truncated(sampled, self.truncated), sampled)
         with clock("scoring"):
@@ -485,11 +496,14 @@ class OPDModule(L.LightningModule):
             return self.sampler.sample(self.student, prompts, settings)
 
     def training_settings(self) -> SamplingSettings:
-        """Those of a training rollout at this step: as ``sampling_settings``, within the length budget."""
-        if self.length_budget is None:
-            return self.sampling_settings()
-        tokens = self.length_budget.tokens(self.progress)
-        return self.sampling_settings(max_new_tokens=tokens, budgeted=tokens < self.sampler.max_new_tokens)
+        """Those of a training rollout at this step: as ``sampling_settings``, within the length budget and the stop."""
+        changes: dict[str, Any] = {}
+        if self.length_budget is not None:
+            tokens = self.length_budget.tokens(self.progress)
+            changes = {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}
+        if self.rollout_stop is not None:
+            changes["stop"] = self.rollout_stop.watching(self.teacher.reader())
+        return self.sampling_settings(**changes)
 
     def sampling_settings(self, **changes: Any) -> SamplingSettings:
         """The sampler's settings at this optimizer step, with fields changed by name."""
@@ -519,7 +533,8 @@ class OPDModule(L.LightningModule):
         values: dict[str, Any] = {"train/loss": loss, "train/skipped_steps": self.skips.total, **scalars(record)}
         if self.length_budget is not None:
             values["train/length_budget"] = float(settings.max_new_tokens)
-            values["train/tokens_saved_at_most"] = self._saved(record, settings)
+        if self.length_budget is not None or self.rollout_stop is not None:
+            values["train/tokens_saved_at_most"] = self._saved(record)
         values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
         values["train/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         values["step"] = self.global_step  # Lightning would count batches, from 0
@@ -531,10 +546,11 @@ class OPDModule(L.LightningModule):
         ):  # Lightning would do so after the batch's checkpoint: a kill in between lost the line
             connector.log_metrics(metrics)
 
-    def _saved(self, record: StepRecord, settings: SamplingSettings) -> Tensor:
-        """Tokens that the rows cut by the budget could still have had, over all ranks, scalar."""
-        rows = all_sum((record.finish_reason == int(FinishReason.BUDGET)).sum())
-        return rows * (self.sampler.max_new_tokens - settings.max_new_tokens)
+    def _saved(self, record: StepRecord) -> Tensor:
+        """Tokens that the rows cut by the budget or the stop could still have had, over all ranks, scalar."""
+        rollout = record.rollout  # which has all of these rows, whatever `truncated` is
+        cut = (rollout.finish_reason == int(FinishReason.BUDGET)) | (rollout.finish_reason == int(FinishReason.DRIFT))
+        return all_sum((self.sampler.max_new_tokens - rollout.lengths)[cut].sum())
 
     # -- Lightning: validation ---------------------------------------------------------------------------------------
 

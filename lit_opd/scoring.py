@@ -205,14 +205,38 @@ class ScoringModel(nn.Module):
         Returns:
             what ``next_logits`` reads: [B, H], or [B, V] where the plain path is used.
         """
+        return self._next_columns(ids, mask, positions, cache, keep=1)[:, -1]
+
+    def next_logprobs(
+        self, ids: Tensor, states: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Score further columns of every row and run the model on them.
+
+        Args:
+            ids: int64 [B, n], the tokens after those in ``cache``.
+            states: what ``next_states`` or this method gave before them.
+            mask: as for ``next_states``.
+            positions: int64 [B, n].
+            cache: transformers' key-value cache; grows by n.
+            temperature: > 0, divides the logits.
+        Returns:
+            log-probs [B, n] nats of ``ids``, and the states behind them.
+        """
+        behind = self._next_columns(ids, mask, positions, cache, keep=0)
+        before = torch.cat([states.unsqueeze(1), behind[:, :-1]], 1).flatten(0, 1)
+        head = Head(before[:, : self.vocabulary], weight=None) if self.plain else self.linear_head(before)
+        return token_logprobs(head, ids.flatten(), temperature=temperature).view(ids.shape), behind[:, -1]
+
+    def _next_columns(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, keep: int) -> Tensor:
+        """What the head reads behind each column, [B, n, H]; on the plain path its last ``keep`` logits, 0 for all."""
         lm = self.causal_lm
         one_query = ids.shape[1] == 1 and lm.config._attn_implementation == "sdpa"
         if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         if self.plain:
-            return self.causal_lm(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        return self.causal_lm.get_decoder()(**inputs, use_cache=True).last_hidden_state[:, -1]
+            return lm(**inputs, use_cache=True, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+        return lm.get_decoder()(**inputs, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32."""

@@ -108,6 +108,11 @@ def check_dtypes(strategy: Any, dtypes: set[str]) -> None:
         )
 
 
+def shards(strategy: Any) -> bool:
+    """True for a strategy under which weights are spread over the ranks."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
 def placement(strategy: Any, mesh: Any) -> Placement | None:
     """How a strategy shards a model; None where every rank holds all of it.
 

@@ -171,7 +171,10 @@ class Update:
         part = self._part(rows)
         for who, model in self.module.scorers.items():
             requires = self.module.required if who == "teacher" else frozenset()
-            scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
+            if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
+                scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
+            else:
+                scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
             self.parts.put_scores(who, rows, scores)
 
     def score_student(self) -> None:
@@ -355,7 +358,7 @@ class Update:
         signal = self.full if self.full is not None else self._signal(self.rollout)
         weights = self.weights if self.weights is not None else self.parts.values["weights"]
         return StepRecord(
-            rollout=self.rollout,
+            rollout=replace(self.rollout, teacher_logprobs=None),  # which the signal has, and a replay makes anew
             signal=signal,
             weights=weights,
             kept=self._trained(),
@@ -437,18 +440,18 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     signal, kept, weights = record.signal, record.kept, record.weights
     ratio, mask = signal.log_ratio, signal.mask
     truncated = record.finish_reason == int(FinishReason.LENGTH)
-    budget = record.finish_reason == int(FinishReason.BUDGET)
+    budget, drift = (record.finish_reason == int(reason) for reason in (FinishReason.BUDGET, FinishReason.DRIFT))
     assert signal.sampler_logprobs is not None
     sampler_gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
     sums = torch.stack(
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
-            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget,
+            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift,
         )]
     )  # fmt: skip
-    tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget = all_sum(
-        sums
-    ).unbind()
+    (
+        tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift,
+    ) = all_sum(sums).unbind()  # fmt: skip
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
     found = {
         "train/reverse_kl_k1": kl / tokens,
@@ -466,6 +469,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/tokens": sampled,
         "train/truncated_fraction": cut / rows,
         "train/budget_fraction": budget / rows,
+        "train/stopped_fraction": drift / rows,
         "train/response_length": sampled / rows,
     }
 

@@ -69,6 +69,7 @@ class FinishReason(IntEnum):
     STOP = 0  # the student emitted a stop id
     LENGTH = 1  # max_new_tokens or the context window was reached
     BUDGET = 2  # a length budget cut the row
+    DRIFT = 3  # the teacher-to-student ratio of the response collapsed, and a ``RatioStop`` cut the row there
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -234,6 +235,7 @@ class Rollout(_Record):
         sampler_logprobs: [B, T] nats under the distribution that was really sampled from, 0 where masked.
         finish_reason: int8 [B] of ``FinishReason``.
         provenance: engine, temperature, top-p, top-k and weights version.
+        teacher_logprobs: [B, T] nats, 0 where masked, where the teacher scored the tokens while they were sampled, else None.
     """
 
     prompts: PromptBatch
@@ -242,6 +244,7 @@ class Rollout(_Record):
     sampler_logprobs: Tensor
     finish_reason: Tensor
     provenance: Provenance
+    teacher_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_ids.shape)
@@ -249,11 +252,14 @@ class Rollout(_Record):
             raise InputError(f"`Rollout.response_ids` must be [B = {len(self.prompts)}, T], got {shape}")
         self._require_shape("mask", shape, like="`response_ids`")
         self._require_shape("sampler_logprobs", shape, like="`response_ids`")
+        self._require_shape("teacher_logprobs", shape, like="`response_ids`")
         self._require_shape("finish_reason", shape[:1], like="the rows")
         for name, dtype in (("response_ids", torch.int64), ("mask", torch.bool), ("finish_reason", torch.int8)):
             self._require_dtype(name, dtype)
-        sampled = at_least_float32(self.sampler_logprobs.detach())
-        self._set("sampler_logprobs", torch.where(self.mask, sampled, sampled.new_zeros(())))
+        for name in ("sampler_logprobs", "teacher_logprobs"):
+            if getattr(self, name) is not None:
+                values = at_least_float32(getattr(self, name).detach())
+                self._set(name, torch.where(self.mask, values, values.new_zeros(())))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -273,6 +279,8 @@ class Rollout(_Record):
         columns = max(int(self.lengths.max()), 1) if len(self) else 1
         prompts = _trim_prompts(self.prompts)
         cut = {name: getattr(self, name)[:, :columns] for name in ("response_ids", "mask", "sampler_logprobs")}
+        if self.teacher_logprobs is not None:
+            cut["teacher_logprobs"] = self.teacher_logprobs[:, :columns]
         return replace(self, prompts=prompts, **cut)
 
 

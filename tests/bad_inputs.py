@@ -27,7 +27,7 @@ from lit_opd.models import (
 )
 from lit_opd.module import OPDModule
 from lit_opd.prompts import DataSource, PromptDataModule, PromptEncoder, encode_prompts, pad_token_id, read_prompts
-from lit_opd.rollout import LengthBudget, TransformersSampler, VLLMEngine, VLLMSampler
+from lit_opd.rollout import LengthBudget, RatioStop, TransformersSampler, VLLMEngine, VLLMSampler
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from tests import tiny
 from tests.test_prompts import TEMPLATE, make_tokenizer
@@ -415,6 +415,7 @@ RANGES: list[tuple[Any, dict[str, list[Any]], dict[str, Any]]] = [
     (VLLMSampler, {"logprobs_mode": ["raw_logprobs"]}, {"urls": URLS, "temperature": 0.5}),
     (LengthBudget, {"start": [0]}, {}),
     (LengthBudget, {"end": [0], "schedule": ["square"]}, {"start": 1}),
+    (RatioStop, {"threshold": [0.0, 1.0, float("nan")], "chunk": [0]}, {}),
     (RemoteTeacher, {"rows_per_request": [0]}, {"urls": URLS, "tokenizer_path": "x"}),
     (RoutedTeacher, {"teachers": [{}]}, {}),
     (LocalTeacher, {"offload": [True]}, {"path": "x", "quantization": {"load_in_4bit": True}}),

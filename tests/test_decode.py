@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from lit_opd.models import LoraSettings, StudentSettings, build_student
-from lit_opd.rollout import DecodeSampler, SamplingSettings, TransformersSampler, decode, drawing
+from lit_opd.rollout import DecodeSampler, SamplingSettings, TransformersSampler, decode, drawing, key_values
 from lit_opd.rollout.drawing import draw
 from lit_opd.scoring import FEW_ROWS, LARGE_HEAD, ScoringModel
 from lit_opd.types import InputError, PromptBatch
@@ -268,14 +268,14 @@ def test_padding_that_all_remaining_rows_share_is_dropped(policy, monkeypatch):
     assert firsts.count(firsts[0]) == 1
     wanted = settings(stop_ids=(firsts[0],))
     held: list[int] = []
-    update = decode.Slab.update
+    update = key_values.Slab.update
 
     def note(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         returned = update(self, keys, values, *args, **kwargs)
         held.append(returned[0].shape[2])
         return returned
 
-    monkeypatch.setattr(decode.Slab, "update", note)
+    monkeypatch.setattr(key_values.Slab, "update", note)
     found = ours.sample(policy, batch, wanted)
     assert held[0] == 6
     assert held[2] == 6  # 7 less the column that was real in the ended row only
@@ -323,14 +323,14 @@ def test_no_history_of_logits_and_a_bounded_buffer():
     wanted = settings(max_new_tokens=steps, stop_ids=(), vocabulary=vocabulary)
     columns: list[int] = []
 
-    class Slab(decode.Slab):
+    class Slab(key_values.Slab):
         def update(self, *args: Any, **kwargs: Any) -> Any:
             returned = super().update(*args, **kwargs)
             columns.append(self.held[0].shape[2])
             return returned
 
     with pytest.MonkeyPatch.context() as patch, LargestTensor() as watch:
-        patch.setattr(decode, "Slab", Slab)
+        patch.setattr(key_values, "Slab", Slab)
         ours.sample(policy, prompts(rows), wanted)
     assert watch.largest <= rows * vocabulary * 8  # one [B, V], at most in float64
     assert max(columns) == 6 + steps - 1

@@ -21,6 +21,9 @@ from lit_opd.module import default_optimizer
 from lit_opd.preflight import read_plan
 from lit_opd.preflight.memory import ACCURACY, FLOAT32, Held, Workload, _Formula, budget
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
+from lit_opd.rollout import RatioStop, SamplingSettings
+from lit_opd.scoring import ScoringModel
+from lit_opd.types import PromptBatch
 from tests import tiny
 from tests.memory_fit import Shape, build
 
@@ -84,6 +87,23 @@ def test_activations_are_what_autograd_saves(family, checkpointing, autocast):
     plan = replace(CPU, precision="bf16-mixed") if autocast else CPU
     formula = _Formula(Held(size, FLOAT32), [], 0, work, plan)
     assert formula._kept(gradients=0.0)["activations"] == pytest.approx((saved[0] - saved[1]) / 2, rel=0.02)
+
+
+def test_the_teachers_cache_is_what_reading_along_leaves():
+    """3 rows, prompts of 4 and 6 tokens written, read in two chunks."""
+    model = build(SMALL, 1).eval()
+    size = model_size(model.config)
+    teacher = ScoringModel(model, vocabulary=size.vocabulary)
+    ids = torch.arange(12).reshape(3, 4)
+    prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(3), ("0", "1", "2"))
+    settings = SamplingSettings(max_new_tokens=6, stop_ids=(), pad_id=0, vocabulary=size.vocabulary)
+    watch = RatioStop(chunk=3).watching(teacher)(prompts, settings)
+    for columns in (3, 6):
+        watch.collapsed(torch.arange(3), torch.ones(3, 6, dtype=torch.int64), torch.zeros(3, 6), columns)
+    real = sum(held.nbytes for layer in watch.teacher.layers for held in layer.held)
+    work = Workload(rows=3, prompt=4, response=6, read_along=True)
+    rollout = budget(student=Held(size, FLOAT32), frozen=[Held(size, FLOAT32)], state_bytes=0, work=work, plan=CPU)
+    assert rollout.phases["rollout"]["teacher's key/value cache"] == real
 
 
 @pytest.mark.parametrize("autocast", [False, True])

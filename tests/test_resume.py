@@ -96,6 +96,10 @@ CASES: dict[str, dict[str, Any]] = {
         "model.lr_scheduler": SCHEDULE,
     },
     "no validation": {"data.val": None, "model.weighting": strategy("AnnealedPrefixWeight")},
+    "responses stopped by their prefix ratio": {
+        "model.sampler": {"class_path": "lit_opd.rollout.DecodeSampler", "init_args": {"max_new_tokens": 6}},
+        "model.rollout_stop": {"threshold": 0.3, "chunk": 2},
+    },
 }
 
 
@@ -220,6 +224,7 @@ KILLED_AFTER = {
     "annealed strategy, length budget": (6, 8),
     "several updates a batch, shuffled weights": (2, 6),
     "no validation": (1, 5),
+    "responses stopped by their prefix ratio": (4,),
 }
 
 

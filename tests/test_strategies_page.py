@@ -18,6 +18,7 @@ from benchmarks import weight_curves
 from lit_opd.advantage import AdvantageTransform
 from lit_opd.cli import main
 from lit_opd.objective import Aggregation, Objective
+from lit_opd.types import FinishReason
 from tests.signals import FLOAT_FIELDS, all_examples, changed_columns, holey_mask, random_signal, strategy_classes
 
 REPO = Path(__file__).resolve().parents[1]
@@ -93,6 +94,25 @@ def test_the_tables_around_the_weights_are_complete():
 def test_every_link_of_the_page_exists():
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", PAGE) if not target.startswith("http")]
     assert targets and not [target for target in targets if not (REPO / "docs" / target).exists()]
+
+
+# -- not generated -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_that_stops_responses_does(workplace):
+    """With rows of both kinds, and every name it logs in the docs."""
+    (command,) = commands(section("The strategies"))
+    watch = Watch()
+    main(lambda: [watch], [*command, *SMALL, "--data.prompt_batch", "32"])
+    for record in watch.records:
+        lengths, stopped = record.rollout.lengths, record.finish_reason == FinishReason.DRIFT
+        assert 0 < int(stopped.sum()) < len(lengths)
+        assert lengths[stopped].max() < lengths[~stopped].max()
+    (log,) = workplace.glob("runs/*/metrics.csv")
+    names = set(log.read_text().splitlines()[0].split(",")) - {"step", "epoch"}
+    pages = "".join(path.read_text() for path in (REPO / "docs").glob("*.md"))
+    assert "train/stopped_fraction" in names
+    assert not [name for name in names if f"`{name}`" not in pages and "/band_" not in name]
 
 
 # -- write your own ----------------------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ def stop_ids(run: Run) -> Finding:
 def signals(run: Run) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
     run.module.check_scorers()
+    run.module.check_rollout_stop(sharded=run.plan.shards > 1)
     for warning in run.module.setting_warnings():
         return _split("warning", warning)
     read = ", ".join(sorted(run.module.required)) or "nothing beyond log-probs"

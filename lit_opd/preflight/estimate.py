@@ -86,6 +86,7 @@ def _workload(module: Any, data: Any, plan: Plan) -> Workload:
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
+        read_along=module.rollout_stop is not None,
         engine=sampler.memory_fraction * (plan.memory or 0.0),
         engine_sleeps=sampler.sleep,
         val_rows=-(-data.val_batch // plan.ranks) if _validates(module, data) else 0,

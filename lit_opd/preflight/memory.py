@@ -3,7 +3,8 @@
 Rows are as long as they can be (longest prompt, ``max_new_tokens``), micro-batches as full as ``token_budget`` allows, prompts
 padded. What a phase holds comes on top of what a rank always holds; the peak is that of the worst phase:
 
-- rollout: the whole student where it is sharded, key/value cache, logits of one decoded token a row;
+- rollout: the whole student where it is sharded, key/value cache, logits of one decoded token a row; the teacher's cache
+  where it reads along;
 - scoring: a forward pass without gradient of one micro-batch through the frozen models;
 - head: activations of a micro-batch, gradient of the output head, tiles of logits;
 - layers: activations of a micro-batch, and one block's backward pass;
@@ -48,6 +49,7 @@ REMEDIES = {
     "forward pass": "lower model.token_budget (data.val_batch for validation)",
     "attention mask": "lower model.token_budget",
     "key/value cache": "lower model.sampler.max_new_tokens or data.prompt_batch, take more ranks, or sample with VLLMSampler",
+    "teacher's key/value cache": "lower model.sampler.max_new_tokens or data.prompt_batch, or leave out model.rollout_stop",
     "decoding": "lower model.sampler.max_new_tokens or data.prompt_batch, take more ranks, or sample with VLLMSampler",
     "logits of a step": "lower data.prompt_batch or take more ranks",
     "sampling engine": "lower model.sampler.memory_fraction",
@@ -88,6 +90,7 @@ class Workload:
         checkpointing: activations of a block are computed again in the backward pass.
         eager: attention keeps its scores.
         local_sampler: responses are sampled in this process.
+        read_along: the teacher keeps keys and values of its own while training responses are sampled.
         engine: bytes of a sampling engine with memory of its own, on this rank's device.
         engine_sleeps: it gives them back between rollouts.
         val_rows: rows of a validation batch, 0 for no validation.
@@ -104,6 +107,7 @@ class Workload:
     checkpointing: bool = False
     eager: bool = False
     local_sampler: bool = True
+    read_along: bool = False
     engine: float = 0.0
     engine_sleeps: bool = True
     val_rows: int = 0
@@ -192,7 +196,7 @@ def budget(*, student: Held, frozen: list[Held], state_bytes: int, work: Workloa
     """
     formula = _Formula(student, frozen, state_bytes, work, plan)
     phases = {
-        "rollout": formula.rollout(work.rows, work.response),
+        "rollout": formula.rollout(work.rows, work.response) | formula.reading(),
         "scoring": formula.scoring(),
         "head": formula.head(),
         "layers": formula.layers(),
@@ -242,6 +246,16 @@ class _Formula:
             "key/value cache": float(cache * size.layers),
             "decoding": cache + max(repeated, prompts),
             "logits of a step": rows * size.vocabulary * SAMPLED_LOGIT_BYTES,
+        }
+
+    def reading(self) -> Parts:
+        """The teacher beside the rollout, where it reads along: one model in this process, and all of it on the device."""
+        if not self.work.read_along or not self.frozen:
+            return {}
+        teacher, tokens = self.frozen[0], self.work.rows * self.work.length
+        return {
+            "teacher's key/value cache": float(2 * tokens * teacher.size.key * teacher.size.layers * teacher.width),
+            "offloaded models": float(teacher.width * teacher.size.parameters * teacher.offload),
         }
 
     def scoring(self) -> Parts:

@@ -51,7 +51,7 @@ class PredictedResponse:
         prompt: as rendered, special tokens included.
         response: its text without special tokens.
         reference: the right answer, None where the data has none.
-        finish_reason: stop, length or budget.
+        finish_reason: stop, length, budget or drift.
         tokens: the sampled ones, the end symbol included.
     """
 

@@ -5,12 +5,14 @@ from lit_opd.rollout.budget import LengthBudget
 from lit_opd.rollout.decode import DecodeSampler
 from lit_opd.rollout.engine import VLLMEngine
 from lit_opd.rollout.generate import TransformersSampler
+from lit_opd.rollout.ratio_stop import RatioStop
 from lit_opd.rollout.sync import ReloadEndpoint, RestartCommand, WeightSync
 from lit_opd.rollout.vllm import VLLMSampler
 
 __all__ = [
     "DecodeSampler",
     "LengthBudget",
+    "RatioStop",
     "ReloadEndpoint",
     "RestartCommand",
     "Sampler",

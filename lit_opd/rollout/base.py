@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lit_opd.types import FinishReason, InputError, PromptBatch, Provenance, Rollout
+
+if TYPE_CHECKING:
+    from lit_opd.rollout.ratio_stop import RatioWatch
 
 Phase = Callable[[str, int, int], None]  # name, done, total
 
@@ -36,6 +39,7 @@ class SamplingSettings:
         domain: keeps evaluation's random streams apart from training's.
         weights_version: optimizer steps the weights have seen, recorded on the rollout.
         budgeted: ``max_new_tokens`` is a length budget, and rows that reach it are marked as cut by it.
+        stop: makes, of the prompts and these settings, what may end a row early; see ``RatioStop``. None for nothing.
         synced: keep all ranks in the decode loop until the last is done (sharded weights gathered token by token).
     """
 
@@ -53,6 +57,7 @@ class SamplingSettings:
     weights_version: int = 0
     synced: bool = False
     budgeted: bool = False
+    stop: Callable[[PromptBatch, SamplingSettings], RatioWatch] | None = None
 
     def provenance(self, engine: str) -> Provenance:
         """The record of how a rollout came about."""
@@ -74,6 +79,7 @@ class Sampler(ABC):
         InputError: a value outside its range.
     """
 
+    stops_early = False  # True for an engine that heeds ``SamplingSettings.stop``
     in_process = True  # False for an engine with memory of its own
     memory_fraction = 0.0  # of a rank's device memory, taken by such an engine while it samples
     sleep = True  # the engine gives most of that back between rollouts

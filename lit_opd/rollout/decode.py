@@ -15,14 +15,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from lit_opd.rollout.base import Sampler, SamplingSettings, cached_casts, finish, require_room
 from lit_opd.rollout.drawing import choose
-from lit_opd.rollout.key_values import Slab
+from lit_opd.rollout.key_values import CachedRows, require_full_attention
 from lit_opd.rollout.plain_decoder import FEW_ROWS, PlainDecoder, is_plain_decoder
+from lit_opd.rollout.ratio_stop import RatioWatch
 from lit_opd.streams import row_uniforms
 from lit_opd.types import InputError, PromptBatch, Rollout
 
@@ -41,29 +40,25 @@ class DecodeSampler(Sampler):
     Other models (sliding windows, linear attention) need ``TransformersSampler``.
     """
 
+    stops_early = True
+
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
         require_room(model, prompts, settings)
-        _require_full_attention(model.causal_lm.config.get_text_config())
+        require_full_attention(model.causal_lm.config.get_text_config(), refusal=_refusal)
         if settings.synced:
             raise InputError("`SamplingSettings.synced` must be False for DecodeSampler; gather sharded weights first")
         training = model.training
         model.eval()  # no dropout, and gradient checkpointing would switch the cache off
         try:
             with cached_casts(prompts.ids.device):
-                ids, logprobs = model.run(_decode, prompts, settings)
+                watch = None if settings.stop is None else settings.stop(prompts, settings)
+                ids, logprobs = model.run(_decode, prompts, settings, watch)
         finally:
             model.train(training)
-        return finish(prompts, ids, logprobs, settings, engine=ENGINE)
-
-
-def _require_full_attention(config: Any) -> None:
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    unnamed = "sliding_attention" if window else "full_attention"
-    kinds = set(getattr(config, "layer_types", None) or {unnamed}) - {"full_attention"}
-    if kinds:
-        raise _refusal(config, f"layers of kind {', '.join(sorted(kinds))}")
+        rollout = finish(prompts, ids, logprobs, settings, engine=ENGINE)
+        return rollout if watch is None else watch.cut(rollout, pad_id=settings.pad_id)
 
 
 def _refusal(config: Any, why: str) -> InputError:
@@ -73,7 +68,9 @@ def _refusal(config: Any, why: str) -> InputError:
     )
 
 
-def _decode(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+def _decode(
+    model: Any, prompts: PromptBatch, settings: SamplingSettings, watch: RatioWatch | None
+) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
     batch = _Batch(model, prompts, settings, plain=_runs_plain(model, prompts.ids.device))
     uniforms = row_uniforms(
@@ -82,14 +79,17 @@ def _decode(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> tup
     with (
         torch.inference_mode() if batch.plain else nullcontext()
     ):  # transformers keeps tensors of a forward in its modules
-        ids, logprobs = _written(batch, uniforms, settings)
+        ids, logprobs = _written(batch, uniforms, settings, watch)
     return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
 
 
-def _written(batch: _Batch, uniforms: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+def _written(
+    batch: _Batch, uniforms: Tensor, settings: SamplingSettings, watch: RatioWatch | None
+) -> tuple[Tensor, Tensor]:
     """The responses of ``batch``, column by column, as ``_decode`` returns them."""
     device, total = uniforms.device, len(uniforms)
     every = CHECK_EVERY_ON_CPU if device.type == "cpu" else CHECK_EVERY
+    every = every if watch is None else watch.chunk
     stops = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
     rows, ended = torch.arange(total, device=device), torch.zeros(total, dtype=torch.bool, device=device)
     ids = torch.full((total, settings.max_new_tokens), settings.pad_id, device=device)
@@ -98,42 +98,33 @@ def _written(batch: _Batch, uniforms: Tensor, settings: SamplingSettings) -> tup
         token, logprob = choose(batch.logits(), uniforms[rows, step], settings)
         logprobs = logprob.new_zeros(ids.shape) if logprobs is None else logprobs
         ids[rows, step], logprobs[rows, step] = token, logprob
-        ended = ended | torch.isin(token, stops)
-        if (step + 1) % every == 0:
+        ended, last = ended | torch.isin(token, stops), step + 1 == settings.max_new_tokens
+        look = (step + 1) % every == 0
+        if watch is not None and (look or last):
+            ended = ended | watch.collapsed(rows, ids, logprobs, step + 1)
+        if look:
             num_ended = int(ended.sum())
             if num_ended == len(ended):
                 break
             if num_ended >= ENDED_SHARE * len(ended):
                 left = (~ended).nonzero().squeeze(-1)
                 batch.select(left)
+                if watch is not None:
+                    watch.select(left)
                 rows, ended, token = rows[left], ended[left], token[left]
-        if step + 1 < settings.max_new_tokens:
+        if not last:
             batch.append(token)
     assert logprobs is not None
     return ids[:, : step + 1], logprobs[:, : step + 1]
 
 
-class _Batch:
-    """The rows that are still being written: their keys and values, last hidden states and masks."""
+class _Batch(CachedRows):
+    """The rows that are still being written."""
 
     def __init__(self, model: Any, prompts: PromptBatch, settings: SamplingSettings, *, plain: bool) -> None:
-        self.model, self.vocabulary, self.plain = model, settings.vocabulary, plain
-        config, columns = model.causal_lm.config.get_text_config(), prompts.ids.shape[1]
-        self.most = columns + settings.max_new_tokens - 1
-        self.layers = [Slab(most=self.most) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=list(self.layers))
-        together = torch.cat([prompts.ids, prompts.mask.long()], -1)
-        _, group = torch.unique_consecutive(together, dim=0, return_inverse=True)
-        first = torch.cat([group.new_ones(1), group.diff()]).nonzero().squeeze(-1)
-        mask = prompts.mask[first]
-        self.padded = not bool(mask.all())
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        self.states = model.next_states(prompts.ids[first], mask if self.padded else None, positions, self.cache)
-        self.mask, self.position = mask, positions[:, -1]
-        if any(layer.length != columns for layer in self.layers):
-            raise _refusal(config, "layers that do not write the key-value cache")
-        if len(first) < len(prompts):
-            self._take(group)
+        most = prompts.ids.shape[1] + settings.max_new_tokens - 1
+        super().__init__(model, prompts.ids, prompts.mask, most=most, refusal=_refusal)
+        self.vocabulary, self.plain = settings.vocabulary, plain
         self.decoder = self._decoder()
 
     def _decoder(self) -> PlainDecoder | None:
@@ -146,30 +137,18 @@ class _Batch:
 
     def append(self, token: Tensor) -> None:
         """Run the model on one token a row, int64 [B]."""
-        self.position = self.position + 1
-        if self.padded:
-            self.mask = F.pad(self.mask, (0, 1), value=True)
-        mask = self.mask if self.padded else None
+        mask, positions = self.grow(1)
         if self.decoder is not None:
             self.states = self.decoder.states(token, self.position, mask, self.layers)
         else:
-            self.states = self.model.next_states(token.unsqueeze(-1), mask, self.position.unsqueeze(-1), self.cache)
+            self.states = self.model.next_states(token.unsqueeze(-1), mask, positions, self.cache)
 
     def select(self, rows: Tensor) -> None:
         """Keep ``rows``, int64 [R]."""
         few = len(rows) <= FEW_ROWS < len(self.mask)
-        self._take(rows)
+        self.take(rows)
         if few:
             self.decoder = self._decoder()  # whose products depend on the number of rows
-
-    def _take(self, rows: Tensor) -> None:
-        """Keep ``rows`` (with repetition), without the columns that are padding in all of them."""
-        self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
-        start = int(self.mask.any(0).int().argmax()) if self.padded else 0
-        self.mask = self.mask[:, start:]
-        self.padded = not bool(self.mask.all())
-        for layer in self.layers:
-            layer.select(rows, start)
 
 
 def _runs_plain(model: Any, device: torch.device) -> bool:

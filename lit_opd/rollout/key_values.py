@@ -1,12 +1,16 @@
-"""Keys and values of a layer while responses are written."""
+"""Rows that grow by tokens: the keys and values of a model's layers while responses are written, or read along."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
+
+Refusal = Callable[[Any, str], Exception]  # from a model's configuration and a reason
 
 FIRST_COLUMNS = 64  # columns by which a key-value buffer is longer than the prompt at first; then it doubles
 
@@ -41,3 +45,60 @@ class Slab(DynamicLayer):
         """Keep ``rows`` (int64 [R], with repetition) and the columns from ``start`` on."""
         self.held = [held[rows, :, start : self.length] for held in self.held]
         self.length -= start
+
+
+def require_full_attention(config: Any, *, refusal: Refusal) -> None:
+    """An error unless every layer of a text model attends to all earlier tokens, as far as its configuration says."""
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    unnamed = "sliding_attention" if window else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or {unnamed}) - {"full_attention"}
+    if kinds:
+        raise refusal(config, f"layers of kind {', '.join(sorted(kinds))}")
+
+
+class CachedRows:
+    """Prompts, and what is appended to them: keys and values in one model, the last hidden states, masks and positions.
+
+    Args:
+        model: a ``ScoringModel``.
+        ids: int64 [B, P], left-padded; neighbours that are equal share the prefill.
+        mask: bool [B, P].
+        most: columns there may be.
+        refusal: the error for a model that keeps something else than keys and values.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, *, most: int, refusal: Refusal) -> None:
+        self.model, self.most = model, most
+        config, columns = model.causal_lm.config.get_text_config(), ids.shape[1]
+        self.layers = [Slab(most=most) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
+        together = torch.cat([ids, mask.long()], -1)
+        _, group = torch.unique_consecutive(together, dim=0, return_inverse=True)
+        first = torch.cat([group.new_ones(1), group.diff()]).nonzero().squeeze(-1)
+        mask = mask[first]
+        self.padded = not bool(mask.all())
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        self.states = model.next_states(ids[first], mask if self.padded else None, positions, self.cache)
+        self.mask, self.position = mask, positions[:, -1]
+        if any(layer.length != columns for layer in self.layers):
+            raise refusal(config, "layers that do not write the key-value cache")
+        if len(first) < len(group):
+            self.take(group)
+
+    def grow(self, columns: int) -> tuple[Tensor | None, Tensor]:
+        """Make place for further tokens; the mask with them, None without padding, and their positions, int64 [B, columns]."""
+        steps = torch.arange(1, columns + 1, device=self.position.device)
+        positions = self.position.unsqueeze(-1) + steps
+        self.position = positions[:, -1]
+        if self.padded:
+            self.mask = F.pad(self.mask, (0, columns), value=True)
+        return self.mask if self.padded else None, positions
+
+    def take(self, rows: Tensor) -> None:
+        """Keep ``rows`` (with repetition), without the columns that are padding in all of them."""
+        self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
+        start = int(self.mask.any(0).int().argmax()) if self.padded else 0
+        self.mask = self.mask[:, start:]
+        self.padded = not bool(self.mask.all())
+        for layer in self.layers:
+            layer.select(rows, start)

@@ -88,6 +88,16 @@ class Teacher(nn.Module, ABC):
             [B, T] nats, 0 where masked.
         """
 
+    @property
+    def reader_config(self) -> Any:
+        """The text configuration of the one model in this process that can read responses while they are written, without
+        loading weights; None where there is none."""
+        return None
+
+    def reader(self) -> ScoringModel:
+        """The model of ``reader_config``."""
+        raise InputError(f"`{type(self).__name__}` has no model in this process that could read responses along")
+
     def full_head(self, rollout: Rollout) -> Head:
         """Hidden states of the valid tokens and the output head, for full-vocabulary divergences."""
         raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")

@@ -84,6 +84,16 @@ class LocalTeacher(Teacher):
         tokenizer = load_tokenizer(self.path, field, pad_token=pad, trust_remote_code=self.trust_remote_code)
         return [(tokenizer, config.get_text_config().vocab_size)]
 
+    @property
+    def reader_config(self) -> Any:
+        """Of this model."""
+        field = f"{self.field}.path"
+        return load_config(self.path, field, trust_remote_code=self.trust_remote_code).get_text_config()
+
+    def reader(self) -> ScoringModel:
+        """This model."""
+        return self._loaded()
+
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """The quantisation is one that transformers can apply here."""
         if self.quantization is not None:
