@@ -19,7 +19,7 @@ from lit_opd.advantage import RewardExtrapolation
 from lit_opd.models import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
-from lit_opd.rollout import DecodeSampler, LengthBudget, RatioStop, Sampler, TransformersSampler, decode
+from lit_opd.rollout import DecodeSampler, LengthBudget, RatioStop, Sampler, TransformersSampler, VLLMSampler, decode
 from lit_opd.rollout.ratio_stop import RatioWatch
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from lit_opd.types import FinishReason, InputError, Rollout, TokenSignal
@@ -332,7 +332,9 @@ def test_evaluation_and_prediction_are_never_stopped(folders, monkeypatch):
         assert torch.equal(ours.response_ids, theirs.response_ids) and torch.equal(ours.mask, theirs.mask)
 
 
-def test_a_teacher_that_is_no_number_costs_the_step_and_stops_nothing(folders):
+def test_a_teacher_that_is_no_number_costs_the_step_and_stops_nothing(folders, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the rows of a skipped step are saved there
+
     class Broken(L.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             pl_module.teacher.policy.causal_lm.lm_head.weight.data.fill_(math.nan)
@@ -373,6 +375,13 @@ def test_samplers_that_cannot_stop_are_refused_before_weights_load(folders, case
     with pytest.raises(InputError, match=f"`model.rollout_stop` must be null.*{message}"):
         fixed.fit(trained, PROMPTS)
     assert trained.student is None
+
+
+def test_a_sampler_that_cannot_stop_says_so_when_asked_directly(student, judge):
+    asked = settings(stop=RatioStop(THRESHOLD).watching(judge))
+    for sampler in (TransformersSampler(max_new_tokens=4), VLLMSampler(urls=["http://localhost:1"], max_new_tokens=4)):
+        with pytest.raises(InputError, match=r"`SamplingSettings.stop` must be None for \w+Sampler"):
+            sampler.sample(student, prompts(2), asked)
 
 
 def test_teachers_that_cannot_read_along_are_refused(folders):

@@ -104,6 +104,12 @@ class Sampler(ABC):
         if not ok:
             raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")
 
+    def _refuse_stop(self, settings: SamplingSettings) -> None:
+        if settings.stop is not None:
+            raise InputError(
+                f"`SamplingSettings.stop` must be None for {type(self).__name__}, got {settings.stop!r}; use DecodeSampler"
+            )
+
     def check(self, *, tokens: int | None, vocabulary: int) -> None:  # noqa: B027
         """What can be checked before a run.
 

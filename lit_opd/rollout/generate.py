@@ -43,6 +43,7 @@ class TransformersSampler(Sampler):
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
+        self._refuse_stop(settings)
         require_room(model, prompts, settings)
         uniforms = row_uniforms(
             settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain

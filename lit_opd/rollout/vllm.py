@@ -133,6 +133,7 @@ class VLLMSampler(Sampler):
         Raises:
             ServerError: the servers failed for good.
         """
+        self._refuse_stop(settings)
         if self.servers.model is None:
             self.servers.check(tokens=None)
         for _ in range(_TRIES):
