@@ -397,6 +397,7 @@ def record_of(
         "finished": "2026-11-23T00:00:00+00:00",
         "machine": "a machine",
         "models": {},
+        "tokens": 214_300,
         "code": "0123456789ab",
         "curves": curves | {"reverse_kl": [[step, kl] for step in steps]},
         "bands": [[step, [0.5 + 0.1 * band for band in range(10)]] for step in steps],
@@ -470,7 +471,7 @@ def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path):
     assert row_of(page, "dash")[7] == "**+0.020 [+0.020, +0.020]**"
     assert row_of(page, "uniform")[7] == "" and row_of(page, "uniform")[1] == "6"
     rate = f"{plan.rate_of('iw-signed') or 4e-4:g}"
-    assert row_of(page, "iw-signed", table=1) == ["iw-signed", rate, "1.250", "0.900", "7.000", "0.000"]
+    assert row_of(page, "iw-signed", table=1) == ["iw-signed", rate, "1.250", "0.900", "7.000", "0.000", "214"]
     assert plan.sha in page and "All of them were made under this plan." in page and "95 of 269" in page
 
 

@@ -260,14 +260,16 @@ def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
 
 
 def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> list[str]:
-    """Step scale: learning rate and what was logged of weights and gradients, means over steps and seeds."""
+    """Step scale and cost: learning rate, what was logged of weights and gradients, tokens; means over steps and seeds."""
     titles = {"weight_mean": "mean weight", "weight_ess": "effective sample", "grad_norm": "gradient norm"}
     titles |= {"clip_fraction": "clip fraction"}
-    lines = [f"| variant | learning rate | {' | '.join(titles.values())} |", "|---|" + "---|" * (len(titles) + 1)]
+    lines = [f"| variant | learning rate | {' | '.join(titles.values())} | thousand tokens |"]
+    lines.append("|---|" + "---|" * (len(titles) + 2))
     for name in order:
         runs = list(of[name].values())
         cells = [f"{fmean(run['means'][key] for run in runs):.3f}" for key in titles]
         rates = ", ".join(f"{rate:g}" for rate in sorted({run["learning_rate"] for run in runs}))
+        cells.append(f"{fmean(run['tokens'] for run in runs) / 1000:.0f}")
         lines.append(f"| {name} | {rates} | {' | '.join(cells)} |")
     return lines
 

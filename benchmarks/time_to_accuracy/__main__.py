@@ -47,6 +47,11 @@ PREFIX_RATIO = {
     "model.weighting.low": "-.inf",
     "model.weighting.high": "0.0",
 }
+STOPPED = {
+    "model.rollout_stop": "RatioStop",
+    "model.rollout_stop.threshold": "0.05",
+    "model.aggregation": "token-mean",
+}
 # What each setting changes of configs/quickstart.yaml, by command-line name
 OURS: dict[str, dict[str, str]] = {
     "published": {},
@@ -54,6 +59,13 @@ OURS: dict[str, dict[str, str]] = {
     "own, truncated prefix ratio": {**FAST, **PREFIX_RATIO},
     "own, full vocabulary": {**PREFIX_RATIO, **FORWARD_KL, "model.mini_batches": "4"},
     "own, full vocabulary, 32 prompts a step": {**PREFIX_RATIO, **FORWARD_KL, "data.prompt_batch": "32"},
+    "own, stopped": {**FAST, **STOPPED, "model.weighting": "Uniform"},
+    "own, stopped, full vocabulary, 32 prompts a step": {
+        **STOPPED,
+        **FORWARD_KL,
+        "model.weighting": "Uniform",
+        "data.prompt_batch": "32",
+    },
 }
 # What each setting changes of the IWOPDConfig in trl_side.py
 TRL: dict[str, dict[str, Any]] = {
