@@ -5,7 +5,8 @@ Keys of the plan:
     seeds           lists of seeds by purpose: main, tuning, development, held_out
     settings        the configuration of every run; condition, variant and tuning are merged over it, in this order
     variants        name -> weighting, number of main seeds in base; ``like`` names the variant whose learning rate it takes
-    conditions      name -> part, about, variants and seeds (left out: every variant that has ``seeds``), settings, models
+    conditions      name -> part, about, variants and seeds (left out: every variant that has ``seeds``), settings, models,
+                    ``rate``: one learning rate for all in place of the tuned ones
     models, data    what a condition's ``models`` may name in place of the shipped teacher, student and prompts
     tuning          condition, learning rates, settings of the tuning runs; learning_rates is what they gave
     search          conditions for the search of a weighting and for its confirmation, and what counts as a win; in a plan
@@ -211,7 +212,7 @@ class Plan:
         settings = merged(self.content["settings"], spec.get("settings", {}))
         settings = merged(settings, shaped.get("settings", {}))
         settings = merged(settings, {"model": {"weighting": shaped["weighting"]}, "seed_everything": seed})
-        settings, lr = merged(settings, above or {}), rate or self.rate_of(variant)
+        settings, lr = merged(settings, above or {}), rate or spec.get("rate") or self.rate_of(variant)
         if lr is not None:
             settings = merged(settings, {"model": {"optimizer": {"init_args": {"lr": lr}}}})
         named = spec.get("models", {}).items()

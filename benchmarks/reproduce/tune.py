@@ -32,10 +32,11 @@ def scores(records: Sequence[Record]) -> dict[float, tuple[float, float]]:
     }
 
 
-def chosen(records: Sequence[Record]) -> float:
-    """The rate with the largest area; ties by the lower reverse KL, then by the smaller rate."""
+def chosen(records: Sequence[Record], *, tolerance: float) -> float:
+    """The smallest rate whose area is at most ``tolerance`` below the largest: what lies closer is noise."""
     found = scores(records)
-    return min(found, key=lambda rate: (-found[rate][0], found[rate][1], rate))
+    best = max(height for height, _ in found.values())
+    return min(rate for rate, (height, _) in found.items() if height >= best - tolerance)
 
 
 def by_variant(plan: Plan, records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -62,13 +63,19 @@ def write_rates(plan: Plan, found: dict[str, list[Record]]) -> Plan:
     if text.count(START) != 1 or text.count(END) != 1:
         raise InputError(f"`--plan` must have the markers {START.strip()} and {END.strip()} once, got {plan.path}")
     before, rest = text.split(START)
-    lines = [f"  {variant}: {chosen(records)!r}\n" for variant, records in found.items()]
+    tolerance = tolerance_of(plan)
+    lines = [f"  {variant}: {chosen(records, tolerance=tolerance)!r}\n" for variant, records in found.items()]
     block = f"learning_rates:    # tried: {TABLE}, tuning of plan {plan.untuned_sha[:12]} without its rates\n"
     draft = plan.path.with_name(f".{plan.path.name}")
     draft.write_text(before + START + block + "".join(lines) + END + rest.split(END)[1], encoding="utf-8")
     os.replace(draft, plan.path)
     (plan.path.parent / TABLE).write_text(table(plan, found), encoding="utf-8")
     return read_plan(plan.path)
+
+
+def tolerance_of(plan: Plan) -> float:
+    """Areas closer than this count as equal."""
+    return float(plan.content["tuning"]["tolerance"])
 
 
 def table(plan: Plan, found: dict[str, list[Record]]) -> str:
@@ -81,14 +88,15 @@ def table(plan: Plan, found: dict[str, list[Record]]) -> str:
         "",
         f"Plan {plan.untuned_sha[:12]} without its learning rates; condition {tuning['condition']}, {steps} steps, "
         f"seeds {seeds}.",
-        "An entry is the area under greedy accuracy and, in brackets, the reverse KL at the end; the chosen rate is bold.",
+        "An entry is the area under greedy accuracy and, in brackets, the reverse KL at the end. Bold: the chosen rate, the "
+        f"smallest whose area is at most {tolerance_of(plan):g} below the largest.",
         "At the edge of the grid a better rate may lie outside.",
         "",
         f"| variant | {' | '.join(f'{rate:g}' for rate in rates)} | at the edge |",
         "|---|" + "---|" * (len(rates) + 1),
     ]
     for variant, records in found.items():
-        best, tried = chosen(records), scores(records)
+        best, tried = chosen(records, tolerance=tolerance_of(plan)), scores(records)
         cells = [f"{tried[rate][0]:.3f} ({tried[rate][1]:.2f})" for rate in rates]
         cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
         lines.append(f"| {variant} | {' | '.join(cells)} | {'yes' if best in (rates[0], rates[-1]) else ''} |")
