@@ -49,7 +49,9 @@ def save(trainer: Trainer, path: str | Path, weights_only: bool | None = None, l
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}{TEMPORARY}")
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(bool(weights_only))  # None is False with a line in the log
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(
+        bool(weights_only)
+    )  # None is False with a line in the log
     with shared_failure(), _explained(path, aside, first=trainer.is_global_zero):
         written = _write(trainer, checkpoint, aside)
         if trainer.is_global_zero:
