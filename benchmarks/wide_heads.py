@@ -41,7 +41,7 @@ def widened(student: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     places = spread(old)
 
     def slots(rows: int) -> Tensor:
-        """Where the rows of all heads go."""
+        """int64 [rows]: where the rows of all heads go."""
         return (torch.arange(rows // old).unsqueeze(-1) * 2 * old + places).flatten()
 
     state = student.state_dict()

@@ -62,17 +62,17 @@ def _reduced(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """Elementwise sum over the ranks of a tensor that has the same shape on each."""
+    """Elementwise sum over the ranks of a tensor of any shape, the same on each, scalars included."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
 def all_max(values: Tensor) -> Tensor:
-    """Elementwise maximum over the ranks of a tensor that has the same shape on each."""
+    """Elementwise maximum over the ranks of a tensor of any shape, the same on each, scalars included."""
     return _reduced(values, dist.ReduceOp.MAX)
 
 
 def all_min(values: Tensor) -> Tensor:
-    """Elementwise minimum over the ranks of a tensor that has the same shape on each."""
+    """Elementwise minimum over the ranks of a tensor of any shape, the same on each, scalars included."""
     return _reduced(values, dist.ReduceOp.MIN)
 
 

@@ -83,7 +83,7 @@ class Checkpoint:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-        """A stored tensor, or ``rows`` of its leading dimension, as ``dtype``.
+        """A stored tensor in its own shape [N, ...], or ``rows`` of its leading dimension, as ``dtype``.
 
         Raises:
             InputError: it holds integers where floating weights are wanted.

@@ -63,12 +63,12 @@ def lengths(mask: Tensor) -> Tensor:
 
 
 def ceil_count(fraction: float, counts: Tensor) -> Tensor:
-    """ceil(fraction * counts) in int64, forgiving the last bits of a product that is whole (0.3 * 50 is 15)."""
+    """ceil(fraction * counts), int64 [...] as ``counts``; a product that is whole but for its last bits is whole (0.3 * 50 is 15)."""
     return torch.ceil(counts.double() * fraction - COUNT_SLACK).long()
 
 
 def floor_count(fraction: float, counts: Tensor) -> Tensor:
-    """floor(fraction * counts) in int64, forgiving the last bits of a product that is whole ((1 - 0.9) * 20 is 2)."""
+    """floor(fraction * counts), int64 [...] as ``counts``; whole but for its last bits is whole ((1 - 0.9) * 20 is 2)."""
     return torch.floor(counts.double() * fraction + COUNT_SLACK).long()
 
 

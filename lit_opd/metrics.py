@@ -24,7 +24,7 @@ class WeightedMean(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor) -> None:
-        """Add ``values`` with ``weights`` of the same shape; a value of weight 0 may be anything."""
+        """Add ``values`` [B, T] with ``weights`` of the same shape; a value of weight 0 may be anything."""
         used = weights.bool()
         self.total += torch.where(used, values.double() * weights.double(), 0.0).sum()
         self.count += weights.double().sum()
@@ -110,7 +110,7 @@ def token_quantities(
 
 
 def position_edges(length: int, *, bins: int, scale: str) -> Tensor:
-    """First position of each bin and, at the end, ``length + 1``; int64, strictly rising, at most ``bins`` bins.
+    """First position of each bin and, at the end, ``length + 1``; int64 [N + 1], strictly rising, N <= ``bins``.
 
     Args:
         length: last position covered, >= 1.

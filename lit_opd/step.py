@@ -103,14 +103,14 @@ class _Parts:
         self.values: dict[str, Tensor] = {}
 
     def put(self, name: str, rows: Tensor, part: Tensor) -> None:
-        """Store ``part`` [rows, columns, ...] without its gradient."""
+        """Store ``part`` [R, columns, ...] without its gradient."""
         part = part.detach()
         if name not in self.values:
             self.values[name] = part.new_zeros(self.shape + part.shape[2:])
         self.values[name][rows.to(part.device), : part.shape[1]] = part
 
     def put_scores(self, who: str, rows: Tensor, scores: TokenScores) -> None:
-        """Store what ``who`` ("student", "teacher", "reference") says of the rows."""
+        """Store what ``who`` ("student", "teacher", "reference") says of ``rows``, int64 [R]."""
         found = {f"{who}_logprobs": scores.logprobs, f"{who}_entropy": scores.entropy, "token_kl": scores.token_kl}
         if scores.topk is not None:
             found |= {f"{who}_topk.ids": scores.topk.ids, f"{who}_topk.logprobs": scores.topk.logprobs}
@@ -119,7 +119,7 @@ class _Parts:
                 self.put(name, rows, value)
 
     def signal_fields(self, rows: Tensor, columns: int) -> dict[str, Any]:
-        """The optional and required fields of a ``TokenSignal`` of some rows and the leading columns, finite."""
+        """The optional and required fields of a ``TokenSignal`` of ``rows``, int64 [R], and the leading columns, finite."""
         cut = {name: value[rows.to(value.device), :columns] for name, value in self.values.items()}
         fields: dict[str, Any] = {name: finite(cut[name]) for name in _SIGNAL_FIELDS if name in cut}
         for name in ("student_topk", "teacher_topk"):

@@ -195,7 +195,7 @@ class _HeadGradient:
             _add_product(self.weight[columns], slope.T, self.scaled[rows])
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """In the dtypes of the inputs."""
+        """Of hidden states [N, H], weight [V, H] and bias [V] in the dtypes of the inputs, None where there is none."""
         if self.hidden is not None:
             self.hidden *= self.upstream.unsqueeze(-1)
         pairs = ((self.hidden, self.head.hidden), (self.weight, self.head.weight), (self.bias, self.head.bias))
@@ -339,12 +339,12 @@ class PairedSums:
 
     @property
     def reverse_kl(self) -> Tensor:
-        """KL(p || q)."""
+        """KL(p || q), [N] nats."""
         return self.under_student - self.student + self.teacher
 
     @property
     def forward_kl(self) -> Tensor:
-        """KL(q || p)."""
+        """KL(q || p), [N] nats."""
         return self.student - self.teacher - self.under_teacher
 
 

@@ -94,11 +94,11 @@ class ReplayModule(OPDModule):
         """Nobody listens."""
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Without a fit there is no precision plugin to go through."""
+        """Backward of a scalar: without a fit there is no precision plugin to go through."""
         loss.backward()
 
     def clip(self) -> Tensor:
-        """The norm of the gradient, which is left as it is."""
+        """The norm of the gradient, a scalar; the gradient is left as it is."""
         self._gradient = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._trained()]
         return torch.tensor(dot(self._gradient, self._gradient)).sqrt()
 

@@ -107,7 +107,7 @@ class _ReverseTerm(_FullTerm):
     """KL(p || q): slope p (log p - log q - D)."""
 
     def divergence(self, sums: PairedSums, head: Head) -> tuple[Tensor, Tensor]:
-        """D is the centre too."""
+        """Both [N]: D is the centre too."""
         return sums.reverse_kl, sums.reverse_kl
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -122,7 +122,7 @@ class _ForwardTerm(_FullTerm):
     """KL(q || p): slope p - q."""
 
     def divergence(self, sums: PairedSums, head: Head) -> tuple[Tensor, Tensor]:
-        """Nothing to centre: the slopes sum to 0."""
+        """Both [N]; nothing to centre: the slopes sum to 0."""
         return sums.forward_kl, torch.zeros_like(sums.student)
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -135,7 +135,7 @@ class _JsdTerm(_FullTerm):
     """beta KL(q || m) + (1 - beta) KL(p || m): slope (1 - beta) p (log p - log m - KL(p || m))."""
 
     def divergence(self, sums: PairedSums, head: Head) -> tuple[Tensor, Tensor]:
-        """A second pass, because the mixture needs both log-sum-exps; the centre is KL(p || m)."""
+        """Both [N]; a second pass, because the mixture needs both log-sum-exps; the centre is KL(p || m)."""
         of_student, of_teacher = torch.zeros_like(sums.student), torch.zeros_like(sums.student)
         for rows, columns in tiles(head):
             student = head.logits(rows, self.temperature, columns).sub_(self.student_log[rows])

@@ -95,7 +95,7 @@ class CachedRows:
         return self.mask if self.padded else None, positions
 
     def take(self, rows: Tensor) -> None:
-        """Keep ``rows`` (with repetition), without the columns that are padding in all of them."""
+        """Keep ``rows``, int64 [R] with repetition, without the columns that are padding in all of them."""
         self.mask, self.position, self.states = self.mask[rows], self.position[rows], self.states[rows]
         start = int(self.mask.any(0).int().argmax()) if self.padded else 0
         self.mask = self.mask[:, start:]

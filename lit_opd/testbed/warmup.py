@@ -118,7 +118,7 @@ def perturb(problem: Problem, full: Automaton, rng: random.Random, rate: float) 
 
 
 def supervised_targets(responses: Tensor, replaced: Sequence[list[bool]]) -> Tensor:
-    """``responses`` with the tokens of replaced codes left out: a teacher reads the errors and does not learn to make them."""
+    """``responses`` [B, T] without the tokens of replaced codes: a teacher reads the errors and does not learn to make them."""
     targets = responses.clone()
     wrong = torch.tensor(replaced).repeat_interleave(CODE_LENGTH, dim=-1)
     targets[:, : wrong.shape[1]].masked_fill_(wrong, NOT_SUPERVISED)
@@ -137,7 +137,7 @@ def supervised_step(
 
     Args:
         model: trained in place.
-        batch: prompt and response ids.
+        batch: prompt and response ids, int64 [B, P] and [B, T].
         optimizer: of its parameters.
         max_grad_norm: gradients are clipped to this norm.
         targets: response ids with ``NOT_SUPERVISED`` where a token does not count; default all count.
@@ -203,7 +203,7 @@ def drawn_batch(
     perturbed: float,
     full: Automaton | None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """Prompts and responses of ``problems``, perturbed where that is asked for, and what is supervised of them."""
+    """Prompts [B, P] and responses [B, T] of ``problems``, perturbed where asked for, and what is supervised of them."""
     if perturbed == 0.0:
         return supervised_batch(problems, tokenizer), None
     assert full is not None

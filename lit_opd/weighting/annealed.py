@@ -126,5 +126,5 @@ class AnnealedPrefixMask(_AnnealedPrefix):
         return self.inside(signal, progress).to(signal.student_logprobs.dtype)
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
-        """The prefix with ``shrink_denominator``, else everything."""
+        """bool [B, T]: the prefix with ``shrink_denominator``, else everything."""
         return self.inside(signal, progress) if self.shrink_denominator else None

@@ -99,7 +99,7 @@ class Product(_Combinator):
         return product
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
-        """The tokens that every factor keeps."""
+        """bool [B, T]: the tokens that every factor keeps."""
         kept = signal.mask
         for child in self.children_in_order:
             kept = kept & child.kept(signal, progress) if child.drops_tokens else kept
@@ -126,7 +126,7 @@ class _Wrapper(_Combinator):
         return [cls(ImportanceWeighting()), cls(product), cls(Uniform())]
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
-        """The tokens that the inner strategy keeps."""
+        """bool [B, T]: the tokens that the inner strategy keeps."""
         return self.strategy.kept(signal, progress) if self.strategy.drops_tokens else None
 
 
@@ -191,7 +191,7 @@ class _Rearranged(_Wrapper):
         return self._moved(self.strategy(signal, progress), signal)
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
-        """The inner ``keep`` in the same other order."""
+        """bool [B, T]: the inner ``keep`` in the same other order."""
         kept = super().keep(signal, progress)
         return None if kept is None else self._moved(kept, signal)
 
@@ -215,7 +215,7 @@ class Reversed(_Rearranged):
     """
 
     def order(self, signal: TokenSignal) -> Tensor:
-        """The valid columns from the last to the first."""
+        """int64 [B, T]: the valid columns from the last to the first."""
         columns = valid_columns(signal.mask)
         place = torch.arange(columns.shape[1], device=columns.device).expand(columns.shape)
         from_end = lengths(signal.mask).unsqueeze(-1) - 1 - place
@@ -245,7 +245,7 @@ class Shuffled(_Rearranged):
         self._require("seed", is_integer(seed), "an integer")
 
     def order(self, signal: TokenSignal) -> Tensor:
-        """The valid columns by the size of their draw."""
+        """int64 [B, T]: the valid columns by the size of their draw."""
         assert signal.row_keys is not None  # the record fills it
         draws = token_uniforms(self.seed, signal.row_keys, signal.step, signal.mask, domain=_DOMAIN)
         return draws.argsort(dim=-1, stable=True)
