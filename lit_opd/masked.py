@@ -63,7 +63,7 @@ def lengths(mask: Tensor) -> Tensor:
 
 
 def ceil_count(fraction: float, counts: Tensor) -> Tensor:
-    """ceil(fraction * counts), int64 [...] as ``counts``; a product that is whole but for its last bits is whole (0.3 * 50 is 15)."""
+    """ceil(fraction * counts), int64 [...] as ``counts``; whole but for its last bits is whole (0.3 * 50 is 15)."""
     return torch.ceil(counts.double() * fraction - COUNT_SLACK).long()
 
 
