@@ -50,6 +50,7 @@ PREFIX_RATIO = {
 STOPPED = {
     "model.rollout_stop": "RatioStop",
     "model.rollout_stop.threshold": "0.05",
+    "model.rollout_stop.chunk": "16",
     "model.aggregation": "token-mean",
 }
 # What each setting changes of configs/quickstart.yaml, by command-line name
