@@ -70,7 +70,7 @@ def table(axis: str, points: list[tuple[int, dict[str, float]]]) -> list[str]:
     fixed = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
     lines = [f"Against {axis} ({fixed}):", "", f"| {axis} | s/step | of it sampling | peak MB |", "|---|---|---|---|"]
     lines += [f"| {x} | {p['seconds']:.2f} | {p['sampling']:.2f} | {p['peak']:.0f} |" for x, p in points]
-    upper = points[len(points) // 2 - 1 :] if len(points) > 3 else points
+    upper = points[len(points) // 2 :] if len(points) > 3 else points
     xs = [x for x, _ in upper]
     fitted = [slope(xs, [max(p[name], 1e-9) for _, p in upper]) for name in ("seconds", "sampling", "peak")]
     return [*lines, f"| slope from {xs[0]} on | {fitted[0]:.2f} | {fitted[1]:.2f} | {fitted[2]:.2f} |", ""]

@@ -470,7 +470,7 @@ def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path):
     assert row_of(page, "uniform")[7] == "" and row_of(page, "uniform")[1] == "6"
     rate = f"{plan.rate_of('iw-signed') or 4e-4:g}"
     assert row_of(page, "iw-signed", table=1) == ["iw-signed", rate, "1.250", "0.900", "7.000", "0.000", "214"]
-    assert plan.sha in page and "All of them were made under this plan." in page and "95 of 287" in page
+    assert plan.sha in page and "All of them were made under this plan." in page and "95 of 308" in page
 
 
 def test_a_condition_with_bases_models_is_paired_with_base(tmp_path):

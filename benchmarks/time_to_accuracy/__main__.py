@@ -1,6 +1,6 @@
 """Seconds of training to greedy 0.80 on the testbed: this project's settings and TRL's IWOPDTrainer in turn.
 
-    python -m benchmarks.time_to_accuracy --trl-python PATH [--seeds 200 201 202] [--rounds 1] [--out docs]
+    python -m benchmarks.time_to_accuracy --trl-python PATH [--seeds 300 301 302] [--rounds 1] [--out docs]
 
 Every run is a process of its own with one thread and starts from the shipped student. The clock stands still at every 256
 prompts while the student's weights are saved; afterwards ``lit_opd.testbed.accuracy`` answers the 256 held-out
@@ -230,7 +230,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; what cannot run is refused before anything does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=[*OURS, *TRL], default=None, help="default all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[300, 301, 302])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=5120, help="prompts a run, in multiples of 256")
     parser.add_argument("--out", type=Path, default=None, help=f"folder with {PAGE}")
