@@ -365,7 +365,8 @@ class Update:
             loss=self.parts.values["loss"],
             clipped=self.parts.values["clipped"],
             finish_reason=self.sampled.finish_reason,
-            sampled_tokens=self.sampled.lengths.sum(),
+            sampled_tokens=self.sampled.num_drawn.sum(),
+            response_tokens=None if self.sampled.drawn is None else self.sampled.lengths.sum(),
             grad_norm=self.grad_norm,
             progress=self.progress,
             step=self.module.global_step,
@@ -441,16 +442,17 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     ratio, mask = signal.log_ratio, signal.mask
     truncated = record.finish_reason == int(FinishReason.LENGTH)
     budget, drift = (record.finish_reason == int(reason) for reason in (FinishReason.BUDGET, FinishReason.DRIFT))
+    held = record.sampled_tokens if record.response_tokens is None else record.response_tokens
     assert signal.sampler_logprobs is not None
     sampler_gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
     sums = torch.stack(
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
-            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift,
+            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift, held,
         )]
     )  # fmt: skip
     (
-        tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift,
+        tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift, held,
     ) = all_sum(sums).unbind()  # fmt: skip
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
     found = {
@@ -470,7 +472,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/truncated_fraction": cut / rows,
         "train/budget_fraction": budget / rows,
         "train/stopped_fraction": drift / rows,
-        "train/response_length": sampled / rows,
+        "train/response_length": held / rows,
     }
 
 
