@@ -174,7 +174,9 @@ class Update:
             if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
                 scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
             else:
-                scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
+                # mini-batches are cut otherwise, so what the teacher kept for their updates would not be found
+                again = requires - {"teacher_distribution"} if self.module.mini_batches > 1 else requires
+                scores = model.score(part, temperature=self.module.sampler.temperature, requires=again)
             self.parts.put_scores(who, rows, scores)
 
     def score_student(self) -> None:
@@ -237,6 +239,8 @@ class Update:
         module = self.module
         chunks = torch.tensor_split(torch.arange(len(self.rollout)), module.mini_batches) * module.epochs
         losses: list[Tensor] = []
+        if module.mini_batches > 1:
+            self._forget()
         with self._teacher_head():
             for done, chunk in enumerate(chunks):
                 losses.append(self._optimizer_step(chunk, left=len(chunks) - done))
@@ -393,7 +397,13 @@ class Update:
                 size = {"rows": len(lengths), "longest": int(lengths.max())}
                 module.room.halve(module.token_budget, **size, step=module.global_step + 1, error=error)
             module.clear_gradients()  # outside the handler: the traceback holds what the attempt allocated
+            self._forget()
             free_memory()
+
+    def _forget(self) -> None:
+        """What the frozen models kept of this batch's micro-batches is of no use to those that come."""
+        for model in self.module.scorers.values():
+            model.forget()
 
     def _part(self, rows: Tensor) -> Rollout:
         """A micro-batch of ``rows``."""
