@@ -550,7 +550,7 @@ class OPDModule(L.LightningModule):
         """Tokens that the rows cut by the budget or the stop could still have had, over all ranks, scalar."""
         rollout = record.rollout  # which has all of these rows, whatever `truncated` is
         cut = (rollout.finish_reason == int(FinishReason.BUDGET)) | (rollout.finish_reason == int(FinishReason.DRIFT))
-        return all_sum((self.sampler.max_new_tokens - rollout.lengths)[cut].sum())
+        return all_sum((self.sampler.max_new_tokens - rollout.num_drawn)[cut].sum())
 
     # -- Lightning: validation ---------------------------------------------------------------------------------------
 

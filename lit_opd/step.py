@@ -174,7 +174,9 @@ class Update:
             if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
                 scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
             else:
-                scores = model.score(part, temperature=self.module.sampler.temperature, requires=requires)
+                # mini-batches are cut otherwise, so what the teacher kept for their updates would not be found
+                again = requires - {"teacher_distribution"} if self.module.mini_batches > 1 else requires
+                scores = model.score(part, temperature=self.module.sampler.temperature, requires=again)
             self.parts.put_scores(who, rows, scores)
 
     def score_student(self) -> None:
@@ -237,6 +239,8 @@ class Update:
         module = self.module
         chunks = torch.tensor_split(torch.arange(len(self.rollout)), module.mini_batches) * module.epochs
         losses: list[Tensor] = []
+        if module.mini_batches > 1:
+            self._forget()
         with self._teacher_head():
             for done, chunk in enumerate(chunks):
                 losses.append(self._optimizer_step(chunk, left=len(chunks) - done))
@@ -365,7 +369,8 @@ class Update:
             loss=self.parts.values["loss"],
             clipped=self.parts.values["clipped"],
             finish_reason=self.sampled.finish_reason,
-            sampled_tokens=self.sampled.lengths.sum(),
+            sampled_tokens=self.sampled.num_drawn.sum(),
+            response_tokens=None if self.sampled.drawn is None else self.sampled.lengths.sum(),
             grad_norm=self.grad_norm,
             progress=self.progress,
             step=self.module.global_step,
@@ -392,7 +397,13 @@ class Update:
                 size = {"rows": len(lengths), "longest": int(lengths.max())}
                 module.room.halve(module.token_budget, **size, step=module.global_step + 1, error=error)
             module.clear_gradients()  # outside the handler: the traceback holds what the attempt allocated
+            self._forget()
             free_memory()
+
+    def _forget(self) -> None:
+        """What the frozen models kept of this batch's micro-batches is of no use to those that come."""
+        for model in self.module.scorers.values():
+            model.forget()
 
     def _part(self, rows: Tensor) -> Rollout:
         """A micro-batch of ``rows``."""
@@ -441,16 +452,17 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     ratio, mask = signal.log_ratio, signal.mask
     truncated = record.finish_reason == int(FinishReason.LENGTH)
     budget, drift = (record.finish_reason == int(reason) for reason in (FinishReason.BUDGET, FinishReason.DRIFT))
+    held = record.sampled_tokens if record.response_tokens is None else record.response_tokens
     assert signal.sampler_logprobs is not None
     sampler_gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
     sums = torch.stack(
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
-            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift,
+            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift, held,
         )]
     )  # fmt: skip
     (
-        tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift,
+        tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift, held,
     ) = all_sum(sums).unbind()  # fmt: skip
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
     found = {
@@ -470,7 +482,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/truncated_fraction": cut / rows,
         "train/budget_fraction": budget / rows,
         "train/stopped_fraction": drift / rows,
-        "train/response_length": sampled / rows,
+        "train/response_length": held / rows,
     }
 
 

@@ -236,6 +236,7 @@ class Rollout(_Record):
         finish_reason: int8 [B] of ``FinishReason``.
         provenance: engine, temperature, top-p, top-k and weights version.
         teacher_logprobs: [B, T] nats, 0 where masked, where the teacher scored the tokens while they were sampled, else None.
+        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again; None where none was.
     """
 
     prompts: PromptBatch
@@ -245,6 +246,7 @@ class Rollout(_Record):
     finish_reason: Tensor
     provenance: Provenance
     teacher_logprobs: Tensor | None = None
+    drawn: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_ids.shape)
@@ -254,8 +256,10 @@ class Rollout(_Record):
         self._require_shape("sampler_logprobs", shape, like="`response_ids`")
         self._require_shape("teacher_logprobs", shape, like="`response_ids`")
         self._require_shape("finish_reason", shape[:1], like="the rows")
+        self._require_shape("drawn", shape[:1], like="the rows")
         for name, dtype in (("response_ids", torch.int64), ("mask", torch.bool), ("finish_reason", torch.int8)):
             self._require_dtype(name, dtype)
+        self._require_dtype("drawn", torch.int64)
         for name in ("sampler_logprobs", "teacher_logprobs"):
             if getattr(self, name) is not None:
                 values = at_least_float32(getattr(self, name).detach())
@@ -266,8 +270,13 @@ class Rollout(_Record):
 
     @property
     def lengths(self) -> Tensor:
-        """int64 [B], sampled tokens a row."""
+        """int64 [B], tokens of each response."""
         return self.mask.sum(-1)
+
+    @property
+    def num_drawn(self) -> Tensor:
+        """int64 [B], tokens that were sampled for each response, what was cut off included."""
+        return self.lengths if self.drawn is None else self.drawn
 
     @property
     def finished(self) -> Tensor:
@@ -427,13 +436,15 @@ class StepRecord(_Record):
         loss: [B, T] weighted token losses of the last pass, 0 where masked.
         clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
         finish_reason: int8 [rows sampled], before truncated rows were dropped.
-        sampled_tokens: int64 scalar, tokens sampled on this rank, before truncated rows were dropped.
+        sampled_tokens: int64 scalar, tokens sampled on this rank, before truncated rows were dropped; those that a
+            ``RatioStop`` cut off included.
         grad_norm: scalar, global gradient norm before clipping at the batch's last update.
         progress: training progress in [0, 1] that the strategy saw.
         step: optimizer steps done, this batch's included.
         seconds: wall seconds of each phase: sampling, scoring, updating.
         skipped: True where a value was not finite and the batch's steps, or the rest of them, were not made: no token is in
             ``kept``, and what was not finite is 0 in the signal.
+        response_tokens: int64 scalar, as ``sampled_tokens`` without what was cut off; None where that is the same.
     """
 
     rollout: Rollout
@@ -449,6 +460,7 @@ class StepRecord(_Record):
     step: int
     seconds: dict[str, float]
     skipped: bool = False
+    response_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -78,7 +78,8 @@ def module(folders: tuple[str, str], fixed: Rollout, *, dtype: str = "float64", 
         defaults["reference"] = LocalTeacher(student, dtype=dtype)
     recomputed = settings.pop("gradient_checkpointing", False)
     learner = StudentSettings(student, dtype=dtype, gradient_checkpointing=recomputed)
-    return OPDModule(learner, LocalTeacher(teacher, dtype=dtype), **(defaults | settings))
+    models = {"student": learner, "teacher": LocalTeacher(teacher, dtype=dtype)}
+    return OPDModule(**(models | defaults | settings))
 
 
 class Collect(L.Callback):

@@ -18,7 +18,7 @@ from lit_opd.scoring import Head, ScoringModel
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import InputError, TokenSignal
 from lit_opd.weighting import BatchMeanOne, ImportanceWeighting, Uniform, WeightingStrategy
-from tests import fixed, tiny
+from tests import fixed, poisoned, tiny
 
 TOKENS, VOCABULARY, HIDDEN = 23, 31, 5
 SPECS = {
@@ -374,6 +374,48 @@ def test_the_teachers_body_runs_once_a_micro_batch_and_batch(folders, rollout):
     teacher.score(rollout)
     teacher.full_head(turned)
     assert len(seen) == 2  # nothing of it was kept
+
+
+class Holding(LocalTeacher):
+    """Notes how many tokens' hidden states it keeps whenever the student's side asks for its head."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, dtype="float64")
+        self.held: list[int] = []
+
+    def full_head(self, rollout):
+        """As ever."""
+        self.held.append(sum(len(hidden) for _, hidden in self._kept))
+        return super().full_head(rollout)
+
+
+@pytest.mark.parametrize("reads_kl", [False, True])
+def test_hidden_states_are_kept_only_where_they_are_read_again(folders, rollout, reads_kl):
+    """Mini-batches are cut otherwise than the batch that was scored: kept states serve the student's scoring pass only."""
+    advantage = [ValueBaseline()] if reads_kl else []
+    held, tokens = {}, sum(LENGTHS)
+    for mini_batches in (1, 2):
+        teacher = Holding(folders[1])
+        run = {
+            "objective": Divergence("reverse_kl"),
+            "weighting": Uniform(),
+            "advantage": advantage,
+            "teacher": teacher,
+        }
+        trained = fixed.module(folders, rollout, mini_batches=mini_batches, **run)
+        fixed.fit(trained, rollout.prompts, steps=mini_batches)
+        held[mini_batches] = teacher.held
+    assert held[1] == [tokens]
+    assert held[2] == ([tokens] if reads_kl else []) + [0, 0]
+
+
+def test_a_scoring_pass_made_again_keeps_nothing_of_the_first(folders, rollout):
+    """Memory runs out on the teacher's third micro-batch."""
+    teacher = Holding(folders[1])
+    trained = fixed.module(folders, rollout, objective=Divergence("reverse_kl"), token_budget=40, teacher=teacher)
+    with pytest.warns(UserWarning, match="out of memory at optimizer step 1"):
+        fixed.fit(trained, rollout.prompts, watch=poisoned.Starved("teacher", {2}, training=False))
+    assert set(teacher.held) == {sum(LENGTHS)}
 
 
 def table_logprobs(head: Head, part) -> torch.Tensor:

@@ -6,9 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from lit_opd.rollout import DecodeSampler, TransformersSampler, decode
+from lit_opd.rollout import DecodeSampler, TransformersSampler, decode, plain_decoder
 from lit_opd.rollout.plain_decoder import FEW_ROWS, LARGE_WEIGHT, is_plain_decoder
 from lit_opd.scoring import ScoringModel
 from lit_opd.types import exp_
@@ -56,8 +71,41 @@ def yarn() -> Any:
     return built.double()
 
 
-@pytest.mark.parametrize("build", [qwen3, qwen2, yarn, lambda: tiny.llama(seed=1).double()])
-def test_llama_and_qwen_take_plain_steps_and_sample_as_generate_does(build):
+def mistral() -> Any:
+    torch.manual_seed(5)
+    return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)).double()
+
+
+def ministral3() -> Any:
+    """Named like Llama; from position 8 on queries grow with the logarithm of the position."""
+    torch.manual_seed(6)
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 8}
+    config = Ministral3Config(**SMALL, head_dim=4, rope_parameters=rope | {"llama_4_scaling_beta": 0.5})
+    return spread(Ministral3ForCausalLM(config))
+
+
+def gemma() -> Any:
+    """Named like Llama; its norms multiply by one plus the weight and call their epsilon otherwise."""
+    torch.manual_seed(7)
+    return GemmaForCausalLM(GemmaConfig(**SMALL, head_dim=4)).double()
+
+
+def olmo() -> Any:
+    """Named like Llama; its norms have no weight."""
+    torch.manual_seed(8)
+    return OlmoForCausalLM(OlmoConfig(**SMALL, eos_token_id=1)).double()
+
+
+def spread(model: Any) -> Any:
+    """With weights large enough that attention differs between positions."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10.0 if weight.ndim > 1 else 1.0)
+    return model.double()
+
+
+@pytest.mark.parametrize("build", [qwen3, qwen2, yarn, mistral, lambda: tiny.llama(seed=1).double()])
+def test_llama_mistral_and_qwen_take_plain_steps_and_sample_as_generate_does(build):
     policy = ScoringModel(build(), vocabulary=64)
     assert decode._runs_plain(policy, CPU)
     require_same(ours.sample(policy, prompts(16), settings()), reference.sample(policy, prompts(16), settings()))
@@ -74,11 +122,51 @@ def test_other_architectures_keep_their_own_forward():
         )
 
 
-def test_a_look_alike_is_found_out_by_the_probe():
-    """Granite's modules have Llama's names; its multipliers show in the numbers only."""
-    policy = ScoringModel(granite(), vocabulary=64)
+@pytest.mark.parametrize("build", [granite, ministral3, gemma, olmo])
+def test_look_alikes_keep_their_own_forward(build):
+    """Modules with Llama's names, other arithmetic: the sampler's log-probs are the scorer's at every position."""
+    policy = ScoringModel(build(), vocabulary=64)
+    found = ours.sample(policy, prompts(16), settings(stop_ids=()))
+    require_same(found, reference.sample(policy, prompts(16), settings(stop_ids=())))
+    with torch.no_grad():
+        torch.testing.assert_close(found.sampler_logprobs, policy(found).logprobs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_position_dependent_factor_would_show_behind_the_original_window(monkeypatch):
+    """No short probe sees it, and the test above would: Ministral 3 run as if it were Llama."""
+    name = "transformers.models.ministral3.modeling_ministral3.Ministral3Model"
+    monkeypatch.setattr(plain_decoder, "_DECODERS", {name})
+    policy = ScoringModel(ministral3(), vocabulary=64)
+    assert decode._runs_plain(policy, CPU)
+    found = ours.sample(policy, prompts(16, ragged=False), settings(stop_ids=()))
+    with torch.no_grad():
+        gap = (found.sampler_logprobs - policy(found).logprobs).abs().amax(0)
+    assert gap[:2].max() < 1e-6 and gap[4:].max() > 0.05  # prompts have 6 tokens
+
+
+def test_a_subclass_of_a_known_decoder_keeps_its_own_forward():
+    class Mine(LlamaModel):
+        """May do anything."""
+
+    model = LlamaForCausalLM(tiny.llama(seed=1).config)
+    assert is_plain_decoder(model)
+    model.model = Mine(model.config)
+    assert not is_plain_decoder(model)
+
+
+def test_other_norms_keep_their_own_forward():
+    model = tiny.llama(seed=1)
+    model.model.norm = torch.nn.RMSNorm(16)
+    assert not is_plain_decoder(model)
+
+
+def test_a_known_class_with_other_numbers_is_found_out_by_the_probe():
+    """A layer that scales its scores otherwise."""
+    model = tiny.llama(seed=1).double()
+    model.model.layers[1].self_attn.scaling *= 3
+    policy = ScoringModel(model, vocabulary=64)
     assert is_plain_decoder(policy.causal_lm)
-    with pytest.warns(UserWarning, match="GraniteForCausalLM's own forward, which is slower"):
+    with pytest.warns(UserWarning, match="LlamaForCausalLM's own forward, which is slower"):
         found = ours.sample(policy, prompts(16), settings())
     require_same(found, reference.sample(policy, prompts(16), settings()))
 

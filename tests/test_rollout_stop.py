@@ -19,7 +19,7 @@ from lit_opd.advantage import RewardExtrapolation
 from lit_opd.models import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
-from lit_opd.rollout import DecodeSampler, LengthBudget, RatioStop, Sampler, TransformersSampler, VLLMSampler, decode
+from lit_opd.rollout import DecodeSampler, LengthBudget, RatioStop, Sampler, TransformersSampler, VLLMSampler
 from lit_opd.rollout.ratio_stop import RatioWatch
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from lit_opd.types import FinishReason, InputError, Rollout, TokenSignal
@@ -29,6 +29,7 @@ from tests.test_decode import MODELS, Watched, flat, policy_of, prompts, setting
 
 LONGEST = 12
 THRESHOLD = 0.3
+CHUNK = 3
 PROMPTS = fixed.rollout(lengths=[1] * 8, prompt_lengths=[4, 2, 6, 1, 5, 3, 2, 4], truncated=set()).prompts
 STOP, LENGTH, BUDGET, DRIFT = (int(reason) for reason in FinishReason)
 ours = DecodeSampler(max_new_tokens=LONGEST)
@@ -79,6 +80,15 @@ def require_cut(stopped: Rollout, whole: Rollout, at: list[int | None]) -> None:
         assert int(stopped.finish_reason[row]) == reason
 
 
+def drawn(whole: Rollout, at: list[int | None], *, chunk: int) -> list[int]:
+    """Tokens sampled a row: to its end, or to the first look behind a collapse."""
+    found = []
+    for length, cut in zip(whole.lengths.tolist(), at, strict=True):
+        look = length if cut is None else next(n for n in range(chunk, LONGEST + chunk + 1, chunk) if n >= cut)
+        found.append(min(length, look))
+    return found
+
+
 BATCHES = {
     "ragged": lambda: prompts(16),
     "no padding": lambda: prompts(16, ragged=False),
@@ -93,7 +103,9 @@ def test_stopped_responses_are_the_whole_ones_cut_at_the_collapse(student, judge
     whole = ours.sample(student, rows, settings())
     stop = RatioStop(THRESHOLD, chunk=chunk)
     stopped = ours.sample(student, rows, settings(stop=stop.watching(judge)))
-    require_cut(stopped, whole, cuts(whole, student, judge, threshold=THRESHOLD))
+    at = cuts(whole, student, judge, threshold=THRESHOLD)
+    require_cut(stopped, whole, at)
+    assert stopped.num_drawn.tolist() == drawn(whole, at, chunk=chunk)
     assert {STOP, DRIFT} <= set(stopped.finish_reason.tolist())
     assert (stopped.lengths == whole.lengths).sum() > 3 and (stopped.lengths < whole.lengths).sum() > 3
     scores = judge(stopped).logprobs
@@ -133,6 +145,16 @@ def test_a_threshold_that_no_row_reaches_changes_nothing(student, judge):
     whole = ours.sample(student, prompts(16), settings())
     stopped = ours.sample(student, prompts(16), settings(stop=RatioStop(1e-300).watching(judge)))
     require_cut(stopped, whole, [None] * 16)
+    assert torch.equal(stopped.num_drawn, whole.lengths) and torch.equal(whole.num_drawn, whole.lengths)
+
+
+def test_tokens_drawn_follow_their_rows(student, judge):
+    stopped = ours.sample(student, prompts(16), settings(stop=RatioStop(THRESHOLD, chunk=3).watching(judge)))
+    index = torch.tensor([11, 0, 7, 11])
+    assert stopped.rows(index).trimmed().num_drawn.tolist() == stopped.num_drawn[index].tolist()
+    assert (stopped.num_drawn > stopped.lengths).any()
+    with pytest.raises(InputError, match=r"Rollout.drawn.*shape \(16,\)"):
+        replace(stopped, drawn=stopped.num_drawn[1:])
 
 
 def test_a_rows_response_depends_on_its_key_only(student, judge):
@@ -147,9 +169,8 @@ def test_a_rows_response_depends_on_its_key_only(student, judge):
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_stopped_rows_leave_the_batch(student, judge, monkeypatch, chunk):
-    """With every end acted upon, both models run, behind each look, just the rows that are left, counted from the lengths."""
-    monkeypatch.setattr(decode, "ENDED_SHARE", 1e-6)
+def test_stopped_rows_leave_the_batch(student, judge, chunk):
+    """At every look: both models run, behind it, just the rows that are left, counted from the lengths."""
     wanted = settings(stop=RatioStop(THRESHOLD, chunk=chunk).watching(judge))
     with Watched(student) as steps, Watched(judge) as chunks:
         lengths = ours.sample(student, prompts(16), wanted).lengths
@@ -210,9 +231,10 @@ def test_training_responses_stop_whatever_becomes_of_truncated_ones(folders, tru
         assert not stopped.mask[torch.tensor(reasons) == LENGTH].any()
     else:
         require_cut(stopped, whole.rollout.rows(kept), [at[row] for row in kept.tolist()])
-    assert record.sampled_tokens == sum(
+    assert record.response_tokens == sum(
         int(n) if cut is None else cut for n, cut in zip(whole.rollout.lengths, at, strict=True)
     )
+    assert record.sampled_tokens == sum(drawn(whole.rollout, at, chunk=3)) > record.response_tokens
     again = module(folders, sampler=fixed.FixedSampler(stopped, max_new_tokens=LONGEST))
     assert fixed.relative_gap(gradient, fixed.gradient(again, stopped.prompts)[1]) < 1e-9
 
@@ -299,19 +321,22 @@ def test_stop_and_length_budget_together(folders):
 
 
 def test_what_is_logged(folders):
-    """Rows stopped, and the slots that they left, counted from the record."""
+    """Rows stopped, what they hold, what was sampled for it, and the slots that they left, counted from the record."""
     logged: dict[str, float] = {}
 
     class Look(L.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
 
-    trained = module(folders, rollout_stop=RatioStop(THRESHOLD), truncated="drop")
+    trained = module(folders, rollout_stop=RatioStop(THRESHOLD, chunk=CHUNK), truncated="keep")
     record = fixed.fit(trained, PROMPTS, watch=Look()).records[0]
     drifted = record.rollout.finish_reason == DRIFT
     assert logged["train/stopped_fraction"] == pytest.approx(int(drifted.sum()) / len(PROMPTS))
-    assert logged["train/tokens_saved_at_most"] == int((LONGEST - record.rollout.lengths[drifted]).sum()) > 0
-    assert logged["train/tokens"] == int(record.sampled_tokens)
+    looks = (record.rollout.lengths[drifted] / CHUNK).ceil() * CHUNK  # no row ended between its collapse and the look
+    assert logged["train/tokens_saved_at_most"] == int((LONGEST - looks.clamp(max=LONGEST)).sum()) > 0
+    kept = int(record.rollout.lengths.sum())
+    assert logged["train/tokens"] == kept + int((looks.clamp(max=LONGEST) - record.rollout.lengths[drifted]).sum())
+    assert logged["train/tokens"] > kept == round(logged["train/response_length"] * len(PROMPTS))
 
 
 def test_evaluation_and_prediction_are_never_stopped(folders, monkeypatch):

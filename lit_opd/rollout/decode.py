@@ -89,7 +89,9 @@ def _written(
     """The responses of ``batch``, column by column, as ``_decode`` returns them."""
     device, total = uniforms.device, len(uniforms)
     every = CHECK_EVERY_ON_CPU if device.type == "cpu" else CHECK_EVERY
-    every = every if watch is None else watch.chunk
+    share = ENDED_SHARE
+    if watch is not None:
+        every, share = watch.chunk, 0.0  # a text given up is not written for a chunk more
     stops = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
     rows, ended = torch.arange(total, device=device), torch.zeros(total, dtype=torch.bool, device=device)
     ids = torch.full((total, settings.max_new_tokens), settings.pad_id, device=device)
@@ -106,7 +108,7 @@ def _written(
             num_ended = int(ended.sum())
             if num_ended == len(ended):
                 break
-            if num_ended >= ENDED_SHARE * len(ended):
+            if num_ended and num_ended >= share * len(ended):
                 left = (~ended).nonzero().squeeze(-1)
                 batch.select(left)
                 if watch is not None:

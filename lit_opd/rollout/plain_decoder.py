@@ -4,8 +4,9 @@ At a small batch half of a step's time goes into starting operations: transforme
 about 100. Attention is two batched products, which for a single query are twice as fast on a CPU as its fused kernel, and
 large float32 weights that meet few rows are packed once a rollout for oneDNN, at half the time of MKL's product.
 
-A model is served where its modules have the names and kinds of Llama's or Qwen's decoder; before the first use one step is
-compared with the model's own.
+A model is served where its decoder is of a class whose forward was read, with modules of the kinds run here: what depends on
+the position shows on no short probe, such as Ministral 3's factor on late queries. Before the first use one step is compared
+with the model's own nevertheless.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from lit_opd.types import at_least_float32
 
 FEW_ROWS = 16  # up to so many a packed product is faster,
 LARGE_WEIGHT = 2**17  # from so many elements on
+_DECODERS = {
+    f"transformers.models.{name}.modeling_{name}.{kind}Model"
+    for name, kind in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -32,14 +37,17 @@ Product = Callable[[Tensor], Tensor]
 
 
 def is_plain_decoder(model: Any) -> bool:
-    """True where ``model``, a transformers causal language model, has the modules that ``PlainDecoder`` runs, and no hooks."""
+    """True where ``model``, a transformers causal language model, has a decoder of a known class (a subclass is not), with
+    the modules that ``PlainDecoder`` runs, and no hooks."""
     decoder, linear = model.get_decoder(), model.get_output_embeddings()
+    if f"{type(decoder).__module__}.{type(decoder).__qualname__}" not in _DECODERS:
+        return False
     rotary = getattr(decoder, "rotary_emb", None)
     if getattr(rotary, "rope_type", None) not in _FIXED_ROTATIONS or type(linear) is not nn.Linear:
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return False
-    return all(_is_plain_layer(layer) for layer in decoder.layers)
+    return _is_plain_norm(decoder.norm) and all(_is_plain_layer(layer) for layer in decoder.layers)
 
 
 def _is_plain_layer(layer: Any) -> bool:
@@ -50,7 +58,13 @@ def _is_plain_layer(layer: Any) -> bool:
     if attention not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or {n for n, _ in layer.mlp.named_children()} != _MLP:
         return False
     products = [*(getattr(layer.self_attn, n) for n in _ATTENTION), *(getattr(layer.mlp, n) for n in _MLP - {"act_fn"})]
-    return all(type(product) is nn.Linear for product in products)
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(layer.self_attn, name) for name in attention & _HEAD_NORMS]
+    return all(type(product) is nn.Linear for product in products) and all(_is_plain_norm(norm) for norm in norms)
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    return hasattr(norm, "weight") and hasattr(norm, "variance_epsilon")
 
 
 def _product(linear: nn.Linear, rows: int) -> Product:

@@ -22,7 +22,8 @@ class RatioStop:
         n = the first t with   sum_{k<=t} A_k <= log(threshold),   A_k = q_k - s_k in nats
 
     Token n, to which the teacher objected, is kept. What would stand behind it, where the teacher continues a text it would not
-    have written, is sampled to the end of a chunk at most, never scored by the student, never trained on. Every ``chunk`` tokens
+    have written, is sampled to the end of the chunk, then the row leaves the batch; that part is never scored by the student,
+    never trained on, and counted in ``Rollout.drawn`` (and so in train/tokens) only. Every ``chunk`` tokens
     the teacher reads what was written since, with keys and values of its own; its log-probs then serve as those of the scoring
     pass wherever the run needs nothing else of the teacher. Evaluation is never stopped.
 
@@ -142,15 +143,17 @@ class RatioWatch:
         self.ratio = self.ratio[rows]
 
     def cut(self, rollout: Rollout, *, pad_id: int) -> Rollout:
-        """``rollout`` as sampled, without what stands behind a collapse, and with the teacher's log-probs."""
+        """``rollout`` as sampled, without what stands behind a collapse, with the teacher's log-probs and the tokens drawn."""
         assert self.logprobs is not None
         columns, lengths = rollout.mask.shape[1], rollout.lengths
         mask = rollout.mask & (torch.arange(columns, device=self.kept.device) < self.kept.unsqueeze(-1))
         collapsed = (self.kept < lengths) | ((self.kept == lengths) & ~rollout.finished)
+        looked = (self.kept + self.chunk - 1) // self.chunk * self.chunk  # tokens up to the look that saw the collapse
         return replace(
             rollout,
             response_ids=torch.where(mask, rollout.response_ids, pad_id),
             mask=mask,
             finish_reason=torch.where(collapsed, int(FinishReason.DRIFT), rollout.finish_reason).to(torch.int8),
             teacher_logprobs=self.logprobs[:, :columns],
+            drawn=torch.minimum(lengths, looked),
         )

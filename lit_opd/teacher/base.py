@@ -102,6 +102,9 @@ class Teacher(nn.Module, ABC):
         """Hidden states of the valid tokens and the output head, for full-vocabulary divergences."""
         raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")
 
+    def forget(self) -> None:
+        """Drop what ``score`` kept of this batch for ``full_head``: its micro-batches will be cut otherwise."""
+
     def on_device(self, device: torch.device) -> AbstractContextManager[None]:
         """Hold the weights on ``device`` while the block scores a whole batch; for a teacher kept elsewhere between batches."""
         return nullcontext()

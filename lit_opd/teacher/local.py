@@ -199,10 +199,14 @@ class LocalTeacher(Teacher):
     def _remembered_head(self, rollout: Rollout) -> Head:
         """``full_head``, whose hidden states are kept until the next batch: H numbers a token."""
         if self._read:
-            self._kept, self._read = [], False
+            self.forget()
         head = self._loaded().head(rollout, own_template=True)
         self._kept.append((rollout, head.hidden))
         return head
+
+    def forget(self) -> None:
+        """Drop the hidden states."""
+        self._kept, self._read = [], False
 
     @torch.no_grad()
     def full_head(self, rollout: Rollout) -> Head:
