@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 
 from benchmarks.reproduce import pictures
 from benchmarks.reproduce.plan import REFERENCE, Plan
-from benchmarks.reproduce.results import Record
+from benchmarks.reproduce.results import Record, is_finished
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
 from lit_opd.types import InputError
 
@@ -23,38 +23,50 @@ NAMED = 6  # run names that a sentence lists
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which finished runs count under a plan.
+    """Which finished runs count under a plan; runs it does not name are another plan's in the same folder.
 
     Args:
         counted: runs with the settings of this plan.
         older: those of them that were made under another plan, whose own settings have not changed since.
-        other: runs whose settings differ from this plan's, or that it does not have; they are left out.
+        other: runs the plan names, made with settings that are not its own; they are left out.
+        replaced: earlier results of runs that were made again; they are left out.
         planned: runs in the plan, by condition.
     """
 
     counted: list[Record]
     older: list[Record]
     other: list[Record]
+    replaced: list[Record]
     planned: dict[str, int]
 
 
-def choose(plan: Plan, records: Mapping[str, Record]) -> Chosen:
-    """Sort finished runs by whether they are of this plan."""
+def choose(plan: Plan, records: Iterable[Record]) -> Chosen:
+    """Sort finished runs by whether they are of this plan.
+
+    Args:
+        plan: what should have been run.
+        records: all lines, oldest first; of a run's results the newest is taken.
+    """
     jobs = {job.name: job for job in plan.jobs(("base", "full"))}
-    known = [record for name, record in records.items() if name in jobs]
-    counted = [record for record in known if record["settings"] == jobs[record["run"]].settings_sha]
-    order = {name: place for place, name in enumerate(jobs)}
+    known = [record for record in records if record["run"] in jobs]
+    newest = {record["run"]: record for record in known}
+    counted = [newest[name] for name, job in jobs.items() if is_finished(job, newest.get(name))]
     return Chosen(
-        counted=sorted(counted, key=lambda record: order[record["run"]]),
+        counted=counted,
         older=[record for record in counted if record["plan"] != plan.sha],
-        other=[record for record in records.values() if record not in counted],
+        other=[record for record in newest.values() if not is_finished(jobs[record["run"]], record)],
+        replaced=[record for record in known if record is not newest[record["run"]]],
         planned=dict(Counter(job.condition for job in jobs.values())),
     )
 
 
-def write_report(plan: Plan, records: Mapping[str, Record], out: Path) -> Path:
+def write_report(plan: Plan, records: Sequence[Record], out: Path) -> Path:
     """Write pictures and the part of ``findings.md`` between its markers; returns the page.
 
+    Args:
+        plan: what should have been run.
+        records: all lines, oldest first.
+        out: folder of the page.
     Raises:
         InputError: nothing is finished, or the page has no markers.
     """
@@ -106,16 +118,23 @@ def head(plan: Plan, chosen: Chosen) -> list[str]:
 
 
 def changes(chosen: Chosen) -> list[str]:
-    """What to know of runs that were made under another plan."""
-    if not chosen.older and not chosen.other:
-        return ["All of them were made under this plan."]
-    lines = ["**The plan changed after results existed.**"]
+    """What to know of runs that were made under another plan, and of results that are shown no more."""
+    now = {record["run"]: record["settings"] for record in chosen.counted + chosen.other}
+    changed = [record for record in chosen.replaced if record["settings"] != now[record["run"]]]
+    repeated = [record for record in chosen.replaced if record["settings"] == now[record["run"]]]
+    lines = ["All of them were made under this plan."]
+    if chosen.older or chosen.other or changed:
+        lines = ["**The plan changed after results existed.**"]
     if chosen.older:
         lines.append(
             f"Made under another plan, with the settings this one has, and counted: {described(chosen.older)}."
         )
     if chosen.other:
         lines.append(f"Made with settings that are not this plan's, and left out: {described(chosen.other)}.")
+    if changed:
+        lines.append(f"Made again under other settings, and replaced: {described(changed)}.")
+    if repeated:
+        lines.append(f"Made again under the same settings, and replaced: {described(repeated)}.")
     return lines
 
 
