@@ -18,15 +18,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 import matplotlib
 import numpy as np
 import yaml
 
+from benchmarks.cells import interval, spread
 from benchmarks.healing import curve, measure
-from lit_opd.compare.statistics import Estimate, paired
+from lit_opd.compare.statistics import paired
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -140,28 +141,15 @@ def grouped(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
     return {name: {r["seed"]: r for r in records if r["variant"] == name} for name in VARIANTS}
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{fmean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def interval(estimate: Estimate) -> str:
-    """Mean and 95 % interval, bold where it excludes 0."""
-    if estimate.low is None:
-        return f"{estimate.mean:+.3f}"
-    text = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"**{text}**" if estimate.excludes_zero else text
-
-
 def table(records: Sequence[Record]) -> list[str]:
     """A row a variant: ends, then differences from uniform paired by seed."""
     of = grouped(records)
     titles = [*MEASURES.values(), *(f"{title.split(',')[0]} - {REFERENCE}" for title in MEASURES.values())]
     lines = [f"| weighting | seeds | {' | '.join(titles)} |", "|---|" + "---|" * (len(titles) + 1)]
-    start = [cell([value(r, name, end=False) for r in records]) for name in MEASURES]
+    start = [spread([value(r, name, end=False) for r in records]) for name in MEASURES]
     lines.append(f"| (start) | | {' | '.join(start)} |{' |' * len(MEASURES)}")
     for variant, runs in of.items():
-        cells = [cell([value(r, name) for r in runs.values()]) for name in MEASURES]
+        cells = [spread([value(r, name) for r in runs.values()]) for name in MEASURES]
         for name in MEASURES if variant != REFERENCE else ():
             ours, theirs = ({seed: value(r, name) for seed, r in group.items()} for group in (runs, of[REFERENCE]))
             cells.append(interval(paired(ours, theirs)))

@@ -464,8 +464,8 @@ def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path):
     assert row[7] == "+0.030 [-0.020, +0.080]"
     # of area: 40 steps, only the last quarter's end differs: a difference d makes d * 10 / 2 / 40
     assert row[10] == "+0.004 [-0.002, +0.010]"
-    # to 0.80 from 0.70 at step 30: 30 + 10 * 0.10 / (end - 0.70) = 39.09, 36.67, 35.26: mean 37.0
-    assert row[6] == "37.0 (3/3)"
+    # to 0.80 from 0.70 at step 30: 30 + 10 * 0.10 / (end - 0.70) = 39.09, 36.67, 35.26: mean 37.0, sd 1.94, half 4.8
+    assert row[6] == "37.0 [32.2, 41.8]"
     assert row_of(page, "dash")[7] == "**+0.020 [+0.020, +0.020]**"
     assert row_of(page, "uniform")[7] == "" and row_of(page, "uniform")[1] == "6"
     rate = f"{plan.rate_of('iw-signed') or 4e-4:g}"
@@ -512,10 +512,13 @@ def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_
     assert "code `0123456789ab`" in page
 
 
-def test_a_run_that_never_reaches_the_target_says_so(tmp_path):
-    plan = read_plan()
-    page = write_report(plan, list(synthetic(plan, {"last-30": [-0.3] * 6}).values()), page_with(tmp_path)).read_text()
-    assert row_of(page, "last-30")[6] == "never (0/6)"
+def test_a_run_that_never_reaches_the_target_counts_as_its_last_step(tmp_path):
+    """Or a variant would look the faster the more of its runs fail."""
+    plan, effects = read_plan(), {"last-30": [-0.3] * 6, "iw-signed": [-0.1, -0.1, 0.05]}
+    page = write_report(plan, list(synthetic(plan, effects).values()), page_with(tmp_path)).read_text()
+    assert row_of(page, "last-30")[6] == "> 40.0 (never, 6 of 6)"
+    # 40, 40, 35.26: mean 38.4, sd 2.74, half 4.303 * 2.74 / sqrt(3) = 6.8
+    assert row_of(page, "iw-signed")[6] == ">= 38.4 [31.6, 45.2] (2 of 3 censored)"
 
 
 def test_runs_without_uniform_have_no_differences_and_no_picture_of_them(tmp_path):

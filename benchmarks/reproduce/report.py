@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
+from benchmarks.cells import interval, spread
 from benchmarks.reproduce import pictures
 from benchmarks.reproduce.plan import REFERENCE, Plan
-from benchmarks.reproduce.results import Record, is_finished
-from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
+from benchmarks.reproduce.results import Record, area, is_finished
+from lit_opd.compare.document import show
+from lit_opd.compare.statistics import Estimate, mean_interval, paired, reached
 from lit_opd.types import InputError
 
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
@@ -155,12 +157,6 @@ def end_of(name: str) -> Value:
     return lambda record: float(record["curves"][name][-1][1])
 
 
-def area(record: Record) -> float:
-    """Mean height of greedy accuracy from the start to the end."""
-    places, values = zip(*record["curves"]["greedy"], strict=True)
-    return mean_height(places, values, horizon=places[-1])
-
-
 MEASURES: dict[str, Value] = {
     "greedy": end_of("greedy"),
     "avg@4": end_of("avg_at_4"),
@@ -293,34 +289,9 @@ def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) 
     return lines
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean +- standard deviation.
-
-    >>> spread([0.5, 0.7])
-    '0.600 +- 0.141'
-    """
-    return f"{fmean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def interval(estimate: Estimate | None) -> str:
-    """Mean and interval, bold where it excludes 0.
-
-    >>> interval(Estimate(0.1, 0.05, 0.15, 3))
-    '**+0.100 [+0.050, +0.150]**'
-    """
-    if estimate is None:
-        return ""
-    if estimate.low is None:
-        return f"{estimate.mean:+.3f}"
-    text = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"**{text}**" if estimate.excludes_zero else text
-
-
 def steps_to(runs: Sequence[Record], target: float) -> str:
-    """Mean over the runs that reach the target, and how many do."""
-    ways = []
-    for run in runs:
-        places, values = zip(*run["curves"]["greedy"], strict=True)
-        ways.append(reached(places, values, target, rising=True))
-    there = [way for way in ways if way is not None]
-    return f"{fmean(there):.1f} ({len(there)}/{len(runs)})" if there else f"never (0/{len(runs)})"
+    """Mean and interval; a run that never reaches the target counts as its last step and makes the mean a lower bound."""
+    curves = [tuple(zip(*run["curves"]["greedy"], strict=True)) for run in runs]
+    ways = [reached(places, values, target, rising=True) for places, values in curves]
+    steps = [places[-1] if way is None else way for way, (places, _) in zip(ways, curves, strict=True)]
+    return show(mean_interval(steps, censored=ways.count(None)), 1)

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.reproduce.plan import Job
+from lit_opd.compare.statistics import mean_height
 from lit_opd.report.lines import append_lines, read_lines
 
 RECORD, LINES = "reproduce.json", "results.jsonl"
@@ -91,6 +92,12 @@ def read_record(folder: Path) -> Record | None:
     """The record of a finished run, None where it is not finished."""
     path = folder / RECORD
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def area(record: Record) -> float:
+    """Mean height of greedy accuracy from the start to the end."""
+    places, values = zip(*record["curves"]["greedy"], strict=True)
+    return mean_height(places, values, horizon=places[-1])
 
 
 def is_finished(job: Job, record: Record | None) -> bool:
