@@ -220,6 +220,25 @@ def test_a_baseline_that_gets_no_better_gives_no_target(tmp_path, gain):
     assert compare_runs(runs, baseline="Uniform", targets={"greedy": 0.8}).targets == {"greedy": 0.8}
 
 
+def test_runs_that_do_not_log_every_step_are_compared_over_steps_only(tmp_path):
+    """The sum over logged batches would be too small a token axis, and a variant logged more rarely look the cheaper."""
+    for seed, strategy in product(range(2), ("Uniform", "DASH")):
+        folder = write_run(tmp_path / f"{strategy}-{seed}", known(seed, 0.01), seed=seed, strategy=strategy)
+        if strategy == "DASH":
+            rows = (folder / "metrics.csv").read_text().splitlines()
+            kept = [
+                row for row in rows if not row.split(",")[1] or not row[0].isdigit() or int(row.split(",")[0]) % 10 == 0
+            ]
+            (folder / "metrics.csv").write_text("\n".join(kept) + "\n")
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="Uniform")
+    assert {quantity for *_, quantity in found.cells} == {"end", "area_steps", "steps_to_target"}
+    gap = r"DASH-0/metrics.csv must sum to the 4,000 tokens of summary.json, got 400; .*log_every_n_steps 1"
+    assert any(re.search("over steps only, 2 of the runs.*" + gap, note) for note in found.notes)
+    assert "; horizon 40 steps." in runs_document(found, tmp_path).markdown()
+    with pytest.raises(InputError, match=gap):
+        found.variants["DASH"][0].curves["greedy"].along("tokens")
+
+
 def test_one_seed_gives_no_interval(tmp_path):
     for strategy in ("Uniform", "DASH"):
         write_run(tmp_path / strategy, known(1, 0.01), seed=1, strategy=strategy)

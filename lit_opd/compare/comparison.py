@@ -133,7 +133,8 @@ def _compare_metric(found: RunsComparison, metric: str, target: float | None) ->
     starts = [run.curves[metric] for run in found.variants[found.baseline] if metric in run.curves]
     if starts:
         _set_target(found, metric, target, starts)
-        for axis in AXES:
+        whole = not any(curve.token_gap for curve in curved)
+        for axis in AXES if whole else ("steps",):
             found.horizons[metric, axis] = min(float(curve.along(axis)[-1]) for curve in curved)
     measured = {
         variant: {run.seed: dict(_measured(found, run, metric)) for run in runs}
@@ -245,6 +246,11 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
         differing = _differing(own[common[0]].config, base[common[0]].config)
         if differing:
             yield f"{variant} differs from {baseline} in {', '.join(differing)}."
+    gaps = dict.fromkeys(
+        c.token_gap for own in variants.values() for r in own for c in r.curves.values() if c.token_gap
+    )
+    if gaps:
+        yield f"Compared over steps only, {len(gaps)} of the runs do not count their tokens: {next(iter(gaps))}."
     for key, unit in (("steps", "optimizer steps"), ("tokens", "sampled tokens")):
         counts = [run.summary[key] for runs in variants.values() for run in runs]
         if max(counts) > LIKE_COUNTS[key] * min(counts):
