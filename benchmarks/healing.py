@@ -66,8 +66,7 @@ def sample(policy: ScoringModel, prompts: PromptBatch, tokenizer: Any, path: str
 def mean_nll(policy: ScoringModel, rollout: Rollout) -> float:
     """Nats a token, over all valid tokens of ``rollout``."""
     with torch.no_grad():
-        scored = policy(rollout)
-    scores = scored[0] if isinstance(scored, tuple) else scored
+        scores = policy(rollout)
     return float(-scores.logprobs.sum() / rollout.mask.sum())
 
 

@@ -4,7 +4,8 @@
 
 Each run is ``train.py fit`` with configs/smollm2_healing.yaml and one of ``VARIANTS``, in a process of its own with one thread;
 seeds pair the runs. A finished run has ``study.json`` (figures and curves) and is not repeated; one that was stopped goes on
-from its last checkpoint; weights and checkpoints go when a run has been measured. Writes study.md, study.json and study.png.
+from its last checkpoint; weights and checkpoints go when a run has been measured. A folder whose runs
+have other settings is refused. Writes study.md, study.json and study.png.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 import matplotlib
 import numpy as np
 import yaml
 
+from benchmarks.cells import interval, spread
 from benchmarks.healing import curve, measure
-from lit_opd.compare.statistics import Estimate, paired
+from benchmarks.reproduce.plan import digest
+from lit_opd.compare.statistics import paired
+from lit_opd.types import InputError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,6 +39,7 @@ from matplotlib.axes import Axes
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "smollm2_healing.yaml"
 RECORD = "study.json"
+SHORT = 12  # digits of a hash that are shown
 REFERENCE = "uniform"
 BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,6 +61,41 @@ COLORS = ("#202020", "#1f5fa8", "#c4500c", "#2f7d32")
 Record = dict[str, Any]
 
 
+# -- settings ------------------------------------------------------------------------------------------------------------
+
+
+def own_settings(variant: str, seed: int, extra: Sequence[str]) -> Record:
+    """A run's configuration over that of ``CONFIG``, with the hash of all that it is trained with."""
+    own = {"seed_everything": seed, "num_threads": 1, "model": {"weighting": VARIANTS[variant]}}
+    below = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    return own | {"vars": {"settings": digest({"config": below, "own": own, "extra": list(extra)})}}
+
+
+def require_unchanged(runs: Path, jobs: Sequence[tuple[str, int]], extra: Sequence[str]) -> None:
+    """Refuse to go on with runs of another configuration.
+
+    Raises:
+        InputError: a run was begun with another config file, weighting or extra argument.
+    """
+    for variant, seed in jobs:
+        folder = runs / f"{variant}-{seed}"
+        known, wanted = begun_with(folder), own_settings(variant, seed, extra)["vars"]["settings"]
+        if folder.is_dir() and known != wanted:
+            raise InputError(
+                f"`--runs` must hold runs of these settings, got {folder.name} of others ({known[:SHORT]}, not "
+                f"{wanted[:SHORT]}): another {CONFIG.name}, weighting or argument; name another folder, or remove it"
+            )
+
+
+def begun_with(folder: Path) -> str:
+    """Hash of the settings that a run was finished or begun with; "none" where it was not kept."""
+    path, beside = folder / RECORD, folder.with_suffix(".yaml")
+    if path.is_file():
+        return str(json.loads(path.read_text()).get("settings", "none"))
+    own = yaml.safe_load(beside.read_text()) if beside.is_file() else {}
+    return str(own.get("vars", {}).get("settings", "none"))
+
+
 # -- one run -------------------------------------------------------------------------------------------------------------
 
 
@@ -67,9 +107,7 @@ def train(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     config, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
-    config.write_text(
-        yaml.safe_dump({"seed_everything": seed, "num_threads": 1, "model": {"weighting": VARIANTS[variant]}})
-    )
+    config.write_text(yaml.safe_dump(own_settings(variant, seed, extra)))
     words = [
         sys.executable,
         "train.py",
@@ -102,7 +140,14 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
     curves = {name: curve(folder, f"val/{name}") for name in ("reverse_kl", "disagreement")}
     found = [dict(curve(folder, band)) for band in BANDS]  # a tenth without a token has no value
     bands = [[band.get(step) for band in found] for step, _ in curves["disagreement"]]
-    record = {"variant": variant, "seed": seed, "steps": summary["steps"], "tokens": summary["tokens"]}
+    settings = own_settings(variant, seed, extra)["vars"]["settings"]
+    record = {
+        "variant": variant,
+        "seed": seed,
+        "settings": settings,
+        "steps": summary["steps"],
+        "tokens": summary["tokens"],
+    }
     record |= {"seconds": summary["seconds"], "figures": figures, "curves": curves, "bands": bands, "samples": samples}
     draft = folder / f".{RECORD}"
     draft.write_text(json.dumps(record, allow_nan=False) + "\n")
@@ -113,8 +158,13 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
 
 
 def run_all(runs: Path, seeds: Sequence[int], jobs: int, extra: Sequence[str]) -> list[Record]:
-    """All runs, seed by seed, so that a stopped study has whole comparisons."""
+    """All runs, seed by seed, so that a stopped study has whole comparisons.
+
+    Raises:
+        InputError: some were begun with other settings.
+    """
     todo = [(variant, seed) for seed in seeds for variant in VARIANTS]
+    require_unchanged(runs, todo, extra)
 
     def one(job: tuple[str, int]) -> Record:
         record = study(runs / f"{job[0]}-{job[1]}", *job, extra)
@@ -140,28 +190,15 @@ def grouped(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
     return {name: {r["seed"]: r for r in records if r["variant"] == name} for name in VARIANTS}
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{fmean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def interval(estimate: Estimate) -> str:
-    """Mean and 95 % interval, bold where it excludes 0."""
-    if estimate.low is None:
-        return f"{estimate.mean:+.3f}"
-    text = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"**{text}**" if estimate.excludes_zero else text
-
-
 def table(records: Sequence[Record]) -> list[str]:
     """A row a variant: ends, then differences from uniform paired by seed."""
     of = grouped(records)
     titles = [*MEASURES.values(), *(f"{title.split(',')[0]} - {REFERENCE}" for title in MEASURES.values())]
     lines = [f"| weighting | seeds | {' | '.join(titles)} |", "|---|" + "---|" * (len(titles) + 1)]
-    start = [cell([value(r, name, end=False) for r in records]) for name in MEASURES]
+    start = [spread([value(r, name, end=False) for r in records]) for name in MEASURES]
     lines.append(f"| (start) | | {' | '.join(start)} |{' |' * len(MEASURES)}")
     for variant, runs in of.items():
-        cells = [cell([value(r, name) for r in runs.values()]) for name in MEASURES]
+        cells = [spread([value(r, name) for r in runs.values()]) for name in MEASURES]
         for name in MEASURES if variant != REFERENCE else ():
             ours, theirs = ({seed: value(r, name) for seed, r in group.items()} for group in (runs, of[REFERENCE]))
             cells.append(interval(paired(ours, theirs)))
@@ -218,14 +255,17 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; what it does not know goes to ``train.py fit``."""
+    """Command line; what it does not know goes to ``train.py fit``, and wrong input ends with exit code 2 and one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each needs about 6.5 GB")
     parser.add_argument("--runs", type=Path, default=Path("runs/healing-study"))
     parser.add_argument("--out", type=Path, default=Path("docs/healing"))
     given, extra = parser.parse_known_args(arguments)
-    records = run_all(given.runs.resolve(), given.seeds, given.jobs, extra)
+    try:
+        records = run_all(given.runs.resolve(), given.seeds, given.jobs, extra)
+    except InputError as error:
+        parser.error(str(error))
     print(write_page(records, given.out).read_text())
 
 

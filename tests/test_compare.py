@@ -25,6 +25,7 @@ from lit_opd.compare.comparison import compare_runs
 from lit_opd.compare.gradients import Gradient, ReplayModule, cosine, dot
 from lit_opd.compare.replay import replay_files
 from lit_opd.compare.runs import Curve, Run, read_run, read_runs
+from lit_opd.compare.runs_report import runs_document
 from lit_opd.compare.statistics import mean_height, paired, reached, t_quantile
 from lit_opd.compare.strategies import read_strategies
 from lit_opd.evaluation.comparison import Comparison
@@ -197,6 +198,45 @@ def test_runs_that_never_reach_the_target_count_as_the_horizon_and_are_said_to(t
     assert cell.difference.mean == pytest.approx((40 - 30) / 3, abs=0.2)
     nobody = found.cells["reverse_kl", "LastFraction", "steps_to_target"]
     assert nobody.mean.censored == 3 and nobody.mean.mean == 40 and nobody.difference is None
+
+
+@pytest.mark.parametrize("gain", [-0.001, 0.0])
+def test_a_baseline_that_gets_no_better_gives_no_target(tmp_path, gain):
+    """Four fifths of the way down would be reached by everyone at step 0."""
+    for seed in range(2):
+        for strategy, rise in (("Uniform", gain), ("DASH", 0.01)):
+            line = [0.47 + rise * step for step in STEPS]
+            values = {"greedy": line, "reverse_kl": [2.0 - 2.0 * value for value in line]}
+            write_run(tmp_path / f"{strategy}-{seed}", values, seed=seed, strategy=strategy)
+    runs = read_runs([f"{tmp_path}/*"])
+    found = compare_runs(runs, baseline="Uniform")
+    assert not found.targets and not any("target" in quantity for *_, quantity in found.cells)
+    assert found.cells["greedy", "DASH", "area_steps"].difference.mean == pytest.approx((0.01 - gain) * 20)
+    end = 0.47 + 40 * gain
+    assert f"greedy: no target, as Uniform does not get better on average (0.47 to {end:.4g})" in " ".join(found.notes)
+    page = runs_document(found, tmp_path).markdown()
+    assert "No target; horizon 40 steps, 4,000 tokens." in page and "set `--target reverse_kl=VALUE`" in page
+    assert compare_runs(runs, baseline="DASH").targets.keys() == {"greedy", "reverse_kl"}
+    assert compare_runs(runs, baseline="Uniform", targets={"greedy": 0.8}).targets == {"greedy": 0.8}
+
+
+def test_runs_that_do_not_log_every_step_are_compared_over_steps_only(tmp_path):
+    """The sum over logged batches would be too small a token axis, and a variant logged more rarely look the cheaper."""
+    for seed, strategy in product(range(2), ("Uniform", "DASH")):
+        folder = write_run(tmp_path / f"{strategy}-{seed}", known(seed, 0.01), seed=seed, strategy=strategy)
+        if strategy == "DASH":
+            rows = (folder / "metrics.csv").read_text().splitlines()
+            kept = [
+                row for row in rows if not row.split(",")[1] or not row[0].isdigit() or int(row.split(",")[0]) % 10 == 0
+            ]
+            (folder / "metrics.csv").write_text("\n".join(kept) + "\n")
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="Uniform")
+    assert {quantity for *_, quantity in found.cells} == {"end", "area_steps", "steps_to_target"}
+    gap = r"DASH-0/metrics.csv must sum to the 4,000 tokens of summary.json, got 400; .*log_every_n_steps 1"
+    assert any(re.search("over steps only, 2 of the runs.*" + gap, note) for note in found.notes)
+    assert "; horizon 40 steps." in runs_document(found, tmp_path).markdown()
+    with pytest.raises(InputError, match=gap):
+        found.variants["DASH"][0].curves["greedy"].along("tokens")
 
 
 def test_one_seed_gives_no_interval(tmp_path):

@@ -62,6 +62,36 @@ def test_a_study_trains_each_weighting_once_and_tells_their_ends(words, monkeypa
     assert weights == ["lit_opd.weighting.Uniform", "lit_opd.weighting.FirstFraction"]
     assert matplotlib.image.imread(out / "study.png").std() > 0.05
 
+    assert all(yaml_of(runs / f"{name}-0")["vars"]["settings"] == records[name]["settings"] for name in records)
+
+
+def test_a_folder_with_runs_of_other_settings_is_refused(words, monkeypatch, tmp_path, capsys):
+    """Finished or only begun: a trial of a few steps would be mixed into the study."""
+
+    def refused(arguments: list[str], name: str) -> bool:
+        with pytest.raises(SystemExit, match="2"):
+            healing_study.main(arguments)
+        return f"`--runs` must hold runs of these settings, got {name} of others" in capsys.readouterr().err
+
+    monkeypatch.setattr(healing_study, "VARIANTS", {"uniform": healing_study.VARIANTS["uniform"]})
+    monkeypatch.setattr(healing_study, "train", pytest.fail)
+    (tmp_path / "uniform-0").mkdir()
+    begun = ["--runs", str(tmp_path), *words[2:]]
+    settings = healing_study.own_settings("uniform", 0, words[6:])
+    (tmp_path / "uniform-0.yaml").write_text(yaml.safe_dump(settings))
+    healing_study.require_unchanged(tmp_path, [("uniform", 0)], words[6:])
+    assert refused([*begun, "--trainer.max_steps", "3"], "uniform-0")
+    (tmp_path / "uniform-0" / "study.json").write_text(json.dumps({"settings": settings["vars"]["settings"]}))
+    (tmp_path / "uniform-0.yaml").unlink()
+    assert refused([*begun, "--trainer.max_steps", "3"], "uniform-0")
+    healing_study.require_unchanged(tmp_path, [("uniform", 0)], words[6:])
+    (tmp_path / "other.yaml").write_text(healing_study.CONFIG.read_text() + "overwrite: true\n")
+    with monkeypatch.context() as changed:
+        changed.setattr(healing_study, "CONFIG", tmp_path / "other.yaml")
+        assert refused(begun, "uniform-0")
+    monkeypatch.setitem(healing_study.VARIANTS, "uniform", {"class_path": "lit_opd.weighting.DASH"})
+    assert refused(begun, "uniform-0")
+
 
 def yaml_of(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())

@@ -456,7 +456,7 @@ def row_of(page: str, variant: str, table: int = 0) -> list[str]:
 def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path):
     plan = read_plan()
     records = synthetic(plan, {"iw-signed": [0.01, 0.03, 0.05], "dash": [0.02, 0.02]})
-    page = write_report(plan, records, page_with(tmp_path)).read_text()
+    page = write_report(plan, list(records.values()), page_with(tmp_path)).read_text()
     assert page.startswith(f"before\n{START}") and page.endswith(f"{END}after\n") and "old" not in page
     row = row_of(page, "iw-signed")
     # ends 0.81, 0.85, 0.89: mean 0.85, sd 0.04; differences 0.01, 0.03, 0.05: mean 0.03, sd 0.02, half 4.303 * 0.02 / sqrt(3)
@@ -464,8 +464,8 @@ def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path):
     assert row[7] == "+0.030 [-0.020, +0.080]"
     # of area: 40 steps, only the last quarter's end differs: a difference d makes d * 10 / 2 / 40
     assert row[10] == "+0.004 [-0.002, +0.010]"
-    # to 0.80 from 0.70 at step 30: 30 + 10 * 0.10 / (end - 0.70) = 39.09, 36.67, 35.26: mean 37.0
-    assert row[6] == "37.0 (3/3)"
+    # to 0.80 from 0.70 at step 30: 30 + 10 * 0.10 / (end - 0.70) = 39.09, 36.67, 35.26: mean 37.0, sd 1.94, half 4.8
+    assert row[6] == "37.0 [32.2, 41.8]"
     assert row_of(page, "dash")[7] == "**+0.020 [+0.020, +0.020]**"
     assert row_of(page, "uniform")[7] == "" and row_of(page, "uniform")[1] == "6"
     rate = f"{plan.rate_of('iw-signed') or 4e-4:g}"
@@ -481,7 +481,7 @@ def test_a_condition_with_bases_models_is_paired_with_base(tmp_path):
         if job.condition == "zero-weighted" and job.seed in (10, 11):  # 0.80, 0.82 in base; 0.85 and 0.89 here
             end = 0.85 if job.seed == 10 else 0.89
             records[job.name] = record_of(job, greedy=[0.4, 0.6, 0.7, 0.7, end], kl=1.0 - end)
-    page = write_report(plan, records, page_with(tmp_path)).read_text()
+    page = write_report(plan, list(records.values()), page_with(tmp_path)).read_text()
     pictures = re.findall(r"\]\((pictures/.*?)\)", page)
     assert len(pictures) == 4 and all((tmp_path / name).is_file() for name in pictures)
     page = page.split("zero-weighted minus base")[1]
@@ -493,7 +493,7 @@ def test_a_search_compares_every_variant_with_its_references(tmp_path):
     plan = read_plan(SEARCH)
     folder = tmp_path
     (folder / "search.md").write_text(f"{START}{END}")
-    page = write_report(plan, synthetic(plan, {"iw-4": [0.01, 0.03, 0.05]}), folder).read_text()
+    page = write_report(plan, list(synthetic(plan, {"iw-4": [0.01, 0.03, 0.05]}).values()), folder).read_text()
     against_uniform, against_iw = (page.split(f"### greedy minus that of {name}")[1] for name in ("uniform", "iw-4"))
     assert row_of(against_uniform, "iw-4") == ["iw-4", "+0.030 [-0.020, +0.080]"]
     assert row_of(against_iw, "uniform") == ["uniform", "-0.030 [-0.080, +0.020]"]
@@ -505,23 +505,26 @@ def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_
     plan = read_plan()
     models = {"teacher": {"name": "teacher-x", "greedy": 0.97, "steps": 360}}
     records = {job.name: record_of(job, greedy=[0.4, 0.6], models=models) for job in plan.jobs()[:2]}
-    page = write_report(plan, records, page_with(tmp_path)).read_text()
+    page = write_report(plan, list(records.values()), page_with(tmp_path)).read_text()
     assert (
         "The student starts at greedy 0.400. Models: teacher-x (greedy 0.970 on 128 other problems, 360 steps)." in page
     )
     assert "code `0123456789ab`" in page
 
 
-def test_a_run_that_never_reaches_the_target_says_so(tmp_path):
-    plan = read_plan()
-    page = write_report(plan, synthetic(plan, {"last-30": [-0.3] * 6}), page_with(tmp_path)).read_text()
-    assert row_of(page, "last-30")[6] == "never (0/6)"
+def test_a_run_that_never_reaches_the_target_counts_as_its_last_step(tmp_path):
+    """Or a variant would look the faster the more of its runs fail."""
+    plan, effects = read_plan(), {"last-30": [-0.3] * 6, "iw-signed": [-0.1, -0.1, 0.05]}
+    page = write_report(plan, list(synthetic(plan, effects).values()), page_with(tmp_path)).read_text()
+    assert row_of(page, "last-30")[6] == "> 40.0 (never, 6 of 6)"
+    # 40, 40, 35.26: mean 38.4, sd 2.74, half 4.303 * 2.74 / sqrt(3) = 6.8
+    assert row_of(page, "iw-signed")[6] == ">= 38.4 [31.6, 45.2] (2 of 3 censored)"
 
 
 def test_runs_without_uniform_have_no_differences_and_no_picture_of_them(tmp_path):
     plan = read_plan()
     records = {name: record for name, record in synthetic(plan, {}).items() if record["variant"] == "dash"}
-    page = write_report(plan, records, page_with(tmp_path)).read_text()
+    page = write_report(plan, list(records.values()), page_with(tmp_path)).read_text()
     assert row_of(page, "dash")[7:] == [""] * 4 and "2 of 95 runs" in page
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["reproduce-base-curves.png"]
 
@@ -532,16 +535,38 @@ def test_a_plan_that_changed_after_results_existed_is_told_and_nothing_is_mixed_
     changed = copy.deepcopy(plan.content)
     changed["variants"]["iw-1.5"]["weighting"]["init_args"]["w_max"] = 1.6
     later = Plan(changed, PLAN)
-    chosen = choose(later, records)
+    chosen = choose(later, records.values())
     assert {record["variant"] for record in chosen.other} == {"iw-1.5"} and len(chosen.other) == 6
     assert len(chosen.older) == len(chosen.counted) == 89
-    page = write_report(later, records, page_with(tmp_path)).read_text()
+    page = write_report(later, list(records.values()), page_with(tmp_path)).read_text()
     assert later.sha in page and "**The plan changed after results existed.**" in page
     assert f"with the settings this one has, and counted: 89 runs of plan `{plan.sha[:12]}`" in page
     assert f"left out: 6 runs of plan `{plan.sha[:12]}` (base/iw-1.5/seed-10" in page
     assert not any(line.startswith("| iw-1.5 |") for line in page.splitlines())
     with pytest.raises(InputError, match="got 6 others"):
-        write_report(later, {record["run"]: record for record in chosen.other}, tmp_path)
+        write_report(later, chosen.other, tmp_path)
+
+
+def test_runs_of_another_plan_in_the_same_folder_are_no_change_of_the_plan(tmp_path):
+    plan, search = read_plan(), read_plan(SEARCH)
+    shared = [*synthetic(plan, {}).values(), *synthetic(search, {}).values()]
+    (page_with(tmp_path) / "search.md").write_text(f"{START}{END}")
+    for each in (plan, search):
+        page = write_report(each, shared, tmp_path).read_text()
+        assert "All of them were made under this plan." in page and "left out" not in page
+
+
+def test_results_that_were_replaced_leave_a_trace(tmp_path):
+    plan = read_plan()
+    records = synthetic(plan, {})
+    run = records["base/iw-1.5/seed-10"]
+    lines = [run | {"plan": "f" * 64, "settings": "0" * 64}, *records.values()]
+    page = write_report(plan, lines, page_with(tmp_path)).read_text()
+    assert "**The plan changed after results existed.**" in page and "95 of " in page
+    assert f"under other settings, and replaced: 1 runs of plan `{'f' * 12}` (base/iw-1.5/seed-10)." in page
+    page = write_report(plan, [dict(run), *records.values()], page_with(tmp_path)).read_text()
+    assert "The plan changed" not in page
+    assert f"under the same settings, and replaced: 1 runs of plan `{plan.sha[:12]}` (base/iw-1.5/seed-10)." in page
 
 
 def test_paired_differences_pair_by_seed():

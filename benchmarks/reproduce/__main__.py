@@ -79,9 +79,9 @@ def tune(plan: Plan, args: argparse.Namespace) -> int:
 def report(plan: Plan, args: argparse.Namespace) -> int:
     """The `report` command."""
     from benchmarks.reproduce.report import write_report
-    from benchmarks.reproduce.results import read_results
+    from benchmarks.reproduce.results import all_results
 
-    print(write_report(plan, read_results(args.runs), args.out))
+    print(write_report(plan, all_results(args.runs), args.out))
     return 0
 
 

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
+from benchmarks.cells import interval, spread
 from benchmarks.reproduce import pictures
 from benchmarks.reproduce.plan import REFERENCE, Plan
-from benchmarks.reproduce.results import Record
-from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
+from benchmarks.reproduce.results import Record, area, is_finished
+from lit_opd.compare.document import show
+from lit_opd.compare.statistics import Estimate, mean_interval, paired, reached
 from lit_opd.types import InputError
 
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
@@ -23,38 +25,50 @@ NAMED = 6  # run names that a sentence lists
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which finished runs count under a plan.
+    """Which finished runs count under a plan; runs it does not name are another plan's in the same folder.
 
     Args:
         counted: runs with the settings of this plan.
         older: those of them that were made under another plan, whose own settings have not changed since.
-        other: runs whose settings differ from this plan's, or that it does not have; they are left out.
+        other: runs the plan names, made with settings that are not its own; they are left out.
+        replaced: earlier results of runs that were made again; they are left out.
         planned: runs in the plan, by condition.
     """
 
     counted: list[Record]
     older: list[Record]
     other: list[Record]
+    replaced: list[Record]
     planned: dict[str, int]
 
 
-def choose(plan: Plan, records: Mapping[str, Record]) -> Chosen:
-    """Sort finished runs by whether they are of this plan."""
+def choose(plan: Plan, records: Iterable[Record]) -> Chosen:
+    """Sort finished runs by whether they are of this plan.
+
+    Args:
+        plan: what should have been run.
+        records: all lines, oldest first; of a run's results the newest is taken.
+    """
     jobs = {job.name: job for job in plan.jobs(("base", "full"))}
-    known = [record for name, record in records.items() if name in jobs]
-    counted = [record for record in known if record["settings"] == jobs[record["run"]].settings_sha]
-    order = {name: place for place, name in enumerate(jobs)}
+    known = [record for record in records if record["run"] in jobs]
+    newest = {record["run"]: record for record in known}
+    counted = [newest[name] for name, job in jobs.items() if is_finished(job, newest.get(name))]
     return Chosen(
-        counted=sorted(counted, key=lambda record: order[record["run"]]),
+        counted=counted,
         older=[record for record in counted if record["plan"] != plan.sha],
-        other=[record for record in records.values() if record not in counted],
+        other=[record for record in newest.values() if not is_finished(jobs[record["run"]], record)],
+        replaced=[record for record in known if record is not newest[record["run"]]],
         planned=dict(Counter(job.condition for job in jobs.values())),
     )
 
 
-def write_report(plan: Plan, records: Mapping[str, Record], out: Path) -> Path:
+def write_report(plan: Plan, records: Sequence[Record], out: Path) -> Path:
     """Write pictures and the part of ``findings.md`` between its markers; returns the page.
 
+    Args:
+        plan: what should have been run.
+        records: all lines, oldest first.
+        out: folder of the page.
     Raises:
         InputError: nothing is finished, or the page has no markers.
     """
@@ -106,16 +120,23 @@ def head(plan: Plan, chosen: Chosen) -> list[str]:
 
 
 def changes(chosen: Chosen) -> list[str]:
-    """What to know of runs that were made under another plan."""
-    if not chosen.older and not chosen.other:
-        return ["All of them were made under this plan."]
-    lines = ["**The plan changed after results existed.**"]
+    """What to know of runs that were made under another plan, and of results that are shown no more."""
+    now = {record["run"]: record["settings"] for record in chosen.counted + chosen.other}
+    changed = [record for record in chosen.replaced if record["settings"] != now[record["run"]]]
+    repeated = [record for record in chosen.replaced if record["settings"] == now[record["run"]]]
+    lines = ["All of them were made under this plan."]
+    if chosen.older or chosen.other or changed:
+        lines = ["**The plan changed after results existed.**"]
     if chosen.older:
         lines.append(
             f"Made under another plan, with the settings this one has, and counted: {described(chosen.older)}."
         )
     if chosen.other:
         lines.append(f"Made with settings that are not this plan's, and left out: {described(chosen.other)}.")
+    if changed:
+        lines.append(f"Made again under other settings, and replaced: {described(changed)}.")
+    if repeated:
+        lines.append(f"Made again under the same settings, and replaced: {described(repeated)}.")
     return lines
 
 
@@ -134,12 +155,6 @@ Value = Callable[[Record], float]
 def end_of(name: str) -> Value:
     """Last value of a curve."""
     return lambda record: float(record["curves"][name][-1][1])
-
-
-def area(record: Record) -> float:
-    """Mean height of greedy accuracy from the start to the end."""
-    places, values = zip(*record["curves"]["greedy"], strict=True)
-    return mean_height(places, values, horizon=places[-1])
 
 
 MEASURES: dict[str, Value] = {
@@ -274,34 +289,9 @@ def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) 
     return lines
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean +- standard deviation.
-
-    >>> spread([0.5, 0.7])
-    '0.600 +- 0.141'
-    """
-    return f"{fmean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def interval(estimate: Estimate | None) -> str:
-    """Mean and interval, bold where it excludes 0.
-
-    >>> interval(Estimate(0.1, 0.05, 0.15, 3))
-    '**+0.100 [+0.050, +0.150]**'
-    """
-    if estimate is None:
-        return ""
-    if estimate.low is None:
-        return f"{estimate.mean:+.3f}"
-    text = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"**{text}**" if estimate.excludes_zero else text
-
-
 def steps_to(runs: Sequence[Record], target: float) -> str:
-    """Mean over the runs that reach the target, and how many do."""
-    ways = []
-    for run in runs:
-        places, values = zip(*run["curves"]["greedy"], strict=True)
-        ways.append(reached(places, values, target, rising=True))
-    there = [way for way in ways if way is not None]
-    return f"{fmean(there):.1f} ({len(there)}/{len(runs)})" if there else f"never (0/{len(runs)})"
+    """Mean and interval; a run that never reaches the target counts as its last step and makes the mean a lower bound."""
+    curves = [tuple(zip(*run["curves"]["greedy"], strict=True)) for run in runs]
+    ways = [reached(places, values, target, rising=True) for places, values in curves]
+    steps = [places[-1] if way is None else way for way, (places, _) in zip(ways, curves, strict=True)]
+    return show(mean_interval(steps, censored=ways.count(None)), 1)

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.reproduce.plan import Job
+from lit_opd.compare.statistics import mean_height
 from lit_opd.report.lines import append_lines, read_lines
 
 RECORD, LINES = "reproduce.json", "results.jsonl"
@@ -93,14 +94,30 @@ def read_record(folder: Path) -> Record | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def area(record: Record) -> float:
+    """Mean height of greedy accuracy from the start to the end."""
+    places, values = zip(*record["curves"]["greedy"], strict=True)
+    return mean_height(places, values, horizon=places[-1])
+
+
+def is_finished(job: Job, record: Record | None) -> bool:
+    """Whether a record is there and of the job's own settings."""
+    return record is not None and record["settings"] == job.settings_sha
+
+
 def add_line(root: Path, record: Record) -> None:
     """Append a finished run to ``results.jsonl``."""
     append_lines(root / LINES, [record])
 
 
+def all_results(root: Path) -> list[Record]:
+    """Every line, oldest first: of all plans that share the folder, and of runs that were made again since."""
+    return read_lines(root / LINES)
+
+
 def read_results(root: Path) -> dict[str, Record]:
     """The newest line of every run, by its name; a line that a kill cut short is left out."""
-    return {record["run"]: record for record in read_lines(root / LINES)}
+    return {record["run"]: record for record in all_results(root)}
 
 
 def mended(root: Path) -> dict[str, Record]:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from benchmarks.reproduce.plan import Job, folder_of, missing
 from benchmarks.reproduce.processes import begin, build, train
-from benchmarks.reproduce.results import Record, add_line, mended, read_record
+from benchmarks.reproduce.results import Record, add_line, is_finished, mended, read_record
 from lit_opd.types import InputError
 
 
@@ -77,11 +77,6 @@ def run_jobs(
             _Pool(root, workers, console, outcome).work(todo)
     outcome.show(console)
     return outcome
-
-
-def is_finished(job: Job, record: Record | None) -> bool:
-    """Whether a record is there and of the job's own settings."""
-    return record is not None and record["settings"] == job.settings_sha
 
 
 def require_unchanged(jobs: Sequence[Job], records: dict[str, Record | None]) -> None:

@@ -8,18 +8,11 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.reproduce.plan import Plan, read_plan
-from benchmarks.reproduce.results import Record
-from lit_opd.compare.statistics import mean_height
+from benchmarks.reproduce.results import Record, area
 from lit_opd.types import InputError
 
 START, END = "# <tuned>\n", "# </tuned>\n"
 TABLE = "tuning.md"
-
-
-def area(record: Record) -> float:
-    """Mean height of greedy accuracy over the run's evaluations."""
-    places, values = zip(*record["curves"]["greedy"], strict=True)
-    return mean_height(places, values, horizon=places[-1])
 
 
 def scores(records: Sequence[Record]) -> dict[float, tuple[float, float]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from lit_opd.compare.runs import METRICS, Run
+from lit_opd.compare.runs import METRICS, Curve, Run
 from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, reached
 from lit_opd.evaluation.rows import PastEvaluation
 from lit_opd.metrics import paired_difference
@@ -66,7 +66,7 @@ class RunsComparison:
     Args:
         baseline: the variant that differences are taken from.
         variants: runs by variant, the baseline first.
-        targets: by metric.
+        targets: by metric, where there is one.
         horizons: by (metric, axis), up to where every run was measured.
         cells: by (metric, variant, quantity).
         problems: by (evaluation set, variant).
@@ -81,6 +81,10 @@ class RunsComparison:
     problems: dict[tuple[str, str], ProblemCell]
     notes: list[str]
 
+    def axes_of(self, metric: str) -> list[str]:
+        """What the metric's curves are compared over; empty where the baseline has none."""
+        return [axis for axis in AXES if (metric, axis) in self.horizons]
+
 
 def compare_runs(runs: Sequence[Run], *, baseline: str, targets: Mapping[str, float] | None = None) -> RunsComparison:
     """Compare the variants among the runs.
@@ -88,7 +92,7 @@ def compare_runs(runs: Sequence[Run], *, baseline: str, targets: Mapping[str, fl
     Args:
         runs: one a variant and seed.
         baseline: a variant's name.
-        targets: by metric; default 80 % of the way that the baseline goes on average.
+        targets: by metric; default 80 % of the way that the baseline goes on average, none where it does not get better.
     Raises:
         InputError: no such baseline or metric, or a variant without a seed of the baseline's.
     """
@@ -128,9 +132,9 @@ def _compare_metric(found: RunsComparison, metric: str, target: float | None) ->
     curved = [run.curves[metric] for run in everyone if metric in run.curves]
     starts = [run.curves[metric] for run in found.variants[found.baseline] if metric in run.curves]
     if starts:
-        start, end = (fmean(curve.values[place] for curve in starts) for place in (0, -1))
-        found.targets[metric] = start + DEFAULT_TARGET * (end - start) if target is None else target
-        for axis in AXES:
+        _set_target(found, metric, target, starts)
+        whole = not any(curve.token_gap for curve in curved)
+        for axis in AXES if whole else ("steps",):
             found.horizons[metric, axis] = min(float(curve.along(axis)[-1]) for curve in curved)
     measured = {
         variant: {run.seed: dict(_measured(found, run, metric)) for run in runs}
@@ -145,6 +149,20 @@ def _compare_metric(found: RunsComparison, metric: str, target: float | None) ->
                 found.cells[metric, variant, quantity] = Cell(_mean(ours.values()), difference)
 
 
+def _set_target(found: RunsComparison, metric: str, target: float | None, starts: Sequence[Curve]) -> None:
+    """The given target or the default one; a note where the baseline's curves give none."""
+    start, end = (fmean(curve.values[place] for curve in starts) for place in (0, -1))
+    if target is not None:
+        found.targets[metric] = target
+    elif (end > start) if RISING[metric] else (end < start):
+        found.targets[metric] = start + DEFAULT_TARGET * (end - start)
+    else:
+        found.notes.append(
+            f"{metric}: no target, as {found.baseline} does not get better on average ({start:.4g} to {end:.4g}); set "
+            f"`--target {metric}=VALUE`."
+        )
+
+
 def _measured(found: RunsComparison, run: Run, metric: str) -> Iterable[tuple[str, tuple[float, bool]]]:
     """(quantity, (value, censored)) of one run; a target it never reached counts as the horizon."""
     curve, end = run.curves.get(metric), run.summary.get(f"{metric}_end")
@@ -152,11 +170,13 @@ def _measured(found: RunsComparison, run: Run, metric: str) -> Iterable[tuple[st
         end = curve.values[-1]
     if end is not None:
         yield "end", (float(end), False)
-    if curve is None or metric not in found.targets:
+    if curve is None:
         return
-    for axis in AXES:
+    for axis in found.axes_of(metric):
         horizon, places = found.horizons[metric, axis], curve.along(axis)
         yield f"area_{axis}", (mean_height(places, curve.values, horizon=horizon), False)
+        if metric not in found.targets:
+            continue
         place = reached(places, curve.values, found.targets[metric], rising=RISING[metric])
         censored = place is None or place > horizon
         yield f"{axis}_to_target", (horizon if place is None else min(place, horizon), censored)
@@ -226,6 +246,11 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
         differing = _differing(own[common[0]].config, base[common[0]].config)
         if differing:
             yield f"{variant} differs from {baseline} in {', '.join(differing)}."
+    gaps = dict.fromkeys(
+        c.token_gap for own in variants.values() for r in own for c in r.curves.values() if c.token_gap
+    )
+    if gaps:
+        yield f"Compared over steps only, {len(gaps)} of the runs do not count their tokens: {next(iter(gaps))}."
     for key, unit in (("steps", "optimizer steps"), ("tokens", "sampled tokens")):
         counts = [run.summary[key] for runs in variants.values() for run in runs]
         if max(counts) > LIKE_COUNTS[key] * min(counts):

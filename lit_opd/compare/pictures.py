@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lit_opd.compare.comparison import AXES, RunsComparison
+from lit_opd.compare.comparison import RunsComparison
 from lit_opd.compare.runs import Run
 from lit_opd.compare.statistics import mean_interval
 
@@ -27,10 +27,10 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def draw_curves(found: RunsComparison, metric: str, folder: Path) -> Path:
-    """One metric over steps and over tokens: means of each variant's runs with 95 % bands."""
+    """One metric over steps, and over tokens where they are known: means of each variant's runs with 95 % bands."""
     figure = _figure(WIDTH, 4.6)
-    for place, axis in enumerate(AXES):
-        axes = figure.add_subplot(1, 2, place + 1)
+    for place, axis in enumerate(found.axes_of(metric)):
+        axes = figure.add_subplot(1, len(found.axes_of(metric)), place + 1)
         for number, (variant, runs) in enumerate(found.variants.items()):
             _draw_variant(axes, [run for run in runs if metric in run.curves], metric, axis, variant, number)
         if metric in found.targets:

@@ -30,14 +30,22 @@ class Curve:
         steps: optimizer steps, rising.
         tokens: tokens sampled for training up to then.
         values: the metric.
+        token_gap: why ``tokens`` are not all that were sampled; empty where they are.
     """
 
     steps: tuple[int, ...]
     tokens: tuple[int, ...]
     values: tuple[float, ...]
+    token_gap: str = ""
 
     def along(self, axis: str) -> tuple[int, ...]:
-        """``steps`` or ``tokens``."""
+        """``steps`` or ``tokens``.
+
+        Raises:
+            InputError: tokens that were not all counted.
+        """
+        if axis == "tokens" and self.token_gap:
+            raise InputError(self.token_gap)
         return self.tokens if axis == "tokens" else self.steps
 
 
@@ -158,13 +166,24 @@ def _curves(folder: Path, summary: dict[str, Any]) -> dict[str, Curve]:
             f"`--runs` must be finished runs, got {folder}, whose metrics.csv is at step {rows[-1]['step']:.0f} and whose "
             f"summary.json at {summary['steps']}; let it end, or finish it with `--ckpt_path last`"
         )
-    found = {}
+    found, gap = {}, _token_gap(folder, rows, summary)
     for name, column in METRICS.items():
         points = [(row["step"], row["tokens"], row[column]) for row in rows if column in row]
         if points and (name != "avg_at_4" or summary.get("avg_at_4_end") is not None):
             steps, tokens, values = zip(*points, strict=True)
-            found[name] = Curve(tuple(map(int, steps)), tuple(map(int, tokens)), values)
+            found[name] = Curve(tuple(map(int, steps)), tuple(map(int, tokens)), values, gap)
     return found
+
+
+def _token_gap(folder: Path, rows: Sequence[dict[str, float]], summary: dict[str, Any]) -> str:
+    """What is wrong with the token axis: each line counts its own batch only, the summary counts every batch."""
+    logged = int(rows[-1]["tokens"]) if rows else 0
+    if logged == summary["tokens"]:
+        return ""
+    return (
+        f"`train/tokens` of {folder}/metrics.csv must sum to the {summary['tokens']:,} tokens of summary.json, got {logged:,}; "
+        "train with `--trainer.log_every_n_steps 1` to compare over tokens"
+    )
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:

@@ -64,9 +64,10 @@ def _range(values: list[float]) -> str:
 def _metric_sections(found: RunsComparison, metric: str, folder: Path) -> Iterable[Section]:
     used = [name for name in QUANTITIES if any((metric, variant, name) in found.cells for variant in found.variants)]
     text, pictures = [], []
-    if metric in found.targets:
-        steps, tokens = (found.horizons[metric, axis] for axis in ("steps", "tokens"))
-        text.append(f"Target {found.targets[metric]:.4g}; horizon {steps:,.0f} steps, {tokens:,.0f} tokens.")
+    if axes := found.axes_of(metric):
+        target = f"Target {found.targets[metric]:.4g}" if metric in found.targets else "No target"
+        horizons = ", ".join(f"{found.horizons[metric, axis]:,.0f} {axis}" for axis in axes)
+        text.append(f"{target}; horizon {horizons}.")
         pictures.append(draw_curves(found, metric, folder))
     others = [variant for variant in found.variants if variant != found.baseline]
     means = [[name, *(_mean(found, metric, name, quantity) for quantity in used)] for name in found.variants]
