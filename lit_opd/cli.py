@@ -221,8 +221,7 @@ class OPDCLI(LightningCLI):
             )
         self._resolve_checkpoint()
         if self.subcommand == "fit" and is_rank_zero():
-            overwrite = bool(self.settings.get("overwrite"))
-            require_free(self.run_dir, going_on=bool(self.settings.get("ckpt_path")), overwrite=overwrite)
+            require_free(self.run_dir, self.settings)
         self.settings["trainer"]["default_root_dir"] = str(self.run_dir)
 
     def _resolve_checkpoint(self) -> None:

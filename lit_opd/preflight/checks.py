@@ -25,6 +25,7 @@ from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
+from lit_opd.preflight.run_folder import require_free
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.server import ServerError
 from lit_opd.sharding import check_strategy
@@ -263,9 +264,7 @@ def _not_probed(reason: NotProbed) -> Finding:
 
 def run_folder(run: Run) -> Finding:
     """New or empty, and writable."""
-    require_free(
-        run.run_dir, going_on=bool(run.settings.get("ckpt_path")), overwrite=bool(run.settings.get("overwrite"))
-    )
+    require_free(run.run_dir, run.settings)
     for folder in dict.fromkeys([_existing(run.run_dir), _existing(run.run_dir / "checkpoints")]):
         if not os.access(folder, os.W_OK | os.X_OK):
             return Finding("error", f"{folder} is not writable", "give another --run_dir, or change its permissions")
@@ -361,22 +360,6 @@ def _examined(run: Run, check: Check) -> Finding:
     if not said or found.status == "error":
         return found
     return replace(found, status="warning", found="; ".join([found.found, *said]))
-
-
-def require_free(folder: Path, *, going_on: bool, overwrite: bool) -> None:
-    """A run folder that a new run may fill.
-
-    Raises:
-        InputError: a file, or a folder with something in it, unless the run goes on from a checkpoint or overwrites.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"`--run_dir` must be a folder, got the file {folder}")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not going_on and not overwrite:
-        raise InputError(
-            f"`--run_dir` must be empty or new, but {folder} has files in it; give another --run_dir, go on with "
-            "--ckpt_path last, or delete what is there with --overwrite true"
-        )
 
 
 def _split(status: Status, message: str) -> Finding:
