@@ -691,6 +691,7 @@ class OPDModule(L.LightningModule):
         checkpoint["validation_due"] = validation_due(
             self.trainer, validated_at=self._validated_at, at_start=self.validation.before_training
         )
+        checkpoint["validated_at"] = self._validated_at
         at_batch_end(checkpoint["loops"], validating=self.trainer.validating)
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._shapes.items()}
 
@@ -699,6 +700,7 @@ class OPDModule(L.LightningModule):
         from_consolidated(checkpoint)
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
         self._validation_due = checkpoint.get("validation_due", False)
+        self._validated_at = checkpoint.get("validated_at")
         if "student_shapes" in checkpoint and self.student is not None:
             _require_same(checkpoint["student_shapes"], of=self._shapes)
 

@@ -269,6 +269,17 @@ def test_the_same_wandb_run_goes_on(models, tmp_path):
     assert [row["trainer/global_step"] for row in seen if "train/loss" in row] == ["1", "2", "3"]
 
 
+def test_a_validation_that_the_checkpoint_had_is_not_made_again(models, tmp_path):
+    """The checkpoint at the end comes after the step's validation; a kill during the export leaves no summary."""
+    config = write_config(tmp_path, models, every=99, **{"trainer.max_steps": 1, "trainer.val_check_interval": 1})
+    run = fit(config, tmp_path / "run")
+    before = metrics(run), json.loads((run / "summary.json").read_text()) | {"seconds": 0}
+    assert [row["step"] for row in before[0] if row["val/reverse_kl"]] == ["0", "1"]
+    (run / "summary.json").unlink()
+    fit(config, run, "--ckpt_path", "last")
+    assert (metrics(run), json.loads((run / "summary.json").read_text()) | {"seconds": 0}) == before
+
+
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
