@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
+from lit_opd.changed_options import apply_changes, configured
 from lit_opd.checkpoints import (
     at_batch_end,
     by_name,
@@ -155,6 +156,8 @@ class OPDModule(L.LightningModule):
         self.skips, self.room = Skips(max_skipped_steps), Room()
         self._validated_at: int | None = None
         self._validation_due: bool | None = None  # of the checkpoint the run goes on from; None for a new run
+        self._options: dict[str, Any] = {}  # the optimizer's as configured, and those of the checkpoint
+        self._saved_options: dict[str, Any] | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -434,9 +437,9 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         optimizer = self.optimizer_factory([p for p in self.student.parameters() if p.requires_grad])
         optimizer.register_load_state_dict_pre_hook(lambda own, state: by_number(state, self, own))
-        if self.scheduler_factory is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler_factory(optimizer)}
+        scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory is not None else None
+        self._options = configured(optimizer, scheduler)
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # -- Lightning: the step -----------------------------------------------------------------------------------------
 
@@ -560,6 +563,9 @@ class OPDModule(L.LightningModule):
             self._validation_due = self.global_step == 0 and self.validation.before_training
         else:
             count_epoch(self.trainer)
+            if self._saved_options is not None:
+                optimizer, scheduler = self.trainer.optimizers[0], self.lr_schedulers()
+                apply_changes(self._saved_options, self._options, optimizer, scheduler)
         if self._validation_due:
             self._validate_now()
         self._validation_due = None
@@ -691,7 +697,7 @@ class OPDModule(L.LightningModule):
         checkpoint["validation_due"] = validation_due(
             self.trainer, validated_at=self._validated_at, at_start=self.validation.before_training
         )
-        checkpoint["validated_at"] = self._validated_at
+        checkpoint["validated_at"], checkpoint["optimizer_options"] = self._validated_at, self._options
         at_batch_end(checkpoint["loops"], validating=self.trainer.validating)
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._shapes.items()}
 
@@ -701,6 +707,7 @@ class OPDModule(L.LightningModule):
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
         self._validation_due = checkpoint.get("validation_due", False)
         self._validated_at = checkpoint.get("validated_at")
+        self._saved_options = checkpoint.get("optimizer_options")
         if "student_shapes" in checkpoint and self.student is not None:
             _require_same(checkpoint["student_shapes"], of=self._shapes)
 

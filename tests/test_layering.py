@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "lazy": {"types"},
     "sharding": {"types", "models"},
     "checkpoints": {"types", "shard_index"},
+    "changed_options": set(),
     "shard_index": {"types"},
     "faults": {"types", "distributed"},
     "checkpoint_files": {"types", "server"},
