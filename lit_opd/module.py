@@ -369,19 +369,31 @@ class OPDModule(L.LightningModule):
             raise InputError(f"`model.mini_batches` must be at most the {rows} rows of a rank, got {self.mini_batches}")
 
     def check_window(self, data: Any) -> None:
-        """The longest prompt and response fit into the student's context window."""
-        limit = getattr(data, "max_prompt_tokens", None)
-        window = getattr(self.student_config.get_text_config(), "max_position_embeddings", None)
-        response = self.sampler.max_new_tokens
-        if limit is not None and window is not None and limit + response > window:
+        """The longest prompt and response fit into the context windows of student, teacher and reference."""
+        limit, read = getattr(data, "max_prompt_tokens", None), getattr(data, "longest_prompt", None)
+        self._require_window("model.student", self.student_config.get_text_config(), limit)
+        for scorer in self.scorers.values():
+            for part in (part for part in scorer.modules() if isinstance(part, Teacher)):
+                self._require_window(scorer.field, part.reader_config, read)
+
+    def _require_window(self, field: str, config: Any, prompt: int | None) -> None:
+        window, response = getattr(config, "max_position_embeddings", None), self.sampler.max_new_tokens
+        if prompt is not None and window is not None and prompt + response > window:
             raise InputError(
-                f"`model.sampler.max_new_tokens` must leave room in the context window of {window} tokens, got {response} "
-                f"after prompts of up to {limit}; lower it or `data.max_prompt_tokens`"
+                f"`model.sampler.max_new_tokens` must leave room in the context window of `{field}`, {window} tokens, got "
+                f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens`, or shorten what the template "
+                "adds"
             )
+
+    @staticmethod
+    def _longest_prompt(data: Any) -> int | None:
+        """Tokens that a row's prompt may have: the limit, which holds for the student's, or more where a teacher's are longer."""
+        limit = getattr(data, "max_prompt_tokens", None)
+        return None if limit is None else max(limit, getattr(data, "longest_prompt", limit))
 
     def check_token_budget(self, data: Any) -> None:
         """A micro-batch holds the longest row."""
-        limit, response = getattr(data, "max_prompt_tokens", None), self.sampler.max_new_tokens
+        limit, response = self._longest_prompt(data), self.sampler.max_new_tokens
         if limit is not None and self.token_budget is not None and limit + response > self.token_budget:
             raise InputError(
                 f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {self.token_budget}"
@@ -395,7 +407,7 @@ class OPDModule(L.LightningModule):
 
     def check_servers(self, data: Any) -> None:
         """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
-        limit = getattr(data, "max_prompt_tokens", None)
+        limit = self._longest_prompt(data)
         response = max(self.sampler.max_new_tokens, self.validation.max_new_tokens or 0)
         tokens = None if limit is None else limit + response
         with shared_failure():

@@ -263,6 +263,15 @@ def test_both_ranks_stop_with_one_error_and_the_state_saved(two_ranks):
         assert "(optimizer step 1) is in" in first["notes"][0]
 
 
+def test_a_row_over_the_budget_on_one_rank_is_the_error_of_both(two_ranks):
+    out, _ = two_ranks
+    first, second = ((out / f"long-{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith(
+        "InputError: `OPDModule.token_budget` must hold the longest row, got 14 for a row of 15 tokens"
+    )
+
+
 def test_memory_that_runs_out_on_one_rank_ends_both(two_ranks):
     out, _ = two_ranks
     other, own = ((out / f"starved-{rank}").read_text() for rank in (0, 1))
