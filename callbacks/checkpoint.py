@@ -122,6 +122,8 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint falls on batch boundaries, so the last numbered one is what is kept), or where not every rank failed, since
         saving needs them all.
         """
+        if self._batch_began_at is None and isinstance(exception, Stopped):
+            exception.add_note("nothing was trained and nothing saved; start again with the same command")
         if self._batch_began_at is None or not isinstance(exception, SAVED_AFTER):
             return
         if isinstance(exception, Stopped) and exception.requeue:

@@ -254,10 +254,10 @@ class OPDCLI(LightningCLI):
             ) from error
 
     def fit(self, **arguments: Any) -> None:
-        """The trainer's fit; a run that is refused while it loads leaves no folder behind."""
+        """The trainer's fit; a run that is refused or stopped while it loads leaves no folder behind."""
         try:
             self.trainer.fit(**arguments)
-        except Exception:
+        except (Exception, Stopped):
             started = (self.run_dir / "config.yaml").exists()
             if self._new_folder and not started and is_rank_zero():
                 _finish_wandb()
