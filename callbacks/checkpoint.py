@@ -130,6 +130,8 @@ class RunCheckpoint(ModelCheckpoint):
             exception.add_note(f"the job is queued again and goes on from {REQUEUE}*.ckpt in its run folder")
         elif self._saving:
             exception.add_note(self._kept())
+        elif getattr(exception, "torn", False):
+            exception.add_note(f"an update was cut short, so nothing was saved; {self._kept()}")
         elif trainer.world_size > 1 and not getattr(exception, "on_every_rank", False):
             exception.add_note(f"one rank failed alone, so nothing was saved; {self._kept()}")
         elif trainer.global_step != self._batch_began_at:

@@ -488,7 +488,9 @@ class OPDModule(L.LightningModule):
     def apply_gradients(self) -> None:
         """Step, schedule, clear."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
+        remedy = "take an optimizer with less state, set `model.student.lora`, or shard the weights over more devices"
+        with memory_for("updating the weights", remedy, torn=True):
+            optimizer.step()  # type: ignore[union-attr]
         self.clear_gradients()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
@@ -600,6 +602,7 @@ class OPDModule(L.LightningModule):
         """Start from empty metrics."""
         self.evaluator.reset()
 
+    @memory_for("validating", "lower `data.val_batch` or `model.validation.max_new_tokens`")
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Greedy answers, sampled answers, divergence from the teacher; see ``ValidationSettings``."""
         settings, decode = self.validation, decoder(self.tokenizer)
