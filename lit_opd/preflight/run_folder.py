@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,23 @@ def require_free(folder: Path, settings: Mapping[str, Any]) -> None:
         )
     if reason:
         raise InputError(f"`--overwrite` must be false for {folder}, which {reason}; give another --run_dir")
+
+
+def freed_bytes(run_dir: Path, folders: Iterable[Path], settings: Mapping[str, Any], *, device: int) -> int:
+    """Bytes on a disk that the run will delete: former checkpoints and the exported student, or all that it overwrites.
+
+    Args:
+        run_dir: the run folder.
+        folders: those that hold checkpoints.
+        settings: of the command line.
+        device: ``st_dev`` of the disk.
+    """
+    if settings.get("ckpt_path"):
+        roots = [run_dir / "student", *(path for folder in folders for path in folder.glob("step-*"))]
+    else:
+        roots = [run_dir] if settings.get("overwrite") else []
+    files = [path for root in roots for path in (root, *root.rglob("*")) if path.is_file() and not path.is_symlink()]
+    return sum(status.st_size for status in (path.lstat() for path in set(files)) if status.st_dev == device)
 
 
 def _must_stay(folder: Path, settings: Mapping[str, Any]) -> str | None:
