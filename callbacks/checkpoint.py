@@ -122,12 +122,16 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint falls on batch boundaries, so the last numbered one is what is kept), or where not every rank failed, since
         saving needs them all.
         """
+        if self._batch_began_at is None and isinstance(exception, Stopped):
+            exception.add_note("nothing was trained and nothing saved; start again with the same command")
         if self._batch_began_at is None or not isinstance(exception, SAVED_AFTER):
             return
         if isinstance(exception, Stopped) and exception.requeue:
             exception.add_note(f"the job is queued again and goes on from {REQUEUE}*.ckpt in its run folder")
         elif self._saving:
             exception.add_note(self._kept())
+        elif getattr(exception, "torn", False):
+            exception.add_note(f"an update was cut short, so nothing was saved; {self._kept()}")
         elif trainer.world_size > 1 and not getattr(exception, "on_every_rank", False):
             exception.add_note(f"one rank failed alone, so nothing was saved; {self._kept()}")
         elif trainer.global_step != self._batch_began_at:

@@ -17,35 +17,70 @@ from lit_opd.types import Stopped
 
 AGAIN = 1.0  # seconds after which a further Ctrl-C is a second one; a launcher passes the first on to its ranks again
 INTERRUPTED = 128 + signal.SIGINT
+EARLY_NOTICE = b"\nstopping; nothing is trained yet\n"
 NOTICE = b"\nstopping; the state is saved first (Ctrl-C again exits at once)\n"
 
 
 class StopOnSignal(Callback):
     """Raises ``Stopped`` once a signal came; ``RunCheckpoint`` then saves, and the process ends with status 0 (130 on Ctrl-C).
 
-    One process abandons the running batch at once, unless its first update was made: then the batch is finished, and so
-    are evaluations that are no part of the validation. Several ranks agree at the next batch, whichever of them got the
-    signal. A second Ctrl-C exits at once. Under SLURM the requeue signal saves Lightning's ``hpc_ckpt`` and queues the job again.
+    One process leaves at once before training, and abandons the running batch at once, unless its first update was made: then
+    the batch is finished, and so are evaluations that are no part of the validation. Several ranks agree at the next batch,
+    whichever of them got the signal. A second Ctrl-C exits at once. Under SLURM the requeue signal saves Lightning's ``hpc_ckpt``
+    at the next batch and queues the job again.
     """
 
     def __init__(self) -> None:
         self._signum, self._since = 0, 0.0
         self._open = False  # True while nothing is lost by leaving at any instruction
+        self._training = False
         self._requeue: int | None = None
         self._ranks = 1
+        self._former: dict[int, Any] = {}  # handlers of before the run
 
     # -- signals -----------------------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of Lightning's handlers, which save or talk to other ranks in the middle of an update."""
-        self._signum, self._open, self._ranks = 0, False, trainer.world_size
-        if threading.current_thread() is not threading.main_thread():
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen before weights are read, which takes minutes; until training starts one process leaves at once."""
+        if stage != "fit":
             return
+        self._signum, self._training, self._ranks = 0, False, trainer.world_size
+        self._open = self._ranks == 1
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
-        for signum in {signal.SIGINT, signal.SIGTERM, self._requeue or signal.SIGTERM}:
-            signal.signal(signum, self._received)  # Lightning's teardown puts the former ones back
+        self._listen()
+
+    def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in {int(signal.SIGINT), int(signal.SIGTERM), self._requeue or int(signal.SIGTERM)}:
+            former = signal.signal(signum, self._received)
+            if former is not None:
+                self._former.setdefault(signum, former)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of Lightning's handlers, which save or talk to other ranks in the middle of an update."""
+        self._open, self._training = False, True
+        connector = trainer._signal_connector
+        if connector.received_sigterm:  # which would end the run after a batch with nothing saved
+            self._signum, connector.received_sigterm = self._signum or signal.SIGTERM, False
+        self._listen()
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: Trainer) -> None:
+        """Put the handlers of before the run back: Lightning's teardown does, where it has put its own there by now."""
+        kept = trainer._signal_connector._original_handlers
+        if kept:
+            kept |= self._former  # type: ignore[arg-type]
+        elif threading.current_thread() is threading.main_thread():
+            for signum, handler in self._former.items():
+                signal.signal(signum, handler)
+        self._former = {}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """For a fit that had nothing to train."""
+        self._give_back(trainer)
 
     def _received(self, signum: int, frame: Any) -> None:
         if self._signum:
@@ -53,8 +88,8 @@ class StopOnSignal(Callback):
                 os._exit(INTERRUPTED)
             return
         self._signum, self._since = signum, time.monotonic()
-        os.write(2, NOTICE)
-        if self._open:
+        os.write(2, NOTICE if self._training else EARLY_NOTICE)
+        if self._open and (self._training or signum != self._requeue):  # a job is queued again from a saved state
             self._stop(signum)
 
     def _stop(self, signum: int) -> None:
@@ -115,5 +150,6 @@ class StopOnSignal(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save Lightning's checkpoint of a requeued job, and queue it."""
         self._open = False
+        self._give_back(trainer)
         if isinstance(exception, Stopped) and exception.requeue:
             trainer._signal_connector._slurm_sigusr_handler_fn(exception.signum, None)  # type: ignore[arg-type]

@@ -26,12 +26,13 @@ class Summary(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
-        return {"start": dict(self._start), "tokens": self._tokens, "seconds": self._elapsed()}
+        measured = {"start": dict(self._start), "end": dict(self._end)}
+        return measured | {"tokens": self._tokens, "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self._start, self._tokens = dict(state_dict["start"]), state_dict["tokens"]
-        self._seconds = state_dict["seconds"]
+        self._end, self._seconds = dict(state_dict.get("end", {})), state_dict["seconds"]
 
     def _elapsed(self) -> float:
         return self._seconds + (time.perf_counter() - self._clock if self._clock else 0.0)

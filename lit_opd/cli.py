@@ -221,8 +221,7 @@ class OPDCLI(LightningCLI):
             )
         self._resolve_checkpoint()
         if self.subcommand == "fit" and is_rank_zero():
-            overwrite = bool(self.settings.get("overwrite"))
-            require_free(self.run_dir, going_on=bool(self.settings.get("ckpt_path")), overwrite=overwrite)
+            require_free(self.run_dir, self.settings)
         self.settings["trainer"]["default_root_dir"] = str(self.run_dir)
 
     def _resolve_checkpoint(self) -> None:
@@ -255,10 +254,10 @@ class OPDCLI(LightningCLI):
             ) from error
 
     def fit(self, **arguments: Any) -> None:
-        """The trainer's fit; a run that is refused while it loads leaves no folder behind."""
+        """The trainer's fit; a run that is refused or stopped while it loads leaves no folder behind."""
         try:
             self.trainer.fit(**arguments)
-        except Exception:
+        except (Exception, Stopped):
             started = (self.run_dir / "config.yaml").exists()
             if self._new_folder and not started and is_rank_zero():
                 _finish_wandb()

@@ -209,9 +209,13 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def memory_for(what: str, remedy: str) -> Iterator[None]:
+def memory_for(what: str, remedy: str, *, torn: bool = False) -> Iterator[None]:
     """Memory that runs out while the block runs is an error that names the setting.
 
+    Args:
+        what: the block does.
+        remedy: for the user.
+        torn: the block changes weights, and leaves some of them changed where it ends early.
     Raises:
         InputError: it did.
     """
@@ -220,7 +224,9 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(f"out of memory while {what}; {remedy} ({_reason(error)})") from error
+        failed = InputError(f"out of memory while {what}; {remedy} ({_reason(error)})")
+        failed.torn = torn
+        raise failed from error
 
 
 class Room:

@@ -306,9 +306,12 @@ class _Worker:
         hello = self._line(START_SECONDS)
         if hello != b"ready":
             self.stop()
-            raise RuntimeError(
-                f"a grading worker did not start ({(hello or b'no answer in time').decode() or 'it died'}); "
-                f"try: {sys.executable} -c 'import math_verify', or raise the grader's memory ({self.memory_mib} MiB)"
+            from lit_opd.types import InputError  # imports torch, which a worker does without
+
+            raise InputError(
+                f"`Grader.memory_mib` must let a worker start, got {self.memory_mib} "
+                f"({(b'no answer in time' if hello is None else hello).decode() or 'it died'}); raise it, free memory, or see "
+                f"what {sys.executable} -c 'import math_verify' says"
             )
 
     def _line(self, seconds: float) -> bytes | None:

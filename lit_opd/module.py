@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
+from lit_opd.changed_options import apply_changes, configured
 from lit_opd.checkpoints import (
     at_batch_end,
     by_name,
@@ -155,6 +156,8 @@ class OPDModule(L.LightningModule):
         self.skips, self.room = Skips(max_skipped_steps), Room()
         self._validated_at: int | None = None
         self._validation_due: bool | None = None  # of the checkpoint the run goes on from; None for a new run
+        self._options: dict[str, Any] = {}  # the optimizer's as configured, and those of the checkpoint
+        self._saved_options: dict[str, Any] | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -366,19 +369,31 @@ class OPDModule(L.LightningModule):
             raise InputError(f"`model.mini_batches` must be at most the {rows} rows of a rank, got {self.mini_batches}")
 
     def check_window(self, data: Any) -> None:
-        """The longest prompt and response fit into the student's context window."""
-        limit = getattr(data, "max_prompt_tokens", None)
-        window = getattr(self.student_config.get_text_config(), "max_position_embeddings", None)
-        response = self.sampler.max_new_tokens
-        if limit is not None and window is not None and limit + response > window:
+        """The longest prompt and response fit into the context windows of student, teacher and reference."""
+        limit, read = getattr(data, "max_prompt_tokens", None), getattr(data, "longest_prompt", None)
+        self._require_window("model.student", self.student_config.get_text_config(), limit)
+        for scorer in self.scorers.values():
+            for part in (part for part in scorer.modules() if isinstance(part, Teacher)):
+                self._require_window(scorer.field, part.reader_config, read)
+
+    def _require_window(self, field: str, config: Any, prompt: int | None) -> None:
+        window, response = getattr(config, "max_position_embeddings", None), self.sampler.max_new_tokens
+        if prompt is not None and window is not None and prompt + response > window:
             raise InputError(
-                f"`model.sampler.max_new_tokens` must leave room in the context window of {window} tokens, got {response} "
-                f"after prompts of up to {limit}; lower it or `data.max_prompt_tokens`"
+                f"`model.sampler.max_new_tokens` must leave room in the context window of `{field}`, {window} tokens, got "
+                f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens`, or shorten what the template "
+                "adds"
             )
+
+    @staticmethod
+    def _longest_prompt(data: Any) -> int | None:
+        """Tokens that a row's prompt may have: the limit, which holds for the student's, or more where a teacher's are longer."""
+        limit = getattr(data, "max_prompt_tokens", None)
+        return None if limit is None else max(limit, getattr(data, "longest_prompt", limit))
 
     def check_token_budget(self, data: Any) -> None:
         """A micro-batch holds the longest row."""
-        limit, response = getattr(data, "max_prompt_tokens", None), self.sampler.max_new_tokens
+        limit, response = self._longest_prompt(data), self.sampler.max_new_tokens
         if limit is not None and self.token_budget is not None and limit + response > self.token_budget:
             raise InputError(
                 f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {self.token_budget}"
@@ -392,7 +407,7 @@ class OPDModule(L.LightningModule):
 
     def check_servers(self, data: Any) -> None:
         """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
-        limit = getattr(data, "max_prompt_tokens", None)
+        limit = self._longest_prompt(data)
         response = max(self.sampler.max_new_tokens, self.validation.max_new_tokens or 0)
         tokens = None if limit is None else limit + response
         with shared_failure():
@@ -434,9 +449,9 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         optimizer = self.optimizer_factory([p for p in self.student.parameters() if p.requires_grad])
         optimizer.register_load_state_dict_pre_hook(lambda own, state: by_number(state, self, own))
-        if self.scheduler_factory is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler_factory(optimizer)}
+        scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory is not None else None
+        self._options = configured(optimizer, scheduler)
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # -- Lightning: the step -----------------------------------------------------------------------------------------
 
@@ -473,7 +488,9 @@ class OPDModule(L.LightningModule):
     def apply_gradients(self) -> None:
         """Step, schedule, clear."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
+        remedy = "take an optimizer with less state, set `model.student.lora`, or shard the weights over more devices"
+        with memory_for("updating the weights", remedy, torn=True):
+            optimizer.step()  # type: ignore[union-attr]
         self.clear_gradients()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
@@ -560,6 +577,9 @@ class OPDModule(L.LightningModule):
             self._validation_due = self.global_step == 0 and self.validation.before_training
         else:
             count_epoch(self.trainer)
+            if self._saved_options is not None:
+                optimizer, scheduler = self.trainer.optimizers[0], self.lr_schedulers()
+                apply_changes(self._saved_options, self._options, optimizer, scheduler)
         if self._validation_due:
             self._validate_now()
         self._validation_due = None
@@ -582,6 +602,7 @@ class OPDModule(L.LightningModule):
         """Start from empty metrics."""
         self.evaluator.reset()
 
+    @memory_for("validating", "lower `data.val_batch` or `model.validation.max_new_tokens`")
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Greedy answers, sampled answers, divergence from the teacher; see ``ValidationSettings``."""
         settings, decode = self.validation, decoder(self.tokenizer)
@@ -691,6 +712,7 @@ class OPDModule(L.LightningModule):
         checkpoint["validation_due"] = validation_due(
             self.trainer, validated_at=self._validated_at, at_start=self.validation.before_training
         )
+        checkpoint["validated_at"], checkpoint["optimizer_options"] = self._validated_at, self._options
         at_batch_end(checkpoint["loops"], validating=self.trainer.validating)
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._shapes.items()}
 
@@ -699,6 +721,8 @@ class OPDModule(L.LightningModule):
         from_consolidated(checkpoint)
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
         self._validation_due = checkpoint.get("validation_due", False)
+        self._validated_at = checkpoint.get("validated_at")
+        self._saved_options = checkpoint.get("optimizer_options")
         if "student_shapes" in checkpoint and self.student is not None:
             _require_same(checkpoint["student_shapes"], of=self._shapes)
 

@@ -154,15 +154,18 @@ class Update:
 
     def score_teacher(self) -> None:
         """Scores of the whole batch by the frozen models, in micro-batches."""
+        rows = torch.arange(len(self.rollout))
+        with shared_failure():  # a row over the budget is every rank's error
+            groups = self._groups(rows)
+        most = self._most(len(groups))  # a collective, which the block below must not hold
         with ExitStack() as stack:
             for model in self.module.scorers.values():
                 stack.enter_context(model.on_device(self.rollout.mask.device))
             if not any(holds_shards(model) for model in self.module.scorers.values()):
                 stack.enter_context(shared_failure())  # sharded models talk to each other while they score
-            self._in_micro_batches(torch.arange(len(self.rollout)), self._score_groups)
+            self._in_micro_batches(rows, lambda groups: self._score_groups(groups, max(most, len(groups))))
 
-    def _score_groups(self, groups: list[Tensor]) -> None:
-        total = self._most(len(groups))
+    def _score_groups(self, groups: list[Tensor], total: int) -> None:
         for index in range(total):
             self._score_group(groups[index] if index < len(groups) else groups[0])
             self.module.phase("scoring", index + 1, total)

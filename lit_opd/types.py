@@ -29,10 +29,12 @@ _LOG2_E = math.log2(math.e)
 class InputError(ValueError):
     """Something the user gave is wrong; the message names the field, the value and the remedy.
 
-    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match.
+    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match; ``torn`` where an
+    update was cut short, so that weights and optimizer are of no step.
     """
 
     on_every_rank = False
+    torn = False
 
 
 class ServerError(RuntimeError):

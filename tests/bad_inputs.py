@@ -572,6 +572,12 @@ COMMANDS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "negative seed": (given("--seed_everything", "-1"), ["seed_everything", "-1"]),
     "pickles allowed": (given("--weights_only", "false"), ["weights_only", "False"]),
     "token budget below the longest row": (given("--model.token_budget", "10"), ["model.token_budget", "10"]),
+    "token budget below the teacher's longest row": (
+        given("--model.token_budget", "40", "--data.teacher_system_prompt", "x" * 30), ["model.token_budget", "40"]
+    ),
+    "no room in the teacher's window": (
+        given("--data.teacher_system_prompt", "x" * 50), ["max_new_tokens", "window of `model.teacher`, 64 tokens"]
+    ),
     "no room for a response": (given("--model.sampler.max_new_tokens", "60"), ["max_new_tokens", "64", "60"]),
     "stop ids outside the vocabulary": (given("--model.sampler.stop_token_ids", "[999]"), ["stop_token_ids", "999"]),
     "no stop ids": (given("--model.sampler.stop_token_ids", "[]"), ["stop_token_ids", "[]"]),

@@ -18,6 +18,7 @@ from tests import cases, fixed, poisoned, two_ranks
 FAST = ("ddp gradient", "fsdp2 student", "fsdp2 stopped")
 SLOW = tuple(f"{name} {what}" for name in ("ddp", "fsdp2", "fsdp1") for what in ("teacher", "student", "stopped"))
 TIMEOUT = timedelta(seconds=30)
+LONGEST = max(map(sum, zip(cases.PROMPTS, cases.LENGTHS, strict=True)))  # tokens of a row that one rank has
 
 
 def fit(models: tuple[str, str], name: str, **settings: Any) -> tuple[Any, fixed.Collect]:
@@ -53,11 +54,10 @@ def stopped(models: tuple[str, str], name: str, out: Path) -> dict[str, Any]:
     return {}
 
 
-def starved(models: tuple[str, str], out: Path) -> str:
-    """What this rank says when memory runs out on the second one."""
-    watch = poisoned.Starved("student", {1}, rank=1)
+def ended(models: tuple[str, str], out: Path, **settings: Any) -> str:
+    """What this rank says when the run ends early."""
     try:
-        fit(models, "ddp", bad=set(), steps=2, watch=watch, trainer={"default_root_dir": out})
+        fit(models, "ddp", bad=set(), steps=2, trainer={"default_root_dir": out}, **settings)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -79,7 +79,9 @@ def main() -> None:
     out, (a, b, c, d) = Path(sys.argv[1]), sys.argv[3:7]
     models = {"teacher": (a, b), "student": (c, d)}
     torch.save({named: case(models, named, out) for named in sys.argv[2].split(",")}, out / f"rank-{rank()}.pt")
-    (out / f"starved-{rank()}").write_text(starved(models["student"], out))
+    (out / f"long-{rank()}").write_text(ended(models["student"], out, token_budget=LONGEST - 1))
+    watch = poisoned.Starved("student", {1}, rank=1)
+    (out / f"starved-{rank()}").write_text(ended(models["student"], out, watch=watch))
 
 
 if __name__ == "__main__":

@@ -262,3 +262,41 @@ def test_padded_rows_of_the_teachers_embedding_are_cut(world, tmp_path):
     overrides = bad_teacher(rows=80)(tmp_path)
     run(world, tmp_path / "run", *overrides, "--trainer.max_steps", "2")
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def beside(world: Path, run_dir: Path, name: str) -> list[str]:
+    """A fit that overwrites ``run_dir`` and reads ``name`` from it."""
+    source = {"student": tiny.qwen3(seed=5), "train.jsonl": None, "base.yaml": None}[name]
+    if source is not None:
+        return ["--model.student.path", tiny.save(source, run_dir / name)]
+    (run_dir / name).write_bytes((world / name).read_bytes())
+    return ["--config" if name == "base.yaml" else "--data.train", str(run_dir / name)]
+
+
+@pytest.mark.parametrize("name", ["student", "train.jsonl", "base.yaml"])
+def test_overwriting_never_deletes_what_the_run_reads(world, tmp_path, capsys, name):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").touch()
+    overrides = beside(world, run_dir, name)
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(SystemExit):
+        run(world, run_dir, *overrides, "--overwrite", "true")
+    told = capsys.readouterr().err
+    assert "`--overwrite` must be false" in told and str(run_dir / name) in told
+    assert sorted(run_dir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["working directory", "no run's folder"])
+def test_a_folder_that_is_no_run_is_not_overwritten_and_nobody_is_told_to(world, tmp_path, capsys, monkeypatch, place):
+    (tmp_path / "thesis.tex").touch()
+    if place == "working directory":
+        (tmp_path / "config.yaml").touch()
+        monkeypatch.chdir(tmp_path)
+    folder = Path(".") if place == "working directory" else tmp_path
+    for overwrite, told in (("false", "must be empty or new"), ("true", "`--overwrite` must be false")):
+        with pytest.raises(SystemExit):
+            run(world, folder, "--overwrite", overwrite)
+        said = capsys.readouterr().err
+        assert told in said and "--overwrite true" not in said
+    assert (tmp_path / "thesis.tex").exists()

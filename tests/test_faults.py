@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from callbacks import RunCheckpoint, default_callbacks
 from lit_opd.cli import main
@@ -263,6 +265,15 @@ def test_both_ranks_stop_with_one_error_and_the_state_saved(two_ranks):
         assert "(optimizer step 1) is in" in first["notes"][0]
 
 
+def test_a_row_over_the_budget_on_one_rank_is_the_error_of_both(two_ranks):
+    out, _ = two_ranks
+    first, second = ((out / f"long-{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith(
+        "InputError: `OPDModule.token_budget` must hold the longest row, got 14 for a row of 15 tokens"
+    )
+
+
 def test_memory_that_runs_out_on_one_rank_ends_both(two_ranks):
     out, _ = two_ranks
     other, own = ((out / f"starved-{rank}").read_text() for rank in (0, 1))
@@ -365,6 +376,43 @@ def test_memory_that_runs_out_while_sampling_names_the_settings(models):
     trained = fixed.module(models["gradient"], cases.rollout(), **settings)
     with pytest.raises(InputError, match=r"out of memory while sampling; lower `data\.prompt_batch`"):
         fixed.fit(trained, cases.rollout().prompts, watch=watch)
+
+
+def test_memory_that_runs_out_in_a_validation_names_the_settings(models):
+    watch = poisoned.Starved("student", {0}, training=False)
+    watch.on_validation_start = watch.on_train_start
+    trained = fixed.module(models["gradient"], cases.rollout())
+    trainer = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    with pytest.raises(InputError, match=r"out of memory while validating; lower `data\.val_batch` or `model\.valid"):
+        L.Trainer(**trainer, callbacks=[watch]).validate(
+            trained, DataLoader([cases.rollout().prompts], batch_size=None)
+        )
+
+
+class Hungry(torch.optim.SGD):
+    """Asks for what no machine has in its second step."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """The first one is made."""
+        self.steps += 1
+        if self.steps == 2:
+            torch.empty(poisoned.IMPOSSIBLE, dtype=torch.uint8)
+        return super().step(closure)
+
+
+def test_memory_that_runs_out_in_an_update_saves_no_half_updated_weights(models, tmp_path):
+    settings = {
+        "watch": RunCheckpoint(every=1, dirpath=str(tmp_path)),
+        "optimizer": lambda given: Hungry(given, lr=0.1),
+    }
+    trainer = {"default_root_dir": tmp_path, "enable_checkpointing": True}
+    with pytest.raises(
+        InputError, match=r"out of memory while updating the weights; .*`model\.student\.lora`"
+    ) as caught:
+        poisoned.fit(models["gradient"], bad=set(), steps=3, trainer=trainer, **settings)
+    assert "an update was cut short, so nothing was saved; the last checkpoint is" in caught.value.__notes__[0]
 
 
 def limited(models: tuple[str, str], out: Path, megabytes: int | None) -> None:

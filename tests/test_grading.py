@@ -26,6 +26,7 @@ from lit_opd.grading import (
     vote,
 )
 from lit_opd.rollout import TransformersSampler
+from lit_opd.types import InputError
 from tests import fixed, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +232,7 @@ def test_workers_end_with_the_grader_and_copies_start_their_own(grader):
 def test_a_worker_that_cannot_start_says_how_to_find_out(monkeypatch):
     monkeypatch.setattr("lit_opd.grading.START_SECONDS", 30.0)
     starved = Grader(num_workers=1, memory_mib=30)
-    with pytest.raises(RuntimeError, match="import math_verify"):
+    with pytest.raises(InputError, match=r"`Grader\.memory_mib` must let a worker start, got 30 .*import math_verify"):
         starved.compare([("0.5", "1/2")])
     starved.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from callbacks import default_callbacks
+from callbacks import RunCheckpoint, default_callbacks
 from lit_opd.cli import main
 from lit_opd.preflight import CHECKS, Finding, Run, examine, read_plan
 from lit_opd.prompts import PromptDataModule
@@ -160,6 +161,37 @@ def test_a_fit_that_this_machine_cannot_hold_is_refused_before_it_leaves_a_file(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stopped.value.code == 2 and told in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def disk_row(config: Path, run_dir: Path, *, keep: int, dirpath: Path | None = None, **options: Any) -> Finding:
+    """Checkpoints of a tiny model without optimizer state."""
+    run = run_of(config, **options)
+    run.run_dir = run_dir
+    run.trainer.callbacks.append(RunCheckpoint(keep=keep, dirpath=dirpath and str(dirpath)))
+    (found,) = examine(run, {"disk": CHECKS["disk"]})
+    return found
+
+
+def test_what_the_run_deletes_counts_as_free(config, tmp_path):
+    """A file without blocks, as large as the rest of the disk, in place of a former run's checkpoints."""
+    free, weights = shutil.disk_usage(tmp_path).free, 4 * sum(p.numel() for p in tiny.qwen3(seed=1).parameters())
+    former, keep = tmp_path / "run" / "checkpoints" / "step-5.ckpt", int(1.5 * free / weights)
+    former.parent.mkdir(parents=True)
+    with former.open("wb") as file:
+        file.truncate(free)
+    assert disk_row(config, tmp_path / "run", keep=keep).status == "error"
+    assert disk_row(config, tmp_path / "run", keep=keep, ckpt_path="last").status == "ok"
+    assert disk_row(config, tmp_path / "run", keep=keep, overwrite=True).status == "ok"
+    former.rename(former.with_name("other"))
+    assert disk_row(config, tmp_path / "run", keep=keep, ckpt_path="last").status == "error"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a second disk that every Linux has")
+def test_checkpoints_are_looked_for_on_their_own_disk(config, tmp_path):
+    found = disk_row(config, tmp_path / "run", keep=10**12, dirpath=Path("/dev/shm/no/such/folder"))
+    assert found.status == "error" and "are free in /dev/shm" in found.found
+    here = disk_row(config, tmp_path / "run", keep=1, dirpath=Path("/dev/shm/no/such/folder"))
+    assert here.status == "ok" and here.found.count("are free in") == 2
 
 
 def test_online_wandb_with_a_key_is_ok(config, monkeypatch):

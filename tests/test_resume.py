@@ -80,6 +80,7 @@ def strategy(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 SCHEDULE = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": STEPS}}
+HALVING = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
 SHUFFLED = strategy("Shuffled", strategy=strategy("LinearDecay", gamma=0.3), seed=3)
 CASES: dict[str, dict[str, Any]] = {
     "schedule, random strategy": {
@@ -267,6 +268,48 @@ def test_the_same_wandb_run_goes_on(models, tmp_path):
         if record.HasField("history")
     ]
     assert [row["trainer/global_step"] for row in seen if "train/loss" in row] == ["1", "2", "3"]
+
+
+def test_a_validation_that_the_checkpoint_had_is_not_made_again(models, tmp_path):
+    """The checkpoint at the end comes after the step's validation; a kill during the export leaves no summary."""
+    config = write_config(tmp_path, models, every=99, **{"trainer.max_steps": 1, "trainer.val_check_interval": 1})
+    run = fit(config, tmp_path / "run")
+    before = metrics(run), json.loads((run / "summary.json").read_text()) | {"seconds": 0}
+    assert [row["step"] for row in before[0] if row["val/reverse_kl"]] == ["0", "1"]
+    (run / "summary.json").unlink()
+    fit(config, run, "--ckpt_path", "last")
+    assert (metrics(run), json.loads((run / "summary.json").read_text()) | {"seconds": 0}) == before
+
+
+RATES = {
+    "constant": ({}, [1e-3, 1e-4, 1e-4]),
+    "schedule": ({"model.lr_scheduler": HALVING}, [5e-4, 2.5e-5, 1.25e-5]),
+}
+
+
+@pytest.mark.parametrize("case", sorted(RATES))
+def test_a_learning_rate_that_was_lowered_is_what_the_run_goes_on_with(models, tmp_path, case):
+    """A tenth of it after the first step; the schedule goes on from where it is."""
+    changes, rates = RATES[case]
+    config = write_config(tmp_path, models, **{"trainer.max_steps": 1, "data.val": None}, **changes)
+    run = fit(config, tmp_path / "run")
+    options = ["--model.optimizer.lr", "1e-4", "--model.optimizer.weight_decay", "0.5", "--trainer.max_steps", "3"]
+    told = r"the run goes on with lr 0.0001 instead of 0.001, weight_decay 0.5 instead of 0.01"
+    with pytest.warns(UserWarning, match=told):
+        fit(config, run, "--ckpt_path", "last", *options)
+    found = [float(row["train/learning_rate"]) for row in metrics(run) if row["train/learning_rate"]]
+    assert found == pytest.approx(rates)
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_a_schedule_that_was_changed_says_that_it_goes_on_as_it_was(models, tmp_path):
+    changes = {"trainer.max_steps": 1, "data.val": None, "model.lr_scheduler": HALVING}
+    config = write_config(tmp_path, models, **changes)
+    run = fit(config, tmp_path / "run")
+    options = ["--ckpt_path", "last", "--model.lr_scheduler.gamma", "0.9", "--trainer.max_steps", "2"]
+    with pytest.warns(UserWarning, match=r"lr_scheduler` was changed .* it goes on with gamma 0.5, not 0.9"):
+        fit(config, run, *options)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Sends(Callback):
         self.signum, self.left = signum, count
         setattr(self, hook, self._send)
 
-    def _send(self, *args: Any) -> None:
+    def _send(self, *args: Any, **options: Any) -> None:
         if args[0] == "evaluating":
             return
         self.left -= 1
@@ -93,6 +93,36 @@ def test_a_signal_stops_at_a_whole_state_and_nothing_is_lost(whole, tmp_path, ca
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved
     main(default_callbacks, said.rstrip().splitlines()[-1].split()[2:])
     assert_same_run(run, undisturbed)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_models_load_ends_at_once_and_leaves_nothing(whole, tmp_path, capsys, signum):
+    """The hook comes after this project's own and before the weights."""
+    run, before = tmp_path / "run", signal.getsignal(signum)
+    with pytest.raises(Stopped) as stop:
+        main(lambda: [*default_callbacks(), Sends(signum, "setup", 1)],
+             ["fit", "--config", str(whole[0]), "--run_dir", str(run)])  # fmt: skip
+    assert stop.value.code == {signal.SIGTERM: 0, signal.SIGINT: 130}[signum]
+    assert signal.getsignal(signum) is before
+    said = capsys.readouterr().err
+    assert f"stopped by {signum.name}" in said and said.rstrip().endswith("start again with the same command")
+    assert not run.exists()
+
+
+class Told(Callback):
+    """Lets Lightning's own handler, which is there for a moment before the training, note a SIGTERM."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """As that handler does."""
+        trainer._signal_connector.received_sigterm = True
+
+
+def test_a_sigterm_that_lightning_took_before_the_training_stops_with_the_state_saved(whole, tmp_path, capsys):
+    stop = stopped(whole[0], tmp_path / "run", Told())
+    assert isinstance(stop, Stopped) and stop.code == 0
+    assert "--ckpt_path last" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 0
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -21,10 +21,12 @@ from urllib.parse import urlsplit
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lit_opd.checkpoint_files import FOLDER as CHECKPOINTS
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
+from lit_opd.preflight.run_folder import freed_bytes, require_free
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.server import ServerError
 from lit_opd.sharding import check_strategy
@@ -263,9 +265,7 @@ def _not_probed(reason: NotProbed) -> Finding:
 
 def run_folder(run: Run) -> Finding:
     """New or empty, and writable."""
-    require_free(
-        run.run_dir, going_on=bool(run.settings.get("ckpt_path")), overwrite=bool(run.settings.get("overwrite"))
-    )
+    require_free(run.run_dir, run.settings)
     for folder in dict.fromkeys([_existing(run.run_dir), _existing(run.run_dir / "checkpoints")]):
         if not os.access(folder, os.W_OK | os.X_OK):
             return Finding("error", f"{folder} is not writable", "give another --run_dir, or change its permissions")
@@ -273,18 +273,27 @@ def run_folder(run: Run) -> Finding:
 
 
 def disk(run: Run) -> Finding:
-    """Room for the checkpoints a run keeps, and the exported student."""
-    free = shutil.disk_usage(_existing(run.run_dir)).free
+    """Room for the checkpoints a run keeps, and the exported student, beside what it deletes of former ones."""
     try:
-        need = _disk_bytes(run)
+        written = _written(run)
     except NotEstimated as error:
+        free = shutil.disk_usage(_existing(run.run_dir)).free
         return Finding("warning", f"not estimated: {error}; {free / GIB:.1f} GiB are free")
-    found = f"checkpoints and student take {need / GIB:.2f} GiB, {free / GIB:.1f} are free in {_existing(run.run_dir)}"
-    if need > free:
-        return Finding(
-            "error", found, "give a --run_dir on another disk, or keep fewer checkpoints (RunCheckpoint.keep)"
-        )
-    return Finding("ok", found)
+    disks: dict[int, tuple[Path, float]] = {}
+    for folder, size in written.items():
+        device = _existing(folder).stat().st_dev
+        first, sum_so_far = disks.get(device, (_existing(folder), 0.0))
+        disks[device] = first, sum_so_far + size
+    found, status = [], "ok"
+    for device, (place, need) in disks.items():
+        free, freed = shutil.disk_usage(place).free, freed_bytes(run.run_dir, written, run.settings, device=device)
+        also = f" and {freed / GIB:.2f} more once former ones go" if freed else ""
+        found.append(f"checkpoints and student take {need / GIB:.2f} GiB, {free / GIB:.1f} are free in {place}{also}")
+        status = "error" if need > free + freed else status
+    if status == "error":
+        remedy = "give a --run_dir (or RunCheckpoint.dirpath) on another disk, or keep fewer checkpoints (RunCheckpoint.keep)"
+        return Finding("error", ", ".join(found), remedy)
+    return Finding("ok", ", ".join(found))
 
 
 def wandb(run: Run) -> Finding:
@@ -363,39 +372,25 @@ def _examined(run: Run, check: Check) -> Finding:
     return replace(found, status="warning", found="; ".join([found.found, *said]))
 
 
-def require_free(folder: Path, *, going_on: bool, overwrite: bool) -> None:
-    """A run folder that a new run may fill.
-
-    Raises:
-        InputError: a file, or a folder with something in it, unless the run goes on from a checkpoint or overwrites.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"`--run_dir` must be a folder, got the file {folder}")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not going_on and not overwrite:
-        raise InputError(
-            f"`--run_dir` must be empty or new, but {folder} has files in it; give another --run_dir, go on with "
-            "--ckpt_path last, or delete what is there with --overwrite true"
-        )
-
-
 def _split(status: Status, message: str) -> Finding:
     """What was found, and behind the last semicolon the remedy, as this project's messages are written."""
     found, _, remedy = message.rpartition("; ")
     return Finding(status, found or message, remedy if found else "")
 
 
-def _disk_bytes(run: Run) -> float:
+def _written(run: Run) -> dict[Path, float]:
+    """Bytes that the run keeps, by folder."""
     settings = run.module.student_settings
     size = model_size(run.module.student_config, lora=settings.lora, trust_remote_code=settings.trust_remote_code)
     dtype = getattr(torch, settings.dtype)
     weights = size.parameters * dtype.itemsize
     checkpoint = weights + optimizer_bytes(run.module.optimizer_factory, size.trainable, dtype)
-    kept = [callback for callback in run.trainer.callbacks if hasattr(callback, "save_top_k")]
-    written = sum(
-        max(callback.save_top_k, 0) + bool(callback.save_last) + 1 for callback in kept
-    )  # one is written before one goes
-    return float(checkpoint * written + weights)
+    written = {run.run_dir: float(weights)}  # the exported student
+    for callback in (callback for callback in run.trainer.callbacks if hasattr(callback, "save_top_k")):
+        folder = Path(callback.dirpath or run.run_dir / CHECKPOINTS)
+        count = max(callback.save_top_k, 0) + bool(callback.save_last) + 1  # one is written before one goes
+        written[folder] = written.get(folder, 0.0) + float(checkpoint * count)
+    return written
 
 
 def _existing(folder: Path) -> Path:
