@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from benchmarks.audit import CLEAN, NOT_AUDITED, VULNERABLE, report
 from callbacks import default_callbacks
-from lit_opd.checkpoints import check_checkpoint
+from lit_opd.checkpoints import CONSOLIDATE, check_checkpoint
 from lit_opd.cli import OPDCLI, main
 from lit_opd.models import load_config, load_tokenizer
 from lit_opd.redaction import one_line, redacted, with_references
 from lit_opd.server import ServerError
+from lit_opd.shard_index import read_index
 from lit_opd.teacher import RemoteTeacher
 from lit_opd.types import InputError
 from tests import bad_inputs as bad
@@ -80,11 +83,26 @@ def test_a_name_inside_an_allowed_module_is_no_way_out(nowhere):  # noqa: F811
     assert not list((nowhere / "cwd").iterdir())
 
 
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy])
+def test_an_entry_of_a_sharded_checkpoint_runs_nothing(nowhere, kind):  # noqa: F811
+    """torch would unpickle it; one process is told of a command that does, so the look comes first there too."""
+    shards, name = nowhere / "shards", "model.a" if kind is FSDPStrategy else "state_dict.a"
+    dcp.save({name: bad.Evil(), f"{name}.weight": torch.zeros(3)}, checkpoint_id=shards, no_dist=True)
+    with pytest.raises(InputError, match=r"--ckpt_path.*shards.*could run code.*system") as refused:
+        check_checkpoint(shards, kind.__new__(kind), training=True)
+    assert CONSOLIDATE not in str(refused.value) and not list((nowhere / "cwd").iterdir())
+
+
+def test_an_index_that_changes_its_own_classes_is_refused(nowhere):  # noqa: F811
+    """It could make keys equal that are not, and so hide an entry from the look at it."""
+    change = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadataIndex\nN}X\x04\x00\x00\x00mineK\x01s\x86b."
+    (nowhere / ".metadata").write_bytes(change)
+    with pytest.raises(InputError, match="changes the class MetadataIndex"):
+        check_checkpoint(nowhere, FSDPStrategy.__new__(FSDPStrategy), training=True)
+    assert not hasattr(MetadataIndex, "mine")
+
+
 def test_the_index_that_torch_writes_is_read(tmp_path):
-    import torch.distributed.checkpoint as dcp
-
-    from lit_opd.shard_index import read_index
-
     state = {"state_dict.a": torch.zeros(3), "state_dict.b": torch.ones(2, 2, dtype=torch.bfloat16), "step": 3}
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     ours, torchs = read_index(tmp_path), dcp.FileSystemReader(tmp_path).read_metadata()
