@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -142,6 +145,40 @@ def test_without_a_check_sum_the_files_own_ones_decide(whole, tmp_path):
     content[place + 5] ^= 1
     path.write_bytes(content)
     assert "is damaged" in (problem(path) or "")
+
+
+def test_any_damage_of_a_header_is_an_answer_and_no_traceback(tmp_path):
+    """Without a check sum; flags and methods of each of the zip's headers: unknown ones, encryption, compression."""
+    path = tmp_path / "step-1.ckpt"
+    torch.save({"global_step": 1}, path)
+    content, found = path.read_bytes(), set()
+    headers = [match.end() for match in re.finditer(rb"PK\x01\x02|PK\x03\x04", content)]
+    for header, place, change in itertools.product(headers, range(8), (1, 4, 8)):
+        damaged = bytearray(content)
+        damaged[header + place] ^= change
+        path.write_bytes(damaged)
+        found.add(problem(path))
+    said = " ".join(reason for reason in found if reason)
+    assert "encrypted" in said and "compression method" in said and "decompressing" in said and "" not in found
+
+
+class Keeps(Callback):
+    """A user's callback with a state."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.value}
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), Path("best.txt")])
+def test_a_state_that_no_run_could_go_on_from_is_an_error_when_it_is_saved(whole, tmp_path, capsys, value):
+    run = tmp_path / "run"
+    assert error_of(whole[0], run, callbacks=lambda: [Keeps(value), *default_callbacks()]) == 2
+    said = capsys.readouterr().err.split("error: ")[-1]
+    assert "`Keeps` must save plain values" in said and f"it names {'numpy' if value == 0.5 else 'pathlib'}" in said
+    assert "there is no checkpoint yet" in said and list((run / "checkpoints").iterdir()) == []
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"types", "shard_index"},
     "shard_index": {"types"},
     "faults": {"types", "distributed"},
-    "checkpoint_files": {"types", "server"},
+    "checkpoint_files": {"types", "server", "shard_index"},
     "tiles": {"types"},
     "scoring": {"types", "tiles"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},
