@@ -94,7 +94,9 @@ class RunConfig(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             text = self.parser.dump(self.config, skip_none=False)
-            (folder / "config.yaml").write_text(with_references(text))
+            temporary = folder / ".config.yaml"  # the command that goes on names the file: a kill must not cut it
+            temporary.write_text(with_references(text))
+            os.replace(temporary, folder / "config.yaml")
 
 
 class OPDCLI(LightningCLI):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -29,6 +31,12 @@ from tests.test_inputs import base, nowhere  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "sk-52a1c0ffee0123456789"
+OWN = "pa55word"  # in no environment variable
+HARD = [
+    'ab\\cd"ef gh\tij',
+    'it\'s "ten" é\u202e',
+    "-----BEGIN KEY-----\nMIIEvgIBADANBg\n'x\\y=z#'\n-----END KEY-----\n",
+]
 
 
 def spoken(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -165,10 +173,28 @@ def test_secrets_are_found_by_the_name_of_their_variable(monkeypatch):
     monkeypatch.setenv("SHORT_TOKEN", "true")
     text = " ".join(f"{SECRET}{number}" for number in range(len(names)))
     assert redacted(text) == " ".join(["***"] * len(names))
-    assert with_references(f"a: {SECRET}0") == "a: ${oc.env:HF_TOKEN}"
+    assert with_references(f"a: {SECRET}0") == "a: ${oc.env:HF_TOKEN}\n"
     assert redacted("long enough, true") == "long enough, true"
     assert redacted("http://me:p@ss@host:1/x and s3://key@bucket") == "http://***@host:1/x and s3://***@bucket"
     assert one_line("a\n b\x1b[31m\u202e") == "a b\\x1b[31m\\u202e"
+
+
+@pytest.mark.parametrize("secret", HARD)
+def test_a_secret_is_found_however_it_is_quoted(monkeypatch, secret):
+    monkeypatch.setenv("SERVICE_API_KEY", secret)
+    outer = f"say 'it' \"so\": {secret}"
+    written = [repr(secret), repr(outer), json.dumps(secret), json.dumps([secret], ensure_ascii=False), secret.strip()]
+    written += [yaml.safe_dump({"a": [secret]}, allow_unicode=allowed) for allowed in (True, False)]
+    written += [yaml.safe_dump({"a": {"b": secret}}, default_style=style) for style in "'\"|"]
+    for text in written:
+        assert "***" in redacted(text) and not re.search(r"cd|gh|ij|ten|it\S?'s|MIIE|END KEY", redacted(text)), text
+    saved = with_references(yaml.safe_dump({"a": {"b": secret, "c": f"Bearer {secret}", "d": 3, "e": None}}))
+    assert yaml.safe_load(saved)["a"] == {
+        "b": "${oc.env:SERVICE_API_KEY}",
+        "c": "Bearer ${oc.env:SERVICE_API_KEY}",
+        "d": 3,
+        "e": None,
+    }
 
 
 def test_no_secret_is_left_in_a_run_folder_or_on_the_screen(base, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -205,6 +231,8 @@ def test_no_secret_is_left_in_a_run_folder_or_on_the_screen(base, tmp_path, monk
         ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"http://me:{SECRET}@host"],
         ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me:{SECRET}@host]"],
         ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me:{SECRET}@host:99999]"],
+        ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me:{OWN}/more@host]"],
+        ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me/{OWN}@host]"],
         ["--data.train", f"https://me:{SECRET}@host/data"],
         ["--model.student.path", f"./{SECRET}"],
     ],
@@ -214,7 +242,7 @@ def test_no_secret_is_in_an_error(base, tmp_path, monkeypatch, capsys, arguments
     if arguments[1] == "RemoteTeacher":
         arguments = [*arguments, "--model.teacher.tokenizer_path", str(base / "student")]
     said = spoken(["fit", "--config", str(base / "base.yaml"), "--run_dir", str(tmp_path / "run"), *arguments], capsys)
-    assert "error: " in said and SECRET not in said
+    assert "error: " in said and SECRET not in said and OWN not in said
 
 
 # -- the lock and the page ---------------------------------------------------------------------------------------------
