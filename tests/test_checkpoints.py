@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 from callbacks import RunCheckpoint, default_callbacks
 from lit_opd.checkpoint_files import problem
 from lit_opd.cli import main
+from lit_opd.logs import drop_later_lines
 from lit_opd.types import InputError
 from tests import tiny
 from tests.test_resume import assert_same_run, fit, killed_after, lines, metrics, no_pictures, write_config
@@ -236,6 +237,28 @@ def test_a_full_disk_while_logging_loses_no_line_once_there_is_room_again(whole,
     plain = fit(config, tmp_path / "plain", *every)
     assert metrics(run) == metrics(plain)
     assert [lines(run, name) for name in names] == [lines(plain, name) for name in names]
+
+
+def test_a_full_disk_where_a_run_goes_on_leaves_its_files_whole(whole, tmp_path, file_limit, capsys):
+    """The disk has room for the look at it before the run, and not for the files after it."""
+
+    class Full(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            file_limit(100)
+
+    run = killed_after(2, whole[1], tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("metrics.csv", "config.yaml")}
+    assert error_of(whole[0], run, "--ckpt_path", "last", callbacks=lambda: [Full(), *default_callbacks()]) == 2
+    assert "config.yaml could not be written: [Errno 27]" in capsys.readouterr().err
+    file_limit(None)
+    (run / "metrics.csv").write_bytes(before["metrics.csv"])  # its lines of later steps were cut
+    file_limit(100)
+    with pytest.raises(InputError, match=r"--run_dir.*metrics\.csv could not be written: \[Errno 27\]"):
+        drop_later_lines(run / "metrics.csv", 2)
+    file_limit(None)
+    assert before == {name: (run / name).read_bytes() for name in before} and not list(run.glob(".*"))
+    fit(whole[0], run, "--ckpt_path", "last")
+    assert_same_run(run, whole[1])
 
 
 def fit_with(callbacks: list[Callback], config: Path, run: Path, *words: str) -> None:

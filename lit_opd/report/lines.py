@@ -92,20 +92,37 @@ def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     records = read_lines(path)
     kept = [record for record in records if record["step"] <= step]
     if path.is_file():
-        _replace(path, _lines(kept))
+        replace_or_refuse(path, _lines(kept))
     return kept
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_whole(path: Path, content: bytes) -> None:
+    """Give the file another content, in one step.
+
+    Raises:
+        OSError: as the disk gave it; the file is as it was.
+    """
     temporary = path.with_name(f".{path.name}")
     try:
         temporary.unlink(missing_ok=True)
         append_whole(temporary, content)
         os.replace(temporary, path)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_or_refuse(path: Path, content: bytes) -> None:
+    """The same for a file without which a run does not start.
+
+    Raises:
+        InputError: the disk does not take it.
+    """
+    try:
+        replace_whole(path, content)
+    except OSError as error:
         raise InputError(
-            f"`--run_dir` must be on a disk with room, but {path}, whose lines are cut to the checkpoint's, could not be "
-            f"written: {error}; it is as it was: free some space and go on with the same command"
+            f"`--run_dir` must be a writable folder on a disk with room, but {path} could not be written: {error}; free some "
+            "space and give the same command again"
         ) from error
