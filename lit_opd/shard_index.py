@@ -69,6 +69,8 @@ def read_index(folder: Path) -> Any:
     """
     try:
         index = _Plain(io.BytesIO((folder / INDEX).read_bytes())).load()
+        if others := sorted(path.name for path in folder.glob(f"*{INDEX}") if path.name != INDEX):
+            raise pickle.UnpicklingError(f"torch falls back to {others[0]}, which Lightning does not write")
         for name, kind in index.state_dict_metadata.items():
             if isinstance(kind, BytesStorageMetadata):  # torch reads the others, tensors, with weights_only=True
                 _require_plain(folder, index.storage_data[MetadataIndex(name)])

@@ -101,6 +101,15 @@ def test_an_entry_of_a_sharded_checkpoint_runs_nothing(nowhere, kind):  # noqa: 
     assert CONSOLIDATE not in str(refused.value) and not list((nowhere / "cwd").iterdir())
 
 
+def test_an_index_of_one_rank_is_refused(nowhere):  # noqa: F811
+    """torch unpickles it where it stumbles over the index that was looked at."""
+    dcp.save({"state_dict.a": torch.zeros(3)}, checkpoint_id=nowhere / "shards", no_dist=True)
+    (nowhere / "shards" / "__0.metadata").write_bytes(pickle.dumps(bad.Evil()))
+    with pytest.raises(InputError, match=r"falls back to __0\.metadata"):
+        check_checkpoint(nowhere / "shards", ModelParallelStrategy.__new__(ModelParallelStrategy), training=True)
+    assert not list((nowhere / "cwd").iterdir())
+
+
 def test_an_index_that_changes_its_own_classes_is_refused(nowhere):  # noqa: F811
     """It could make keys equal that are not, and so hide an entry from the look at it."""
     change = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadataIndex\nN}X\x04\x00\x00\x00mineK\x01s\x86b."
