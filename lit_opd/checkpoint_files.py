@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import zipfile
@@ -23,6 +24,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_opd.server import shared_failure
+from lit_opd.shard_index import refused
 from lit_opd.types import InputError
 
 LAST = "last.ckpt"
@@ -45,7 +47,7 @@ def save(trainer: Trainer, path: str | Path, weights_only: bool | None = None, l
         weights_only: as for ``Trainer.save_checkpoint``.
         link: a name in the same folder that points to the new checkpoint afterwards.
     Raises:
-        InputError: it could not be written or reads back differently, on every rank; nothing of it is left.
+        InputError: it could not be written, reads back differently or could not be loaded, on every rank; nothing of it is left.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}{TEMPORARY}")
@@ -55,6 +57,7 @@ def save(trainer: Trainer, path: str | Path, weights_only: bool | None = None, l
     with shared_failure(), _explained(path, aside, first=trainer.is_global_zero):
         written = _write(trainer, checkpoint, aside)
         if trainer.is_global_zero:
+            _require_loadable(aside, checkpoint)
             _publish(aside, path, written)
             if link is not None:
                 point(path.with_name(link), path.name)
@@ -75,6 +78,35 @@ def _write(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> dict[str
         hashed = _Hashed(file)
         torch.save(checkpoint, hashed)  # type: ignore[arg-type]
     return {"": hashed.digest.hexdigest()}
+
+
+def _require_loadable(aside: Path, checkpoint: dict[str, Any]) -> None:
+    """A state that only running code could restore would be refused when the run goes on: say so while it can be mended.
+
+    Raises:
+        InputError: it names the callback whose state it is.
+    """
+    try:
+        counters(aside)
+    except InputError as error:
+        owners = [name for name, state in checkpoint.get("callbacks", {}).items() if _refusal(state) is not None]
+        raise InputError(
+            f"`{' and '.join(owners) or 'state_dict'}` must save plain values (tensors, numbers, text, lists, dicts), or no run "
+            f"can go on from them, got a state that cannot be read without executing code ({refused(error.__cause__ or error)}); "
+            "convert it in its state_dict, as with .item(), .tolist() or str()"
+        ) from error
+
+
+def _refusal(state: Any) -> Exception | None:
+    """Why a part of a checkpoint could not be loaded, None where it can."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    content.seek(0)
+    try:
+        torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # as in counters
+        return error
+    return None
 
 
 def _saves_shards(strategy: Any) -> bool:
@@ -169,9 +201,11 @@ def _explained(path: Path, aside: Path, *, first: bool) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException, InputError) as error:
         if first:
             shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else _try_unlink(aside)
+        if isinstance(error, InputError):
+            raise
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise InputError(
@@ -240,8 +274,8 @@ def problem(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         return None if broken is None else f"its part {broken} is damaged"
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        return str(error)
+    except Exception as error:  # zipfile raises many types about a damaged header, such as zlib.error
+        return str(error) or type(error).__name__
 
 
 def numbered(folder: Path) -> dict[int, Path]:

@@ -154,12 +154,12 @@ def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None
 
 
 def _check_folder(path: Path, strategy: Any, *, sharded: bool, training: bool) -> None:
+    names = read_index(path).state_dict_metadata  # first: the advised command reads a folder without any check
     if not sharded:
         raise InputError(
             f"`--ckpt_path` must be one file under {type(strategy).__name__}, got the folder of shards {path}; make it one with "
             f"`{CONSOLIDATE} {path}` and give {path}.consolidated"
         )
-    names = read_index(path).state_dict_metadata
     fsdp1 = isinstance(strategy, FSDPStrategy)
     if not any(name.startswith("model." if fsdp1 else "state_dict.") for name in names):
         other = "ModelParallelStrategy" if fsdp1 else "FSDPStrategy"

@@ -44,6 +44,7 @@ from lit_opd.preflight import (
 )
 from lit_opd.prompts import PromptDataModule
 from lit_opd.redaction import one_line, redacted, with_references
+from lit_opd.report.lines import replace_or_refuse
 from lit_opd.trainer import OPDTrainer
 from lit_opd.types import InputError, ServerError, Stopped
 from lit_opd.wandb_run import RunWandbLogger
@@ -94,7 +95,7 @@ class RunConfig(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             text = self.parser.dump(self.config, skip_none=False)
-            (folder / "config.yaml").write_text(with_references(text))
+            replace_or_refuse(folder / "config.yaml", with_references(text).encode())
 
 
 class OPDCLI(LightningCLI):

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # what was written of it would keep a full disk full
+            temporary.unlink(missing_ok=True)
         warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
 
 
@@ -234,6 +236,17 @@ class Room:
 
     def __init__(self) -> None:
         self.halved: int | None = None
+        self._halved_from: int | None = None  # the configured one
+
+    def state(self) -> list[int | None]:
+        """For a checkpoint: the halved budget and the one it was made from."""
+        return [self.halved, self._halved_from]
+
+    def restore(self, state: list[int | None], configured: int | None) -> None:
+        """Go on with a halved budget, unless ``model.token_budget`` was set to another since."""
+        halved, halved_from = state
+        if configured == halved_from:
+            self.halved, self._halved_from = halved, halved_from
 
     def budget(self, configured: int | None, lengths: Tensor) -> int | None:
         """Padded tokens of a micro-batch; after halving, a row that is longer is one of its own.
@@ -271,6 +284,7 @@ class Room:
                 f"{refused} ({_reason(error)})"
             ) from error
         size_now = rows * longest  # far below the budget where rows are few: half the budget would not cut it
+        self._halved_from = configured
         self.halved = max(1, (size_now if configured is None or size_now <= configured // 2 else configured) // 2)
         warnings.warn(
             f"out of memory at optimizer step {step} in {size} ({_reason(error)}): the step is made again with "

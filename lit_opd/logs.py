@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from lit_opd.report.lines import append_whole, warn_unwritten
+from lit_opd.report.lines import append_whole, replace_or_refuse, replace_whole, warn_unwritten
 
 
 def run_id(run_dir: Path) -> str | None:
@@ -88,10 +88,13 @@ def drop_later_lines(path: Path, step: int, *, validated: bool = True) -> None:
         path: of the file, which may be missing.
         step: the last optimizer step that stays.
         validated: False where the validation at ``step`` is to be made again.
+    Raises:
+        InputError: the disk does not take what stays; the file is as it was.
     """
     if not path.is_file():
         return
-    rewrite(path, _names(path), [row for row in _rows(path) if _stays(row, step, validated=validated)])
+    names, rows = _names(path), [row for row in _rows(path) if _stays(row, step, validated=validated)]
+    replace_or_refuse(path, _content(names, rows))
 
 
 def _stays(row: dict[str, Any], step: int, *, validated: bool) -> bool:
@@ -124,7 +127,9 @@ def _text(names: list[str], rows: list[dict[str, Any]]) -> str:
 
 def rewrite(path: Path, names: list[str], rows: list[dict[str, Any]]) -> None:
     """Replace the file in one step by a header and rows."""
+    replace_whole(path, _content(names, rows))
+
+
+def _content(names: list[str], rows: list[dict[str, Any]]) -> bytes:
     header = _text(names, [dict(zip(names, names, strict=True))])
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes((header + _text(names, rows)).encode())
-    os.replace(temporary, path)
+    return (header + _text(names, rows)).encode()

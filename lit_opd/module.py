@@ -709,6 +709,7 @@ class OPDModule(L.LightningModule):
         pairs = zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=False)
         checkpoint["optimizer_states"] = [by_name(state, self, optimizer, whole=whole) for state, optimizer in pairs]
         checkpoint["skipped_steps"] = self.skips.total
+        checkpoint["halved_token_budget"] = self.room.state()
         checkpoint["validation_due"] = validation_due(
             self.trainer, validated_at=self._validated_at, at_start=self.validation.before_training
         )
@@ -720,6 +721,7 @@ class OPDModule(L.LightningModule):
         """The check of ``load_state_dict`` again: under FSDP2 Lightning reads weight by weight and skips what is missing."""
         from_consolidated(checkpoint)
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
+        self.room.restore(checkpoint.get("halved_token_budget", [None, None]), self.token_budget)
         self._validation_due = checkpoint.get("validation_due", False)
         self._validated_at = checkpoint.get("validated_at")
         self._saved_options = checkpoint.get("optimizer_options")

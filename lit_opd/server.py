@@ -100,11 +100,12 @@ def _parsed(url: str, field: str) -> _Server:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
+    except ValueError:  # whose text may hold a password that stands where the port was looked for
         raise InputError(
-            f"`{field}` must be addresses such as http://host:8000, got one that is not: {error}"
-        ) from error
-    plain = not (parts.query or parts.fragment or parts.username or parts.password)
+            f"`{field}` must be addresses such as http://host:8000, got one whose host cannot be read or whose port is no number "
+            "from 0 to 65535; correct it"
+        ) from None
+    plain = not (parts.query or parts.fragment or "@" in parts.netloc + parts.path)
     if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
         raise InputError(
             f"`{field}` must be addresses such as http://host:8000 without user, password or query; got one that is not "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -19,6 +22,7 @@ from lightning.pytorch import Callback
 from callbacks import RunCheckpoint, default_callbacks
 from lit_opd.checkpoint_files import problem
 from lit_opd.cli import main
+from lit_opd.logs import drop_later_lines
 from lit_opd.types import InputError
 from tests import tiny
 from tests.test_resume import assert_same_run, fit, killed_after, lines, metrics, no_pictures, write_config
@@ -144,6 +148,40 @@ def test_without_a_check_sum_the_files_own_ones_decide(whole, tmp_path):
     assert "is damaged" in (problem(path) or "")
 
 
+def test_any_damage_of_a_header_is_an_answer_and_no_traceback(tmp_path):
+    """Without a check sum; flags and methods of each of the zip's headers: unknown ones, encryption, compression."""
+    path = tmp_path / "step-1.ckpt"
+    torch.save({"global_step": 1}, path)
+    content, found = path.read_bytes(), set()
+    headers = [match.end() for match in re.finditer(rb"PK\x01\x02|PK\x03\x04", content)]
+    for header, place, change in itertools.product(headers, range(8), (1, 4, 8)):
+        damaged = bytearray(content)
+        damaged[header + place] ^= change
+        path.write_bytes(damaged)
+        found.add(problem(path))
+    said = " ".join(reason for reason in found if reason)
+    assert "encrypted" in said and "compression method" in said and "decompressing" in said and "" not in found
+
+
+class Keeps(Callback):
+    """A user's callback with a state."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.value}
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), Path("best.txt")])
+def test_a_state_that_no_run_could_go_on_from_is_an_error_when_it_is_saved(whole, tmp_path, capsys, value):
+    run = tmp_path / "run"
+    assert error_of(whole[0], run, callbacks=lambda: [Keeps(value), *default_callbacks()]) == 2
+    said = capsys.readouterr().err.split("error: ")[-1]
+    assert "`Keeps` must save plain values" in said and f"it names {'numpy' if value == 0.5 else 'pathlib'}" in said
+    assert "there is no checkpoint yet" in said and list((run / "checkpoints").iterdir()) == []
+
+
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +237,28 @@ def test_a_full_disk_while_logging_loses_no_line_once_there_is_room_again(whole,
     plain = fit(config, tmp_path / "plain", *every)
     assert metrics(run) == metrics(plain)
     assert [lines(run, name) for name in names] == [lines(plain, name) for name in names]
+
+
+def test_a_full_disk_where_a_run_goes_on_leaves_its_files_whole(whole, tmp_path, file_limit, capsys):
+    """The disk has room for the look at it before the run, and not for the files after it."""
+
+    class Full(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            file_limit(100)
+
+    run = killed_after(2, whole[1], tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("metrics.csv", "config.yaml")}
+    assert error_of(whole[0], run, "--ckpt_path", "last", callbacks=lambda: [Full(), *default_callbacks()]) == 2
+    assert "config.yaml could not be written: [Errno 27]" in capsys.readouterr().err
+    file_limit(None)
+    (run / "metrics.csv").write_bytes(before["metrics.csv"])  # its lines of later steps were cut
+    file_limit(100)
+    with pytest.raises(InputError, match=r"--run_dir.*metrics\.csv could not be written: \[Errno 27\]"):
+        drop_later_lines(run / "metrics.csv", 2)
+    file_limit(None)
+    assert before == {name: (run / name).read_bytes() for name in before} and not list(run.glob(".*"))
+    fit(whole[0], run, "--ckpt_path", "last")
+    assert_same_run(run, whole[1])
 
 
 def fit_with(callbacks: list[Callback], config: Path, run: Path, *words: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -29,6 +30,9 @@ from lit_opd.rollout import TransformersSampler
 from lit_opd.types import InputError
 from lit_opd.weighting import BatchMeanOne, ImportanceWeighting
 from tests import cases, fault_ranks, fixed, poisoned, tiny
+from tests.test_checkpoints import file_limit
+
+__all__ = ["file_limit"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT = 240  # seconds; a hang is a failure
@@ -149,6 +153,25 @@ def test_a_folder_that_cannot_be_written_costs_the_files_only(models, tmp_path):
     with pytest.warns(UserWarning, match="could not be written"):
         trained, _ = poisoned.fit(models["teacher"], bad={0}, steps=2, trainer={"default_root_dir": tmp_path})
     assert trained.skips.total == 1
+
+
+def test_a_disk_that_fills_up_under_a_fault_file_keeps_no_part_of_it(models, tmp_path, file_limit, capsys):
+    """``capsys`` keeps standard error out of files."""
+
+    class Full(Callback):
+        """While a batch runs."""
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            file_limit(100)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            file_limit(None)
+
+    with pytest.warns(UserWarning, match=r"step-1\.safetensors could not be written"):
+        trained, _ = poisoned.fit(
+            models["teacher"], bad={0}, steps=2, watch=Full(), trainer={"default_root_dir": tmp_path}
+        )
+    assert trained.skips.total == 1 and list((tmp_path / "faults").iterdir()) == []
 
 
 def test_infinities_count_on_valid_tokens_only():
@@ -351,6 +374,21 @@ def test_the_halved_budget_stays_and_a_second_time_is_an_error_with_numbers(mode
     told = r"got 52, halved once before: out of memory at optimizer step 3 in a micro-batch of 3 rows x 15 tokens again"
     with pytest.raises(InputError, match=told):
         poisoned.fit(models["gradient"], bad=set(), steps=9, watch=watch, token_budget=None)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_halved_budget_goes_on_with_the_run_unless_another_is_set(models, tmp_path):
+    def gone_on(load: Path | None, budget: int | None, watch: Any = None) -> int | None:
+        trained = fixed.module(models["gradient"], cases.rollout(), optimizer=cases.momentum, token_budget=budget)
+        steps = 1 if load is None else 2
+        fixed.fit(
+            trained, cases.rollout().prompts, steps=steps, watch=watch, load=load, save=tmp_path / f"{steps}.ckpt"
+        )
+        return trained.room.halved
+
+    halved = gone_on(None, None, poisoned.Starved("student", {0}))
+    assert halved == 52 and gone_on(tmp_path / "1.ckpt", None) == halved
+    assert gone_on(tmp_path / "2.ckpt", None) == halved and gone_on(tmp_path / "1.ckpt", 60) is None
 
 
 def test_a_single_row_cannot_be_cut(models):

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from callbacks import RolloutSamples
 from lit_opd.report import replay
+from lit_opd.report.lines import append_lines, drop_lines_after, read_lines
 from lit_opd.report.replay import load_record, load_rollout, save_record
 from lit_opd.types import FinishReason, InputError, StepRecord, TopK
 from lit_opd.weighting import FiRe, ImportanceWeighting
 from tests import cases, profiled, tiny, wandb_file
+from tests.test_checkpoints import file_limit
 from tests.test_position_profile import Records
 
+__all__ = ["file_limit"]
 KEYS = [
     *("step", "row_id", "prompt", "response", "answer", "teacher", "length", "finish_reason"),
     *("reverse_kl_k1", "disagreement", "weight_mean", "disagreement_by_tenth", "weight_by_tenth"),
@@ -90,6 +93,31 @@ def test_a_resumed_run_writes_no_sample_twice(folders, tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 4]
     profiled.fit(folders, tmp_path, [RolloutSamples(every=2, count=1)], steps=6, ckpt_path=checkpoint)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 4, 6]
+
+
+def test_a_last_line_cut_inside_a_character_goes_and_one_before_it_is_named(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    append_lines(path, [{"step": 1, "response": "é"}, {"step": 2, "response": "日本"}])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index("本".encode()) + 1])
+    assert drop_lines_after(path, 2) == read_lines(path) == [{"step": 1, "response": "é"}]
+    assert path.read_bytes() == whole[: whole.index(b"\n") + 1]
+    path.write_bytes(b'{"step": 1, "response": "\xe6"}\n' + whole)
+    with pytest.raises(ValueError, match=r"samples\.jsonl:1 must be a JSON object"):
+        drop_lines_after(path, 2)
+
+
+def test_a_full_disk_where_a_run_goes_on_leaves_its_lines_as_they_were(tmp_path, file_limit, capsys):
+    """``capsys`` keeps standard error out of files."""
+    path = tmp_path / "samples.jsonl"
+    append_lines(path, [{"step": step, "response": "a" * 100} for step in range(9)])
+    before = path.read_bytes()
+    file_limit(200)
+    with pytest.raises(InputError, match=r"--run_dir.*samples\.jsonl.*File too large.*free some "):
+        drop_lines_after(path, 7)
+    file_limit(None)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["samples.jsonl"]
+    assert len(drop_lines_after(path, 7)) == 8
 
 
 # -- whole batches -----------------------------------------------------------------------------------------------------

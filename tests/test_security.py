@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+import torch.distributed.checkpoint as dcp
+import yaml
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from benchmarks.audit import CLEAN, NOT_AUDITED, VULNERABLE, report
 from callbacks import default_callbacks
-from lit_opd.checkpoints import check_checkpoint
+from lit_opd.checkpoints import CONSOLIDATE, check_checkpoint
 from lit_opd.cli import OPDCLI, main
 from lit_opd.models import load_config, load_tokenizer
 from lit_opd.redaction import one_line, redacted, with_references
 from lit_opd.server import ServerError
+from lit_opd.shard_index import read_index
 from lit_opd.teacher import RemoteTeacher
 from lit_opd.types import InputError
 from tests import bad_inputs as bad
@@ -26,6 +31,12 @@ from tests.test_inputs import base, nowhere  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "sk-52a1c0ffee0123456789"
+OWN = "pa55word"  # in no environment variable
+HARD = [
+    'ab\\cd"ef gh\tij',
+    'it\'s "ten" é\u202e',
+    "-----BEGIN KEY-----\nMIIEvgIBADANBg\n'x\\y=z#'\n-----END KEY-----\n",
+]
 
 
 def spoken(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -80,11 +91,35 @@ def test_a_name_inside_an_allowed_module_is_no_way_out(nowhere):  # noqa: F811
     assert not list((nowhere / "cwd").iterdir())
 
 
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy])
+def test_an_entry_of_a_sharded_checkpoint_runs_nothing(nowhere, kind):  # noqa: F811
+    """torch would unpickle it; one process is told of a command that does, so the look comes first there too."""
+    shards, name = nowhere / "shards", "model.a" if kind is FSDPStrategy else "state_dict.a"
+    dcp.save({name: bad.Evil(), f"{name}.weight": torch.zeros(3)}, checkpoint_id=shards, no_dist=True)
+    with pytest.raises(InputError, match=r"--ckpt_path.*shards.*could run code.*system") as refused:
+        check_checkpoint(shards, kind.__new__(kind), training=True)
+    assert CONSOLIDATE not in str(refused.value) and not list((nowhere / "cwd").iterdir())
+
+
+def test_an_index_of_one_rank_is_refused(nowhere):  # noqa: F811
+    """torch unpickles it where it stumbles over the index that was looked at."""
+    dcp.save({"state_dict.a": torch.zeros(3)}, checkpoint_id=nowhere / "shards", no_dist=True)
+    (nowhere / "shards" / "__0.metadata").write_bytes(pickle.dumps(bad.Evil()))
+    with pytest.raises(InputError, match=r"falls back to __0\.metadata"):
+        check_checkpoint(nowhere / "shards", ModelParallelStrategy.__new__(ModelParallelStrategy), training=True)
+    assert not list((nowhere / "cwd").iterdir())
+
+
+def test_an_index_that_changes_its_own_classes_is_refused(nowhere):  # noqa: F811
+    """It could make keys equal that are not, and so hide an entry from the look at it."""
+    change = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadataIndex\nN}X\x04\x00\x00\x00mineK\x01s\x86b."
+    (nowhere / ".metadata").write_bytes(change)
+    with pytest.raises(InputError, match="changes the class MetadataIndex"):
+        check_checkpoint(nowhere, FSDPStrategy.__new__(FSDPStrategy), training=True)
+    assert not hasattr(MetadataIndex, "mine")
+
+
 def test_the_index_that_torch_writes_is_read(tmp_path):
-    import torch.distributed.checkpoint as dcp
-
-    from lit_opd.shard_index import read_index
-
     state = {"state_dict.a": torch.zeros(3), "state_dict.b": torch.ones(2, 2, dtype=torch.bfloat16), "step": 3}
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     ours, torchs = read_index(tmp_path), dcp.FileSystemReader(tmp_path).read_metadata()
@@ -147,10 +182,28 @@ def test_secrets_are_found_by_the_name_of_their_variable(monkeypatch):
     monkeypatch.setenv("SHORT_TOKEN", "true")
     text = " ".join(f"{SECRET}{number}" for number in range(len(names)))
     assert redacted(text) == " ".join(["***"] * len(names))
-    assert with_references(f"a: {SECRET}0") == "a: ${oc.env:HF_TOKEN}"
+    assert with_references(f"a: {SECRET}0") == "a: ${oc.env:HF_TOKEN}\n"
     assert redacted("long enough, true") == "long enough, true"
     assert redacted("http://me:p@ss@host:1/x and s3://key@bucket") == "http://***@host:1/x and s3://***@bucket"
     assert one_line("a\n b\x1b[31m\u202e") == "a b\\x1b[31m\\u202e"
+
+
+@pytest.mark.parametrize("secret", HARD)
+def test_a_secret_is_found_however_it_is_quoted(monkeypatch, secret):
+    monkeypatch.setenv("SERVICE_API_KEY", secret)
+    outer = f"say 'it' \"so\": {secret}"
+    written = [repr(secret), repr(outer), json.dumps(secret), json.dumps([secret], ensure_ascii=False), secret.strip()]
+    written += [yaml.safe_dump({"a": [secret]}, allow_unicode=allowed) for allowed in (True, False)]
+    written += [yaml.safe_dump({"a": {"b": secret}}, default_style=style) for style in "'\"|"]
+    for text in written:
+        assert "***" in redacted(text) and not re.search(r"cd|gh|ij|ten|it\S?'s|MIIE|END KEY", redacted(text)), text
+    saved = with_references(yaml.safe_dump({"a": {"b": secret, "c": f"Bearer {secret}", "d": 3, "e": None}}))
+    assert yaml.safe_load(saved)["a"] == {
+        "b": "${oc.env:SERVICE_API_KEY}",
+        "c": "Bearer ${oc.env:SERVICE_API_KEY}",
+        "d": 3,
+        "e": None,
+    }
 
 
 def test_no_secret_is_left_in_a_run_folder_or_on_the_screen(base, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -187,6 +240,8 @@ def test_no_secret_is_left_in_a_run_folder_or_on_the_screen(base, tmp_path, monk
         ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"http://me:{SECRET}@host"],
         ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me:{SECRET}@host]"],
         ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me:{SECRET}@host:99999]"],
+        ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me:{OWN}/more@host]"],
+        ["--model.teacher", "RemoteTeacher", "--model.teacher.urls", f"[http://me/{OWN}@host]"],
         ["--data.train", f"https://me:{SECRET}@host/data"],
         ["--model.student.path", f"./{SECRET}"],
     ],
@@ -196,7 +251,7 @@ def test_no_secret_is_in_an_error(base, tmp_path, monkeypatch, capsys, arguments
     if arguments[1] == "RemoteTeacher":
         arguments = [*arguments, "--model.teacher.tokenizer_path", str(base / "student")]
     said = spoken(["fit", "--config", str(base / "base.yaml"), "--run_dir", str(tmp_path / "run"), *arguments], capsys)
-    assert "error: " in said and SECRET not in said
+    assert "error: " in said and SECRET not in said and OWN not in said
 
 
 # -- the lock and the page ---------------------------------------------------------------------------------------------

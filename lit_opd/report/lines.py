@@ -6,8 +6,11 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lit_opd.types import InputError
 
 _waiting: dict[Path, bytes] = {}  # lines that the disk did not take, by file
 
@@ -18,15 +21,19 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     Lines that the disk does not take are no reason to lose a training: they are written with the next ones, and a warning
     says so.
     """
-    lines = "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+    lines = _lines(records)
     late = _waiting.pop(path, b"")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        append_whole(path, late + lines.encode())
+        append_whole(path, late + lines)
     except OSError as error:
-        _waiting[path] = late + lines.encode()
+        _waiting[path] = late + lines
         if not late:
             warn_unwritten(path, error)
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def append_whole(path: Path, content: bytes) -> None:
@@ -63,25 +70,59 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")  # decoded one by one: the last may end inside a character
     for number, line in enumerate(lines, start=1):
         try:
             if line:
-                records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+                records.append(json.loads(line.decode()))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number != len(lines):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {line[:40]!r}: {error}") from error
+                shown = line[:40].decode(errors="replace")
+                raise ValueError(f"{path}:{number} must be a JSON object, got {shown!r}: {error}") from error
     return records
 
 
 def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the records whose "step" is above ``step`` and a cut last line; returns what was kept."""
+    """Remove the records whose "step" is above ``step`` and a cut last line; returns what was kept.
+
+    Raises:
+        InputError: the disk does not take what is kept; the file stays as it was.
+    """
     _waiting.pop(path, None)
     records = read_lines(path)
     kept = [record for record in records if record["step"] <= step]
     if path.is_file():
-        temporary = path.with_name(f".{path.name}")
-        temporary.unlink(missing_ok=True)
-        append_lines(temporary, kept)
-        os.replace(temporary, path)
+        replace_or_refuse(path, _lines(kept))
     return kept
+
+
+def replace_whole(path: Path, content: bytes) -> None:
+    """Give the file another content, in one step.
+
+    Raises:
+        OSError: as the disk gave it; the file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.unlink(missing_ok=True)
+        append_whole(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_or_refuse(path: Path, content: bytes) -> None:
+    """The same for a file without which a run does not start.
+
+    Raises:
+        InputError: the disk does not take it.
+    """
+    try:
+        replace_whole(path, content)
+    except OSError as error:
+        raise InputError(
+            f"`--run_dir` must be a writable folder on a disk with room, but {path} could not be written: {error}; free some "
+            "space and give the same command again"
+        ) from error
