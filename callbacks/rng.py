@@ -66,7 +66,7 @@ def states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state_all()
+        found["cuda"] = torch.cuda.get_rng_state()  # of the rank's own device: how many are seen may change
     return found
 
 
@@ -78,4 +78,4 @@ def restore(found: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(found["torch"].cpu())
     if "cuda" in found and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in found["cuda"]])
+        torch.cuda.set_rng_state(found["cuda"].cpu())
