@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,7 +207,7 @@ def no_pad(folder: Path) -> list[str]:
 
 def folder_of_shards(folder: Path) -> list[str]:
     """What ModelParallelStrategy saves by default, as far as it is looked at before it is refused."""
-    (folder / "shards.ckpt").mkdir()
+    dcp.save({"state_dict": {"weight": torch.zeros(2)}}, checkpoint_id=folder / "shards.ckpt", no_dist=True)
     torch.save({"global_step": 2}, folder / "shards.ckpt" / "meta.pt")
     return ["--ckpt_path", str(folder / "shards.ckpt")]
 
