@@ -70,6 +70,7 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 Truncated = Literal["keep", "mask", "drop"]
 
 ALWAYS_AVAILABLE = frozenset({"student_entropy", "student_topk", "sampler_logprobs"})
+LESS_MEMORY = "take an optimizer with less state, set `model.student.lora`, or shard the weights over more devices"
 _STUDENT_EXTRAS = frozenset({"student_entropy", "student_topk"})  # named in `wants` without "student_"
 
 
@@ -483,13 +484,13 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         groups = self.optimizers().param_groups  # type: ignore[union-attr]
         bound = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
-        return clip_gradients(self.student, [p for group in groups for p in group["params"]], bound).detach()
+        with memory_for("clipping the gradients", LESS_MEMORY):
+            return clip_gradients(self.student, [p for group in groups for p in group["params"]], bound).detach()
 
     def apply_gradients(self) -> None:
         """Step, schedule, clear."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        remedy = "take an optimizer with less state, set `model.student.lora`, or shard the weights over more devices"
-        with memory_for("updating the weights", remedy, torn=True):
+        with memory_for("updating the weights", LESS_MEMORY, torn=True):
             optimizer.step()  # type: ignore[union-attr]
         self.clear_gradients()
         if scheduler is not None:

@@ -220,6 +220,15 @@ def test_modes_and_random_states_survive_a_failure():
     assert torch.equal(torch.rand(3), expected) and torch.is_grad_enabled()
 
 
+def test_memory_that_runs_out_in_an_evaluation_names_the_settings(folder, tmp_path, capsys):
+    starved = {"class_path": "tests.poisoned.Starved", "init_args": {"who": "student", "calls": [0], "training": False}}
+    with pytest.raises(SystemExit) as stopped:
+        world.run(world.config(folder / "starved", [starved, world.evaluation(folder)]), tmp_path / "run")
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in message
+    assert "out of memory while evaluating; lower `EarlyAIMEEvaluation.batch` or" in message
+
+
 def test_another_runs_lines_are_set_aside(folder, tmp_path):
     callback = EarlyAIMEEvaluation([str(folder / "aime.jsonl")])
     assert callback.steps == [0, 1, 2, 5, 10, 20]

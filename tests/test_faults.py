@@ -427,6 +427,12 @@ def test_memory_that_runs_out_in_a_validation_names_the_settings(models):
         )
 
 
+def test_memory_that_runs_out_in_clipping_names_the_settings(models, monkeypatch):
+    monkeypatch.setattr("lit_opd.module.clip_gradients", lambda *given: torch.empty(poisoned.IMPOSSIBLE))
+    with pytest.raises(InputError, match=r"out of memory while clipping the gradients; .*`model\.student\.lora`"):
+        poisoned.fit(models["gradient"], bad=set(), steps=1)
+
+
 class Hungry(torch.optim.SGD):
     """Asks for what no machine has in its second step."""
 
