@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.peers.__main__ import facts
 from benchmarks.peers.settings import Setting, write_pair, write_prompts
 
 START, END = "<!-- curves -->", "<!-- /curves -->"
@@ -82,7 +82,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder with benchmarks.md")
     parser.add_argument("--axes", nargs="*", choices=sorted(AXES), default=list(AXES))
     given = parser.parse_args()
-    lines, raw = [], {}
+    about = facts(None)
+    versions = ", ".join(f"{name} {version}" for name, version in about["ours"].items())
+    lines = [f"{about['machine']}, {about['date']}; {versions}; two measured steps a point, model seeds fixed.", ""]
+    raw = {}
     for axis in given.axes:
         points = []
         for value in AXES[axis]:
@@ -98,7 +101,7 @@ def main() -> None:
     print(text)
     if given.out is not None:
         (given.out / "benchmarks").mkdir(exist_ok=True)
-        about = {"machine": platform.platform(), "base": BASE, "points": raw}
+        about |= {"base": BASE, "points": raw}
         (given.out / "benchmarks" / "curves.json").write_text(json.dumps(about, indent=1) + "\n")
         page = given.out / "benchmarks.md"
         before, rest = page.read_text().split(START)
