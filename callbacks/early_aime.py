@@ -29,7 +29,6 @@ from lit_opd.evaluation import (
     require_room,
     undisturbed,
 )
-from lit_opd.faults import memory_for
 from lit_opd.prompts import DataSource, PromptEncoder
 from lit_opd.types import InputError
 
@@ -234,8 +233,7 @@ class EarlyAIMEEvaluation(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: Any, step: int, file: EvaluationFile) -> dict[str, float]:
         """Evaluate all sets, log and tell; metrics by full name, equal on all ranks."""
         values: dict[str, float] = {}
-        memory = memory_for("evaluating", "lower `EarlyAIMEEvaluation.batch` or `EarlyAIMEEvaluation.max_new_tokens`")
-        with memory, undisturbed(pl_module), trainer.precision_plugin.val_step_context():
+        with undisturbed(pl_module), trainer.precision_plugin.val_step_context():
             runs = self._runs(pl_module, file)
             sizes = self._sizes(trainer, pl_module, runs, file)
             for run in runs:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"types", "masked", "tiles"},
     "metrics": {"masked"},
     "grading": {"types"},  # for an error; its workers import nothing
-    "evaluation": {"prompts", "metrics", "grading", "types", "distributed"},
+    "evaluation": {"prompts", "metrics", "grading", "types", "distributed", "faults"},
 }
 BELOW_MODULE = set(ALLOWED)
 ALLOWED["step"] = BELOW_MODULE | {"module"}  # for annotations only, see the test below

@@ -18,6 +18,7 @@ from lit_opd.distributed import gather_objects, is_rank_zero, rank, world_size
 from lit_opd.evaluation.rows import AnswerRow, EvaluationFile
 from lit_opd.evaluation.sets import EvaluationSet
 from lit_opd.evaluation.validation import decoder
+from lit_opd.faults import memory_for
 from lit_opd.grading import Grade, Grader, Outcome
 from lit_opd.metrics import AnswerStatistics
 from lit_opd.prompt_encoding import collate, stable_hash
@@ -129,18 +130,19 @@ class SetEvaluation:
         """Grades, responses and texts of the pairs; without any, one row is sampled for the other ranks' sake."""
         prompts = self._prompts(module, share or [(0, 0)])
         settings = self.settings
-        rollout = module.generate(
-            prompts,
-            module.sampling_settings(
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                seed=settings.seed,
-                step=0,
-                domain=EVALUATION_DOMAIN,
-            ),
-        )
+        with memory_for("evaluating", "lower `EarlyAIMEEvaluation.batch` or `EarlyAIMEEvaluation.max_new_tokens`"):
+            rollout = module.generate(
+                prompts,
+                module.sampling_settings(
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    top_k=settings.top_k,
+                    seed=settings.seed,
+                    step=0,
+                    domain=EVALUATION_DOMAIN,
+                ),
+            )
         texts = decoder(module.tokenizer)(rollout)[: len(share)]
         references = [self.problems.problems[problem].reference for problem, _ in share]
         return self.grader.grade(texts, references, integers=self.problems.integers), rollout, texts
