@@ -431,10 +431,12 @@ def test_the_rate_is_the_one_with_the_largest_area_and_within_the_tolerance_the_
 # -- the report ------------------------------------------------------------------------------------------------------------
 
 
-def synthetic(plan: Plan, effects: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+def synthetic(
+    plan: Plan, effects: dict[str, list[float]], parts: tuple[str, ...] = ("base",)
+) -> dict[str, dict[str, Any]]:
     """Uniform ends at 0.80, 0.82, 0.84 ...; a variant at its effects above that, by seed."""
     records = {}
-    for job in plan.jobs():
+    for job in plan.jobs(parts):
         place = plan.content["seeds"]["main"].index(job.seed)
         end = 0.80 + 0.02 * place + effects.get(job.variant, [0.0] * 6)[place]
         records[job.name] = record_of(job, greedy=[0.4, 0.6, 0.7, 0.7, end], kl=1.0 - end)
@@ -499,6 +501,28 @@ def test_a_search_compares_every_variant_with_its_references(tmp_path):
     assert row_of(against_iw, "uniform") == ["uniform", "-0.030 [-0.080, +0.020]"]
     assert row_of(against_uniform, "floor-0.1")[1].startswith("+0.000")
     assert (folder / "pictures" / "search-base-curves.png").is_file()
+
+
+def test_a_confirmation_says_by_its_rule_what_won(tmp_path):
+    content = copy.deepcopy(read_plan(SEARCH).content)
+    content["search"] |= {"references": ["uniform", "iw-1.5"], "wins_in": 3}
+    plan = Plan(content, tmp_path / "confirm.yaml")
+    (tmp_path / "confirm.md").write_text(f"{START}{END}")
+    raised = {"floor-0.1": [0.02, 0.03, 0.04], "surprise": [0.02, 0.03, 0.04], "iw-4": [-0.03, 0.03, 0.0]}
+    records = synthetic(plan, raised, parts=("base", "full"))
+    lower = {name: record for name, record in records.items() if record["condition"] == "all-legal"}
+    for record in (r for r in lower.values() if r["variant"] == "surprise"):
+        record["curves"]["greedy"][-1][1] -= 0.1
+    page = write_report(plan, list(records.values()), tmp_path).read_text().split("### Verdict")[1]
+    everywhere = "base, all-legal, chain-6, student-160"
+    assert row_of(page, "floor-0.1") == ["floor-0.1", "greedy", everywhere, "none", "**confirmed**"]
+    assert row_of(page, "surprise") == [
+        "surprise", "greedy", "base, chain-6, student-160", "all-legal", "not confirmed"
+    ]  # fmt: skip
+    assert row_of(page, "iw-4")[2:] == ["none", "none", "not confirmed"]
+    fewer = [record for record in records.values() if record["condition"] != "student-160"]
+    page = write_report(plan, fewer, tmp_path).read_text().split("### Verdict")[1]
+    assert row_of(page, "floor-0.1")[-1] == "open: 3 of 4 conditions"
 
 
 def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_path):

@@ -97,7 +97,7 @@ def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
         if records:
             lines += section(plan, condition, spec["about"], records, chosen.planned[condition], folder)
             lines += factor_table(plan, condition, chosen.counted)
-    return lines + tally(plan, chosen.counted)
+    return lines + tally(plan, chosen.counted) + verdicts(plan, chosen.counted)
 
 
 # -- where the numbers are from ------------------------------------------------------------------------------------------
@@ -259,19 +259,51 @@ def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
     """Every variant against the plan's ``search.references`` in every condition; nothing where the plan names none."""
     lines: list[str] = []
     for reference in plan.content["search"].get("references", ()):
-        conditions = {
-            name: grouped(r for r in records if r["condition"] == name) for name in plan.content["conditions"]
-        }
-        conditions = {name: of for name, of in conditions.items() if reference in of}
-        for title in TALLIED if conditions else ():
+        for title in TALLIED:
+            found = against(plan, records, reference, title)
+            conditions = list(dict.fromkeys(condition for cells in found.values() for condition in cells))
+            if not conditions:
+                continue
             lines += [f"### {title} minus that of {reference}", "", f"| variant | {' | '.join(conditions)} |"]
             lines.append("|---|" + "---|" * len(conditions))
-            for name in plan.content["variants"]:
-                found = [difference(of.get(name, {}), of[reference], MEASURES[title]) for of in conditions.values()]
-                if name != reference and any(found):
-                    lines.append(f"| {name} | {' | '.join(map(interval, found))} |")
+            for name, cells in found.items():
+                lines.append(f"| {name} | {' | '.join(interval(cells.get(condition)) for condition in conditions)} |")
             lines.append("")
     return lines
+
+
+def against(plan: Plan, records: Sequence[Record], reference: str, title: str) -> dict[str, dict[str, Estimate]]:
+    """Variant -> condition -> difference from ``reference`` in one measure, where both have a common seed."""
+    found: dict[str, dict[str, Estimate]] = {}
+    for condition in plan.content["conditions"]:
+        of = grouped(record for record in records if record["condition"] == condition)
+        for name in (name for name in plan.content["variants"] if name in of and name != reference):
+            estimate = difference(of[name], of.get(reference, {}), MEASURES[title])
+            if estimate is not None:
+                found.setdefault(name, {})[condition] = estimate
+    return found
+
+
+def verdicts(plan: Plan, records: Sequence[Record]) -> list[str]:
+    """By the rule of a confirmation: above every reference in ``search.wins_in`` conditions, below none of them anywhere.
+
+    Nothing where the plan has no ``wins_in``; no verdict before every condition has been run.
+    """
+    needed, references = plan.content["search"].get("wins_in"), plan.content["search"].get("references", ())
+    lines: list[str] = []
+    for title in TALLIED if needed else ():
+        found = {reference: against(plan, records, reference, title) for reference in references}
+        for name in (name for name in plan.content["variants"] if name not in references):
+            cells = [found[reference].get(name, {}) for reference in references]
+            known = [condition for condition in plan.content["conditions"] if all(condition in of for of in cells)]
+            won = [c for c in known if all(of[c].excludes_zero and of[c].mean > 0 for of in cells)]
+            lost = [c for c in known if any(of[c].excludes_zero and of[c].mean < 0 for of in cells)]
+            verdict = "**confirmed**" if len(won) >= needed and not lost else "not confirmed"
+            if len(known) < len(plan.content["conditions"]):
+                verdict = f"open: {len(known)} of {len(plan.content['conditions'])} conditions"
+            lines.append(f"| {name} | {title} | {', '.join(won) or 'none'} | {', '.join(lost) or 'none'} | {verdict} |")
+    table = ["| variant | measure | above all references | below one of them | verdict |", "|---|---|---|---|---|"]
+    return ["### Verdict", "", *table, *lines, ""] if lines else []
 
 
 def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> list[str]:
