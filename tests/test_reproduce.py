@@ -508,11 +508,18 @@ def test_a_confirmation_says_by_its_rule_what_won(tmp_path):
     content["search"] |= {"references": ["uniform", "iw-1.5"], "wins_in": 3}
     plan = Plan(content, tmp_path / "confirm.yaml")
     (tmp_path / "confirm.md").write_text(f"{START}{END}")
-    raised = {"floor-0.1": [0.02, 0.03, 0.04], "surprise": [0.02, 0.03, 0.04], "iw-4": [-0.03, 0.03, 0.0]}
+    raised = {
+        "floor-0.1": [0.02, 0.03, 0.04],
+        "floor-0.3": [0.02, 0.03, 0.04],
+        "surprise": [0.02, 0.03, 0.04],
+        "iw-4": [-0.03, 0.03, 0.0],
+    }
     records = synthetic(plan, raised, parts=("base", "full"))
     lower = {name: record for name, record in records.items() if record["condition"] == "all-legal"}
     for record in (r for r in lower.values() if r["variant"] == "surprise"):
         record["curves"]["greedy"][-1][1] -= 0.1
+    for record in (r for r in lower.values() if r["variant"] == "floor-0.3"):  # the area alone
+        record["curves"]["greedy"][1][1] -= 0.2
     page = write_report(plan, list(records.values()), tmp_path).read_text().split("### Verdict")[1]
     everywhere = "base, all-legal, chain-6, student-160"
     assert row_of(page, "floor-0.1") == ["floor-0.1", "greedy", everywhere, "none", "**confirmed**"]
@@ -520,6 +527,8 @@ def test_a_confirmation_says_by_its_rule_what_won(tmp_path):
         "surprise", "greedy", "base, chain-6, student-160", "all-legal", "not confirmed"
     ]  # fmt: skip
     assert row_of(page, "iw-4")[2:] == ["none", "none", "not confirmed"]
+    assert row_of(page, "floor-0.3")[2:] == [everywhere, "none", "not confirmed"]
+    assert row_of(page, "floor-0.3", table=1)[3:] == ["all-legal", "not confirmed"]
     fewer = [record for record in records.values() if record["condition"] != "student-160"]
     page = write_report(plan, fewer, tmp_path).read_text().split("### Verdict")[1]
     assert row_of(page, "floor-0.1")[-1] == "open: 3 of 4 conditions"

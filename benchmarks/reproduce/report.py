@@ -285,25 +285,37 @@ def against(plan: Plan, records: Sequence[Record], reference: str, title: str) -
 
 
 def verdicts(plan: Plan, records: Sequence[Record]) -> list[str]:
-    """By the rule of a confirmation: above every reference in ``search.wins_in`` conditions, below none of them anywhere.
+    """By the rule of a confirmation: above every reference in ``search.wins_in`` conditions in one measure, below none in any.
 
     Nothing where the plan has no ``wins_in``; no verdict before every condition has been run.
     """
     needed, references = plan.content["search"].get("wins_in"), plan.content["search"].get("references", ())
-    lines: list[str] = []
-    for title in TALLIED if needed else ():
-        found = {reference: against(plan, records, reference, title) for reference in references}
-        for name in (name for name in plan.content["variants"] if name not in references):
-            cells = [found[reference].get(name, {}) for reference in references]
-            known = [condition for condition in plan.content["conditions"] if all(condition in of for of in cells)]
-            won = [c for c in known if all(of[c].excludes_zero and of[c].mean > 0 for of in cells)]
-            lost = [c for c in known if any(of[c].excludes_zero and of[c].mean < 0 for of in cells)]
-            verdict = "**confirmed**" if len(won) >= needed and not lost else "not confirmed"
-            if len(known) < len(plan.content["conditions"]):
-                verdict = f"open: {len(known)} of {len(plan.content['conditions'])} conditions"
-            lines.append(f"| {name} | {title} | {', '.join(won) or 'none'} | {', '.join(lost) or 'none'} | {verdict} |")
+    if not needed:
+        return []
+    found = {(title, ref): against(plan, records, ref, title) for title in TALLIED for ref in references}
+    lines, conditions = [], list(plan.content["conditions"])
+    for name in (name for name in plan.content["variants"] if any(name in cells for cells in found.values())):
+        if name in references:
+            continue
+        of = {title: [found[title, reference].get(name, {}) for reference in references] for title in TALLIED}
+        known = [c for c in conditions if all(c in cells for cells in of[TALLIED[0]])]
+        won = {t: [c for c in known if all(side(cells[c]) > 0 for cells in of[t])] for t in TALLIED}
+        lost = {t: [c for c in known if any(side(cells[c]) < 0 for cells in of[t])] for t in TALLIED}
+        wins = any(len(names) >= needed for names in won.values()) and not any(lost.values())
+        verdict = "**confirmed**" if wins else "not confirmed"
+        if len(known) < len(conditions):
+            verdict = f"open: {len(known)} of {len(conditions)} conditions"
+        for t in TALLIED:
+            lines.append(
+                f"| {name} | {t} | {', '.join(won[t]) or 'none'} | {', '.join(lost[t]) or 'none'} | {verdict} |"
+            )
     table = ["| variant | measure | above all references | below one of them | verdict |", "|---|---|---|---|---|"]
     return ["### Verdict", "", *table, *lines, ""] if lines else []
+
+
+def side(estimate: Estimate) -> int:
+    """1 or -1 where the interval lies above or below 0, else 0."""
+    return (1 if estimate.mean > 0 else -1) if estimate.excludes_zero else 0
 
 
 def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> list[str]:
