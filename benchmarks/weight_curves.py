@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "log-probs of student and teacher": (
         "#b8500c",
-        ("ImportanceWeighting", "PrefixRatioTilt", "TeacherConfidence", "TrustRegion", "DASH"),
+        ("ImportanceWeighting", "PrefixRatioTilt", "WindowedPrefixRatio", "TeacherConfidence", "TrustRegion", "DASH"),
     ),
     "entropies": ("#2f7d32", ("FiRe", "TIP", "EntropyGate")),
     "other strategies (combinators)": (

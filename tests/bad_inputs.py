@@ -393,6 +393,7 @@ RANGES: list[tuple[Any, dict[str, list[Any]], dict[str, Any]]] = [
     (weighting.AnnealedPrefixMask, {"start": [-0.3]}, {}),
     (weighting.LateRising, {"w_min": [2.0], "tau": [float("inf")], "scale": [0.0]}, {}),
     (weighting.TeacherConfidence, {"window": [0], "quantile": [1.5], "alpha": [-1.0], "floor": [2.0]}, {}),
+    (weighting.WindowedPrefixRatio, {"window": [0, 2.5], "floor": [-0.1, float("nan")]}, {}),
     (weighting.TrustRegion, {"seed": ["x"]}, {}),
     (weighting.DASH, {"kappa": [-5.0]}, {}),
     (weighting.FiRe, {"alpha": [-1.0], "beta": [-1.0]}, {}),

@@ -44,9 +44,9 @@ from lit_opd.testbed.warmup import (
     supervised_targets,
 )
 from lit_opd.types import InputError, TokenSignal
-from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting import PrefixRatioTilt, WeightingStrategy, WindowedPrefixRatio
 
-SEARCH = PLAN.parent / "search.yaml"
+SEARCH, CONFIRM = PLAN.parent / "search.yaml", PLAN.parent / "confirm.yaml"
 ROOT = Path(__file__).resolve().parent.parent
 TINY_SETTINGS = {
     "checkpoint_every": 1,
@@ -99,7 +99,8 @@ def test_the_plan_has_the_runs_the_issue_asks_for():
 def test_every_weighting_of_the_library_is_in_the_plan():
     text = json.dumps(read_plan().content["variants"])
     classes = set(re.findall(r"lit_opd\.weighting\.(\w+)", text))
-    assert classes == set(lit_opd.weighting.__all__) - {"WeightingStrategy"}
+    found_after = {"WindowedPrefixRatio"}  # the plan was fixed before the search found it; its evidence is confirm.yaml's
+    assert classes == set(lit_opd.weighting.__all__) - {"WeightingStrategy"} - found_after
 
 
 def test_every_variant_is_the_strategy_it_names():
@@ -173,6 +174,29 @@ def test_the_searchs_own_weightings_are_those_of_plain_loops():
         for strategy, value in expected.items():
             assert float(found[strategy][row, column]) == pytest.approx(value, rel=1e-5)
     assert all(not weights[~mask].any() for weights in found.values())
+
+
+def test_the_shipped_weighting_is_the_one_that_was_confirmed():
+    """The search ran a class of its own; a window as long as the response is the tilt with that floor."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (-3 * torch.rand(4, 30, generator=generator) for _ in range(2))
+    mask = torch.arange(30) < torch.tensor([30, 20, 1, 0]).unsqueeze(-1)
+    signal = TokenSignal(student_logprobs=student, teacher_logprobs=teacher, mask=mask)
+    spec = read_plan(CONFIRM).content["variants"]["window-8-floor-0.3"]["weighting"]["init_args"]
+    shipped, tried = (strategy(signal, 0.0) for strategy in (WindowedPrefixRatio(), WindowedRatio(**spec)))
+    torch.testing.assert_close(shipped, tried, rtol=1e-6, atol=0.0)
+    whole = PrefixRatioTilt(alpha=1.0, low=math.log(0.3), high=0.0)(signal, 0.0)
+    torch.testing.assert_close(WindowedPrefixRatio(window=30)(signal, 0.0), whole, rtol=1e-6, atol=0.0)
+    assert not torch.allclose(shipped, whole)
+
+
+def test_the_confirmation_is_on_what_was_held_out():
+    whole, confirm = read_plan(), read_plan(CONFIRM)
+    assert set(confirm.content["conditions"]) == set(whole.content["search"]["held_out"])
+    assert confirm.content["seeds"]["main"] == whole.content["seeds"]["held_out"]
+    assert confirm.content["settings"] == whole.content["settings"]
+    jobs = confirm.jobs(("base", "full"))
+    assert len(jobs) == 96 and {job.settings["model"]["optimizer"]["init_args"]["lr"] for job in jobs} == {2e-4}
 
 
 def test_the_hash_is_of_the_content_alone(tmp_path):

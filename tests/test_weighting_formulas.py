@@ -268,6 +268,12 @@ def _(strategy, row, progress):
     return weights
 
 
+@of_row(w.WindowedPrefixRatio)
+def _(strategy, row, progress):
+    ratios = [math.exp(sum(row.gaps[max(0, t - strategy.window) : t])) for t in range(len(row))]
+    return [max(min(ratio, 1.0), strategy.floor) for ratio in ratios]
+
+
 @of_row(w.TrustRegion)
 def _(strategy, row, progress):
     trust = [min(math.exp(gap), 1.0) for gap in row.gaps]
@@ -378,6 +384,7 @@ EXTRA = [
     w.TeacherConfidence(window=5, quantile=0.0),
     w.TeacherConfidence(window=10, quantile=0.7, alpha=0.3),
     w.PrefixRatioTilt(alpha=1.0, low=-2.0, high=80.0),
+    w.WindowedPrefixRatio(window=2, floor=0.05),
     w.ImportanceWeighting(signed=True, denominator="exclude_last", w_max=4.0),
     w.RandomFraction(0.1, seed=-5),
     w.FirstFraction(1e-6),
@@ -727,6 +734,10 @@ OUT_OF_RANGE = [
     (w.LateRising, {"tau": NAN}, "tau"),
     (w.LateRising, {"scale": 0.0}, "scale"),
     (w.LateRising, {"scale": INF}, "scale"),
+    (w.WindowedPrefixRatio, {"window": 0}, "window"),
+    (w.WindowedPrefixRatio, {"window": 8.0}, "window"),
+    (w.WindowedPrefixRatio, {"floor": 1.1}, "floor"),
+    (w.WindowedPrefixRatio, {"floor": NAN}, "floor"),
     (w.TeacherConfidence, {"window": 0}, "window"),
     (w.TeacherConfidence, {"window": 1.5}, "window"),
     (w.TeacherConfidence, {"quantile": 1.1}, "quantile"),
