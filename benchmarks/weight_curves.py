@@ -188,6 +188,8 @@ def draw(signal: TokenSignal, path: Path) -> None:
         axis.set_xlim(0.5, int(signal.mask[row].sum()) + 0.5)
     for axis, (name, colour) in zip(axes.flat, order, strict=False):
         _weights(axis, drawn[name], signal.mask, row, colour)
+    for axis in axes[:-1].flat[len(order) :]:
+        axis.set_visible(False)
     for axis in axes[-1]:
         _disagreement(axis, signal, row)
     for axis in axes[:, 0]:

@@ -57,10 +57,23 @@ STOPPED = {
 OURS: dict[str, dict[str, str]] = {
     "published": {},
     "published, best setting": {**FAST, "model.weighting.w_max": "4.0"},
+    "published, 32 prompts a step": {**FAST, "data.prompt_batch": "32"},
     "own, truncated prefix ratio": {**FAST, **PREFIX_RATIO},
+    "own, windowed prefix ratio": {**FAST, "model.weighting": "WindowedPrefixRatio"},
+    "own, windowed prefix ratio, 32 prompts a step": {
+        **FAST,
+        "model.weighting": "WindowedPrefixRatio",
+        "data.prompt_batch": "32",
+    },
     "own, full vocabulary": {**PREFIX_RATIO, **FORWARD_KL, "model.mini_batches": "4"},
     "own, full vocabulary, 32 prompts a step": {**PREFIX_RATIO, **FORWARD_KL, "data.prompt_batch": "32"},
     "own, stopped": {**FAST, **STOPPED, "model.weighting": "Uniform"},
+    "own, stopped, 32 prompts a step": {
+        **FAST,
+        **STOPPED,
+        "model.weighting": "Uniform",
+        "data.prompt_batch": "32",
+    },
     "own, stopped, full vocabulary, 32 prompts a step": {
         **STOPPED,
         **FORWARD_KL,
