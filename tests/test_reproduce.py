@@ -201,6 +201,17 @@ def test_the_confirmation_is_on_what_was_held_out():
     assert len(jobs) == 96 and {job.settings["model"]["optimizer"]["init_args"]["lr"] for job in jobs} == {2e-4}
 
 
+def test_the_controls_share_the_main_plans_runs():
+    jobs, known = read_plan(PLAN.parent / "controls.yaml").jobs(), {job.name: job for job in read_plan().jobs()}
+    shared = [job for job in jobs if job.name in known]
+    assert {job.variant for job in shared} == {"uniform", "truncated-ratio"} and len(jobs) == 30
+    assert all(job.settings_sha == known[job.name].settings_sha for job in shared)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--weighting", type=WeightingStrategy)
+    for job in jobs:
+        parser.instantiate_classes(parser.parse_object({"weighting": job.settings["model"]["weighting"]}))
+
+
 def test_the_hash_is_of_the_content_alone(tmp_path):
     plan = read_plan()
     commented = tmp_path / "plan.yaml"
