@@ -569,6 +569,11 @@ def test_a_confirmation_says_by_its_rule_what_won(tmp_path):
     fewer = [record for record in records.values() if record["condition"] != "student-160"]
     page = write_report(plan, fewer, tmp_path).read_text().split("### Verdict")[1]
     assert row_of(page, "floor-0.1")[-1] == "open: 3 of 4 conditions"
+    last = "student-160/floor-0.1/seed-102"
+    page = write_report(plan, [record for name, record in records.items() if name != last], tmp_path).read_text()
+    page = page.split("### Verdict")[1]
+    assert row_of(page, "floor-0.1")[-1] == "open: 3 of 4 conditions"
+    assert row_of(page, "floor-0.3")[-1] == "not confirmed"
 
 
 def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_path):

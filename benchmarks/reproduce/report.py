@@ -287,7 +287,7 @@ def against(plan: Plan, records: Sequence[Record], reference: str, title: str) -
 def verdicts(plan: Plan, records: Sequence[Record]) -> list[str]:
     """By the rule of a confirmation: above every reference in ``search.wins_in`` conditions in one measure, below none in any.
 
-    Nothing where the plan has no ``wins_in``; no verdict before every condition has been run.
+    Nothing where the plan has no ``wins_in``; no verdict before every condition has been run with every seed.
     """
     needed, references = plan.content["search"].get("wins_in"), plan.content["search"].get("references", ())
     if not needed:
@@ -298,7 +298,8 @@ def verdicts(plan: Plan, records: Sequence[Record]) -> list[str]:
         if name in references:
             continue
         of = {title: [found[title, reference].get(name, {}) for reference in references] for title in TALLIED}
-        known = [c for c in conditions if all(c in cells for cells in of[TALLIED[0]])]
+        seeds = {c: len(plan.variants_of(c).get(name, ())) for c in conditions}
+        known = [c for c in conditions if all(c in cells and cells[c].count == seeds[c] for cells in of[TALLIED[0]])]
         won = {t: [c for c in known if all(side(cells[c]) > 0 for cells in of[t])] for t in TALLIED}
         lost = {t: [c for c in known if any(side(cells[c]) < 0 for cells in of[t])] for t in TALLIED}
         wins = any(len(names) >= needed for names in won.values()) and not any(lost.values())
