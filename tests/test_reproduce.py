@@ -30,7 +30,7 @@ from benchmarks.reproduce.candidates import Largest, SurpriseDrift, TeacherCerta
 from benchmarks.reproduce.pictures import draw_curves, draw_differences
 from benchmarks.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
 from benchmarks.reproduce.processes import RunFailed
-from benchmarks.reproduce.report import END, START, choose, write_report
+from benchmarks.reproduce.report import END, START, choose, coloured, write_report
 from benchmarks.reproduce.results import read_results
 from lit_opd.cli import OPDCLI
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
@@ -661,11 +661,22 @@ def test_curves_are_read_between_their_points():
     assert reached([0, 10], [0.1, 0.2], 0.5, rising=True) is None
 
 
+def test_curves_name_references_then_most_seeds():
+    def runs(count, height):
+        return [{"curves": {"greedy": [(0, height), (40, height)]}}] * count
+
+    made = {"ours": runs(3, 0.7), "uniform": runs(3, 0.2), "first": runs(3, 0.4), "more": runs(6, 0.1)}
+    made |= {f"low-{i}": runs(3, 0.3) for i in range(3)}
+    assert coloured(made, []) == ["more", "ours", "uniform", "first", "low-0", "low-1"]
+    made["more"] = runs(3, 0.1)
+    assert coloured(made, ["uniform"]) == ["uniform", "ours", "first", "low-0", "low-1", "low-2"]
+
+
 def test_pictures_are_not_blank(tmp_path):
     plan = read_plan()
     records = synthetic(plan, {"iw-4": [0.05] * 6})
     runs = {name: [r for r in records.values() if r["variant"] == name] for name in ("uniform", "iw-4")}
-    draw_curves(runs, tmp_path / "curves.png")
+    draw_curves(runs, tmp_path / "curves.png", ["uniform", "iw-4"])
     found = {"iw-4": {"greedy": Estimate(0.05, 0.01, 0.09, 6), "reverse KL": None}}
     draw_differences(found, tmp_path / "differences.png")
     for name, num_panels in (("curves", 3), ("differences", 1)):

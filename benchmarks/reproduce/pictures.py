@@ -15,8 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-SHOWN = 6  # variants in a picture of curves: those with the most seeds, in the plan's order
+SHOWN = 6  # variants in colour in a picture of curves
+TICKS = 4  # intervals between ticks at most: "-0.010" five times touches its neighbours
 DPI = 120
 COLORS = ("#202020", "#1f5fa8", "#57a0d3", "#c4500c", "#2f7d32", "#8e44ad")
 PANELS = {
@@ -26,15 +28,18 @@ PANELS = {
 GOOD_BELOW = "reverse KL"  # the one measure of which less is better
 
 
-def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
+def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path, names: Sequence[str]) -> None:
     """Accuracy and KL against the step, disagreement by relative position at the start and the end.
 
     Args:
         runs: variant -> its runs.
         path: PNG to write.
+        names: variants in colour, ``SHOWN`` at most; of the others, means are drawn in grey without a name.
     """
-    names = sorted(runs, key=lambda name: -len(runs[name]))[:SHOWN]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
+    for name in (name for name in runs if name not in names):
+        for axis, curve in zip(axes, PANELS, strict=False):
+            _others(axis, [run["curves"][curve] for run in runs[name]])
     for name, color in zip([name for name in runs if name in names], COLORS, strict=False):
         for axis, curve in zip(axes, PANELS, strict=False):
             _band(axis, [run["curves"][curve] for run in runs[name]], color, f"{name} ({len(runs[name])})")
@@ -49,6 +54,16 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     axes[2].set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=SHOWN, frameon=False)
     _save(figure, path)
+
+
+def _others(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
+    """Mean of the seeds, thin and grey."""
+    axis.plot(
+        [step for step, _ in curves[0]],
+        np.mean([[value for _, value in c] for c in curves], axis=0),
+        color="0.8",
+        lw=0.9,
+    )
 
 
 def _band(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]], color: str, label: str) -> None:
@@ -82,6 +97,7 @@ def draw_differences(found: Mapping[str, Mapping[str, Estimate | None]], path: P
         axis.axvline(0, color="0.4", lw=0.8)
         axis.set_title(f"{measure} - uniform{' (left is better)' if measure == GOOD_BELOW else ''}", fontsize=10)
         axis.grid(axis="y", color="0.93")
+        axis.xaxis.set_major_locator(MaxNLocator(TICKS))
     axes[0].set_yticks(range(len(found)), list(found))
     axes[0].set_ylim(len(found) - 0.5, -0.5)
     _limit(axes, [[e[measure] for e in found.values()] for measure in measures])

@@ -187,7 +187,8 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
     of = grouped(records)
     order = [name for name in plan.variants_of(condition) if name in of]
     curves, differences = (f"{plan.pictures}-{condition}-{kind}.png" for kind in ("curves", "differences"))
-    pictures.draw_curves({name: list(of[name].values()) for name in order}, folder / curves)
+    runs = {name: list(of[name].values()) for name in order}
+    pictures.draw_curves(runs, folder / curves, coloured(runs, plan.content["search"].get("references", ())))
     reference = of.get(REFERENCE, {})
     found = {
         name: {title: difference(of[name], reference, value) for title, value in MEASURES.items()}
@@ -210,6 +211,18 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
         "",
         *([f"![{condition}: differences from uniform](pictures/{differences})", ""] if known else []),
     ]
+
+
+def coloured(runs: Mapping[str, Sequence[Record]], references: Sequence[str]) -> list[str]:
+    """Variants that a picture of curves names: those with the most seeds, in the plan's order.
+
+    In a search, where all have as many: its references, then those with the largest mean area.
+    """
+
+    def rank(name: str) -> tuple[bool, int, float]:
+        return name not in references, -len(runs[name]), -fmean(map(area, runs[name])) if references else 0.0
+
+    return sorted(runs, key=rank)[: pictures.SHOWN]
 
 
 def models_line(records: Sequence[Record]) -> str:
