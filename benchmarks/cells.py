@@ -1,11 +1,18 @@
-"""Figures over seeds as cells of a table."""
+"""Figures over seeds as cells of a table, and what they were measured on."""
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from lit_opd.compare.statistics import Estimate
+
+
+def machine() -> str:
+    """This machine, as the pages name it."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def spread(values: Sequence[float]) -> str:

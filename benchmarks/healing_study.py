@@ -11,6 +11,7 @@ have other settings is refused. Writes study.md, study.json and study.png.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ import matplotlib
 import numpy as np
 import yaml
 
-from benchmarks.cells import interval, spread
+from benchmarks.cells import interval, machine, spread
 from benchmarks.healing import curve, measure
 from benchmarks.reproduce.plan import digest
 from lit_opd.compare.statistics import paired
@@ -147,6 +148,8 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
         "settings": settings,
         "steps": summary["steps"],
         "tokens": summary["tokens"],
+        "machine": machine(),
+        "finished": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     record |= {"seconds": summary["seconds"], "figures": figures, "curves": curves, "bands": bands, "samples": samples}
     draft = folder / f".{RECORD}"
@@ -238,10 +241,13 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     first = records[0]
     seconds = median(record["seconds"] for record in records)
+    dates = [record["finished"] for record in records]
+    seeds = ", ".join(str(seed) for seed in sorted({record["seed"] for record in records}))
     lines = [
         f"{len(records)} runs of {first['steps']} steps, about {first['tokens']:,} sampled tokens each, median {seconds:.0f} s a "
         f"run on one thread; {first['figures']['prompts']:.0f} held-out prompts; +- is one standard deviation over seeds, "
-        "brackets are Student's 95 % interval of the difference paired by seed.",
+        "brackets are Student's 95 % interval of the difference paired by seed. "
+        f"{' and '.join(sorted({r['machine'] for r in records}))}, {min(dates)} to {max(dates)}, seeds {seeds}.",
         "",
         *table(records),
         "",

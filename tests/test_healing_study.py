@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 from pathlib import Path
 
 import matplotlib.image
@@ -52,6 +53,7 @@ def test_a_study_trains_each_weighting_once_and_tells_their_ends(words, monkeypa
     assert made == {path: path.stat().st_mtime_ns for path in runs.glob("*/study.json")}  # nothing was repeated
     records = {record["variant"]: record for record in json.loads((out / "study.json").read_text())}
     page = (out / "study.md").read_text()
+    assert f"{platform.python_version()}, {records['uniform']['finished']} to " in page and "seeds 0." in page
     for name, record in records.items():
         with (runs / f"{name}-0" / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))

@@ -6,13 +6,13 @@ import csv
 import datetime
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.cells import machine
 from benchmarks.reproduce.plan import Job
 from lit_opd.compare.statistics import mean_height
 from lit_opd.report.lines import append_lines, read_lines
@@ -80,7 +80,7 @@ def write_record(
         "models": models,
         "code": code,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine(),
     } | measured(folder)
     draft = folder / f".{RECORD}"
     draft.write_text(json.dumps(record, allow_nan=False) + "\n")
