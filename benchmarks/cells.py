@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
+from lit_opd.compare.document import show
 from lit_opd.compare.statistics import Estimate
 
 
@@ -32,7 +33,5 @@ def interval(estimate: Estimate | None) -> str:
     """
     if estimate is None:
         return ""
-    if estimate.low is None:
-        return f"{estimate.mean:+.3f}"
-    text = f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    text = show(estimate, signed=True)
     return f"**{text}**" if estimate.excludes_zero else text

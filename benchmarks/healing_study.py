@@ -24,18 +24,18 @@ from statistics import median
 from typing import Any
 
 import matplotlib
-import numpy as np
 import yaml
 
 from benchmarks.cells import interval, machine, spread
 from benchmarks.healing import curve, measure
+from benchmarks.reproduce.pictures import draw_band, draw_positions
 from benchmarks.reproduce.plan import digest
+from benchmarks.reproduce.runner import locked
 from lit_opd.compare.statistics import paired
 from lit_opd.types import InputError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "smollm2_healing.yaml"
@@ -133,8 +133,9 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
     """The record of one run: made, or read where it is there."""
     path = folder / RECORD
     if path.is_file():
+        drop_weights(folder)
         return dict(json.loads(path.read_text()))
-    if not (folder / "student").is_dir():
+    if not (folder / "summary.json").is_file():  # the last thing a run writes; a stopped one has a student before
         train(folder, variant, seed, extra)
     figures, samples = measure(folder, yaml.safe_load((folder / "config.yaml").read_text()))
     summary = json.loads((folder / "summary.json").read_text())
@@ -155,9 +156,14 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
     draft = folder / f".{RECORD}"
     draft.write_text(json.dumps(record, allow_nan=False) + "\n")
     os.replace(draft, path)
+    drop_weights(folder)
+    return record
+
+
+def drop_weights(folder: Path) -> None:
+    """A measured run needs them no more."""
     for weights in ("checkpoints", "student"):
         shutil.rmtree(folder / weights, ignore_errors=True)
-    return record
 
 
 def run_all(runs: Path, seeds: Sequence[int], jobs: int, extra: Sequence[str]) -> list[Record]:
@@ -174,7 +180,8 @@ def run_all(runs: Path, seeds: Sequence[int], jobs: int, extra: Sequence[str]) -
         print(f"{job[0]} seed {job[1]}: reverse KL {record['curves']['reverse_kl'][-1][1]:.3f}", flush=True)
         return record
 
-    with ThreadPoolExecutor(jobs) as pool:
+    runs.mkdir(parents=True, exist_ok=True)
+    with locked(runs), ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(one, todo))
 
 
@@ -213,27 +220,15 @@ def draw(of: Mapping[str, Mapping[int, Record]], path: Path) -> None:
     """Held-out KL against the step, and disagreement by position at the start and the end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     for (variant, runs), color in zip(of.items(), COLORS, strict=False):
-        _band(left, [r["curves"]["reverse_kl"] for r in runs.values()], color, f"{variant} ({len(runs)})")
-        right.plot(*_positions([r["bands"][-1] for r in runs.values()]), color=color)
-    right.plot(*_positions([r["bands"][0] for runs in of.values() for r in runs.values()]), "--", color="0.55")
+        draw_band(left, [r["curves"]["reverse_kl"] for r in runs.values()], color, f"{variant} ({len(runs)})")
+        draw_positions(right, [r["bands"][-1] for r in runs.values()], color, "-")
+    draw_positions(right, [r["bands"][0] for runs in of.values() for r in runs.values()], "0.55", "--")
     left.set(xlabel="optimizer step", ylabel="held-out KL(student || teacher), nats/token")
     right.set(xlabel="position in the response, %", ylabel="|q - s|, nats/token", title="start (dashes), end")
     right.set_ylim(bottom=0)
     left.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _band(axis: Axes, curves: Sequence[Sequence[Sequence[float]]], color: str, label: str) -> None:
-    values = np.array([[height for _, height in points] for points in curves])
-    steps, mean = [step for step, _ in curves[0]], values.mean(0)
-    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
-    axis.plot(steps, mean, "o-", color=color, label=label, ms=3)
-    axis.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.13, lw=0)
-
-
-def _positions(bands: Sequence[Sequence[float | None]]) -> tuple[Any, Any]:
-    return 5 + 10 * np.arange(len(bands[0])), np.ma.masked_invalid(np.array(bands, dtype=float)).mean(0)
 
 
 def write_page(records: Sequence[Record], out: Path) -> Path:

@@ -124,9 +124,32 @@ def test_a_known_effect_is_found_with_its_sign_and_size(effect):
     for (metric, name), size in expected.items():
         found = quantity(effect, metric, name)
         assert found["mean"] == pytest.approx(size, rel=0.03), (metric, name)
-        assert found["low"] <= size * 1.03 or found["high"] >= size
         assert found["low"] > 0 if size > 0 else found["high"] < 0
         assert found["count"] == 6
+
+
+def test_the_interval_of_a_known_effect_covers_it_and_is_as_wide_as_the_noise(tmp_path):
+    """Noise of their own, sd 0.02: differences have 0.028, an interval of six about 2 * 2.57 * 0.028 / 6 ** 0.5 = 0.06."""
+    generator = np.random.default_rng(7)
+    for seed in range(6):
+        for name, gain in (("Uniform", 0.010), ("ImportanceWeighting", 0.012)):
+            values = known(seed, gain)
+            values["greedy"] = [value + generator.normal(0.0, 0.02) for value in values["greedy"]]
+            write_run(tmp_path / f"{name}-{seed}", values, seed=seed, strategy=name)
+    words = ["--runs", f"{tmp_path}/*-*", "--baseline", "Uniform", "--out", str(tmp_path / "out")]
+    main(list, ["compare", "runs", *words])
+    found = quantity(tmp_path / "out", "greedy", "end")
+    ends = {
+        name: [
+            float(json.loads((tmp_path / f"{name}-{seed}" / "summary.json").read_text())["greedy_end"])
+            for seed in range(6)
+        ]
+        for name in ("Uniform", "ImportanceWeighting")
+    }
+    gaps = np.subtract(ends["ImportanceWeighting"], ends["Uniform"])
+    half = 2.570582 * gaps.std(ddof=1) / 6**0.5  # Student's 0.975 quantile at 5 degrees of freedom
+    assert (found["low"], found["high"]) == (pytest.approx(gaps.mean() - half), pytest.approx(gaps.mean() + half))
+    assert found["low"] < 0.08 < found["high"] and 0.02 < found["high"] - found["low"] < 0.15
 
 
 def test_seeds_that_only_one_side_has_are_listed_and_not_paired(effect):

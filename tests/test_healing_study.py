@@ -67,6 +67,19 @@ def test_a_study_trains_each_weighting_once_and_tells_their_ends(words, monkeypa
     assert all(yaml_of(runs / f"{name}-0")["vars"]["settings"] == records[name]["settings"] for name in records)
 
 
+def test_a_run_that_was_killed_behind_its_export_is_finished(words):
+    """The student is exported before the summary is written."""
+    folder, extra = Path(words[words.index("--runs") + 1]).with_name("killed") / "uniform-0", words[6:]
+    healing_study.train(folder, "uniform", 0, extra)
+    assert (folder / "student").is_dir()
+    (folder / "summary.json").unlink()
+    record = healing_study.study(folder, "uniform", 0, extra)
+    assert record["steps"] == json.loads((folder / "summary.json").read_text())["steps"] > 0
+    (folder / "student").mkdir()  # killed before the weights went
+    again = healing_study.study(folder, "uniform", 0, extra)
+    assert again == json.loads(json.dumps(record)) and not (folder / "student").exists()
+
+
 def test_a_folder_with_runs_of_other_settings_is_refused(words, monkeypatch, tmp_path, capsys):
     """Finished or only begun: a trial of a few steps would be mixed into the study."""
 

@@ -65,8 +65,9 @@ def tune(plan: Plan, args: argparse.Namespace) -> int:
     """The `tune` command."""
     from benchmarks.reproduce.results import read_results
     from benchmarks.reproduce.runner import run_jobs
-    from benchmarks.reproduce.tune import by_variant, tuning_folder, write_rates
+    from benchmarks.reproduce.tune import by_variant, marked, tuning_folder, write_rates
 
+    marked(plan)  # before anything is trained
     root = tuning_folder(args.runs)
     outcome = run_jobs(list(plan.tuning_jobs()), root, workers=args.jobs, rerun_changed=args.rerun_changed)
     if outcome.failed or outcome.stopped:

@@ -42,10 +42,10 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path, names: Sequenc
             _others(axis, [run["curves"][curve] for run in runs[name]])
     for name, color in zip([name for name in runs if name in names], COLORS, strict=False):
         for axis, curve in zip(axes, PANELS, strict=False):
-            _band(axis, [run["curves"][curve] for run in runs[name]], color, f"{name} ({len(runs[name])})")
-        _positions(axes[2], [run["bands"][-1][1] for run in runs[name]], color, "-")
+            draw_band(axis, [run["curves"][curve] for run in runs[name]], color, f"{name} ({len(runs[name])})")
+        draw_positions(axes[2], [run["bands"][-1][1] for run in runs[name]], color, "-")
     start = [run["bands"][0][1] for group in runs.values() for run in group]
-    _positions(axes[2], start, "0.55", "--")
+    draw_positions(axes[2], start, "0.55", "--")
     for axis, (title, unit) in zip(axes, PANELS.values(), strict=False):
         axis.set(title=title, xlabel="optimizer step", ylabel=unit)
     axes[2].set(
@@ -66,7 +66,7 @@ def _others(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
     )
 
 
-def _band(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]], color: str, label: str) -> None:
+def draw_band(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]], color: str, label: str) -> None:
     """Mean of the seeds and one standard deviation either side."""
     steps = [step for step, _ in curves[0]]
     values = np.array([[value for _, value in curve] for curve in curves])
@@ -75,10 +75,11 @@ def _band(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]], color: str,
     axis.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.13, lw=0)
 
 
-def _positions(axis: Axes, bands: Sequence[Sequence[float]], color: str, style: str) -> None:
-    """Mean over runs by tenth of the response."""
+def draw_positions(axis: Axes, bands: Sequence[Sequence[float | None]], color: str, style: str) -> None:
+    """Mean over runs by tenth of the response, None where a run has no token there."""
     centres = 5 + 10 * np.arange(len(bands[0]))
-    axis.plot(centres, np.mean(bands, axis=0), style, color=color, lw=1.6)
+    means = np.ma.masked_invalid(np.array(bands, dtype=float)).mean(0)
+    axis.plot(centres, means, style, color=color, lw=1.6)
 
 
 def draw_differences(found: Mapping[str, Mapping[str, Estimate | None]], path: Path) -> None:

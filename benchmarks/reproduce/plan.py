@@ -120,25 +120,53 @@ class Plan:
     Args:
         content: as in the file.
         path: the file.
+        below: the plan that it extends.
     """
 
     content: dict[str, Any]
     path: Path
+    below: Plan | None = None
 
     def __post_init__(self) -> None:
         self._require_keys()
+        for name, variant in self.content["variants"].items():
+            self._require("weighting" in variant, f"variants.{name}", "have a `weighting`", f"keys {sorted(variant)}")
+            self._require_seeds(f"variants.{name}.seeds", variant.get("seeds", 1))
         for name, condition in self.content["conditions"].items():
+            needed = {"part", "about"} | ({"seeds"} if "variants" in condition else set())
+            keys = f"keys {sorted(condition)}"
+            self._require(needed <= set(condition), f"conditions.{name}", f"have {', '.join(sorted(needed))}", keys)
+            self._require_seeds(f"conditions.{name}.seeds", condition.get("seeds", 1))
             self._require_known(f"conditions.{name}.variants", condition.get("variants", ()), self.content["variants"])
             for role, asset in condition.get("models", {}).items():
                 known = self.content["data" if role == "data" else "models"]
                 self._require_known(f"conditions.{name}.models", [role], ROLES)
                 self._require_known(f"conditions.{name}.models.{role}", [asset], known)
-        self._require_known("learning_rates", self.content["learning_rates"], self.content["variants"])
+        if self.below is None:  # a plan that extends another keeps rates that its variants are ``like``
+            self._require_known("learning_rates", self.content["learning_rates"], self.content["variants"])
 
     def _require_keys(self) -> None:
         if set(self.content) != KEYS:
             differing = ", ".join(sorted(set(self.content) ^ KEYS))
             raise InputError(f"`{self.path}` must have the keys {', '.join(sorted(KEYS))}, got others in: {differing}")
+
+    def _require(self, holds: bool, field: str, wanted: str, got: str) -> None:
+        if not holds:
+            raise InputError(f"`{self.path}: {field}` must {wanted}, got {got}")
+
+    def _require_seeds(self, field: str, count: Any) -> None:
+        known = len(self.content["seeds"]["main"])
+        wanted = f"be 1 to {known}, the number of `seeds.main`"
+        self._require(isinstance(count, int) and 1 <= count <= known, field, wanted, repr(count))
+
+    def _require_rate(self, variant: str, rate: float | None) -> None:
+        """Beside tuned variants one that trained at the rate of ``settings`` would be compared with none of them."""
+        tuned = self.content["learning_rates"] or (self.below.content["learning_rates"] if self.below else {})
+        like = self.content["variants"][variant].get("like")
+        field, wanted = f"learning_rates.{variant}", "be set (make tune), or the variant have a `like`"
+        if like is not None:
+            field, wanted = f"variants.{variant}.like", f"name one of {', '.join(tuned)}"
+        self._require(rate is not None or not tuned, field, wanted, str(like or "nothing"))
 
     def _require_known(self, field: str, names: Any, known: Any) -> None:
         unknown = [name for name in names if name not in known]
@@ -213,6 +241,7 @@ class Plan:
         settings = merged(settings, shaped.get("settings", {}))
         settings = merged(settings, {"model": {"weighting": shaped["weighting"]}, "seed_everything": seed})
         settings, lr = merged(settings, above or {}), rate or spec.get("rate") or self.rate_of(variant)
+        self._require_rate(variant, lr)
         if lr is not None:
             settings = merged(settings, {"model": {"optimizer": {"init_args": {"lr": lr}}}})
         named = spec.get("models", {}).items()
@@ -228,7 +257,8 @@ def extended(below: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
         named = own.get(key, below[key])
         content[key] = {name: merged(below[key].get(name, {}), spec) for name, spec in named.items()}
     rates = content["learning_rates"]
-    content["learning_rates"] = {name: rate for name, rate in rates.items() if name in content["variants"]}
+    taken = {spec.get("like", name) for name, spec in content["variants"].items()} | set(content["variants"])
+    content["learning_rates"] = {name: rate for name, rate in rates.items() if name in taken}
     return content
 
 
@@ -236,10 +266,18 @@ def read_plan(path: Path = PLAN) -> Plan:
     """The plan in a file.
 
     Raises:
-        InputError: a missing file, or names that the plan does not have.
+        InputError: a missing file, one that is no plan, or names that the plan does not have.
     """
     if not path.is_file():
         raise InputError(f"`--plan` must be a file, got {path}; the plan is benchmarks/reproduce/plan.yaml")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    below = content.pop("extends", None)
-    return Plan(content if below is None else extended(read_plan(path.parent / below).content, content), path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"`--plan` must be YAML, got {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"`--plan` must hold the keys {', '.join(sorted(KEYS))}, got {path} with {content!r}")
+    name = content.pop("extends", None)
+    if name is None:
+        return Plan(content, path)
+    below = read_plan(path.parent / name)
+    return Plan(extended(below.content, content), path, below)

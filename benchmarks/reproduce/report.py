@@ -30,6 +30,7 @@ class Chosen:
     Args:
         counted: runs with the settings of this plan.
         older: those of them that were made under another plan, whose own settings have not changed since.
+        shared: those of them that are the plan's that this one extends, on purpose.
         other: runs the plan names, made with settings that are not its own; they are left out.
         replaced: earlier results of runs that were made again; they are left out.
         planned: runs in the plan, by condition.
@@ -37,6 +38,7 @@ class Chosen:
 
     counted: list[Record]
     older: list[Record]
+    shared: list[Record]
     other: list[Record]
     replaced: list[Record]
     planned: dict[str, int]
@@ -53,9 +55,13 @@ def choose(plan: Plan, records: Iterable[Record]) -> Chosen:
     known = [record for record in records if record["run"] in jobs]
     newest = {record["run"]: record for record in known}
     counted = [newest[name] for name, job in jobs.items() if is_finished(job, newest.get(name))]
+    below = {job.name: job for job in plan.below.jobs(("base", "full"))} if plan.below else {}
+    foreign = [record for record in counted if record["plan"] != plan.sha]
+    shared = [record for record in foreign if record["run"] in below and is_finished(below[record["run"]], record)]
     return Chosen(
         counted=counted,
-        older=[record for record in counted if record["plan"] != plan.sha],
+        older=[record for record in foreign if record not in shared],
+        shared=shared,
         other=[record for record in newest.values() if not is_finished(jobs[record["run"]], record)],
         replaced=[record for record in known if record is not newest[record["run"]]],
         planned=dict(Counter(job.condition for job in jobs.values())),
@@ -115,6 +121,7 @@ def head(plan: Plan, chosen: Chosen) -> list[str]:
         f"{sum(cpu) / 3600:.1f} CPU hours in all; code {', '.join(code)}).",
         *([] if plan.tuned else [NOT_TUNED]),
         *changes(chosen),
+        *([f"Shared with {plan.below.path.name}: {described(chosen.shared)}."] if plan.below and chosen.shared else []),
         "",
     ]
 
@@ -124,7 +131,7 @@ def changes(chosen: Chosen) -> list[str]:
     now = {record["run"]: record["settings"] for record in chosen.counted + chosen.other}
     changed = [record for record in chosen.replaced if record["settings"] != now[record["run"]]]
     repeated = [record for record in chosen.replaced if record["settings"] == now[record["run"]]]
-    lines = ["All of them were made under this plan."]
+    lines = [] if chosen.shared else ["All of them were made under this plan."]
     if chosen.older or chosen.other or changed:
         lines = ["**The plan changed after results existed.**"]
     if chosen.older:

@@ -50,12 +50,21 @@ def by_variant(plan: Plan, records: Iterable[Record]) -> dict[str, list[Record]]
     return found
 
 
-def write_rates(plan: Plan, found: dict[str, list[Record]]) -> Plan:
-    """Put the chosen rates into the plan's file and the table of what was tried beside it; the new plan."""
+def marked(plan: Plan) -> str:
+    """The text of a plan's file that has a place for the rates.
+
+    Raises:
+        InputError: it has none.
+    """
     text = plan.path.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1:
         raise InputError(f"`--plan` must have the markers {START.strip()} and {END.strip()} once, got {plan.path}")
-    before, rest = text.split(START)
+    return text
+
+
+def write_rates(plan: Plan, found: dict[str, list[Record]]) -> Plan:
+    """Put the chosen rates into the plan's file and the table of what was tried beside it; the new plan."""
+    before, rest = marked(plan).split(START)
     tolerance = tolerance_of(plan)
     lines = [f"  {variant}: {chosen(records, tolerance=tolerance)!r}\n" for variant, records in found.items()]
     block = f"learning_rates:    # tried: {TABLE}, tuning of plan {plan.untuned_sha[:12]} without its rates\n"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from lit_opd.compare.statistics import reached
+
 TARGET = 0.80
 MEASURES = ("cpu", "wall", "steps", "tokens")
 PARTS = ("generate", "teacher", "rest")
@@ -20,13 +22,8 @@ def crossing(xs: Sequence[float], accuracies: Sequence[float], target: float = T
     >>> crossing([0, 10, 20], [0.5, 0.75, 0.85])
     15.0
     """
-    reached = next((index for index, value in enumerate(accuracies) if value >= target), None)
-    if reached is None:
-        return math.inf
-    if reached == 0:
-        return float(xs[0])
-    (x0, x1), (y0, y1) = xs[reached - 1 : reached + 1], accuracies[reached - 1 : reached + 1]
-    return x0 + (target - y0) / (y1 - y0) * (x1 - x0)
+    found = reached(xs, accuracies, target, rising=True)
+    return math.inf if found is None else found
 
 
 def crossings(marks: Sequence[dict[str, float]], start: float) -> dict[str, float]:

@@ -117,10 +117,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def show(estimate: Estimate | None, digits: int = 3, *, signed: bool = False) -> str:
-    """An estimate as text: the mean, its interval (none at one value), what is censored.
+    """An estimate as text: the mean, its interval, what is censored.
+
+    One value has no interval, and a mean that is a bound is given without: Student's holds for values that are all known.
 
     >>> show(Estimate(0.5, 0.25, 0.75, 4)), show(Estimate(30.0, 20.0, 40.0, 3, censored=1), 1), show(None)
-    ('0.500 [0.250, 0.750]', '>= 30.0 [20.0, 40.0] (1 of 3 censored)', '-')
+    ('0.500 [0.250, 0.750]', '>= 30.0 (1 of 3 censored)', '-')
     """
     if estimate is None:
         return "-"
@@ -128,7 +130,7 @@ def show(estimate: Estimate | None, digits: int = 3, *, signed: bool = False) ->
     if estimate.censored == estimate.count and not signed:
         return f"> {estimate.mean:{form}} (never, {estimate.count} of {estimate.count})"
     text = f"{estimate.mean:{form}}"
-    if estimate.low is not None and estimate.high is not None:
+    if estimate.low is not None and estimate.high is not None and not estimate.censored:
         text += f" [{estimate.low:{form}}, {estimate.high:{form}}]"
     if not estimate.censored:
         return text

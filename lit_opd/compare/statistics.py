@@ -38,8 +38,10 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0; False without one."""
-        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
+        """Whether the interval lies on one side of 0; False without one, and where a value is only a bound."""
+        if self.low is None or self.high is None or self.censored:
+            return False
+        return not self.low <= 0.0 <= self.high
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by name."""
