@@ -203,9 +203,12 @@ def test_the_confirmation_is_on_what_was_held_out():
 
 
 def test_the_controls_share_the_main_plans_runs():
-    jobs, known = read_plan(PLAN.parent / "controls.yaml").jobs(), {job.name: job for job in read_plan().jobs()}
+    parts = ("base", "full")
+    jobs = read_plan(PLAN.parent / "controls.yaml").jobs(parts)
+    known = {job.name: job for job in read_plan().jobs(parts)}
     shared = [job for job in jobs if job.name in known]
-    assert {job.variant for job in shared} == {"uniform", "truncated-ratio"} and len(jobs) == 30
+    assert {job.variant for job in shared} == {"uniform", "iw-1.5", "truncated-ratio"}
+    assert len(jobs) == 6 * 6 + 2 * 4 * 3 and len(shared) == 3 * 6 + 2 * 3 * 3
     assert all(job.settings_sha == known[job.name].settings_sha for job in shared)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--weighting", type=WeightingStrategy)
@@ -677,8 +680,8 @@ def test_runs_shared_with_the_plan_below_are_no_change_either(tmp_path):
     runs = [*synthetic(controls, {}).values(), *synthetic(plan, {}).values()]
     (tmp_path / "controls.md").write_text(f"{START}{END}")
     page = write_report(controls, runs, tmp_path).read_text()
-    assert "30 of 30 planned runs" in page and "The plan changed" not in page
-    assert f"Shared with plan.yaml: 12 runs of plan `{plan.sha[:12]}` (base/uniform/seed-10, " in page
+    assert "36 of 60 planned runs" in page and "The plan changed" not in page
+    assert f"Shared with plan.yaml: 18 runs of plan `{plan.sha[:12]}` (base/uniform/seed-10, " in page
 
 
 def test_results_that_were_replaced_leave_a_trace(tmp_path):
