@@ -585,6 +585,22 @@ def test_a_search_compares_every_variant_with_its_references(tmp_path):
     assert (folder / "pictures" / "search-base-curves.png").is_file()
 
 
+def test_the_whole_plan_ends_with_every_variant_in_every_condition(tmp_path):
+    plan = read_plan()
+    records = synthetic(plan, {"iw-4": [0.01, 0.03, 0.05, 0.03, 0.03, 0.03]}, parts=("base", "full"))
+    for record in (r for r in records.values() if r["variant"] == "iw-4" and r["condition"] == "chain-6"):
+        record["curves"]["greedy"][-1][1] += 0.12
+    page = write_report(plan, list(records.values()), page_with(tmp_path)).read_text()
+    table = page.split("### greedy minus that of uniform")[1]
+    heads = next(line for line in table.splitlines() if line.startswith("| variant"))[2:-2].split(" | ")
+    assert heads == ["variant", *(name for name in plan.content["conditions"] if name != "zero-weighted"), "mean"]
+    row = row_of(table, "iw-4")
+    assert row[heads.index("chain-6")] == "**+0.150 [+0.100, +0.200]**"
+    # twelve conditions, eleven of 0.03 and one of 0.15: mean 0.04, sd 0.12 / sqrt(12), half 2.201 * 0.12 / 12 = 0.022
+    assert row[-1] == "**+0.040 [+0.018, +0.062]**"
+    assert row_of(table, "random-30")[-1] == "" and "| last-30-zero |" not in table
+
+
 def test_a_confirmation_says_by_its_rule_what_won(tmp_path):
     content = copy.deepcopy(read_plan(SEARCH).content)
     content["search"] |= {"references": ["uniform", "iw-1.5"], "wins_in": 3}

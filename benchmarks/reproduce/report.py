@@ -276,19 +276,28 @@ def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[
 
 
 def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
-    """Every variant against the plan's ``search.references`` in every condition; nothing where the plan names none."""
+    """Every variant against the plan's ``search.references``, else uniform, in every condition it was run in, if several.
+
+    With the mean over the conditions where a variant has all, each counting once: its interval is over conditions, which share
+    seeds and some problems.
+    """
     lines: list[str] = []
-    for reference in plan.content["search"].get("references", ()):
-        for title in TALLIED:
-            found = against(plan, records, reference, title)
-            conditions = list(dict.fromkeys(condition for cells in found.values() for condition in cells))
-            if not conditions:
-                continue
-            lines += [f"### {title} minus that of {reference}", "", f"| variant | {' | '.join(conditions)} |"]
-            lines.append("|---|" + "---|" * len(conditions))
-            for name, cells in found.items():
-                lines.append(f"| {name} | {' | '.join(interval(cells.get(condition)) for condition in conditions)} |")
-            lines.append("")
+    named = plan.content["search"].get("references", ())
+    for reference, title in ((r, t) for r in named or (REFERENCE,) for t in (TALLIED if named else MEASURES)):
+        found = against(plan, records, reference, title)
+        several = {name: cells for name, cells in found.items() if len(cells) > 1} or (found if named else {})
+        conditions = [c for c in plan.content["conditions"] if any(c in cells for cells in several.values())]
+        if not several:
+            continue
+        heads = [*conditions, "mean"] if len(conditions) > 1 else conditions
+        lines += [f"### {title} minus that of {reference}", "", f"| variant | {' | '.join(heads)} |"]
+        lines.append("|---|" + "---|" * len(heads))
+        for name, cells in several.items():
+            row = [interval(cells.get(condition)) for condition in conditions]
+            whole = len(cells) == len(conditions)
+            mean = interval(mean_interval([each.mean for each in cells.values()])) if whole else ""
+            lines.append(f"| {name} | {' | '.join([*row, mean][: len(heads)])} |")
+        lines.append("")
     return lines
 
 
