@@ -260,7 +260,7 @@ def results_table(
 
 
 def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[str]:
-    """What the condition's factor does to each variant: minus the same variant in base, or the one it is ``like``.
+    """What the condition's factor does to each variant: minus the same variant in base, if not there the one it is ``like``.
 
     Only where the models are those of base; elsewhere the runs start from another student.
     """
@@ -269,7 +269,7 @@ def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[
     here, base = (grouped(record for record in records if record["condition"] == name) for name in (condition, BASE))
     lines = [f"| variant | against | {' | '.join(MEASURES)} |", "|---|" + "---|" * (len(MEASURES) + 1)]
     for name in here:
-        like = plan.content["variants"][name].get("like", name)
+        like = name if name in base else plan.content["variants"][name].get("like", name)
         cells = [interval(difference(here[name], base.get(like, {}), value)) for value in MEASURES.values()]
         lines.append(f"| {name} | {BASE}, {like} | {' | '.join(cells)} |")
     return [f"{condition} minus base, paired by seed:", "", *lines, ""]
