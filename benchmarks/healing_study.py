@@ -90,11 +90,16 @@ def require_unchanged(runs: Path, jobs: Sequence[tuple[str, int]], extra: Sequen
 
 def begun_with(folder: Path) -> str:
     """Hash of the settings that a run was finished or begun with; "none" where it was not kept."""
-    path, beside = folder / RECORD, folder.with_suffix(".yaml")
+    path, beside = folder / RECORD, beside_run(folder, ".yaml")
     if path.is_file():
         return str(json.loads(path.read_text()).get("settings", "none"))
     own = yaml.safe_load(beside.read_text()) if beside.is_file() else {}
     return str(own.get("vars", {}).get("settings", "none"))
+
+
+def beside_run(folder: Path, ending: str) -> Path:
+    """A file of a run's own outside its folder; not ``with_suffix``, which cuts "iw-1.5-0" to "iw-1"."""
+    return folder.with_name(f"{folder.name}{ending}")
 
 
 # -- one run -------------------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def train(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> None:
         RuntimeError: it ended with an error; with the end of its log.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    config, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
+    config, log = beside_run(folder, ".yaml"), beside_run(folder, ".log")
     config.write_text(yaml.safe_dump(own_settings(variant, seed, extra)))
     words = [
         sys.executable,

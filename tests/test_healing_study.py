@@ -108,5 +108,10 @@ def test_a_folder_with_runs_of_other_settings_is_refused(words, monkeypatch, tmp
     assert refused(begun, "uniform-0")
 
 
+def test_every_run_has_files_of_its_own():
+    names = [f"{variant}-{seed}" for variant in healing_study.VARIANTS for seed in (0, 1)]
+    assert len({healing_study.beside_run(Path("runs") / name, ".yaml") for name in names}) == len(names)
+
+
 def yaml_of(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())
