@@ -20,6 +20,7 @@ START, END = "<!-- results -->\n", "<!-- /results -->\n"
 BASE = "base"
 SHORT = 12  # digits of a hash that are shown
 NOT_TUNED = "**Learning rates were not tuned by variant: all took the rate of the plan's settings.**"
+MEAN_OF_CONDITIONS = "Mean: over the conditions, where a variant has all; its interval is over conditions, which share seeds and problems."
 NAMED = 6  # run names that a sentence lists
 
 
@@ -276,7 +277,7 @@ def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[
 
 
 def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
-    """Every variant against the plan's ``search.references``, else uniform, in every condition it was run in, if several.
+    """Every variant against the plan's ``search.references`` in every condition; without them those of several against uniform.
 
     With the mean over the conditions where a variant has all, each counting once: its interval is over conditions, which share
     seeds and some problems.
@@ -285,14 +286,16 @@ def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
     named = plan.content["search"].get("references", ())
     for reference, title in ((r, t) for r in named or (REFERENCE,) for t in (TALLIED if named else MEASURES)):
         found = against(plan, records, reference, title)
-        several = {name: cells for name, cells in found.items() if len(cells) > 1} or (found if named else {})
-        conditions = [c for c in plan.content["conditions"] if any(c in cells for cells in several.values())]
-        if not several:
+        shown = found if named else {name: cells for name, cells in found.items() if len(cells) > 1}
+        conditions = [c for c in plan.content["conditions"] if any(c in cells for cells in shown.values())]
+        if not shown:
             continue
         heads = [*conditions, "mean"] if len(conditions) > 1 else conditions
-        lines += [f"### {title} minus that of {reference}", "", f"| variant | {' | '.join(heads)} |"]
+        lines += [f"### {title} minus that of {reference}", ""]
+        lines += [MEAN_OF_CONDITIONS, ""] if len(conditions) > 1 else []
+        lines += [f"| variant | {' | '.join(heads)} |"]
         lines.append("|---|" + "---|" * len(heads))
-        for name, cells in several.items():
+        for name, cells in shown.items():
             row = [interval(cells.get(condition)) for condition in conditions]
             whole = len(cells) == len(conditions)
             mean = interval(mean_interval([each.mean for each in cells.values()])) if whole else ""
