@@ -20,7 +20,9 @@ START, END = "<!-- results -->\n", "<!-- /results -->\n"
 BASE = "base"
 SHORT = 12  # digits of a hash that are shown
 NOT_TUNED = "**Learning rates were not tuned by variant: all took the rate of the plan's settings.**"
-MEAN_OF_CONDITIONS = "Mean: over the conditions, where a variant has all; its interval is over conditions, which share seeds and problems."
+MEAN_OF_CONDITIONS = (
+    "Mean: of the conditions, where a variant has all; its interval is over them, and they share seeds and problems."
+)
 NAMED = 6  # run names that a sentence lists
 
 
@@ -293,8 +295,7 @@ def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
         heads = [*conditions, "mean"] if len(conditions) > 1 else conditions
         lines += [f"### {title} minus that of {reference}", ""]
         lines += [MEAN_OF_CONDITIONS, ""] if len(conditions) > 1 else []
-        lines += [f"| variant | {' | '.join(heads)} |"]
-        lines.append("|---|" + "---|" * len(heads))
+        lines += [f"| variant | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
         for name, cells in shown.items():
             row = [interval(cells.get(condition)) for condition in conditions]
             whole = len(cells) == len(conditions)
