@@ -1,4 +1,4 @@
-"""Does the position of the signal count on a real model? SmolLM2 healing with four weightings on the same seeds.
+"""Does the position of the signal count on a real model? SmolLM2 healing with five weightings on the same seeds.
 
     make smollm2 && python -m benchmarks.healing_study [--seeds 0 1 2] [--jobs 2] [--runs DIR] [--out docs/healing]
 
@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "init_args": {"alpha": 1.0, "low": float("-inf"), "high": 0.0},
     },
     "first-30": {"class_path": "lit_opd.weighting.FirstFraction", "init_args": {"fraction": 0.3}},
+    "windowed-ratio": {"class_path": "lit_opd.weighting.WindowedPrefixRatio", "init_args": {"window": 8, "floor": 0.3}},
 }
 MEASURES = {
     "reverse_kl": "held-out reverse KL, nats/token",
@@ -58,7 +59,7 @@ MEASURES = {
     "disagreement": "held-out disagreement, nats/token",
     "distinct_2": "distinct-2 of samples",
 }
-COLORS = ("#202020", "#1f5fa8", "#c4500c", "#2f7d32")
+COLORS = ("#202020", "#1f5fa8", "#c4500c", "#2f7d32", "#8e44ad")
 Record = dict[str, Any]
 
 
@@ -256,7 +257,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
     draw(grouped(records), out / "study.png")
     kept = [{key: v for key, v in record.items() if key != "samples"} for record in records]
     (out / "study.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (out / "study.md").write_text("# SmolLM2 healing with four weightings\n\n" + "\n".join(lines) + "\n")
+    (out / "study.md").write_text(f"# SmolLM2 healing with {len(VARIANTS)} weightings\n\n" + "\n".join(lines) + "\n")
     return out / "study.md"
 
 
