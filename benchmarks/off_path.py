@@ -100,7 +100,7 @@ def lines_of(names: Sequence[str], folders: Sequence[Path], rows: Sequence[Errin
 
 
 def cell(right: Tensor, nats: Tensor) -> str:
-    """Share with its standard error, and mean nats."""
+    """Share of ``right``, bool [N], with its standard error, and the mean of ``nats``, [N]."""
     share = right.double().mean().item()
     return f"{share:.3f} +- {sqrt(share * (1 - share) / len(right)):.3f}, {nats.double().mean().item():.2f}"
 
