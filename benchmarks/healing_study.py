@@ -232,7 +232,7 @@ def draw(of: Mapping[str, Mapping[int, Record]], path: Path) -> None:
     left.set(xlabel="optimizer step", ylabel="held-out KL(student || teacher), nats/token")
     right.set(xlabel="position in the response, %", ylabel="|q - s|, nats/token", title="start (dashes), end")
     right.set_ylim(bottom=0)
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(of), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
