@@ -8,7 +8,7 @@ Any setting can be overridden behind the config (``--model.weighting LinearDecay
 from __future__ import annotations
 
 from callbacks import default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 
 if __name__ == "__main__":
     main(default_callbacks)

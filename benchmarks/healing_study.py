@@ -32,7 +32,7 @@ from benchmarks.reproduce.pictures import draw_band, draw_positions
 from benchmarks.reproduce.plan import digest
 from benchmarks.reproduce.runner import locked
 from lit_opd.compare.statistics import paired
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

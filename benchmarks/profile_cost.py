@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks import PositionProfile, RolloutSamples, default_callbacks
-from lit_opd.cli import main as run_cli
+from lit_opd.cli.command import main as run_cli
 
 
 class Timed:

@@ -21,7 +21,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lit_opd.rollout import SamplingSettings, TransformersSampler
-from lit_opd.scoring import ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch
 
 REPEATS = 5

@@ -23,7 +23,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from callbacks import PositionProfile, default_callbacks
-from lit_opd.cli import main as run_cli
+from lit_opd.cli.command import main as run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20

@@ -21,10 +21,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from lit_opd.models import load_causal_lm, load_generation_config, load_tokenizer
-from lit_opd.prompts import PromptDataModule
+from lit_opd.models.loading import load_causal_lm, load_generation_config, load_tokenizer
+from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import SamplingSettings, TransformersSampler
-from lit_opd.scoring import ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch, Rollout, TokenSignal
 from lit_opd.weighting import WeightingStrategy
 

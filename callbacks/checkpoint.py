@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from callbacks.tracking import crossed
-from lit_opd.checkpoint_files import FOLDER, LAST, REQUEUE, remove, save, sweep
-from lit_opd.types import InputError, ServerError, Stopped
+from lit_opd.errors import InputError, ServerError, Stopped
+from lit_opd.run.checkpoint_files import FOLDER, LAST, REQUEUE, remove, save, sweep
+from lit_opd.run.tracking import crossed
 
 SAVED_AFTER = (InputError, ServerError, Stopped, OSError)  # what leaves models and optimizer as they were
 

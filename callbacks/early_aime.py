@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.tracking import crossed, log_media, log_numbers, wandb_runs
+from lit_opd.errors import InputError
 from lit_opd.evaluation import (
     PROMPT_SUFFIX,
     AnswerSettings,
@@ -29,8 +29,9 @@ from lit_opd.evaluation import (
     require_room,
     undisturbed,
 )
-from lit_opd.prompts import DataSource, PromptEncoder
-from lit_opd.types import InputError
+from lit_opd.prompts.encoding import PromptEncoder
+from lit_opd.prompts.sources import DataSource
+from lit_opd.run.tracking import crossed, log_media, log_numbers, wandb_runs
 
 DEFAULT_STEPS = (0, 1, 2, 5, 10, 20)
 FILE_NAME = "evaluation.jsonl"

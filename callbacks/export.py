@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 
 class ExportStudent(Callback):

@@ -14,19 +14,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.profile_history import ProfileHistory
-from callbacks.tracking import crossed, log_media, log_numbers, wandb_runs
 from lit_opd.distributed import gather_objects, rank, world_size
-from lit_opd.metrics import (
+from lit_opd.errors import InputError
+from lit_opd.files import append_lines, drop_lines_after
+from lit_opd.report.profile import BinnedProfile, ProfileWindow, Scale
+from lit_opd.report.profile_history import ProfileHistory
+from lit_opd.report.profile_sums import (
     PROFILE_BANDS,
     PROFILE_QUANTITIES,
     PositionProfileSums,
     ProfileTables,
     token_quantities,
 )
-from lit_opd.report.lines import append_lines, drop_lines_after
-from lit_opd.report.profile import BinnedProfile, ProfileWindow, Scale
-from lit_opd.types import InputError, StepRecord
+from lit_opd.run.tracking import crossed, log_media, log_numbers, wandb_runs
+from lit_opd.types import StepRecord
 
 FILE = "profile.jsonl"
 PICTURES = "pictures"
@@ -197,7 +198,7 @@ class PositionProfile(Callback):
             log_media(trainer, media, self._now.step)
 
     def _draw(self, trainer: Trainer) -> dict[str, Path]:
-        from callbacks.profile_pictures import draw_all  # matplotlib takes half a second to import
+        from lit_opd.report.profile_pictures import draw_all
 
         assert self._start is not None and self._now is not None
         return draw_all(self.history, now=self._now, start=self._start, folder=self._folder(trainer) / PICTURES)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 EVALUATING = "evaluating"
 SHOWN = ("greedy_accuracy", "avg_at_k", "reverse_kl")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.tracking import crossed, log_media, wandb_runs
-from lit_opd.report.lines import append_lines, drop_lines_after
+from lit_opd.errors import InputError
+from lit_opd.files import append_lines, drop_lines_after
 from lit_opd.report.replay import save_record
-from lit_opd.types import FinishReason, InputError, StepRecord
+from lit_opd.run.tracking import crossed, log_media, wandb_runs
+from lit_opd.types import FinishReason, StepRecord
 
 FILE = "samples.jsonl"
 FOLDER = "rollouts"

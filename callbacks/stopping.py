@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_opd.distributed import all_max
-from lit_opd.types import Stopped
+from lit_opd.errors import Stopped
 
 AGAIN = 1.0  # seconds after which a further Ctrl-C is a second one; a launcher passes the first on to its ranks again
 INTERRUPTED = 128 + signal.SIGINT

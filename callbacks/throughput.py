@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.tracking import crossed, log_numbers
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
+from lit_opd.run.tracking import crossed, log_numbers
 
 PHASES = ("sampling", "scoring", "updating")
 MIB = 2**20

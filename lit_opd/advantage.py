@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lit_opd.errors import InputError
 from lit_opd.masked import masked_values, return_to_go
-from lit_opd.types import InputError, TokenSignal
+from lit_opd.types import TokenSignal
 
 
 class AdvantageTransform(ABC):

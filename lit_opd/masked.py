@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from lit_opd.types import at_least_float32
 
 COUNT_SLACK = 1e-9  # far above the rounding of fraction * length, far below one token
 
@@ -96,3 +96,16 @@ def affine_scan(gain: Tensor, gift: Tensor) -> Tensor:
         gain = torch.cat([gain[..., :reach], later * earlier_gain], -1)
         reach *= 2
     return gift
+
+
+_LOG2_E = math.log2(math.e)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """``values`` (any shape) in float32, or unchanged when already float32 or float64."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def exp_(values: Tensor) -> Tensor:
+    """e to the power of ``values`` [...], in place, as a power of two: on a CPU a third of the time of ``torch.exp``."""
+    return values.mul_(_LOG2_E).exp2_()

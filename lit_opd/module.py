@@ -19,36 +19,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.advantage import AdvantageTransform, baseline_warning, order_warning
-from lit_opd.changed_options import apply_changes, configured
-from lit_opd.checkpoints import (
-    at_batch_end,
-    by_name,
-    by_number,
-    check_checkpoint,
-    count_epoch,
-    from_consolidated,
-    validation_due,
-)
-from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
+from lit_opd.distributed import all_sum, check_master_port, is_rank_zero, shared_failure
+from lit_opd.errors import InputError, memory_for
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
-from lit_opd.faults import Room, Skips, memory_for
-from lit_opd.lazy import fill
-from lit_opd.models import (
-    StudentSettings,
-    agree_vocabularies,
-    build_student,
-    configured_stops,
-    export_folder,
-    load_config,
-    load_generation_config,
-    load_tokenizer,
-    stop_warning,
-)
-from lit_opd.objective import Aggregation, Objective, PolicyLoss
-from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
-from lit_opd.scoring import ScoringModel
-from lit_opd.server import shared_failure
-from lit_opd.sharding import (
+from lit_opd.models.export import export_folder
+from lit_opd.models.lazy import fill
+from lit_opd.models.loading import load_config, load_generation_config, load_tokenizer
+from lit_opd.models.sharding import (
     check_dtypes,
     check_strategy,
     clip_gradients,
@@ -59,9 +36,22 @@ from lit_opd.sharding import (
     placement,
     shards,
 )
-from lit_opd.step import Update, apply_truncated, scalars, total_updates
+from lit_opd.models.student import StudentSettings, build_student
+from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, stop_warning
+from lit_opd.objective import Aggregation, Objective, PolicyLoss
+from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
+from lit_opd.run.changed_options import apply_changes, configured
+from lit_opd.run.checkpoint_kinds import check_checkpoint, from_consolidated
+from lit_opd.run.lightning import at_batch_end, count_epoch, validation_due
+from lit_opd.run.optimizer_state import by_name, by_number
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.step.recipe import total_updates
+from lit_opd.step.scalars import scalars
+from lit_opd.step.skips import Skips
+from lit_opd.step.token_budget import Room
+from lit_opd.step.update import Update, apply_truncated
 from lit_opd.teacher import Teacher
-from lit_opd.types import FinishReason, InputError, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
+from lit_opd.types import FinishReason, Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.importance import ImportanceWeighting
 

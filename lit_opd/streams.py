@@ -7,6 +7,8 @@ starts with the shorter one. A ``torch.Generator`` per row would read only the l
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -87,3 +89,11 @@ def _logical_shift(value: Tensor, bits: int) -> Tensor:
 def _signed(value: int) -> int:
     """The int64 with the bits of a 64-bit unsigned integer."""
     return value - (1 << 64) if value >> 63 else value
+
+
+_KEY_BITS = (1 << 63) - 1
+
+
+def stable_hash(text: str) -> int:
+    """63 bits of BLAKE2b, as a non-negative int."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & _KEY_BITS

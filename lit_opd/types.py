@@ -13,56 +13,16 @@ and are detached; log-probabilities, entropies and divergences are in nats.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
-from signal import Signals
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-_LOG2_E = math.log2(math.e)
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message names the field, the value and the remedy.
-
-    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match; ``torn`` where an
-    update was cut short, so that weights and optimizer are of no step.
-    """
-
-    on_every_rank = False
-    torn = False
-
-
-class ServerError(RuntimeError):
-    """A server failed for good; the message names its address, what happened and the remedy.
-
-    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match.
-    """
-
-    on_every_rank = False
-
-
-class Stopped(SystemExit):
-    """A signal asked the run to stop, and it stopped between two batches' updates; ends the process with its exit status.
-
-    Args:
-        signum: the signal.
-        code: exit status.
-        requeue: a SLURM job that is queued again.
-    """
-
-    on_every_rank = True
-
-    def __init__(self, signum: int, code: int = 0, *, requeue: bool = False) -> None:
-        super().__init__(code)
-        self.signum, self.requeue = signum, requeue
-
-    def __str__(self) -> str:
-        return f"stopped by {Signals(self.signum).name}"
+from lit_opd.errors import InputError
+from lit_opd.masked import at_least_float32
 
 
 class FinishReason(IntEnum):
@@ -72,16 +32,6 @@ class FinishReason(IntEnum):
     LENGTH = 1  # max_new_tokens or the context window was reached
     BUDGET = 2  # a length budget cut the row
     DRIFT = 3  # the teacher-to-student ratio of the response collapsed, and a ``RatioStop`` cut the row there
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """``values`` (any shape) in float32, or unchanged when already float32 or float64."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
-
-
-def exp_(values: Tensor) -> Tensor:
-    """e to the power of ``values`` [...], in place, as a power of two: on a CPU a third of the time of ``torch.exp``."""
-    return values.mul_(_LOG2_E).exp2_()
 
 
 def _moved(value: Any, device: Any) -> Any:

@@ -16,17 +16,13 @@ from safetensors.torch import load_file, save_file
 import callbacks as cb
 from lit_opd import advantage, objective, weighting
 from lit_opd.evaluation import ValidationSettings
-from lit_opd.models import (
-    LoraSettings,
-    StudentSettings,
-    agree_vocabularies,
-    configured_stops,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-)
+from lit_opd.models.loading import load_causal_lm, load_config, load_tokenizer
+from lit_opd.models.student import LoraSettings, StudentSettings
+from lit_opd.models.vocabulary import agree_vocabularies, configured_stops
 from lit_opd.module import OPDModule
-from lit_opd.prompts import DataSource, PromptDataModule, PromptEncoder, encode_prompts, pad_token_id, read_prompts
+from lit_opd.prompts.datamodule import PromptDataModule
+from lit_opd.prompts.encoding import PromptEncoder, encode_prompts, pad_token_id
+from lit_opd.prompts.sources import DataSource, read_prompts
 from lit_opd.rollout import LengthBudget, RatioStop, TransformersSampler, VLLMEngine, VLLMSampler
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from tests import tiny

@@ -10,7 +10,11 @@ from torch import Tensor
 from lit_opd.advantage import RewardExtrapolation, ValueBaseline
 from lit_opd.objective import Divergence
 from lit_opd.types import Rollout, TokenSignal
-from lit_opd.weighting import BatchMeanOne, FirstFraction, ImportanceWeighting, LinearDecay, WeightingStrategy
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.combinators import BatchMeanOne
+from lit_opd.weighting.decay import LinearDecay
+from lit_opd.weighting.fractions import FirstFraction
+from lit_opd.weighting.importance import ImportanceWeighting
 from tests import fixed
 
 LENGTHS = [5, 1, 9, 7, 3, 9, 2]

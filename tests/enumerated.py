@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lit_opd.advantage import AdvantageTransform, apply_transforms
 from lit_opd.objective import Aggregation, Objective, PolicyLoss, aggregate, denominator
-from lit_opd.scoring import Head
+from lit_opd.scoring.tiles import Head
 from lit_opd.types import TokenSignal
-from lit_opd.weighting import Uniform, WeightingStrategy
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.uniform import Uniform
 
 Prefix = tuple[int, ...]
 

@@ -12,7 +12,7 @@ import torch
 
 from callbacks import RunCheckpoint
 from lit_opd.distributed import rank
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 from tests import cases, fixed, poisoned, two_ranks
 
 FAST = ("ddp gradient", "fsdp2 student", "fsdp2 stopped")

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lit_opd.checkpoints import plain_name
-from lit_opd.models import StudentSettings
+from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.rollout import Sampler
+from lit_opd.run.optimizer_state import plain_name
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-import callbacks.profile_pictures
+import lit_opd.report.profile_pictures
 from callbacks import default_callbacks
-from lit_opd import checkpoint_files
-from lit_opd.cli import main
+from lit_opd.cli.command import main
+from lit_opd.run import checkpoint_files
 
 PHASES = ("other", "sampling", "scoring", "backward", "evaluation", "checkpoint")
 LAYOUT = "qqq"  # phase, how often a phase began, optimizer step
@@ -116,6 +116,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    callbacks.profile_pictures.draw_all = lambda *args, **options: {}
+    lit_opd.report.profile_pictures.draw_all = lambda *args, **options: {}
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

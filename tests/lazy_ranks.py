@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from lit_opd import teacher
-from lit_opd.lazy import Loaded
-from lit_opd.models import load_causal_lm
-from lit_opd.sharding import placement
+from lit_opd.models.lazy import Loaded
+from lit_opd.models.loading import load_causal_lm
+from lit_opd.models.sharding import placement
 from lit_opd.teacher import LocalTeacher, RoutedTeacher
 from tests import cases
 

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
 from callbacks import ExportStudent, PredictionFiles, RngState, RunCheckpoint
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 
 ASSETS = Path(__file__).resolve().parent.parent / "lit_opd" / "testbed" / "assets"
 STEPS = 3

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from callbacks import default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from lit_opd.preflight import estimate, read_plan
 from tests import tiny
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lit_opd.module import OPDModule
 from lit_opd.types import PromptBatch
-from lit_opd.weighting import ImportanceWeighting
+from lit_opd.weighting.importance import ImportanceWeighting
 from tests import cases, fixed
 
 

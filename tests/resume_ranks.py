@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
-import callbacks.profile_pictures
+import lit_opd.report.profile_pictures
 from callbacks import default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from lit_opd.distributed import rank
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 SHARDED = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
@@ -68,7 +68,7 @@ def cut(whole: Path, run: Path, step: int) -> None:
 
 def full_disk(config: str, run: Path) -> str:
     """What every rank is told where rank 0 alone cannot write."""
-    from lit_opd import checkpoint_files
+    from lit_opd.run import checkpoint_files
 
     publish = checkpoint_files._publish
 
@@ -107,7 +107,7 @@ def cases(out: Path, config: str) -> dict[str, Any]:
 def run() -> None:
     """All cases, and a report of each rank."""
     torch.set_num_threads(1)
-    callbacks.profile_pictures.draw_all = lambda *args, **options: {}
+    lit_opd.report.profile_pictures.draw_all = lambda *args, **options: {}
     out = Path(sys.argv[1])
     dist.init_process_group("gloo")
     torch.save(cases(out, sys.argv[2]), out / f"rank-{rank()}.pt")

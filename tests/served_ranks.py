@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from callbacks.checkpoint import RunCheckpoint
-from lit_opd import server as server_module
 from lit_opd.distributed import rank
+from lit_opd.errors import ServerError
 from lit_opd.rollout import ReloadEndpoint, VLLMSampler
-from lit_opd.types import ServerError
+from lit_opd.servers import client as server_module
 from tests import cases, fixed
 from tests.two_ranks import strategy, this_rank
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_opd import advantage as adv
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 from lit_opd.weighting.combinators import Product
 from lit_opd.weighting.entropy_gate import EntropyGate
 from lit_opd.weighting.importance import ImportanceWeighting

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lit_opd.models import LoraSettings, StudentSettings
+from lit_opd.errors import InputError
+from lit_opd.models.student import LoraSettings, StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
 from lit_opd.teacher import BaseModelTeacher, LocalTeacher, RoutedTeacher
-from lit_opd.types import InputError
 from tests import fixed, tiny
 
 PLAIN = fixed.rollout(lengths=[5, 9, 1, 7], prompt_lengths=[4, 2, 6, 1], truncated={1})

@@ -20,10 +20,10 @@ import torch
 from lightning.pytorch import Callback
 
 from callbacks import RunCheckpoint, default_callbacks
-from lit_opd.checkpoint_files import problem
-from lit_opd.cli import main
-from lit_opd.logs import drop_later_lines
-from lit_opd.types import InputError
+from lit_opd.cli.command import main
+from lit_opd.errors import InputError
+from lit_opd.run.checkpoint_files import problem
+from lit_opd.run.csv_logger import drop_later_lines
 from tests import tiny
 from tests.test_resume import assert_same_run, fit, killed_after, lines, metrics, no_pictures, write_config
 

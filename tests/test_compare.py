@@ -20,21 +20,25 @@ import torch
 from matplotlib.image import imread
 
 from callbacks import RolloutSamples, default_callbacks
-from lit_opd.cli import main
-from lit_opd.compare.comparison import compare_runs
+from lit_opd.cli.command import main
+from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.gradients import Gradient, ReplayModule, cosine, dot
 from lit_opd.compare.replay import replay_files
 from lit_opd.compare.runs import Curve, Run, read_run, read_runs
 from lit_opd.compare.runs_report import runs_document
 from lit_opd.compare.statistics import mean_height, paired, reached, t_quantile
 from lit_opd.compare.strategies import read_strategies
-from lit_opd.evaluation.comparison import Comparison
+from lit_opd.errors import InputError
+from lit_opd.evaluation.history import Comparison
 from lit_opd.evaluation.rows import AnswerRow
-from lit_opd.metrics import bootstrap_interval
+from lit_opd.evaluation.statistics import bootstrap_interval
 from lit_opd.objective import Divergence
 from lit_opd.report.replay import load_record, save_record
-from lit_opd.types import InputError, Rollout, StepRecord
-from lit_opd.weighting import FiRe, FirstFraction, ImportanceWeighting, RandomFraction, Uniform
+from lit_opd.types import Rollout, StepRecord
+from lit_opd.weighting.fire import FiRe
+from lit_opd.weighting.fractions import FirstFraction, RandomFraction
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
 from tests import cases, fixed, profiled, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lit_opd.errors import InputError
+from lit_opd.models.sharding import compile_layers
 from lit_opd.rollout import TransformersSampler
-from lit_opd.sharding import compile_layers
-from lit_opd.types import InputError
 from tests import fixed, tiny
 
 ROWS = fixed.rollout(lengths=[5, 9, 1, 7], prompt_lengths=[4, 2, 6, 1], truncated={1})

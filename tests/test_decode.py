@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from lit_opd.models import LoraSettings, StudentSettings, build_student
-from lit_opd.rollout import DecodeSampler, SamplingSettings, TransformersSampler, decode, drawing, key_values
-from lit_opd.rollout.drawing import draw
-from lit_opd.scoring import FEW_ROWS, LARGE_HEAD, ScoringModel
-from lit_opd.types import InputError, PromptBatch
+from lit_opd.errors import InputError
+from lit_opd.models.student import LoraSettings, StudentSettings, build_student
+from lit_opd.rollout import DecodeSampler, SamplingSettings, TransformersSampler
+from lit_opd.rollout.decoding import drawing, key_values
+from lit_opd.rollout.decoding import sampler as decode
+from lit_opd.rollout.decoding.drawing import draw
+from lit_opd.scoring.model import FEW_ROWS, LARGE_HEAD, ScoringModel
+from lit_opd.types import PromptBatch
 from tests import tiny
 
 CHI_SQUARE_99_99 = 118.0  # 99.99 % point for at most 63 degrees of freedom

@@ -15,11 +15,11 @@ from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
-from lit_opd.checkpoints import CONSOLIDATE, check_checkpoint
+from lit_opd.errors import InputError
+from lit_opd.models.sharding import check_dtypes, check_strategy
 from lit_opd.rollout import TransformersSampler
-from lit_opd.sharding import check_dtypes, check_strategy
-from lit_opd.step import micro_batches, row_lengths
-from lit_opd.types import InputError
+from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
+from lit_opd.step.micro_batches import micro_batches, row_lengths
 from tests import cases, fixed, tiny, two_ranks
 
 ROOT = Path(__file__).resolve().parent.parent

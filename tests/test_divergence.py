@@ -11,13 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from lit_opd import scoring, tiles
 from lit_opd.advantage import Clip, ValueBaseline
+from lit_opd.errors import InputError
 from lit_opd.objective import Divergence
-from lit_opd.scoring import Head, ScoringModel
+from lit_opd.scoring import model as scoring
+from lit_opd.scoring import tiles
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.tiles import Head
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import InputError, TokenSignal
-from lit_opd.weighting import BatchMeanOne, ImportanceWeighting, Uniform, WeightingStrategy
+from lit_opd.types import TokenSignal
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.combinators import BatchMeanOne
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
 from tests import fixed, poisoned, tiny
 
 TOKENS, VOCABULARY, HIDDEN = 23, 31, 5

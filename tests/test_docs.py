@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from callbacks import RunCheckpoint, default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import EarlyAIMEEvaluation
 from callbacks.early_aime import shared_out
-from lit_opd.cli import OPDCLI
-from lit_opd.grading import Grader
-from lit_opd.metrics import bootstrap_interval
+from lit_opd.cli.command import OPDCLI
+from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import Grader
+from lit_opd.evaluation.statistics import bootstrap_interval
 from lit_opd.rollout import TransformersSampler
-from lit_opd.types import InputError
 from tests import math_world as world
 
 ROOT = Path(__file__).resolve().parent.parent

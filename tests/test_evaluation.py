@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lit_opd.errors import InputError
 from lit_opd.evaluation import (
     PROMPT_SUFFIX,
     AnswerRow,
@@ -27,7 +28,7 @@ from lit_opd.evaluation import (
     read_comparison,
 )
 from lit_opd.evaluation.sets import set_name
-from lit_opd.metrics import (
+from lit_opd.evaluation.statistics import (
     AnswerStatistics,
     bootstrap_interval,
     majority_credit,
@@ -35,8 +36,8 @@ from lit_opd.metrics import (
     pass_at_k,
     pass_ks,
 )
-from lit_opd.prompts import DataSource, PromptEncoder
-from lit_opd.types import InputError
+from lit_opd.prompts.encoding import PromptEncoder
+from lit_opd.prompts.sources import DataSource
 from tests import tiny
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -213,7 +214,7 @@ def test_a_bare_hub_id_reads_the_test_split_and_else_train(monkeypatch):
             raise ValueError(f"no split {split}")
         return [{"problem": "1 + 1", "answer": "2"}]
 
-    monkeypatch.setattr("lit_opd.prompt_sources._datasets", lambda path: SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("lit_opd.prompts.sources._datasets", lambda path: SimpleNamespace(load_dataset=load_dataset))
     assert [loaded.name for loaded in load("org/math", "org/aime_2024")] == ["math", "aime_2024"]
     assert [split for path, split in asked if path == "org/aime_2024"] == ["test", "validation", "train"]
     asked.clear()

@@ -16,7 +16,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from lit_opd.cli import USAGE_ERROR, main
+from lit_opd.cli.command import main
+from lit_opd.cli.parse_errors import USAGE_ERROR
 from tests import tiny
 from tests.signals import strategy_classes
 

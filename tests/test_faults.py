@@ -22,13 +22,15 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from callbacks import RunCheckpoint, default_callbacks
-from lit_opd.cli import main
-from lit_opd.faults import Room, bad_rows, finite
+from lit_opd.cli.command import main
+from lit_opd.errors import InputError
 from lit_opd.module import default_optimizer
 from lit_opd.objective import Divergence
 from lit_opd.rollout import TransformersSampler
-from lit_opd.types import InputError
-from lit_opd.weighting import BatchMeanOne, ImportanceWeighting
+from lit_opd.step.skips import bad_rows, finite
+from lit_opd.step.token_budget import Room
+from lit_opd.weighting.combinators import BatchMeanOne
+from lit_opd.weighting.importance import ImportanceWeighting
 from tests import cases, fault_ranks, fixed, poisoned, tiny
 from tests.test_checkpoints import file_limit
 

@@ -20,10 +20,12 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lit_opd.cli import OPDCLI
-from lit_opd.grading import Grade, boxed_answer, canonical, extracted, number, quick_verdict, vote
-from lit_opd.prompts import PromptEncoder, RowFilter, encode_prompts, encode_rows, read_prompts
-from lit_opd.types import InputError
+from lit_opd.cli.command import OPDCLI
+from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import Grade, boxed_answer, canonical, extracted, number, quick_verdict, vote
+from lit_opd.prompts.encoding import PromptEncoder, encode_prompts, encode_rows
+from lit_opd.prompts.filters import RowFilter
+from lit_opd.prompts.sources import read_prompts
 from tests.test_prompts import END, START, make_tokenizer
 
 SECONDS = 20  # that one case may take; milliseconds on a quiet machine

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 
-from lit_opd.grading import (
+from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import (
     MAX_ANSWER_CHARS,
     Grader,
     Outcome,
@@ -26,7 +27,6 @@ from lit_opd.grading import (
     vote,
 )
 from lit_opd.rollout import TransformersSampler
-from lit_opd.types import InputError
 from tests import fixed, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,7 +191,7 @@ def test_hostile_answers_end_in_time_and_the_process_goes_on(grader):
 def asked(verdict: str) -> str:
     """What a fork under 200 MiB replies to three questions, 400, 1 and 2."""
     script = (
-        "import json, os; from lit_opd.grading import _Fork, _limit_memory; _limit_memory(200); "
+        "import json, os; from lit_opd.evaluation.grading import _Fork, _limit_memory; _limit_memory(200); "
         f"fork = _Fork(lambda answer, _: {verdict}, 0.2); "
         "print([fork.ask(json.dumps({'answer': n, 'reference': ''}).encode() + b'\\n').decode().strip() for n in (400, 1, 2)])"
     )
@@ -230,7 +230,7 @@ def test_workers_end_with_the_grader_and_copies_start_their_own(grader):
 
 
 def test_a_worker_that_cannot_start_says_how_to_find_out(monkeypatch):
-    monkeypatch.setattr("lit_opd.grading.START_SECONDS", 30.0)
+    monkeypatch.setattr("lit_opd.evaluation.grading.START_SECONDS", 30.0)
     starved = Grader(num_workers=1, memory_mib=30)
     with pytest.raises(InputError, match=r"`Grader\.memory_mib` must let a worker start, got 30 .*import math_verify"):
         starved.compare([("0.5", "1/2")])

@@ -14,10 +14,11 @@ import torch
 import yaml
 
 from callbacks import default_callbacks
-from lit_opd.cli import OPDCLI, main
-from lit_opd.prompts import DataSource, PromptEncoder, read_prompts
+from lit_opd.cli.command import OPDCLI, main
+from lit_opd.errors import InputError
+from lit_opd.prompts.encoding import PromptEncoder
+from lit_opd.prompts.sources import DataSource, read_prompts
 from lit_opd.testbed import tokenizer as testbed
-from lit_opd.types import InputError
 from tests import bad_inputs as bad
 from tests import tiny
 from tests.test_cli import write_prompts
@@ -157,7 +158,11 @@ def test_every_bad_input_is_one_clear_line_that_names_field_value_and_remedy_and
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the data room tells the user."""
     told: list[str] = []
-    for name in ("prompt_sources.rank_zero_info", "prompt_sources.rank_zero_warn", "prompts.rank_zero_info"):
+    for name in (
+        "prompts.sources.rank_zero_info",
+        "prompts.sources.rank_zero_warn",
+        "prompts.datamodule.rank_zero_info",
+    ):
         monkeypatch.setattr(f"lit_opd.{name}", told.append)
     return told
 

@@ -27,13 +27,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lit_opd.lazy import fill
-from lit_opd.models import empty_causal_lm
+from lit_opd.errors import InputError
+from lit_opd.models.lazy import fill
+from lit_opd.models.loading import empty_causal_lm
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
-from lit_opd.scoring import ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import InputError
 from tests import cases, fixed, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

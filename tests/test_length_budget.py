@@ -7,12 +7,16 @@ import math
 import pytest
 import torch
 
-from lit_opd.models import StudentSettings
+from lit_opd.errors import InputError
+from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.rollout import LengthBudget, TransformersSampler
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import FinishReason, InputError
-from lit_opd.weighting import FirstTokens, ImportanceWeighting, Product, Uniform
+from lit_opd.types import FinishReason
+from lit_opd.weighting import Product
+from lit_opd.weighting.fractions import FirstTokens
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
 from tests import fixed, tiny
 
 LONGEST = 12

@@ -6,16 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lit_opd.models import (
-    StudentSettings,
-    agree_vocabularies,
-    build_student,
-    export_folder,
-    load_causal_lm,
-    load_generation_config,
-    load_tokenizer,
-)
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
+from lit_opd.models.export import export_folder
+from lit_opd.models.loading import load_causal_lm, load_generation_config, load_tokenizer
+from lit_opd.models.student import StudentSettings, build_student
+from lit_opd.models.vocabulary import agree_vocabularies
 from tests import tiny
 
 

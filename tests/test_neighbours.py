@@ -17,10 +17,10 @@ import pytest
 import wandb
 
 from callbacks import default_callbacks
-from lit_opd.cli import main
-from lit_opd.grading import Grader, math_verify_available
-from lit_opd.models import empty_causal_lm, load_causal_lm, load_config, load_tokenizer
-from lit_opd.types import InputError
+from lit_opd.cli.command import main
+from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import Grader, math_verify_available
+from lit_opd.models.loading import empty_causal_lm, load_causal_lm, load_config, load_tokenizer
 from tests import tiny, wandb_file
 from tests.poisoned import write_config
 

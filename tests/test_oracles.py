@@ -13,23 +13,18 @@ from torch import Tensor
 
 from lit_opd.advantage import DiscountedReturn, ValueBaseline
 from lit_opd.objective import Divergence, PolicyLoss
-from lit_opd.weighting import (
-    DASH,
-    AnnealedPrefixMask,
-    AnnealedPrefixWeight,
-    FiRe,
-    FirstFraction,
-    ImportanceWeighting,
-    LastFraction,
-    LateRising,
-    LinearDecay,
-    PrefixRatioTilt,
-    Reversed,
-    SequenceMeanOne,
-    TrustRegion,
-    Uniform,
-    WeightingStrategy,
-)
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.annealed import AnnealedPrefixMask, AnnealedPrefixWeight
+from lit_opd.weighting.combinators import Reversed, SequenceMeanOne
+from lit_opd.weighting.dash import DASH
+from lit_opd.weighting.decay import LinearDecay
+from lit_opd.weighting.fire import FiRe
+from lit_opd.weighting.fractions import FirstFraction, LastFraction
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.late_rising import LateRising
+from lit_opd.weighting.tilt import PrefixRatioTilt
+from lit_opd.weighting.trust_region import TrustRegion
+from lit_opd.weighting.uniform import Uniform
 from tests.enumerated import Tree, expected_gradient, gradient_of, kl, signal_of
 from tests.signals import all_examples
 

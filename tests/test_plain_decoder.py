@@ -23,10 +23,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lit_opd.rollout import DecodeSampler, TransformersSampler, decode, plain_decoder
-from lit_opd.rollout.plain_decoder import FEW_ROWS, LARGE_WEIGHT, is_plain_decoder
-from lit_opd.scoring import ScoringModel
-from lit_opd.types import exp_
+from lit_opd.masked import exp_
+from lit_opd.rollout import DecodeSampler, TransformersSampler
+from lit_opd.rollout.decoding import plain_decoder
+from lit_opd.rollout.decoding import sampler as decode
+from lit_opd.rollout.decoding.plain_decoder import FEW_ROWS, LARGE_WEIGHT, is_plain_decoder
+from lit_opd.scoring.model import ScoringModel
 from tests import tiny
 from tests.test_decode import gpt2, prompts, qwen3, require_same, settings
 

@@ -20,9 +20,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from callbacks import PositionProfile
 from callbacks.position_profile import build_window, record_quantities
-from lit_opd.metrics import PositionProfileSums, position_edges
+from lit_opd.errors import InputError
 from lit_opd.report.profile import ProfileWindow, read_profile
-from lit_opd.types import FinishReason, InputError, PromptBatch, Provenance, Rollout, StepRecord
+from lit_opd.report.profile_sums import PositionProfileSums, position_edges
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, StepRecord
 from tests import cases, profiled, tiny, wandb_file
 from tests.signals import holey_mask, random_signal
 
@@ -354,7 +355,7 @@ def test_every_setting_draws_pictures_too(folders, tmp_path, settings):
 
 
 def test_entropies_are_profiled_where_the_run_computes_them(folders, tmp_path, no_pictures):
-    from lit_opd.weighting import FiRe
+    from lit_opd.weighting.fire import FiRe
 
     profiled.fit(folders, tmp_path, [PositionProfile()], steps=1, settings={"weighting": FiRe()})
     (window,) = read_profile(tmp_path / "profile.jsonl")

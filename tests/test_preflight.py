@@ -16,13 +16,13 @@ import yaml
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from callbacks import default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from lit_opd.module import default_optimizer
 from lit_opd.preflight import read_plan
 from lit_opd.preflight.memory import ACCURACY, FLOAT32, Held, Workload, _Formula, budget
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.rollout import RatioStop, SamplingSettings
-from lit_opd.scoring import ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch
 from tests import tiny
 from tests.memory_fit import Shape, build
@@ -37,7 +37,7 @@ SMALL = Shape("qwen3", 64, 48, 80, 2, 4, 2, prompt=4, response=6, batch=3, steps
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "lora"])
 def test_sizes_on_the_meta_device_are_those_of_the_real_model(name):
-    from lit_opd.models import LoraSettings, _with_lora
+    from lit_opd.models.student import LoraSettings, _with_lora
 
     lora = LoraSettings(rank=4) if name == "lora" else None
     model = build(replace(SMALL, family="llama" if name == "llama" else "qwen3", tied=True), 1)

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from callbacks import RunCheckpoint, default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from lit_opd.preflight import CHECKS, Finding, Run, examine, read_plan
-from lit_opd.prompts import PromptDataModule
+from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import TransformersSampler
-from lit_opd.trainer import OPDTrainer
+from lit_opd.run.trainer import OPDTrainer
 from tests import cases, fixed, poisoned, tiny
 
 PROBED = ("log-probs", "own teacher")

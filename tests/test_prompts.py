@@ -14,20 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lit_opd import distributed, prompts
-from lit_opd.prompts import (
-    DataSource,
-    EvaluationLoader,
-    PromptDataModule,
-    PromptEncoder,
-    PromptLoader,
-    PromptOrder,
-    RowFilter,
-    encode_prompts,
-    read_prompts,
-    row_key,
-)
-from lit_opd.types import InputError, PromptBatch
+from lit_opd import distributed
+from lit_opd.errors import InputError
+from lit_opd.prompts import datamodule as prompts
+from lit_opd.prompts.datamodule import PromptDataModule
+from lit_opd.prompts.encoding import PromptEncoder, encode_prompts, row_key
+from lit_opd.prompts.filters import RowFilter
+from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
+from lit_opd.prompts.sources import DataSource, read_prompts
+from lit_opd.types import PromptBatch
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<pad>"
 TEMPLATE = (
@@ -316,7 +311,7 @@ def test_filters_that_do_not_fit_the_data_are_errors(text: str, message: str) ->
 
 def test_filters_are_and_ed_counted_and_may_not_empty_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lit_opd.prompt_sources.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_opd.prompts.sources.rank_zero_info", said.append)
     path = problems(tmp_path, 30)
     read = read_prompts(DataSource(path, filter="difficulty < 8"), filters=["difficulty >= 6"])
     assert [row.row_id for row in read] == [f"train-{n}" for n in range(30) if n % 10 in (6, 7)]
@@ -438,7 +433,7 @@ def test_template_options_without_effect_warn(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lit_opd.prompt_encoding.rank_zero_warn", said.append)
+    monkeypatch.setattr("lit_opd.prompts.encoding.rank_zero_warn", said.append)
     PromptEncoder(tokenizer, template_options={"think": False})
     assert not said
     PromptEncoder(tokenizer, template_options={"thimk": False})
@@ -610,7 +605,7 @@ def test_the_length_filter_counts_and_may_be_an_error(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lit_opd.prompts.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_opd.prompts.datamodule.rank_zero_info", said.append)
     path = write_lines(tmp_path / "d.jsonl", [{"prompt": "a" * size} for size in (1, 50, 60, 2)])
     frame = len(PromptEncoder(tokenizer).encode("a")) - 1
     module = module_of(tokenizer, path, prompt_batch=2, max_prompt_tokens=frame + 2)

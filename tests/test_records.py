@@ -7,7 +7,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from lit_opd.types import InputError, PromptBatch, TokenSignal
+from lit_opd.errors import InputError
+from lit_opd.types import PromptBatch, TokenSignal
 from tests import fixed
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from lit_opd.advantage import RewardExtrapolation
+from lit_opd.errors import InputError
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import InputError
-from lit_opd.weighting import BatchMeanOne, ImportanceWeighting, Uniform
+from lit_opd.weighting.combinators import BatchMeanOne
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
 from tests import fixed, tiny
 from tests.test_reuse import row_logprobs
 

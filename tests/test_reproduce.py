@@ -33,8 +33,9 @@ from benchmarks.reproduce.plan import PLAN, Plan, folder_of, merged, missing, re
 from benchmarks.reproduce.processes import RunFailed
 from benchmarks.reproduce.report import END, START, choose, coloured, write_report
 from benchmarks.reproduce.results import read_results
-from lit_opd.cli import OPDCLI
+from lit_opd.cli.command import OPDCLI
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
+from lit_opd.errors import InputError
 from lit_opd.testbed import make_automaton, make_tokenizer, read_records, sample_problems
 from lit_opd.testbed.warmup import (
     NOT_SUPERVISED,
@@ -44,8 +45,10 @@ from lit_opd.testbed.warmup import (
     supervised_step,
     supervised_targets,
 )
-from lit_opd.types import InputError, TokenSignal
-from lit_opd.weighting import PrefixRatioTilt, WeightingStrategy, WindowedPrefixRatio
+from lit_opd.types import TokenSignal
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.tilt import PrefixRatioTilt
+from lit_opd.weighting.windowed_ratio import WindowedPrefixRatio
 
 SEARCH, CONFIRM = PLAN.parent / "search.yaml", PLAN.parent / "confirm.yaml"
 ROOT = Path(__file__).resolve().parent.parent

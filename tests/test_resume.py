@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import load_file
 
 from callbacks import default_callbacks
-from lit_opd.checkpoint_files import problem
-from lit_opd.cli import main
+from lit_opd.cli.command import main
+from lit_opd.run.checkpoint_files import problem
 from tests import tiny
 from tests.test_cli import write_prompts
 from tests.wandb_file import records
@@ -203,7 +203,7 @@ def models(tmp_path_factory):
 def no_pictures():
     """Drawing takes longer than the runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("callbacks.profile_pictures.draw_all", lambda *args, **options: {})
+        patch.setattr("lit_opd.report.profile_pictures.draw_all", lambda *args, **options: {})
         yield
 
 

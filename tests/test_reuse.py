@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lit_opd.objective import Divergence, PolicyLoss
-from lit_opd.weighting import ImportanceWeighting
+from lit_opd.weighting.importance import ImportanceWeighting
 from tests import fixed, tiny
 
 LENGTHS = [5, 1, 9, 7, 3, 9, 2]

@@ -13,11 +13,13 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks import RolloutSamples
+from lit_opd.errors import InputError
+from lit_opd.files import append_lines, drop_lines_after, read_lines
 from lit_opd.report import replay
-from lit_opd.report.lines import append_lines, drop_lines_after, read_lines
 from lit_opd.report.replay import load_record, load_rollout, save_record
-from lit_opd.types import FinishReason, InputError, StepRecord, TopK
-from lit_opd.weighting import FiRe, ImportanceWeighting
+from lit_opd.types import FinishReason, StepRecord, TopK
+from lit_opd.weighting.fire import FiRe
+from lit_opd.weighting.importance import ImportanceWeighting
 from tests import cases, profiled, tiny, wandb_file
 from tests.test_checkpoints import file_limit
 from tests.test_position_profile import Records

@@ -16,14 +16,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_opd.advantage import RewardExtrapolation
-from lit_opd.models import StudentSettings
+from lit_opd.errors import InputError
+from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
 from lit_opd.rollout import DecodeSampler, LengthBudget, RatioStop, Sampler, TransformersSampler, VLLMSampler
 from lit_opd.rollout.ratio_stop import RatioWatch
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
-from lit_opd.types import FinishReason, InputError, Rollout, TokenSignal
-from lit_opd.weighting import FiRe, ImportanceWeighting, Uniform, WeightingStrategy
+from lit_opd.types import FinishReason, Rollout, TokenSignal
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.fire import FiRe
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
 from tests import fixed, tiny
 from tests.test_decode import MODELS, Watched, flat, policy_of, prompts, settings
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lit_opd.models import StudentSettings, build_student
+from lit_opd.errors import InputError
+from lit_opd.models.student import StudentSettings, build_student
 from lit_opd.rollout import SamplingSettings, TransformersSampler
-from lit_opd.rollout.drawing import draw, sampled_distribution
-from lit_opd.scoring import ScoringModel
-from lit_opd.types import FinishReason, InputError, PromptBatch
+from lit_opd.rollout.decoding.drawing import draw, sampled_distribution
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.types import FinishReason, PromptBatch
 from tests import tiny
 
 CHI_SQUARE_99_99 = 118.0  # 99.99 % point for at most 63 degrees of freedom

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from lit_opd import tiles
-from lit_opd.models import LoraSettings, StudentSettings, build_student, export_folder
-from lit_opd.scoring import Head, ScoringModel, token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.models.export import export_folder
+from lit_opd.models.student import LoraSettings, StudentSettings, build_student
+from lit_opd.scoring import tiles
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
 from tests import fixed, tiny
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -16,14 +16,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from benchmarks.audit import CLEAN, NOT_AUDITED, VULNERABLE, report
 from callbacks import default_callbacks
-from lit_opd.checkpoints import CONSOLIDATE, check_checkpoint
-from lit_opd.cli import OPDCLI, main
-from lit_opd.models import load_config, load_tokenizer
-from lit_opd.redaction import one_line, redacted, with_references
-from lit_opd.server import ServerError
-from lit_opd.shard_index import read_index
+from lit_opd.cli.command import OPDCLI, main
+from lit_opd.cli.redaction import one_line, redacted, with_references
+from lit_opd.errors import InputError, ServerError
+from lit_opd.models.loading import load_config, load_tokenizer
+from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
+from lit_opd.run.shard_index import read_index
 from lit_opd.teacher import RemoteTeacher
-from lit_opd.types import InputError
 from tests import bad_inputs as bad
 from tests import fake_vllm as fake
 from tests import tiny

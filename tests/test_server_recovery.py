@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from callbacks import default_callbacks
 from callbacks.checkpoint import RunCheckpoint
-from lit_opd.cli import main
-from lit_opd.types import InputError
+from lit_opd.cli.command import main
+from lit_opd.errors import InputError
 from tests import cases, fixed, tiny
 from tests import fake_vllm as fake
 

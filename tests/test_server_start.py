@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from callbacks import default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from lit_opd.distributed import check_master_port
+from lit_opd.errors import InputError, ServerError
 from lit_opd.rollout import VLLMEngine, VLLMSampler
 from lit_opd.teacher import RemoteTeacher
-from lit_opd.types import InputError, ServerError
 from tests import fake_vllm as fake
 from tests import tiny
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_opd.errors import InputError, ServerError
 from lit_opd.rollout import ReloadEndpoint, SamplingSettings, VLLMSampler
-from lit_opd.scoring import ScoringModel
-from lit_opd.server import ServerError
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
-from lit_opd.types import InputError, Rollout
+from lit_opd.types import Rollout
 from tests import fake_vllm as fake
 from tests import fixed, tiny
 
@@ -257,7 +257,7 @@ def test_a_server_that_goes_away_during_a_push_gets_the_whole_push_again(folders
 
 
 def _module(folders, vllm, teacher):
-    from lit_opd.models import StudentSettings
+    from lit_opd.models.student import StudentSettings
     from lit_opd.module import OPDModule
 
     return OPDModule(
@@ -291,7 +291,7 @@ def test_the_command_line_takes_routed_teachers_and_servers(folders, tmp_path, c
     import yaml
 
     from callbacks import default_callbacks
-    from lit_opd.cli import main
+    from lit_opd.cli.command import main
 
     rows = [{"prompt": f"{i} + {i} =", "teacher": "ab"[i % 2]} for i in range(8)]
     data = tmp_path / "train.jsonl"

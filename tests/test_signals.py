@@ -19,9 +19,9 @@ import yaml
 from lightning.pytorch import Callback
 
 from callbacks import default_callbacks
-from lit_opd.checkpoint_files import numbered, problem
-from lit_opd.cli import main
-from lit_opd.types import Stopped
+from lit_opd.cli.command import main
+from lit_opd.errors import Stopped
+from lit_opd.run.checkpoint_files import numbered, problem
 from tests import tiny
 from tests.test_resume import ROOT, assert_same_files, assert_same_run, fit, no_pictures, write_config
 

@@ -7,7 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_opd.objective import PolicyLoss
-from lit_opd.weighting import FirstFraction, ImportanceWeighting, SequenceMeanOne, Uniform
+from lit_opd.weighting.combinators import SequenceMeanOne
+from lit_opd.weighting.fractions import FirstFraction
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
 from tests import fixed, tiny
 
 LENGTHS = [5, 1, 9, 7, 3, 9, 2]
@@ -69,7 +72,7 @@ def slow_step(folders, rollout, dtype, *, weigh, aggregation="sequence-mean", sk
 
 
 def number_of_micro_batches(rollout, budget: int | None) -> int:
-    from lit_opd.step import micro_batches, row_lengths
+    from lit_opd.step.micro_batches import micro_batches, row_lengths
 
     return len(micro_batches(row_lengths(rollout), token_budget=budget))
 

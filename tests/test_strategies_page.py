@@ -16,7 +16,7 @@ import lit_opd.advantage
 import lit_opd.objective
 from benchmarks import weight_curves
 from lit_opd.advantage import AdvantageTransform
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from lit_opd.objective import Aggregation, Objective
 from lit_opd.types import FinishReason
 from tests.signals import FLOAT_FIELDS, all_examples, changed_columns, holey_mask, random_signal, strategy_classes

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_opd.errors import InputError
 from lit_opd.testbed import ASSETS, make_automaton, make_tokenizer, read_records, sample_problems
 from lit_opd.testbed.__main__ import main
 from lit_opd.testbed.accuracy import boxed_answer
@@ -18,7 +19,6 @@ from lit_opd.testbed.build import build, folder_bytes
 from lit_opd.testbed.task import NUM_LEGAL, NUM_OPERATIONS, NUM_STATES, sample_problem
 from lit_opd.testbed.tokenizer import prompt_ids
 from lit_opd.testbed.warmup import make_model, supervised_batch, supervised_step
-from lit_opd.types import InputError
 
 NUM_GRADED = 128
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from callbacks import Throughput
-from lit_opd.weighting import FirstFraction
+from lit_opd.weighting.fractions import FirstFraction
 from tests import fixed, tiny
 
 STEPS, PAUSE = 4, 0.5

@@ -10,10 +10,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_opd import tiles
 from lit_opd.objective import Divergence
-from lit_opd.scoring import ScoringModel
-from lit_opd.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring import tiles
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
 from tests import fixed, tiny
 
 VOCABULARY, HIDDEN = 101, 8

@@ -14,7 +14,7 @@ from benchmarks.time_to_accuracy.__main__ import HERE, Judge, parsed, require_sa
 from benchmarks.time_to_accuracy.__main__ import write as write_report
 from benchmarks.time_to_accuracy.crossing import crossing, summary, table
 from callbacks import ExportStudent
-from lit_opd.cli import main as run_cli
+from lit_opd.cli.command import main as run_cli
 from lit_opd.testbed import read_records
 from lit_opd.testbed.accuracy import accuracy
 from lit_opd.testbed.tokenizer import prompt_ids

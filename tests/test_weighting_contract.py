@@ -13,7 +13,8 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from lit_opd.types import InputError, TokenSignal
+from lit_opd.errors import InputError
+from lit_opd.types import TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.combinators import BatchMeanOne, Product, Reversed, SequenceMeanOne, Shuffled
 from lit_opd.weighting.fractions import FirstFraction

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lit_opd import weighting as w
+from lit_opd.errors import InputError
 from lit_opd.streams import row_uniforms, stream_seed, token_uniforms
-from lit_opd.types import InputError, TokenSignal
+from lit_opd.types import TokenSignal
 from tests.signals import all_examples, holey_mask, mask_of, random_signal, small_signal, strategy_classes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "weights.json"

@@ -14,10 +14,10 @@ from lightning.pytorch.plugins import FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
-from lit_opd.checkpoints import plain_name
 from lit_opd.distributed import rank
 from lit_opd.objective import Divergence
 from lit_opd.rollout import DecodeSampler, TransformersSampler
+from lit_opd.run.optimizer_state import plain_name
 from tests import cases, fixed
 
 TIMEOUT = timedelta(seconds=123)

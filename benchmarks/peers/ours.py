@@ -15,10 +15,10 @@ import lightning as L
 import torch
 
 from benchmarks.peers.settings import PROMPT_TOKENS, SETTINGS, Setting, peak_bytes, reset_peak, resident_bytes
-from lit_opd.models import StudentSettings
+from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
-from lit_opd.prompts import PromptDataModule
+from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import DecodeSampler
 from lit_opd.teacher import LocalTeacher
 

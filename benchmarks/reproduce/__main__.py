@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.reproduce.plan import PLAN, Plan, read_plan
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 RUNS = Path("runs/reproduce")
 PARTS = ("base", "full")

@@ -17,12 +17,12 @@ from typing import Any
 from transformers import Qwen3ForCausalLM
 
 from benchmarks.reproduce.plan import Asset, Job, folder_of
+from lit_opd.errors import InputError
 from lit_opd.testbed import ASSETS
 from lit_opd.testbed.accuracy import accuracy
 from lit_opd.testbed.task import CHAIN_LENGTH, make_automaton, records, sample_problems, write_records
 from lit_opd.testbed.tokenizer import make_tokenizer
 from lit_opd.testbed.warmup import WarmUp, warm_up
-from lit_opd.types import InputError
 
 NUM_TRAIN, NUM_VAL = 4096, 256
 PROBE_SEED, NUM_PROBES = 2, 128  # problems that tell when a student has learned enough; not those of a validation

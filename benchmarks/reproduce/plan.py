@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 PLAN = Path(__file__).parent / "plan.yaml"
 ROLES = ("teacher", "student", "data")

@@ -14,7 +14,7 @@ from benchmarks.reproduce.plan import REFERENCE, Plan
 from benchmarks.reproduce.results import Record, area, is_finished
 from lit_opd.compare.document import show
 from lit_opd.compare.statistics import Estimate, mean_interval, paired, reached
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 START, END = "<!-- results -->\n", "<!-- /results -->\n"
 BASE = "base"

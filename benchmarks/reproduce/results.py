@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.cells import machine
 from benchmarks.reproduce.plan import Job
 from lit_opd.compare.statistics import mean_height
-from lit_opd.report.lines import append_lines, read_lines
+from lit_opd.files import append_lines, read_lines
 
 RECORD, LINES = "reproduce.json", "results.jsonl"
 CURVES = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}

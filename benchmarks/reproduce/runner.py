@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from benchmarks.reproduce.plan import Job, folder_of, missing
 from benchmarks.reproduce.processes import begin, build, train
 from benchmarks.reproduce.results import Record, add_line, is_finished, mended, read_record
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 
 @dataclass

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from benchmarks.reproduce.plan import Plan, read_plan
 from benchmarks.reproduce.results import Record, area
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 START, END = "# <tuned>\n", "# </tuned>\n"
 TABLE = "tuning.md"

@@ -21,7 +21,7 @@ from benchmarks.reproduce.plan import Asset, Job, folder_of, merged
 from benchmarks.reproduce.processes import RunFailed
 from benchmarks.reproduce.results import Record, code_version, write_record
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.peers.__main__ import facts, run
 from benchmarks.time_to_accuracy.crossing import crossings, shown, summary, table
 from benchmarks.time_to_accuracy.recorder import weights_file
-from lit_opd.prompt_loading import PromptOrder
+from lit_opd.prompts.loading import PromptOrder
 from lit_opd.testbed import ASSETS, read_records
 from lit_opd.testbed.accuracy import accuracy
 

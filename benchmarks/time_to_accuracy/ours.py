@@ -16,8 +16,8 @@ from lightning.pytorch import Callback
 
 from benchmarks.peers.ours import Timed
 from benchmarks.time_to_accuracy.recorder import Recorder
-from lit_opd.cli import main as run_cli
-from lit_opd.prompts import PromptDataModule
+from lit_opd.cli.command import main as run_cli
+from lit_opd.prompts.datamodule import PromptDataModule
 
 
 class Watch(Callback):

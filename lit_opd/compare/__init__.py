@@ -1,6 +1,6 @@
 """Finished runs and saved rollouts against each other: ``python train.py compare``, and the same from Python."""
 
-from lit_opd.compare.comparison import RunsComparison, compare_runs
+from lit_opd.compare.differences import RunsComparison, compare_runs
 from lit_opd.compare.document import Document, Section, Table, markdown_table, show
 from lit_opd.compare.runs import Run, read_run, read_runs
 from lit_opd.compare.runs_report import runs_document

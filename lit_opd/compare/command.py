@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lit_opd.compare.comparison import compare_runs
+from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.document import NAME, Document
 from lit_opd.compare.gradients import Dtype, ReplayModule
 from lit_opd.compare.replay import find_files, replay_files
@@ -18,8 +18,8 @@ from lit_opd.compare.replay_report import replay_document
 from lit_opd.compare.runs import read_runs
 from lit_opd.compare.runs_report import runs_document
 from lit_opd.compare.strategies import read_strategies
+from lit_opd.errors import InputError
 from lit_opd.objective import Aggregation
-from lit_opd.types import InputError
 
 
 def parser() -> ArgumentParser:

@@ -8,14 +8,16 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lit_opd.models import StudentSettings
+from lit_opd.errors import InputError
+from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Aggregation, Divergence, PolicyLoss
 from lit_opd.rollout import TransformersSampler
-from lit_opd.step import Update
+from lit_opd.step.update import Update
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import InputError, StepRecord
-from lit_opd.weighting import Uniform, WeightingStrategy
+from lit_opd.types import StepRecord
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.uniform import Uniform
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 Gradient = list[Tensor]

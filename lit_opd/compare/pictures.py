@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lit_opd.compare.comparison import RunsComparison
+from lit_opd.compare.differences import RunsComparison
 from lit_opd.compare.runs import Run
 from lit_opd.compare.statistics import mean_interval
 

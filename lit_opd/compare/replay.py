@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from lit_opd.compare.gradients import ReplayModule, cosine, dot
+from lit_opd.errors import InputError
 from lit_opd.masked import lengths, positions
 from lit_opd.report.replay import load_record
-from lit_opd.types import InputError, StepRecord
-from lit_opd.weighting import Uniform, WeightingStrategy
+from lit_opd.types import StepRecord
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.uniform import Uniform
 
 TENTHS = 10
 GAP_TOLERANCE = 0.01  # nats a token: rounding stays below, another student does not

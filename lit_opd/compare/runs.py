@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from lit_opd.compare.strategies import text
-from lit_opd.evaluation.comparison import FILE_NAME, Comparison
+from lit_opd.errors import InputError
+from lit_opd.evaluation.history import FILE_NAME, Comparison
 from lit_opd.evaluation.rows import EvaluationFile, past_evaluations
-from lit_opd.types import InputError
 
 METRICS = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
 _SUMMARY_KEYS = {"steps", "tokens", "seconds", "seed", "strategy"}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lit_opd.compare.comparison import QUANTITIES, Cell, RunsComparison
+from lit_opd.compare.differences import QUANTITIES, Cell, RunsComparison
 from lit_opd.compare.document import Document, Section, Table, show
 from lit_opd.compare.pictures import LABELS, draw_curves
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 CONFIDENCE = 0.95
 _HALVINGS = 60  # of (0, pi / 2): to the last bit

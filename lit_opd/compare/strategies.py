@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 from lit_opd.weighting import WeightingStrategy
 
 

@@ -1,17 +1,17 @@
 """Problems x samples -> answers -> metrics. The module's validation and the evaluation callback both delegate here.
 
 ``validation`` collects what the module's own validation measures; ``sets`` loads evaluation sets, ``runner`` samples and
-grades them, ``rows`` keeps every graded sample in ``evaluation.jsonl``, ``comparison`` sets evaluations against each other.
-All grade with ``lit_opd.grading.Grader``.
+grades them, ``rows`` keeps every graded sample in ``evaluation.jsonl``, ``history`` sets evaluations against each other.
+All grade with ``grading.Grader``.
 """
 
 from lit_opd.distributed import gather_objects
-from lit_opd.evaluation.comparison import Comparison, Flip, difference, flips, reached, read_comparison
+from lit_opd.evaluation.grading import Grader
+from lit_opd.evaluation.history import Comparison, Flip, difference, flips, reached, read_comparison
 from lit_opd.evaluation.rows import AnswerRow, EvaluationFile, PastEvaluation, past_evaluations
 from lit_opd.evaluation.runner import AnswerSettings, SetEvaluation, require_room, undisturbed
 from lit_opd.evaluation.sets import PROMPT_SUFFIX, EvaluationSet, Problem, load_sets
 from lit_opd.evaluation.validation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
-from lit_opd.grading import Grader
 
 __all__ = [
     "PROMPT_SUFFIX",

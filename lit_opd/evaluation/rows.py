@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lit_opd.grading import Outcome, vote
-from lit_opd.metrics import NO_VOTE, RIGHT_VOTE
-from lit_opd.prompt_encoding import stable_hash
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import Outcome, vote
+from lit_opd.evaluation.statistics import NO_VOTE, RIGHT_VOTE
+from lit_opd.streams import stable_hash
 
 _VOTES = 1 << 62
 

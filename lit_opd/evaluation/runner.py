@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from lit_opd.distributed import gather_objects, is_rank_zero, rank, world_size
+from lit_opd.errors import InputError, memory_for
+from lit_opd.evaluation.grading import Grade, Grader, Outcome
 from lit_opd.evaluation.rows import AnswerRow, EvaluationFile
 from lit_opd.evaluation.sets import EvaluationSet
+from lit_opd.evaluation.statistics import AnswerStatistics
 from lit_opd.evaluation.validation import decoder
-from lit_opd.faults import memory_for
-from lit_opd.grading import Grade, Grader, Outcome
-from lit_opd.metrics import AnswerStatistics
-from lit_opd.prompt_encoding import collate, stable_hash
-from lit_opd.types import FinishReason, InputError, PromptBatch, Rollout
+from lit_opd.prompts.encoding import collate
+from lit_opd.streams import stable_hash
+from lit_opd.types import FinishReason, PromptBatch, Rollout
 
 EVALUATION_DOMAIN = 1 << 20  # random streams of evaluation; training uses 0, validation 1, 2, ...
 Pair = tuple[int, int]  # (number of the problem in the set's order, sample)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lit_opd.grading import BOX, boxed_answer, is_integer, math_verify_available
-from lit_opd.prompt_encoding import encode_rows, stable_hash
-from lit_opd.prompts import DataSource, EncodedPrompt, PromptEncoder, PromptRow, read_prompts
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import BOX, boxed_answer, is_integer, math_verify_available
+from lit_opd.prompts.encoding import EncodedPrompt, PromptEncoder, encode_rows
+from lit_opd.prompts.sources import DataSource, PromptRow, read_prompts
+from lit_opd.streams import stable_hash
 
 PROMPT_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 _BOXED = "\\boxed"

@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_opd.grading import Grader, is_integer, math_verify_available
-from lit_opd.metrics import PositionBands, WeightedMean
-from lit_opd.types import InputError, PromptBatch, Rollout, TokenSignal
+from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import Grader, is_integer, math_verify_available
+from lit_opd.evaluation.statistics import PositionBands, WeightedMean
+from lit_opd.types import PromptBatch, Rollout, TokenSignal
 
 VALIDATION_DOMAIN = 1  # sample j of validation draws from the streams of domain 1 + j; training uses 0
 BANDS = 10

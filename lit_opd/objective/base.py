@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_opd.tiles import Head
-from lit_opd.types import InputError, TokenSignal
+from lit_opd.errors import InputError
+from lit_opd.scoring.tiles import Head
+from lit_opd.types import TokenSignal
 
 
 @dataclass(frozen=True, eq=False)

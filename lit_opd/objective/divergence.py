@@ -9,9 +9,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lit_opd.masked import exp_
 from lit_opd.objective.base import Objective, TokenLoss
-from lit_opd.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
-from lit_opd.types import TokenSignal, exp_
+from lit_opd.scoring.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
+from lit_opd.types import TokenSignal
 
 DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd"]
 

@@ -21,16 +21,15 @@ from urllib.parse import urlsplit
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lit_opd.checkpoint_files import FOLDER as CHECKPOINTS
+from lit_opd.errors import InputError, ServerError
+from lit_opd.models.sharding import check_strategy
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
 from lit_opd.preflight.run_folder import freed_bytes, require_free
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
-from lit_opd.server import ServerError
-from lit_opd.sharding import check_strategy
-from lit_opd.types import InputError
+from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
 
 Status = Literal["ok", "warning", "error"]
 _STATES: tuple[Status, ...] = ("ok", "warning", "error")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from lit_opd.models import load_config
+from lit_opd.errors import InputError
+from lit_opd.models.loading import load_config
 from lit_opd.preflight.memory import (
     ACCURACY,
     DIVERGENCE_TILES,
@@ -21,7 +22,6 @@ from lit_opd.preflight.memory import (
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.teacher import LocalTeacher, Teacher
-from lit_opd.types import InputError
 
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
 _STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize
-from lit_opd.tiles import DEVICE_TILE_ELEMENTS, TILE_ELEMENTS, WHOLE_ELEMENTS
+from lit_opd.scoring.tiles import DEVICE_TILE_ELEMENTS, TILE_ELEMENTS, WHOLE_ELEMENTS
 
 FLOAT32, HALF = 4, 2  # bytes
 PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")

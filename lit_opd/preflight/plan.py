@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 GIB = 2**30
 CGROUP_LIMIT = "/sys/fs/cgroup/memory.max"

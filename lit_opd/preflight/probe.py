@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_opd.errors import InputError
 from lit_opd.preflight.plan import GIB, Plan, host_memory
 from lit_opd.preflight.sizes import NotEstimated, model_size
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import InputError, Rollout
+from lit_opd.types import Rollout
 
 ROWS, TOKENS = 4, 16  # responses and their length
 LARGEST = 2 * GIB  # bytes of weights that are loaded without being asked to: seconds on a CPU
@@ -105,7 +106,7 @@ def _local(module: Any) -> list[LocalTeacher]:
 
 
 def _bytes(module: Any, path: str) -> int:
-    from lit_opd.models import load_config
+    from lit_opd.models.loading import load_config
 
     code = module.student_settings.trust_remote_code
     try:

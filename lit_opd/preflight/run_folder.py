@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 MARKS = ("config.yaml", "checkpoints")  # every run that has started has one
 OUTPUTS = frozenset({"run_dir", "default_root_dir", "dirpath", "save_dir"})  # settings that name what a run writes

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_opd.models import LoraSettings, _with_lora
-from lit_opd.sharding import transformer_layers
+from lit_opd.models.sharding import transformer_layers
+from lit_opd.models.student import LoraSettings, _with_lora
 
 SAMPLE = 1024  # elements of the weight on which a fused optimizer is measured
 

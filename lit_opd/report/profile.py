@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_opd.report.lines import read_lines
+from lit_opd.files import read_lines
 
 Scale = Literal["linear", "log"]
 _WHOLE = ("from", "to", "count")

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_opd.types import InputError, Rollout, StepRecord, TokenSignal
+from lit_opd.errors import InputError
+from lit_opd.types import Rollout, StepRecord, TokenSignal
 
 FORMAT = "lit_opd.step/1"
 

@@ -2,7 +2,7 @@
 
 from lit_opd.rollout.base import Sampler, SamplingSettings
 from lit_opd.rollout.budget import LengthBudget
-from lit_opd.rollout.decode import DecodeSampler
+from lit_opd.rollout.decoding.sampler import DecodeSampler
 from lit_opd.rollout.engine import VLLMEngine
 from lit_opd.rollout.generate import TransformersSampler
 from lit_opd.rollout.ratio_stop import RatioStop

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_opd.types import FinishReason, InputError, PromptBatch, Provenance, Rollout
+from lit_opd.errors import InputError
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 
 if TYPE_CHECKING:
     from lit_opd.rollout.ratio_stop import RatioWatch

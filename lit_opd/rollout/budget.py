@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 
 class LengthBudget:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lit_opd.masked import at_least_float32
 from lit_opd.rollout.base import Sampler, SamplingSettings, cached_casts, finish, require_room
-from lit_opd.rollout.drawing import choose
+from lit_opd.rollout.decoding.drawing import choose
 from lit_opd.streams import row_uniforms
-from lit_opd.types import PromptBatch, Rollout, at_least_float32
+from lit_opd.types import PromptBatch, Rollout
 
 ENGINE = "transformers"
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_opd.errors import InputError
 from lit_opd.rollout.base import Sampler, SamplingSettings
-from lit_opd.rollout.key_values import CachedRows, require_full_attention
-from lit_opd.types import FinishReason, InputError, PromptBatch, Rollout
+from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attention
+from lit_opd.types import FinishReason, PromptBatch, Rollout
 
 
 class RatioStop:

@@ -6,8 +6,8 @@ import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from lit_opd.server import Servers
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
+from lit_opd.servers.client import Servers
 
 _TRIES = 3  # pushes during which a server went away
 

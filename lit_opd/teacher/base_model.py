@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from lit_opd.models import StudentSettings
-from lit_opd.scoring import Head, ScoringModel
-from lit_opd.sharding import Placement
+from lit_opd.errors import InputError
+from lit_opd.models.sharding import Placement
+from lit_opd.models.student import StudentSettings
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.tiles import Head
 from lit_opd.teacher.base import SCORE_WANTS, Teacher
-from lit_opd.types import InputError, Rollout, TokenScores
+from lit_opd.types import Rollout, TokenScores
 
 
 class BaseModelTeacher(Teacher):

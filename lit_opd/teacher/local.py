@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_opd.lazy import fill
-from lit_opd.models import (
+from lit_opd.errors import InputError
+from lit_opd.models.lazy import fill
+from lit_opd.models.loading import (
     Dtype,
     empty_causal_lm,
     load_causal_lm,
@@ -18,10 +19,11 @@ from lit_opd.models import (
     load_tokenizer,
     quantization_config,
 )
-from lit_opd.scoring import Head, ScoringModel
-from lit_opd.sharding import Placement, gathered, is_sharded
+from lit_opd.models.sharding import Placement, gathered, is_sharded
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.tiles import Head
 from lit_opd.teacher.base import SCORE_WANTS, Teacher
-from lit_opd.types import InputError, Rollout, TokenScores
+from lit_opd.types import Rollout, TokenScores
 
 _HEAD_READERS = frozenset({"token_kl", "teacher_distribution"})
 

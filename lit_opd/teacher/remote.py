@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_opd.models import load_config, load_tokenizer
-from lit_opd.server import Malformed, Servers, checked_logprob
+from lit_opd.errors import InputError
+from lit_opd.models.loading import load_config, load_tokenizer
+from lit_opd.servers.client import Malformed, Servers, checked_logprob
 from lit_opd.teacher.base import Teacher
-from lit_opd.types import InputError, Rollout, TokenScores
+from lit_opd.types import Rollout, TokenScores
 
 
 class RemoteTeacher(Teacher):

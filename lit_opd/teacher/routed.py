@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_opd.models import StudentSettings
-from lit_opd.scoring import ScoringModel
-from lit_opd.sharding import Placement, holds_shards
+from lit_opd.errors import InputError
+from lit_opd.models.sharding import Placement, holds_shards
+from lit_opd.models.student import StudentSettings
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.teacher.base import Teacher
-from lit_opd.types import InputError, Rollout, TokenScores, TopK
+from lit_opd.types import Rollout, TokenScores, TopK
 
 _NEEDS_ONE_HEAD = frozenset({"token_kl", "teacher_distribution"})
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from lit_opd.errors import InputError
 from lit_opd.testbed import ASSETS
 from lit_opd.testbed.task import CHAIN_LENGTH, make_automaton, records, sample_problems, write_records
-from lit_opd.types import InputError
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lit_opd.errors import InputError
 from lit_opd.testbed.task import BOX, CODE_LENGTH
 from lit_opd.testbed.tokenizer import prompt_ids
-from lit_opd.types import InputError
 
 MAX_NEW_TOKENS = 96
 BATCH_SIZE = 128

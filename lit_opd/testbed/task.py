@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from lit_opd.types import InputError
+from lit_opd.errors import InputError
 
 NUM_STATES = 100
 NUM_OPERATIONS = 20

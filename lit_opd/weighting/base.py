@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_opd.types import InputError, TokenSignal
+from lit_opd.errors import InputError
+from lit_opd.types import TokenSignal
 
 Scope = Literal["sequence", "batch"]
 DependsOn = Literal["prefix", "token", "sequence"]

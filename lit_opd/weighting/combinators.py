@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.distributed import all_sum
+from lit_opd.errors import InputError
 from lit_opd.masked import lengths, masked_sum, valid_columns
 from lit_opd.streams import stream_seed, token_uniforms
-from lit_opd.types import InputError, TokenSignal
+from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_integer
 from lit_opd.weighting.base import DependsOn, Scope, WeightingStrategy
 from lit_opd.weighting.fractions import FirstFraction

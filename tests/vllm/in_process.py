@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lit_opd.models import StudentSettings
+from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.rollout import SamplingSettings, VLLMEngine
 from lit_opd.teacher import LocalTeacher

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_opd.scoring import ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from tests import fixed, tiny
 from tests.vllm import servers
 from tests.vllm.in_process import VARIANTS

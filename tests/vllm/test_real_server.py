@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_opd.rollout import ReloadEndpoint, RestartCommand, SamplingSettings, VLLMSampler
-from lit_opd.scoring import ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.teacher import LocalTeacher, RemoteTeacher
 from tests import fixed, tiny
 from tests.vllm import servers

@@ -14,9 +14,9 @@ import torch
 from benchmarks import wide_heads
 from benchmarks.quickstart import MUST_GREEDY, MUST_RATIO
 from callbacks import default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 from lit_opd.rollout import ReloadEndpoint, VLLMSampler
-from lit_opd.server import Servers
+from lit_opd.servers.client import Servers
 from tests.vllm import servers
 
 pytestmark = pytest.mark.vllm

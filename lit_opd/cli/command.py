@@ -1,0 +1,465 @@
+"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``.
+
+``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
+one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_opd.cli.parse_errors import USAGE_ERROR, OneLineParser
+from lit_opd.cli.redaction import one_line, redacted, with_references
+from lit_opd.distributed import is_rank_zero
+from lit_opd.errors import InputError, ServerError, Stopped
+from lit_opd.files import replace_or_refuse
+from lit_opd.module import OPDModule
+from lit_opd.preflight import (
+    NotEstimated,
+    Plan,
+    Run,
+    estimate,
+    read_plan,
+    require_free,
+    require_machine,
+    require_memory,
+)
+from lit_opd.prompts.datamodule import PromptDataModule
+from lit_opd.run.checkpoint_files import counters, intact, newest, requeued
+from lit_opd.run.csv_logger import RunCSVLogger, run_id
+from lit_opd.run.trainer import OPDTrainer
+from lit_opd.run.wandb_logger import RunWandbLogger
+
+LARGEST_SEED = 2**32 - 1
+COMPARE = "compare"  # a command of its own beside Lightning's, which all need the config of a model
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    "max_steps": 100,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 10,
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+MODEL_DEFAULTS: dict[str, Any] = {
+    "model.teacher": {"class_path": "lit_opd.teacher.LocalTeacher"},
+    "model.sampler": {"class_path": "lit_opd.rollout.TransformersSampler"},
+    "model.weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting"},
+    "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
+}
+ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+_MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
+PARSERS = ("argparse", "jsonargparse", "omegaconf", "yaml")
+NOISE = (  # other people's warnings that say nothing about a run of ours
+    "LightningCLI's args parameter",  # ours are meant for callers in Python too, and it repeats them, secrets included
+    "Using ModelCheckpoint with manual optimization",  # our checkpoints are meant to be of the updated weights
+    "Found .* module.s. in eval mode",  # the teacher
+    "You defined a `validation_step` but have no `val_dataloader`",
+    ".*isinstance.treespec, LeafSpec.*",
+    "The .* does not have many workers",  # prompts are tokenised once, at start
+    "Experiment logs directory .* exists and is not empty",
+    "Couldn't infer the batch indices",  # predictions carry their row ids
+    "Total length of `list` across ranks is zero",
+)
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved config to ``config.yaml`` of the run folder once the run is really starting."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Nothing yet: a later check may still refuse the run."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the file on rank 0."""
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            replace_or_refuse(folder / "config.yaml", with_references(text).encode())
+
+
+class OPDCLI(LightningCLI):
+    """The command line of this project.
+
+    Args:
+        default_callbacks: makes the callbacks every run gets, unless the config names one of the same class.
+        args: command line, default ``sys.argv``.
+        run: False only parses and instantiates.
+    """
+
+    def __init__(
+        self, *, default_callbacks: Callable[[], list[Callback]] = list, args: ArgsType = None, run: bool = True
+    ) -> None:
+        self._default_callbacks = default_callbacks
+        self._new_folder = False
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            model_class=OPDModule,
+            datamodule_class=PromptDataModule,
+            trainer_class=OPDTrainer,
+            save_config_callback=RunConfig,
+            seed_everything_default=42,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=OneLineParser,
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "epilog": "finished runs side by side: train.py compare --help",
+            },
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``preflight``."""
+        return LightningCLI.subcommands() | {"preflight": {"model", "datamodule"}}
+
+    # -- parsing -----------------------------------------------------------------------------------------------------
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of a run that belong to neither trainer, model nor data."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="run folder; default runs/<first config>")
+        parser.add_argument("--overwrite", type=bool, default=False, help="delete what is in the run folder")
+        parser.add_argument("--num_threads", type=int | None, default=None, help="torch threads; default torch's own")
+        parser.add_argument("--wandb.mode", type=Literal["offline", "online", "disabled"], default="offline")
+        parser.add_argument("--wandb.project", type=str, default="lit-opd")
+        parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between checkpoints")
+        parser.add_argument("--memory_check", type=bool, default=True, help="refuse a fit that cannot fit into memory")
+        parser.add_argument(
+            "--memory_gb", type=float | None, default=None, help="GiB a rank has; default this machine's"
+        )
+        parser.add_argument(
+            "--deep", type=bool | None, default=None, help="preflight: load the models; default small ones for CPU runs"
+        )
+        parser.add_argument("--vars", type=dict, default={}, help="free values for ${vars.name}")
+        parser.set_defaults(MODEL_DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As Lightning does, with an unresolvable ``${...}`` and an unreadable file as parser errors."""
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            what = _MISSING_KEY.sub(r"there is no `\1`", str(error).splitlines()[0])
+            parser.error(
+                f"the config has an interpolation that cannot be resolved: {what}; define it, or give the value"
+            )
+        except UnicodeDecodeError as error:
+            parser.error(
+                f"`--config` must be UTF-8 text, got byte {error.start + 1} of another encoding; save it as UTF-8"
+            )
+        except Exception as error:  # e.g. a YAML that holds itself, a number of thousands of digits
+            if not _raised_by_a_parser(error):
+                raise
+            parser.error(f"`--config` must be plain settings, got {type(error).__name__}: {error}; correct the file")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""
+
+    def _set_seed(self) -> None:
+        """Lightning's, after the range of the options that are no constructor's."""
+        self._check_options()
+        super()._set_seed()
+
+    def _check_options(self) -> None:
+        seed = self.settings.get("seed_everything")
+        _require(
+            "seed_everything", isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED, f"in [0, {LARGEST_SEED}]", seed
+        )
+        for name in ("num_threads", "checkpoint_every"):
+            value = self.settings.get(name)
+            _require(name, value is None or value >= 1, ">= 1", value)
+        _require("run_dir", self.settings.get("run_dir") != "", "a folder", "an empty text")
+        # a pickle can run code when it is read
+        _require("weights_only", self.settings.get("weights_only") is not False, "true or null", False)
+
+    @property
+    def settings(self) -> Any:
+        """The namespace of the chosen subcommand (or the whole config without one)."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    # -- the run folder ----------------------------------------------------------------------------------------------
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder: ``--run_dir``, or ``runs/<name of the first config>``."""
+        if self.settings.get("run_dir"):
+            return Path(self.settings["run_dir"])
+        configs = self.settings.get("config") or []
+        return Path("runs") / (Path(str(configs[0])).stem if configs else "default")
+
+    def before_instantiate_classes(self) -> None:
+        """Threads, run folder and checkpoint path, before anything is built."""
+        if self.settings.get("num_threads") is not None:
+            torch.set_num_threads(self.settings["num_threads"])
+        sys.path.insert(0, os.getcwd())
+        if not self.subcommand:
+            return
+        precision = str(self.settings["trainer"].get("precision"))
+        if precision.startswith("16"):
+            raise InputError(
+                f"`trainer.precision` must be 32-true, 64-true or a bf16 one, got {precision}: float16 overflows"
+            )
+        self._resolve_checkpoint()
+        if self.subcommand == "fit" and is_rank_zero():
+            require_free(self.run_dir, self.settings)
+        self.settings["trainer"]["default_root_dir"] = str(self.run_dir)
+
+    def _resolve_checkpoint(self) -> None:
+        path = self.settings.get("ckpt_path")
+        if path is None and self.subcommand == "fit" and not self.settings.get("overwrite") and requeued(self.run_dir):
+            path = "last"
+        if path is not None:
+            self.settings["ckpt_path"] = str(newest(self.run_dir) if path == "last" else intact(Path(path)))
+            self._saved_counters()  # a file that cannot be read is an error now
+            if "weights_only" in self.settings:
+                self.settings["weights_only"] = True
+
+    def before_fit(self) -> None:
+        """Every check that needs no weights, then the folder."""
+        self._check_all()
+        self._check_memory()
+        if not is_rank_zero():
+            return
+        require_machine(self._run())
+        if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
+            _empty(self.run_dir)
+        self._new_folder = not self.run_dir.exists()
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.run_dir) as file:  # permissions do not tell of quotas and full disks
+                file.write(bytes(1024))
+        except OSError as error:
+            raise InputError(
+                f"`--run_dir` must be writable, got {self.run_dir}: {error.strerror}; give another folder"
+            ) from error
+
+    def fit(self, **arguments: Any) -> None:
+        """The trainer's fit; a run that is refused or stopped while it loads leaves no folder behind."""
+        try:
+            self.trainer.fit(**arguments)
+        except (Exception, Stopped):
+            started = (self.run_dir / "config.yaml").exists()
+            if self._new_folder and not started and is_rank_zero():
+                _finish_wandb()
+                _remove(self.run_dir)
+            raise
+
+    def before_validate(self) -> None:
+        """Every check that needs no weights."""
+        self._check_all()
+
+    before_test = before_predict = before_validate
+
+    def _check_all(self) -> None:
+        """The module's checks, then those of callbacks that have some."""
+        path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
+        self.model.check(self.trainer, self.datamodule, ckpt_path=path, training=training)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            check = getattr(callback, "check", None)
+            if check is not None and self.subcommand != "predict":
+                check(self.model, self.datamodule)
+
+    def _check_memory(self) -> None:
+        """Refuse what is clearly too large for this machine; what cannot be estimated is not refused."""
+        if not self.settings.get("memory_check"):
+            return
+        plan = self._plan()
+        try:
+            require_memory(estimate(self.model, self.datamodule, plan), plan)
+        except NotEstimated as reason:
+            logging.getLogger(__name__).info("memory is not estimated: %s", reason)
+
+    def _plan(self) -> Plan:
+        """The machine the config asks for."""
+        strategy = self._get(self.config_init, "trainer").get("strategy")
+        return read_plan(self.settings["trainer"], strategy=strategy, memory_gb=self.settings.get("memory_gb"))
+
+    # -- preflight ---------------------------------------------------------------------------------------------------
+
+    def before_preflight(self) -> None:
+        """Tell the trainer what it cannot know: run folder, planned machine, options."""
+        self.trainer.preflight_run = self._run()  # type: ignore[attr-defined]
+
+    def _run(self) -> Run:
+        """What the checks look at."""
+        return Run(
+            module=self.model,
+            data=self.datamodule,
+            trainer=self.trainer,
+            plan=self._plan(),
+            run_dir=self.run_dir,
+            settings=self.settings,
+        )
+
+    def preflight(self, **arguments: Any) -> None:
+        """Print every check; exit status 2 where one is an error, else 0."""
+        findings = self.trainer.preflight(**arguments)  # type: ignore[attr-defined]
+        if any(finding.status == "error" for finding in findings):
+            raise SystemExit(USAGE_ERROR)
+
+    # -- the trainer -------------------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the run folder's loggers and the default callbacks."""
+        if self.subcommand == "preflight":  # checks the plan from wherever it is asked to
+            kwargs |= ONE_PROCESS
+        elif self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs.setdefault("logger", self._loggers())
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            if isinstance(_input_error(error), InputError | ServerError):
+                raise
+            raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
+        given = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
+        for callback in extra:
+            every = self.settings.get("checkpoint_every")
+            if hasattr(callback, "use_run_dir") and every:
+                callback.use_run_dir(self.run_dir, every)
+        _attach(trainer, extra)
+        return trainer
+
+    def _loggers(self) -> list[Logger]:
+        if self.subcommand != "fit":
+            return []
+        folder, wandb = str(self.run_dir), self.settings["wandb"]
+        saved = self._saved_counters()
+        validated = not saved.get("validation_due", False)
+        loggers: list[Logger] = [RunCSVLogger(folder, continued_from=saved.get("global_step"), validated=validated)]
+        if wandb["mode"] != "disabled":
+            offline = wandb["mode"] == "offline"
+            named = {"project": wandb["project"], "name": self.run_dir.name, "save_dir": folder}
+            identity = run_id(self.run_dir) if saved else None
+            loggers.append(RunWandbLogger(**named, id=identity, offline=offline))
+        return loggers
+
+    def _saved_counters(self) -> dict[str, Any]:
+        """What the checkpoint says that the run goes on from; empty for a new run."""
+        path = self.settings.get("ckpt_path")
+        return {} if path is None else counters(Path(path))
+
+
+def _attach(trainer: Trainer, extra: list[Callback]) -> None:
+    """Add callbacks to a built trainer; progress bars and checkpoints take the place of Lightning's own."""
+    from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+    kept = list(trainer.callbacks)  # type: ignore[attr-defined]
+    for kind in (ProgressBar, Checkpoint):
+        if any(isinstance(callback, kind) for callback in extra):
+            kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]
+    connector = trainer._callback_connector
+    trainer.callbacks = connector._reorder_callbacks(kept + extra)  # type: ignore[attr-defined]
+
+
+def _raised_by_a_parser(error: BaseException) -> bool:
+    """True where the innermost frame reads settings; an error in a file of the user's own keeps its traceback."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] in PARSERS
+
+
+def _require(name: str, holds: bool, allowed: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"`--{name}` must be {allowed}, got {value}")
+
+
+def _empty(folder: Path) -> None:
+    """Delete the contents of a run folder that is to be overwritten."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a run folder that nothing was trained in, and ``runs`` where that leaves it empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # other runs are in it
+        if folder.parent == Path("runs"):
+            folder.parent.rmdir()
+
+
+class _NoTips(logging.Filter):
+    """Lets everything through but Lightning's product tips and transformers' tables of weights, of which our errors tell."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for a tip."""
+        message = record.getMessage()
+        return "Tip:" not in message and "LOAD REPORT" not in message
+
+
+def _quieten() -> None:
+    """Leave the screen to this project's own output."""
+    from transformers.utils import logging as transformers_logging
+
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.trainer.connectors.logger_connector",
+        "transformers.modeling_utils",
+    ):
+        logging.getLogger(name).addFilter(_NoTips())
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("WANDB_SILENT", "true")
+
+
+def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[str] | None = None) -> None:
+    """Run the command line; wrong input ends with one line and exit status 2."""
+    _quieten()
+    try:
+        words = list(sys.argv[1:] if args is None else args)
+        if words[:1] == [COMPARE]:
+            from lit_opd.compare.command import run as compare
+
+            compare(words[1:])
+        else:
+            OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
+    except Exception as error:
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        notes = [redacted(note) for note in getattr(cause, "__notes__", ())]
+        print("\n".join([f"error: {one_line(str(cause))}", *notes]), file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from error
+    except Stopped as stop:
+        if is_rank_zero():
+            print("\n".join([str(stop), *getattr(stop, "__notes__", ())]), file=sys.stderr)
+        raise
+    finally:
+        _finish_wandb()
+
+
+def _finish_wandb() -> None:
+    """Close the run's W&B file, so that a second fit in the same process gets a file of its own."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
+
+
+def _input_error(error: BaseException) -> BaseException | None:
+    """The InputError or ServerError behind what a library made of it, or Lightning's own word on settings; None for others."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError | ServerError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None and isinstance(error, MisconfigurationException) else cause

@@ -1,0 +1,276 @@
+"""Finished runs side by side: every variant's mean, and its difference from the baseline paired by seed and by problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from lit_opd.compare.runs import METRICS, Curve, Run
+from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, reached
+from lit_opd.errors import InputError
+from lit_opd.evaluation.rows import PastEvaluation
+from lit_opd.evaluation.statistics import paired_difference
+
+AXES = ("steps", "tokens")
+QUANTITIES = ("end", "area_steps", "area_tokens", "steps_to_target", "tokens_to_target")
+RISING = {"greedy": True, "avg_at_4": True, "reverse_kl": False}
+DEFAULT_TARGET = 0.8  # of the way that the baseline goes on average
+LIKE_COUNTS = {"steps": 1.0, "tokens": 1.5}  # most over least; beyond that the report says so
+_OF_THE_RUN = (
+    "run_dir",
+    "seed_everything",
+    "config",
+    "overwrite",
+    "ckpt_path",
+    "wandb",
+)  # may differ between like runs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One quantity of one variant.
+
+    Args:
+        mean: over its runs.
+        difference: from the baseline over common seeds; None for the baseline itself, without a common measurement, and where
+            none of them reached a target.
+    """
+
+    mean: Estimate
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
+class ProblemCell:
+    """avg@k of one variant on one evaluation set.
+
+    Args:
+        mean: over problems and paired seeds.
+        difference: from the baseline, with the ends of its interval over problems.
+        problems: that both have.
+        seeds: paired ones that were evaluated.
+    """
+
+    mean: float
+    difference: tuple[float, float, float]
+    problems: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class RunsComparison:
+    """What ``compare_runs`` found.
+
+    Args:
+        baseline: the variant that differences are taken from.
+        variants: runs by variant, the baseline first.
+        targets: by metric, where there is one.
+        horizons: by (metric, axis), up to where every run was measured.
+        cells: by (metric, variant, quantity).
+        problems: by (evaluation set, variant).
+        notes: what the reader must know.
+    """
+
+    baseline: str
+    variants: dict[str, list[Run]]
+    targets: dict[str, float]
+    horizons: dict[tuple[str, str], float]
+    cells: dict[tuple[str, str, str], Cell]
+    problems: dict[tuple[str, str], ProblemCell]
+    notes: list[str]
+
+    def axes_of(self, metric: str) -> list[str]:
+        """What the metric's curves are compared over; empty where the baseline has none."""
+        return [axis for axis in AXES if (metric, axis) in self.horizons]
+
+
+def compare_runs(runs: Sequence[Run], *, baseline: str, targets: Mapping[str, float] | None = None) -> RunsComparison:
+    """Compare the variants among the runs.
+
+    Args:
+        runs: one a variant and seed.
+        baseline: a variant's name.
+        targets: by metric; default 80 % of the way that the baseline goes on average, none where it does not get better.
+    Raises:
+        InputError: no such baseline or metric, or a variant without a seed of the baseline's.
+    """
+    variants = _grouped(runs, baseline)
+    wrong = sorted(set(targets or {}) - METRICS.keys())
+    if wrong:
+        raise InputError(f"`--target` must name one of {', '.join(METRICS)}, got {wrong[0]!r}")
+    found = RunsComparison(baseline, variants, {}, {}, {}, {}, list(_notes(variants, baseline)))
+    for metric in METRICS:
+        _compare_metric(found, metric, (targets or {}).get(metric))
+    _compare_problems(found)
+    return found
+
+
+def _grouped(runs: Sequence[Run], baseline: str) -> dict[str, list[Run]]:
+    names = list(dict.fromkeys(run.variant for run in runs))
+    if baseline not in names:
+        raise InputError(f"`--baseline` must be one of the variants {', '.join(names)}, got {baseline!r}")
+    names.sort(key=lambda name: name != baseline)
+    variants = {name: [run for run in runs if run.variant == name] for name in names}
+    seeds = {name: {run.seed for run in own} for name, own in variants.items()}
+    for name in names:
+        if not seeds[name] & seeds[baseline]:
+            raise InputError(
+                f"`--runs` must have a common seed with the baseline {baseline} ({_listed(seeds[baseline])}), got {name} with "
+                f"{_listed(seeds[name])}; train both with the same `seed_everything`"
+            )
+    return variants
+
+
+# -- over seeds --------------------------------------------------------------------------------------------------------
+
+
+def _compare_metric(found: RunsComparison, metric: str, target: float | None) -> None:
+    """Fill in targets, horizons and cells of one metric."""
+    everyone = [run for runs in found.variants.values() for run in runs]
+    curved = [run.curves[metric] for run in everyone if metric in run.curves]
+    starts = [run.curves[metric] for run in found.variants[found.baseline] if metric in run.curves]
+    if starts:
+        _set_target(found, metric, target, starts)
+        whole = not any(curve.token_gap for curve in curved)
+        for axis in AXES if whole else ("steps",):
+            found.horizons[metric, axis] = min(float(curve.along(axis)[-1]) for curve in curved)
+    measured = {
+        variant: {run.seed: dict(_measured(found, run, metric)) for run in runs}
+        for variant, runs in found.variants.items()
+    }
+    for variant, by_seed in measured.items():
+        for quantity in QUANTITIES:
+            ours = {seed: values[quantity] for seed, values in by_seed.items() if quantity in values}
+            theirs = {s: values[quantity] for s, values in measured[found.baseline].items() if quantity in values}
+            if ours:
+                difference = None if variant == found.baseline else _difference(ours, theirs)
+                found.cells[metric, variant, quantity] = Cell(_mean(ours.values()), difference)
+
+
+def _set_target(found: RunsComparison, metric: str, target: float | None, starts: Sequence[Curve]) -> None:
+    """The given target or the default one; a note where the baseline's curves give none."""
+    start, end = (fmean(curve.values[place] for curve in starts) for place in (0, -1))
+    if target is not None:
+        found.targets[metric] = target
+    elif (end > start) if RISING[metric] else (end < start):
+        found.targets[metric] = start + DEFAULT_TARGET * (end - start)
+    else:
+        found.notes.append(
+            f"{metric}: no target, as {found.baseline} does not get better on average ({start:.4g} to {end:.4g}); set "
+            f"`--target {metric}=VALUE`."
+        )
+
+
+def _measured(found: RunsComparison, run: Run, metric: str) -> Iterable[tuple[str, tuple[float, bool]]]:
+    """(quantity, (value, censored)) of one run; a target it never reached counts as the horizon."""
+    curve, end = run.curves.get(metric), run.summary.get(f"{metric}_end")
+    if end is None and curve is not None:
+        end = curve.values[-1]
+    if end is not None:
+        yield "end", (float(end), False)
+    if curve is None:
+        return
+    for axis in found.axes_of(metric):
+        horizon, places = found.horizons[metric, axis], curve.along(axis)
+        yield f"area_{axis}", (mean_height(places, curve.values, horizon=horizon), False)
+        if metric not in found.targets:
+            continue
+        place = reached(places, curve.values, found.targets[metric], rising=RISING[metric])
+        censored = place is None or place > horizon
+        yield f"{axis}_to_target", (horizon if place is None else min(place, horizon), censored)
+
+
+def _mean(values: Iterable[tuple[float, bool]]) -> Estimate:
+    listed = list(values)
+    return mean_interval([value for value, _ in listed], censored=sum(censored for _, censored in listed))
+
+
+def _difference(ours: dict[Any, tuple[float, bool]], theirs: dict[Any, tuple[float, bool]]) -> Estimate | None:
+    """Over common seeds; censored where either is, None where all are on both sides."""
+    common = ours.keys() & theirs.keys()
+    if all(ours[seed][1] and theirs[seed][1] for seed in common):
+        return None
+    plain = paired(*({seed: side[seed][0] for seed in sorted(common, key=str)} for side in (ours, theirs)))
+    return replace(plain, censored=sum(ours[seed][1] or theirs[seed][1] for seed in common))
+
+
+# -- over problems -----------------------------------------------------------------------------------------------------
+
+
+def _compare_problems(found: RunsComparison) -> None:
+    """Fill in avg@k by problem at each run's last evaluation, averaged over the seeds that both variants have."""
+    names = sorted(
+        {name for runs in found.variants.values() for run in runs for name, _ in run.evaluations.evaluations}
+    )
+    for name in names:
+        last = {
+            variant: {run.seed: history[-1] for run in runs if (history := run.evaluations.history(name))}
+            for variant, runs in found.variants.items()
+        }
+        for variant in [other for other in last if other != found.baseline]:
+            seeds = last[variant].keys() & last[found.baseline].keys()
+            ours, theirs = (_by_problem([last[side][seed] for seed in seeds]) for side in (variant, found.baseline))
+            difference = paired_difference(ours, theirs)
+            if difference is not None:
+                common = len(ours.keys() & theirs.keys())
+                found.problems[name, variant] = ProblemCell(fmean(ours.values()), difference, common, len(seeds))
+        fingerprints = {past.settings for by_seed in last.values() for past in by_seed.values()}
+        if len(fingerprints) > 1:
+            found.notes.append(f"{name}: the runs were evaluated with differing settings or at differing prompts")
+
+
+def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
+    """avg@k by problem, over the evaluations that hold it."""
+    problems = {problem for past in evaluations for problem in past.accuracy}
+    return {
+        problem: fmean(past.accuracy[problem] for past in evaluations if problem in past.accuracy)
+        for problem in sorted(problems)
+    }
+
+
+# -- notes -------------------------------------------------------------------------------------------------------------
+
+
+def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
+    base = {run.seed: run for run in variants[baseline]}
+    for variant in [name for name in variants if name != baseline]:
+        own = {run.seed: run for run in variants[variant]}
+        common = [seed for seed in own if seed in base]
+        if len(common) == 1:
+            yield f"{variant}: one paired seed ({common[0]}), so no interval; what is shown may be chance."
+        for missing, who in ((own.keys() - base.keys(), variant), (base.keys() - own.keys(), baseline)):
+            if missing:
+                yield f"{variant}: unpaired seeds, {_listed(missing)} of {who}: in its mean, not in the difference."
+        differing = _differing(own[common[0]].config, base[common[0]].config)
+        if differing:
+            yield f"{variant} differs from {baseline} in {', '.join(differing)}."
+    gaps = dict.fromkeys(
+        c.token_gap for own in variants.values() for r in own for c in r.curves.values() if c.token_gap
+    )
+    if gaps:
+        yield f"Compared over steps only, {len(gaps)} of the runs do not count their tokens: {next(iter(gaps))}."
+    for key, unit in (("steps", "optimizer steps"), ("tokens", "sampled tokens")):
+        counts = [run.summary[key] for runs in variants.values() for run in runs]
+        if max(counts) > LIKE_COUNTS[key] * min(counts):
+            yield f"The runs have {min(counts):,} to {max(counts):,} {unit}; areas and targets use the common part."
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Keys of the config that differ, the longest common way down; what every run has of its own is left out."""
+    if not ours or not theirs:
+        return []
+    return [key for key in _paths(ours, theirs, "") if key.split(".")[0] not in _OF_THE_RUN]
+
+
+def _paths(ours: Any, theirs: Any, path: str) -> Iterable[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict) and "class_path" not in ours:
+        for key in dict.fromkeys([*ours, *theirs]):
+            yield from _paths(ours.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
+    elif ours != theirs:
+        yield path
+
+
+def _listed(seeds: Iterable[Any]) -> str:
+    return ", ".join(map(str, sorted(seeds, key=str)))

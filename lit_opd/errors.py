@@ -1,0 +1,85 @@
+"""What the user is told when something cannot go on: the errors, and how they are raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from signal import Signals
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the field, the value and the remedy.
+
+    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match; ``torn`` where an
+    update was cut short, so that weights and optimizer are of no step.
+    """
+
+    on_every_rank = False
+    torn = False
+
+
+class ServerError(RuntimeError):
+    """A server failed for good; the message names its address, what happened and the remedy.
+
+    ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match.
+    """
+
+    on_every_rank = False
+
+
+class Stopped(SystemExit):
+    """A signal asked the run to stop, and it stopped between two batches' updates; ends the process with its exit status.
+
+    Args:
+        signum: the signal.
+        code: exit status.
+        requeue: a SLURM job that is queued again.
+    """
+
+    on_every_rank = True
+
+    def __init__(self, signum: int, code: int = 0, *, requeue: bool = False) -> None:
+        super().__init__(code)
+        self.signum, self.requeue = signum, requeue
+
+    def __str__(self) -> str:
+        return f"stopped by {Signals(self.signum).name}"
+
+
+CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+# -- memory that runs out ----------------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when a device or the machine has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in CPU_ALLOCATOR)
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def memory_for(what: str, remedy: str, *, torn: bool = False) -> Iterator[None]:
+    """Memory that runs out while the block runs is an error that names the setting.
+
+    Args:
+        what: the block does.
+        remedy: for the user.
+        torn: the block changes weights, and leaves some of them changed where it ends early.
+    Raises:
+        InputError: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        failed = InputError(f"out of memory while {what}; {remedy} ({_reason(error)})")
+        failed.torn = torn
+        raise failed from error

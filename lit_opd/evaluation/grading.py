@@ -1,0 +1,454 @@
+"""Answers cut out of responses and compared with references. No code in an answer is ever run here.
+
+Integers, decimals and equal texts are decided in this process. What is left (LaTeX) goes to math-verify (extra ``eval``)
+in worker processes, because its own time limits need the main thread and ``9^{9^{9^9}}`` holds the interpreter lock. A
+worker imports math-verify once and forks; the fork answers question after question under a limit on processor time and
+on memory until one of them ends it, and the next fork takes milliseconds. A worker that dies itself is replaced. This file
+imports no torch, so that workers are small.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
+
+BOX = "\\boxed{"
+MAX_ANSWER_CHARS = 1000  # a longer answer is wrong; the longest reference of MATH-500 has 53
+MAX_INTEGER_DIGITS = 100
+WALL_FACTOR = 6  # wall seconds allowed per second of processor time, for busy machines
+START_SECONDS = 180.0  # to import math-verify
+ATTEMPTS = 2  # a question whose worker was killed from outside is asked again
+MIB = 1 << 20
+
+
+class Outcome(StrEnum):
+    """What became of one response."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    TRUNCATED = "truncated"  # the last box is not closed
+    TIMEOUT = "timeout"  # the grader ran out of time or memory: no verdict
+    NO_ANSWER = "no_answer"  # no box and no "#### n"
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One graded response.
+
+    Args:
+        outcome: see ``Outcome``.
+        answer: the text that was graded, None where there is none.
+    """
+
+    outcome: Outcome
+    answer: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        """True when the answer equals the reference."""
+        return self.outcome is Outcome.CORRECT
+
+
+# -- cutting the answer out --------------------------------------------------------------------------------------------
+
+_BOX_START = re.compile(r"\\(?:boxed|fbox)\s*(\{|$)")
+_HASHES = re.compile(r"####[ \t]*([^\n]*)")
+
+
+def boxed_answer(text: str) -> str | None:
+    """The content of the last ``\\boxed{...}`` with braces matched; None where there is none or it is not closed.
+
+    >>> boxed_answer(r"so \\boxed{\\frac{1}{2}} and \\boxed{042}.")
+    '042'
+    """
+    return _last_box(text)[0]
+
+
+def _last_box(text: str) -> tuple[str | None, bool]:
+    """Content of the last box, and whether there is one that is not closed. Escaped braces do not count."""
+    start = None
+    for match in _BOX_START.finditer(text):
+        start = match
+    if start is None:
+        return None, False
+    depth, place = 1, start.end()
+    while place < len(text) and start[1]:
+        if text[place] == "\\":
+            place += 1
+        else:
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start.end() : place], False
+        place += 1
+    return None, True
+
+
+def extracted(response: str) -> Grade | str:
+    """The answer in a response: its last box, without any box the text after its last "####"; or what became of it."""
+    answer, unclosed = _last_box(response)
+    if unclosed:
+        return Grade(Outcome.TRUNCATED)
+    if answer is None:
+        found = _HASHES.findall(response)
+        answer = found[-1] if found else None
+    if answer is None or not answer.strip():
+        return Grade(Outcome.NO_ANSWER)
+    return answer.strip()
+
+
+# -- comparing without a worker ----------------------------------------------------------------------------------------
+
+_DROPPED = re.compile(
+    r"\\(?:left|right|displaystyle|bigl|bigr|big|Big)(?![a-zA-Z])|\\[,!;:]|\\ |~|\^\{?\\circ\}?|\\degree|\\%|%|\\\$|\$|\\[()\[\]]"
+)
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
+_SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
+_UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{[^{}]*[a-zA-Z][^{}]*\}(?:\^\{?[0-9]\}?)?\s*$")
+_NAME = re.compile(r"^[a-zA-Z](?:_\{?\w+\}?)?=")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?|[+-]?\.[0-9]+")
+
+
+def canonical(answer: str) -> str:
+    """The answer without what does not change it: spacing, dollar signs, text commands, degrees, percent signs.
+
+    >>> canonical(r"$\\dfrac{1}{2}\\,\\text{ cm}$"), canonical("3 4")
+    ('\\\\frac{1}{2}cm', '3 4')
+    """
+    text = (
+        answer.strip()
+        .replace("\u2212", "-")
+        .replace("{,}", ",")
+        .replace("\\dfrac", "\\frac")
+        .replace("\\tfrac", "\\frac")
+    )
+    text = _TEXT.sub(r"\1", _DROPPED.sub("", text))
+    return _SPACE.sub("", text).rstrip(".")
+
+
+def number(answer: str) -> Decimal | None:
+    """The integer or decimal that an answer writes out, unit and ``x =`` left aside; None for anything else.
+
+    >>> number("042"), number(r"$1{,}000\\text{ cm}^2$"), number("x = -7."), number("1,2"), number(r"\\frac{84}{2}")
+    (Decimal('42'), Decimal('1000'), Decimal('-7'), None, None)
+    """
+    text = _NAME.sub("", canonical(_UNIT.sub("", answer.strip().rstrip("$. ")) or answer))
+    if len(text) > MAX_INTEGER_DIGITS or not _NUMBER.fullmatch(text):
+        return None
+    return Decimal(text.replace(",", ""))
+
+
+def is_integer(reference: str) -> bool:
+    """True when a reference is a whole number, as in AIME and GSM8K."""
+    value = number(reference)
+    return value is not None and value == value.to_integral_value()
+
+
+def quick_verdict(answer: str, reference: str) -> bool | None:
+    """Equal or not where text and numbers decide it exactly; None where mathematics is needed."""
+    if len(answer) > MAX_ANSWER_CHARS:
+        return False
+    ours, theirs = number(answer), number(reference)
+    if ours is not None and theirs is not None:
+        return ours == theirs
+    return True if canonical(answer) == canonical(reference) else None
+
+
+def vote(answer: str) -> str:
+    """The name under which equal wrong answers are counted in a majority vote."""
+    value = number(answer)
+    return str(value.normalize()) if value is not None else canonical(answer[:MAX_ANSWER_CHARS])
+
+
+def math_verify_available() -> bool:
+    """True when the package math-verify is installed (extra ``eval``); it is imported in the workers only."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
+# -- the grader --------------------------------------------------------------------------------------------------------
+
+
+class Grader:
+    """Grades responses; workers start when the first answer needs one, and end with ``close`` or this process.
+
+    Args:
+        num_workers: processes that run math-verify.
+        seconds: processor time a comparison may take; six times as much wall time.
+        memory_mib: address space of a worker.
+        mathematics: False decides by numbers and text alone.
+    """
+
+    def __init__(
+        self, num_workers: int = 2, seconds: float = 5.0, memory_mib: int = 1024, mathematics: bool = True
+    ) -> None:
+        self.num_workers, self.seconds, self.memory_mib = num_workers, seconds, memory_mib
+        self.mathematics = mathematics
+        self._idle: SimpleQueue[_Worker] | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._workers: list[_Worker] = []
+
+    def grade(self, responses: Sequence[str], references: Sequence[str], *, integers: bool = False) -> list[Grade]:
+        """One grade a response.
+
+        Args:
+            responses: N texts.
+            references: N reference answers.
+            integers: the set's answers are all whole numbers, so that anything else is wrong without mathematics.
+        """
+        grades: list[Grade | None] = []
+        open_pairs: list[tuple[int, str, str]] = []
+        for row, (response, reference) in enumerate(zip(responses, references, strict=True)):
+            answer = extracted(response)
+            grades.append(answer if isinstance(answer, Grade) else None)
+            if isinstance(answer, str):
+                verdict = quick_verdict(answer, reference)
+                if verdict is None and self.mathematics and not integers:
+                    open_pairs.append((row, answer, reference))
+                else:
+                    grades[row] = Grade(Outcome.CORRECT if verdict else Outcome.WRONG, answer[:MAX_ANSWER_CHARS])
+        outcomes = self.compare([(answer, reference) for _, answer, reference in open_pairs])
+        for (row, answer, _), outcome in zip(open_pairs, outcomes, strict=True):
+            grades[row] = Grade(outcome, answer)
+        return [grade for grade in grades if grade is not None]
+
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
+        """Verdicts of math-verify on (answer, reference) pairs: correct, wrong or timeout."""
+        if not pairs:
+            return []
+        if self._threads is None:
+            self._start()
+        assert self._threads is not None
+        return list(self._threads.map(self._compare_one, pairs))
+
+    def _start(self) -> None:
+        self._threads = ThreadPoolExecutor(self.num_workers, thread_name_prefix="grader")
+        self._idle = SimpleQueue()
+        self._workers = [_Worker(self.seconds, self.memory_mib) for _ in range(self.num_workers)]
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def _compare_one(self, pair: tuple[str, str]) -> Outcome:
+        assert self._idle is not None
+        worker = self._idle.get()
+        try:
+            for _ in range(ATTEMPTS):
+                outcome = worker.ask(*pair)
+                if outcome is not None:
+                    return outcome
+            return Outcome.TIMEOUT  # this pair kills every worker it meets
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End the workers; a later call of ``grade`` starts new ones."""
+        if self._threads is not None:
+            self._threads.shutdown()
+        for worker in self._workers:
+            worker.stop()
+        self._threads, self._idle, self._workers = None, None, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings only: processes stay with the process that started them."""
+        return self.__dict__ | {"_threads": None, "_idle": None, "_workers": []}
+
+
+class _Worker:
+    """One process that answers one line a question."""
+
+    def __init__(self, seconds: float, memory_mib: int) -> None:
+        self.seconds, self.memory_mib = seconds, memory_mib
+        self.process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def ask(self, answer: str, reference: str) -> Outcome | None:
+        """The verdict; None when the process died."""
+        if self.process is None or self.process.poll() is not None:
+            self._launch()
+        assert self.process is not None and self.process.stdin is not None
+        question = json.dumps({"answer": answer, "reference": reference}).encode() + b"\n"
+        try:
+            self.process.stdin.write(question)
+            self.process.stdin.flush()
+            line = self._line(self.seconds * WALL_FACTOR)
+        except BrokenPipeError:
+            line = b""
+        if line in (b"correct", b"wrong", b"timeout"):
+            return Outcome(line.decode())
+        self.stop()
+        return Outcome.TIMEOUT if line is None else None
+
+    def _launch(self) -> None:
+        self.stop()
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [sys.executable, "-P", "-c", "from lit_opd.evaluation.grading import serve; serve()"]
+        self.process = subprocess.Popen(
+            [*command, str(self.seconds), str(self.memory_mib)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        )
+        hello = self._line(START_SECONDS)
+        if hello != b"ready":
+            self.stop()
+            from lit_opd.errors import InputError
+
+            raise InputError(
+                f"`Grader.memory_mib` must let a worker start, got {self.memory_mib} "
+                f"({(b'no answer in time' if hello is None else hello).decode() or 'it died'}); raise it, free memory, or see "
+                f"what {sys.executable} -c 'import math_verify' says"
+            )
+
+    def _line(self, seconds: float) -> bytes | None:
+        """The next line without its end; empty when the process is gone, None when it did not come in time."""
+        assert self.process is not None and self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(seconds):
+                    return None
+                part = os.read(self.process.stdout.fileno(), 4096)
+                if not part:
+                    return b""
+                self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def stop(self) -> None:
+        """End the process."""
+        process, self.process, self._buffer = self.process, None, b""
+        if process is not None:
+            process.kill()
+            process.wait()
+            _close(process.stdin)
+            _close(process.stdout)
+
+
+def _close(pipe: IO[bytes] | None) -> None:
+    if pipe is not None:
+        with suppress(OSError):
+            pipe.close()
+
+
+# -- inside a worker ---------------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """The worker's main function: one JSON question a line on standard input, one word a line on standard output."""
+    seconds, memory_mib = float(sys.argv[1]), int(sys.argv[2])
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever a library prints must not be read as a verdict
+    _limit_memory(memory_mib)
+    try:
+        verdict = _verifier()
+    except Exception as error:  # the parent reports it
+        replies.write(f"{type(error).__name__}: {error}\n".replace("\n", " ").encode() + b"\n")
+        return
+    replies.write(b"ready\n")
+    fork = _Fork(verdict, seconds)
+    for line in sys.stdin.buffer:
+        reply = fork.ask(line) or fork.ask(line) or b"timeout\n"  # what crashes every fork has no verdict either
+        replies.write(reply)
+
+
+class _Fork:
+    """A child process that answers until a question ends it.
+
+    Args:
+        verdict: compares answer and reference.
+        seconds: processor time a question.
+    """
+
+    def __init__(self, verdict: Callable[[str, str], bool], seconds: float) -> None:
+        self.verdict, self.seconds = verdict, seconds
+        self._child: tuple[int, IO[bytes], IO[bytes]] | None = None
+
+    def ask(self, line: bytes) -> bytes:
+        """The reply to one question, a line; empty when the child was killed or crashed before its time was up."""
+        self._child = self._child or self._made()
+        number, questions, replies = self._child
+        with suppress(BrokenPipeError):
+            questions.write(line)
+        reply = replies.readline()
+        if reply:
+            return reply
+        self._child = None
+        for pipe in (questions, replies):
+            _close(pipe)
+        status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+        return b"timeout\n" if status == -signal.SIGPROF else b""
+
+    def _made(self) -> tuple[int, IO[bytes], IO[bytes]]:
+        ask_reader, ask_writer = os.pipe()
+        reply_reader, reply_writer = os.pipe()
+        number = os.fork()
+        mine, theirs = (ask_writer, reply_reader), (ask_reader, reply_writer)
+        for end in theirs if number else mine:
+            os.close(end)
+        if not number:
+            self._answer(*theirs)
+        return number, os.fdopen(ask_writer, "wb", buffering=0), os.fdopen(reply_reader, "rb")
+
+    def _answer(self, questions: int, replies: int) -> None:
+        """The child's life."""
+        try:
+            for line in os.fdopen(questions, "rb"):
+                question = json.loads(line)
+                signal.setitimer(
+                    signal.ITIMER_PROF, self.seconds
+                )  # SIGPROF ends it, whoever holds the interpreter lock
+                reply = _reply(self.verdict, question["answer"], question["reference"])
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                os.write(replies, reply + b"\n")
+        finally:
+            os._exit(0)
+
+
+def _limit_memory(memory_mib: int) -> None:
+    with suppress(ImportError, ValueError, OSError):  # no such limit on this system: time still bounds it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mib * MIB, memory_mib * MIB))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _reply(verdict: Callable[[str, str], bool], answer: str, reference: str) -> bytes:
+    try:
+        return b"correct" if verdict(answer, reference) else b"wrong"
+    except MemoryError:
+        return b"timeout"
+    except Exception:  # what math-verify cannot parse is no answer to the problem; it raises many types
+        return b"wrong"
+
+
+def _verifier() -> Callable[[str, str], bool]:
+    """math-verify on two answers without boxes; its own time limits off."""
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.disable(logging.CRITICAL)
+
+    def equal(answer: str, reference: str) -> bool:
+        ours, theirs = (
+            parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True) for text in (answer, reference)
+        )
+        return bool(verify(theirs, ours, timeout_seconds=None, raise_on_error=True))
+
+    equal("\\sqrt{2}", "\\frac{1}{2}")  # what the first question builds, every fork then has
+    return equal

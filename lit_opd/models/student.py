@@ -1,0 +1,136 @@
+"""The student as configured: LoRA, recomputed activations, no dropout."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lit_opd.errors import InputError
+from lit_opd.models.loading import Dtype, _reason, empty_causal_lm, load_causal_lm
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters on the student (package ``peft``, extra ``lora``).
+
+    Args:
+        rank: rank of the adapters.
+        alpha: scale numerator; the update is alpha / rank * B A.
+        dropout: dropout on the adapter's input; anything but 0 makes sampler and scorer differ.
+        target_modules: module names to adapt, or "all-linear".
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        for name, ok, allowed in (
+            ("rank", self.rank >= 1, ">= 1"),
+            ("alpha", 0 < self.alpha < math.inf, "> 0 and finite"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("target_modules", bool(self.target_modules), "at least one module name, or all-linear"),
+        ):
+            if not ok:
+                raise InputError(f"`LoraSettings.{name}` must be {allowed}, got {getattr(self, name)!r}")
+
+
+@dataclass
+class StudentSettings:
+    """What the student is loaded from and how.
+
+    Args:
+        path: a Hugging Face folder or hub id.
+        dtype: of the master weights; keep float32 and choose bf16 compute with ``--trainer.precision bf16-mixed``.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+        gradient_checkpointing: recompute activations in the backward pass.
+        lora: train adapters only.
+        compile: compile every transformer block with ``torch.compile`` (dynamic shapes); needs a C++ compiler on a CPU, takes
+            a minute at the start, and pays for long runs only.
+        pad_token: the tokenizer's pad token where it has none of its own.
+        trust_remote_code: run the model's own Python code; off unless you trust its author.
+        lazy: under FSDP2 each rank reads only its own shards; false, or with LoRA, every rank loads all of it first.
+    """
+
+    path: str
+    dtype: Dtype = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
+    compile: bool = False
+    pad_token: str | None = None
+    trust_remote_code: bool = False
+    lazy: bool = True
+
+
+def build_student(settings: StudentSettings, *, empty: bool = False) -> Any:
+    """The student with its options applied: LoRA, gradient checkpointing, frozen or trainable weights, no dropout.
+
+    ``empty`` builds it without weights, see ``empty_causal_lm``.
+    """
+    model = (empty_causal_lm if empty else load_causal_lm)(
+        settings.path,
+        "model.student.path",
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.dtype in ("bfloat16", "float16"):
+        warnings.warn(
+            f"`model.student.dtype` is {settings.dtype}: AdamW at a small learning rate loses most updates on half-precision "
+            "weights; keep float32 and set --trainer.precision bf16-mixed",
+            stacklevel=2,
+        )
+    _remove_dropout(model)
+    _clear_generation_defaults(model)
+    if settings.lora is not None:
+        model = _with_lora(model, settings.lora)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if settings.lora is not None:
+            model.enable_input_require_grads()
+    return model
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Dropout would make the scored policy another than the sampled one."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _clear_generation_defaults(model: Any) -> None:
+    """A checkpoint's own defaults (repetition penalty, top-k ...) would silently bend the sampled distribution."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
+
+
+def _with_lora(model: nn.Module, settings: LoraSettings) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError(
+            "`model.student.lora` needs the package peft; install the extra: pip install -e '.[lora]'"
+        ) from error
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it, a float serves
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise InputError(
+            f"`model.student.lora` must fit the model, got target_modules {settings.target_modules!r}: {_reason(error)}; "
+            "all-linear fits every model"
+        ) from error

@@ -1,0 +1,83 @@
+"""Agreement of tokenizers: shared ids, and where a response ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_opd.errors import InputError
+from lit_opd.models.loading import load_generation_config
+
+NAMED_DIFFERENCES = 10  # differing tokens listed in an error
+
+
+def agree_vocabularies(
+    student: Any, teacher: Any, *, student_rows: int, teacher_rows: int, field: str = "model.teacher.path"
+) -> int:
+    """Check that both tokenizers map the same tokens to the same ids.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+        student_rows: rows of the student's embedding, padding included.
+        teacher_rows: rows of the teacher's embedding.
+        field: names the teacher's setting in errors.
+    Returns:
+        number of leading vocabulary entries both models share; rows beyond are padding and are cut.
+    Raises:
+        InputError: naming the first ten tokens that differ.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differing = [token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token)]
+    if differing:
+        shown = ", ".join(
+            f"{token!r} (student {ours.get(token, 'absent')}, teacher {theirs.get(token, 'absent')})"
+            for token in differing[:NAMED_DIFFERENCES]
+        )
+        raise InputError(
+            f"`{field}` must share the student's vocabulary, but {len(differing)} tokens differ: {shown}; "
+            "choose a teacher of the same tokenizer family"
+        )
+    used = max(ours.values(), default=-1) + 1
+    shared = min(student_rows, teacher_rows)
+    if shared < used:
+        raise InputError(
+            f"the embeddings must cover the tokenizer's {used} ids, got student {student_rows} and teacher {teacher_rows} rows"
+        )
+    return shared
+
+
+def configured_stops(path: str, tokenizer: Any) -> set[int]:
+    """Token ids at which the model of ``path`` ends a response: its generation config's, and the tokenizer's."""
+    configured = load_generation_config(path).eos_token_id
+    found = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
+    if not all(stop is None or isinstance(stop, int) for stop in found):
+        raise InputError(
+            f"`eos_token_id` in generation_config.json of {path!r} must be token ids, got {found[:-1]}; correct it"
+        )
+    return set(found) - {None}
+
+
+def stop_warning(student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role: str = "teacher") -> str | None:
+    """A warning where student and teacher end a response differently, as Base and Instruct models of one family do.
+
+    A stop id that the teacher never writes makes it call every end of a response unlikely; an end of turn of the teacher's
+    that does not stop the student makes it write on behind its answers.
+
+    Args:
+        student: the student's tokenizer.
+        stop_ids: ids that end a response of the student.
+        teacher: the teacher's tokenizer, which names its folder.
+        role: what the warning calls it.
+    Returns:
+        None where all stop ids are the teacher's too, and the end of turn of its tokenizer is among them.
+    """
+    theirs = configured_stops(teacher.name_or_path, teacher)
+    if not theirs or (set(stop_ids) <= theirs and teacher.eos_token_id in (None, *stop_ids)):
+        return None
+    ours = ", ".join(f"{student.convert_ids_to_tokens(stop)!r} ({stop})" for stop in sorted(stop_ids))
+    other = ", ".join(f"{teacher.convert_ids_to_tokens(stop)!r} ({stop})" for stop in sorted(theirs))
+    end = "none" if teacher.eos_token_id is None else f"{teacher.eos_token!r} ({teacher.eos_token_id})"
+    return (
+        f"the student stops at {ours}, but the {role} at {other} with the end of turn {end}: a stop that the {role} never "
+        "writes is scored as unlikely; set `model.sampler.stop_token_ids` to ids that both end a response with"
+    )

@@ -1,0 +1,409 @@
+"""The ``PromptDataModule``: ties sources, filters, encoding and loading together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lit_opd import distributed
+from lit_opd.errors import InputError
+from lit_opd.prompts.encoding import (
+    EncodedPrompt,
+    PromptEncoder,
+    SpecialTokens,
+    encode_prompts,
+    encode_rows,
+    pad_token_id,
+)
+from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
+from lit_opd.prompts.sources import ColumnNames, DataSource, Message, PromptRow, read_prompts, require_unique_ids
+from lit_opd.streams import stable_hash
+from lit_opd.types import PromptBatch
+
+_HASH_RANGE = 1 << 63
+_POSITIVE = ("prompt_batch", "samples_per_prompt", "max_prompt_tokens", "val_batch")
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts for on-policy distillation, from JSON lines, Parquet, a folder or a hub data set.
+
+    An epoch of the trainer is ``len(train_dataloader())`` batches: enough to draw every prompt once (with weights:
+    each source in its share, see ``PromptOrder``). The constructor stores settings; ``setup`` reads and tokenises.
+
+    Args:
+        train: a source, or several that are mixed (``DataSource`` with weights).
+        val: validation source(s); also used by test and predict.
+        prompt_batch: prompts a step over all ranks, a multiple of the number of ranks.
+        samples_per_prompt: responses sampled a prompt, in adjacent rows on one rank.
+        max_prompt_tokens: longest rendered prompt, in the student's tokens.
+        prompt_column: column of the prompt, text or chat messages (a trailing assistant turn is dropped); None: the
+            first usual name (prompt, problem, question, ...).
+        answer_column: column of the reference answer; None: the first usual name, or no answers.
+        id_column: column of unique row ids; None: "id" where present, else "<file stem>-<row>"; "#": always the latter.
+        teacher_column: column that names the teacher of a row; None: one teacher.
+        filter: ``column op value``, or several that must all hold, on ``train``; see ``RowFilter``. A validation
+            source has its own, ``DataSource.filter``.
+        system_prompt: put before conversations without a system message.
+        chat_template: True, False (plain text), or "auto": when the tokenizer has one.
+        template_options: variables of the template, e.g. {"enable_thinking": false}.
+        teacher_tokenizer: folder or hub id, where the teacher renders its own template; None: the module's
+            ``teacher_tokenizer``, else the student's.
+        teacher_chat_template: None: like the student's.
+        teacher_template_options: None: the student's options.
+        teacher_system_prompt: None: the student's.
+        val_fraction: share of the training rows held out by a hash of (seed, row id), instead of ``val``.
+        val_batch: validation prompts a batch over all ranks.
+        val_limit: keep the first so many validation prompts.
+        seed: of order and split.
+        too_long: what happens to prompts above ``max_prompt_tokens``: "filter" (counted) or "error".
+        special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "refuse": they are an error;
+            "allow": they become control tokens.
+        tokenizer: folder or hub id; None: the tokenizer of the trainer's module.
+        pad_token: where the tokenizer has no pad token.
+    """
+
+    def __init__(
+        self,
+        train: str | DataSource | list[str | DataSource],
+        val: str | DataSource | list[str | DataSource] | None = None,
+        prompt_batch: int = 128,
+        samples_per_prompt: int = 1,
+        max_prompt_tokens: int = 2048,
+        prompt_column: str | None = None,
+        answer_column: str | None = None,
+        id_column: str | None = None,
+        teacher_column: str | None = None,
+        filter: str | list[str] | None = None,
+        system_prompt: str | None = None,
+        chat_template: bool | Literal["auto"] = "auto",
+        template_options: dict[str, Any] | None = None,
+        teacher_tokenizer: str | None = None,
+        teacher_chat_template: bool | Literal["auto"] | None = None,
+        teacher_template_options: dict[str, Any] | None = None,
+        teacher_system_prompt: str | None = None,
+        val_fraction: float | None = None,
+        val_batch: int = 64,
+        val_limit: int | None = None,
+        seed: int = 42,
+        too_long: Literal["filter", "error"] = "filter",
+        special_tokens_in_text: SpecialTokens = "escape",
+        tokenizer: str | None = None,
+        pad_token: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.prompt_batch, self.samples_per_prompt = prompt_batch, samples_per_prompt
+        self.max_prompt_tokens, self.too_long = max_prompt_tokens, too_long
+        self.columns = ColumnNames(prompt_column, answer_column, id_column, teacher_column)
+        self.filter = filter
+        self.system_prompt, self.chat_template, self.template_options = system_prompt, chat_template, template_options
+        self.teacher_tokenizer_path = teacher_tokenizer
+        self.teacher_chat_template, self.teacher_system_prompt = teacher_chat_template, teacher_system_prompt
+        self.teacher_template_options = teacher_template_options
+        self.val_fraction, self.val_batch, self.val_limit = val_fraction, val_batch, val_limit
+        self.seed, self.special_tokens_in_text = seed, special_tokens_in_text
+        self.tokenizer_path, self.pad_token = tokenizer, pad_token
+        self._tokenizers: tuple[Any | None, Any | None] = (None, None)  # what `use_tokenizer` was given
+        self._forget()
+
+    def _forget(self) -> None:
+        self._train_prompts: list[EncodedPrompt] | None = None
+        self._val_prompts: list[EncodedPrompt] | None = None
+        self._train_rows: list[list[PromptRow]] | None = None
+        self._loader: PromptLoader | None = None
+        self._encoders: tuple[PromptEncoder, PromptEncoder | None] | None = None
+        self._state_to_load: dict[str, int] | None = None
+
+    # ------------------------------------------------------------------------------------------------- tokenizers
+
+    def use_tokenizer(self, tokenizer: Any, teacher_tokenizer: Any | None = None) -> PromptDataModule:
+        """Tokenise with these objects before those of the settings; other ones forget what was set up with the last."""
+        if self._tokenizers[0] is not tokenizer or self._tokenizers[1] is not teacher_tokenizer:
+            self._tokenizers = (tokenizer, teacher_tokenizer)
+            self._forget()
+        return self
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """How the student's prompts are rendered."""
+        return self._both_encoders()[0]
+
+    @property
+    def teacher_encoder(self) -> PromptEncoder | None:
+        """How the teacher's prompts are rendered, None where it reads the student's."""
+        return self._both_encoders()[1]
+
+    def encode_prompts(self, prompts: Sequence[str | list[Message]], **options: Any) -> PromptBatch:
+        """``encode_prompts`` with this module's templates; options: row_ids, answers, num_samples."""
+        options = {"teacher_encoder": self.teacher_encoder, "pad_token": self.pad_token} | options
+        return encode_prompts(self.encoder, prompts, **options)
+
+    def _both_encoders(self) -> tuple[PromptEncoder, PromptEncoder | None]:
+        if self._encoders is None:
+            tokenizer, teacher_tokenizer = self._both_tokenizers()
+            student = PromptEncoder(
+                tokenizer,
+                self.chat_template,
+                self.template_options,
+                self.system_prompt,
+                self.special_tokens_in_text,
+                owner="PromptDataModule.",
+            )
+            self._encoders = (student, self._teacher_encoder(tokenizer, teacher_tokenizer))
+        return self._encoders
+
+    def _teacher_encoder(self, tokenizer: Any, teacher_tokenizer: Any | None) -> PromptEncoder | None:
+        chat_template, options, system = (
+            self.teacher_chat_template,
+            self.teacher_template_options,
+            self.teacher_system_prompt,
+        )
+        if teacher_tokenizer in (None, tokenizer) and chat_template is None and options is None and system is None:
+            return None
+        return PromptEncoder(
+            tokenizer if teacher_tokenizer is None else teacher_tokenizer,
+            self.chat_template if chat_template is None else chat_template,
+            self.template_options if options is None else options,
+            self.system_prompt if system is None else system,
+            self.special_tokens_in_text,
+            owner="PromptDataModule.teacher_",
+        )
+
+    def _both_tokenizers(self) -> tuple[Any, Any | None]:
+        student = self._found_tokenizer(self._tokenizers[0], self.tokenizer_path, "tokenizer")
+        if student is None:
+            raise InputError(
+                "`PromptDataModule.tokenizer` must be a tokenizer folder or hub id when the module has no `tokenizer`, "
+                "got None; set it, or call `use_tokenizer`"
+            )
+        return student, self._found_tokenizer(self._tokenizers[1], self.teacher_tokenizer_path, "teacher_tokenizer")
+
+    def _found_tokenizer(self, given: Any | None, path: str | None, name: str) -> Any | None:
+        """The object given to ``use_tokenizer``, else the configured path's, else the trainer's module's."""
+        if given is not None:
+            return given
+        if path:
+            return _loaded_tokenizer(path, name)
+        return getattr(self.trainer.lightning_module, name, None) if self.trainer is not None else None
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, filter and tokenise what ``stage`` needs; a second call does nothing.
+
+        Raises:
+            InputError: for every setting or row that is wrong, before anything is trained.
+        """
+        self._check_settings()
+        pad_token_id(self.encoder.tokenizer, self.pad_token)
+        if stage in ("fit", None) and self._train_prompts is None:
+            self._check_ranks()
+            self._train_prompts, self._order = self._ordered_train()
+        if self._val_prompts is None:
+            self._val_prompts = self._encoded_val()
+        if self._train_prompts is not None:
+            self._train_rows = None  # the texts have served
+        if stage in ("validate", "test", "predict") and not self._val_prompts:
+            raise InputError(f"`PromptDataModule.val` must name data (or set `val_fraction`) to {stage}, got None")
+
+    def _check_settings(self) -> None:
+        for name in _POSITIVE:
+            _require(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "at least 1")
+        _require(self.val_limit is None or self.val_limit >= 1, self, "val_limit", "at least 1 or None")
+        _require(self.val_fraction is None or 0 < self.val_fraction < 1, self, "val_fraction", "between 0 and 1")
+        _require(self.val is None or self.val_fraction is None, self, "val_fraction", "None when `val` is given")
+        _require(self.too_long in ("filter", "error"), self, "too_long", "'filter' or 'error'")
+        for name in ("train", "val"):
+            _require(getattr(self, name) not in ([], ""), self, name, "at least one source")
+
+    def _check_ranks(self) -> None:
+        world = distributed.world_size()
+        wanted = f"a multiple of the number of ranks ({world})"
+        _require(self.prompt_batch % world == 0, self, "prompt_batch", wanted, "change it or the devices")
+
+    def _ordered_train(self) -> tuple[list[EncodedPrompt], PromptOrder]:
+        sources = [self._encoded(rows, "train") for rows in self._split_train()[0]]
+        prompts = self._without_needless_teacher_ids([prompt for source in sources for prompt in source])
+        order = PromptOrder([len(source) for source in sources], _weights(_source_list(self.train)), self.seed)
+        if len(prompts) < self.prompt_batch:
+            rank_zero_warn(
+                f"`PromptDataModule.train` has {len(prompts)} prompts, fewer than `prompt_batch` {self.prompt_batch}: "
+                "a batch repeats prompts, with different samples"
+            )
+        return prompts, order
+
+    def _split_train(self) -> tuple[list[list[PromptRow]], list[PromptRow]]:
+        """Training rows by source, and the rows held out by ``val_fraction``."""
+        if self._train_rows is None:
+            self._train_rows = self._read(self.train, self.filter)
+        if self.val_fraction is None:
+            return self._train_rows, []
+        kept = [[row for row in rows if not self._held_out(row)] for rows in self._train_rows]
+        held_out = [row for rows in self._train_rows for row in rows if self._held_out(row)]
+        if not held_out or not all(kept):
+            remedy = "change it or `seed`, or give a `val` file"
+            _require(False, self, "val_fraction", "such that train (each source) and validation have rows", remedy)
+        return kept, held_out
+
+    def _held_out(self, row: PromptRow) -> bool:
+        assert self.val_fraction is not None
+        return stable_hash(f"split\0{self.seed}\0{row.row_id}") < self.val_fraction * _HASH_RANGE
+
+    def _encoded_val(self) -> list[EncodedPrompt]:
+        if self.val is not None:
+            rows = [row for source in self._read(self.val, None) for row in source]
+        else:
+            rows = self._split_train()[1] if self.val_fraction is not None else []
+        encoded = self._encoded(rows, "val") if rows else []
+        return self._without_needless_teacher_ids(encoded)[: self.val_limit]
+
+    def _read(
+        self, sources: str | DataSource | list[str | DataSource], filters: str | list[str] | None
+    ) -> list[list[PromptRow]]:
+        parts = [read_prompts(source, self.columns, filters=filters) for source in _source_list(sources)]
+        require_unique_ids([row for rows in parts for row in rows])
+        return parts
+
+    def _encoded(self, rows: Sequence[PromptRow], stage: str) -> list[EncodedPrompt]:
+        encoded = encode_rows(rows, self.encoder, self.teacher_encoder)
+        too_long = [(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if self._too_long(prompt)]
+        if too_long:
+            longest = max(len(prompt.ids) for _, prompt in too_long)
+            row, prompt = too_long[0]
+            if self.too_long == "error":
+                raise InputError(
+                    f"{row.where}: the prompt has {len(prompt.ids)} tokens, more than "
+                    f"`PromptDataModule.max_prompt_tokens` {self.max_prompt_tokens} ({len(too_long)} such rows, the "
+                    f"longest {longest}); raise it, or set `too_long: filter`"
+                )
+            if len(too_long) == len(rows):
+                raise InputError(
+                    f"`PromptDataModule.max_prompt_tokens` must leave prompts, got {self.max_prompt_tokens}: all "
+                    f"{len(rows)} {stage} prompts are longer, the longest has {longest} tokens; raise it"
+                )
+            rank_zero_info(
+                f"{stage}: dropped {len(too_long)} of {len(rows)} prompts longer than {self.max_prompt_tokens} tokens "
+                f"(longest {longest})"
+            )
+        return [prompt for prompt in encoded if not self._too_long(prompt)]
+
+    def _too_long(self, prompt: EncodedPrompt) -> bool:
+        return len(prompt.ids) > self.max_prompt_tokens
+
+    def rows_by_teacher(self) -> dict[str | None, str]:
+        """Every teacher name in what was set up (None where a row has none) with the first row that has it."""
+        found: dict[str | None, str] = {}
+        for stage, prompts in (("train", self._train_prompts), ("val", self._val_prompts)):
+            for prompt in prompts or ():
+                found.setdefault(prompt.teacher, f"{stage} row {prompt.row_id!r}")
+        return found
+
+    # ----------------------------------------------------------------------------------------------------- loaders
+
+    def train_dataloader(self) -> PromptLoader:
+        """The same loader at every call: its position is the run's."""
+        if self._loader is None:
+            self.setup("fit")
+            assert self._train_prompts is not None
+            self._loader = PromptLoader(
+                self._train_prompts,
+                self._order,
+                prompt_batch=self.prompt_batch,
+                samples_per_prompt=self.samples_per_prompt,
+                processed=self._num_processed if self.trainer is not None else None,
+                **self._shared_options(),
+            )
+        if self._state_to_load is not None:
+            self._loader.load_state_dict(self._state_to_load)
+            self._state_to_load = None
+        return self._loader
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Validation prompts in file order; an empty list without validation data."""
+        self.setup("val")
+        if not self._val_prompts:
+            return []
+        return EvaluationLoader(self._val_prompts, batch=self.val_batch, **self._shared_options())
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def _shared_options(self) -> dict[str, Any]:
+        teacher = self.teacher_encoder.tokenizer if self.teacher_encoder else None
+        return {
+            "pad_id": pad_token_id(self.encoder.tokenizer, self.pad_token),
+            "teacher_pad_id": getattr(teacher, "pad_token_id", None),
+            "rank": distributed.rank(),
+            "world": distributed.world_size(),
+        }
+
+    def _num_processed(self) -> int:
+        assert self.trainer is not None
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's position. Lightning restores a loader's own state only inside an epoch, this one always."""
+        return {} if self._loader is None else {"loader": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training asks for its loader, so validating other data with a checkpoint is no error."""
+        self._state_to_load = state_dict.get("loader")
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, the teacher's rendering included; ``max_prompt_tokens`` before the data is read."""
+        prompts = [*(self._train_prompts or ()), *(self._val_prompts or ())]
+        rendered = [ids for prompt in prompts for ids in (prompt.ids, prompt.teacher_ids) if ids is not None]
+        return max((len(ids) for ids in rendered), default=self.max_prompt_tokens)
+
+    @property
+    def num_prompts(self) -> tuple[int, int]:
+        """Training and validation prompts that were read and kept."""
+        return len(self._train_prompts or ()), len(self._val_prompts or ())
+
+    @staticmethod
+    def _without_needless_teacher_ids(prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
+        """Where the teacher's rendering equals the student's on all rows, one copy is enough."""
+        if any(p.teacher_ids is not None and not torch.equal(p.ids, p.teacher_ids) for p in prompts):
+            return prompts
+        return [EncodedPrompt(p.row_id, p.ids, p.answer, p.teacher) for p in prompts]
+
+
+def _require(holds: bool, owner: object, name: str, wanted: str, remedy: str = "") -> None:
+    if not holds:
+        end = f"; {remedy}" if remedy else ""
+        got = getattr(owner, name)
+        raise InputError(f"`{type(owner).__name__}.{name}` must be {wanted}, got {got!r}{end}")
+
+
+def _source_list(sources: str | DataSource | list[str | DataSource]) -> list[DataSource]:
+    parts = sources if isinstance(sources, list) else [sources]
+    return [DataSource(part) if isinstance(part, str) else part for part in parts]
+
+
+def _weights(sources: Sequence[DataSource]) -> list[float] | None:
+    """Relative shares, or None where no source has one."""
+    given = [source.weight for source in sources if source.weight is not None]
+    if given and len(given) != len(sources):
+        missing = next(source.path for source in sources if source.weight is None)
+        raise InputError(f"`DataSource.weight` must be given for all sources or for none, got None for {missing}")
+    if any(not 0 < weight < float("inf") for weight in given):
+        raise InputError(f"`DataSource.weight` must be above 0, got {given}; leave a source out instead")
+    return given or None
+
+
+def _loaded_tokenizer(path: str, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # missing folder, no network, broken files: third parties raise many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({reason}); check the path, "
+            "or without network give a local folder"
+        ) from error

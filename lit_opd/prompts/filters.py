@@ -1,0 +1,117 @@
+"""Row filters: conditions on a row as data, parsed by a small grammar and never evaluated as code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from lit_opd.errors import InputError
+
+_SHOWN = 80  # characters of a value in a message
+_FILTER = re.compile(
+    r"""\s*(?P<column>"(?:[^"\\]|\\.)*"|[^\s<>=!"]+)
+        (?:\s*(?P<sign>>=|<=|==|!=|>|<)\s*|\s+(?P<word>not\s+in|in)\s+)
+        (?P<literal>[^\s<>=!].*?)\s*""",
+    re.VERBOSE | re.DOTALL,
+)
+_ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": lambda left, right: left >= right,
+    "<=": lambda left, right: left <= right,
+    ">": lambda left, right: left > right,
+    "<": lambda left, right: left < right,
+}
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """One condition on a row, data and not code: ``column op literal``.
+
+    op is >=, <=, >, <, ==, !=, in, not in. The column may be quoted ("Problem Type"). The literal is JSON (6, 1.5,
+    "x", true, null, [1, 2]) or bare words (algebra; [algebra, geometry]). A null in the data equals only null, and has
+    no order: put ``column != null`` before an ordering. Several filters are and-ed in order, the first that fails
+    decides.
+
+    >>> RowFilter.parse("difficulty >= 6").keeps({"difficulty": 7}, "here", ["difficulty"])
+    True
+    """
+
+    text: str
+    column: str
+    op: str
+    literal: Any
+
+    @classmethod
+    def parse(cls, text: str) -> RowFilter:
+        """Raises InputError when ``text`` is not of the grammar."""
+        match = _FILTER.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise _bad_filter(text, "it must read `column op literal` with op >=, <=, >, <, ==, !=, in, not in")
+        column = match["column"]
+        op = match["sign"] or " ".join(match["word"].split())
+        literal = _filter_literal(match["literal"])
+        if ("in" in op) != isinstance(literal, list):
+            raise _bad_filter(text, "`in` and `not in` take a list such as [a, b], the others a single value")
+        if op in _ORDERINGS and not (_is_number(literal) or isinstance(literal, str)):
+            raise _bad_filter(text, f"{op} needs a number or text, got {shown(literal)}")
+        return cls(text.strip(), _json_or(column, column) if column[0] == '"' else column, op, literal)
+
+    def keeps(self, values: dict[str, Any], where: str, columns: Sequence[str]) -> bool:
+        """Whether a row stays. ``columns``: all that the data has, for the message when ours is not among them."""
+        if self.column not in columns:
+            raise _bad_filter(self.text, f"no column {self.column!r} in {where}; columns found: {', '.join(columns)}")
+        value = values.get(self.column)
+        if self.op in _ORDERINGS:
+            if not _same_kind(value, self.literal) or value is None:
+                raise self._mismatch(value, self.literal, where)
+            return _ORDERINGS[self.op](value, self.literal)
+        options = self.literal if isinstance(self.literal, list) else [self.literal]
+        for option in options:
+            if None not in (value, option) and not _same_kind(value, option):
+                raise self._mismatch(value, option, where)
+        return (value in options) == (self.op in ("==", "in"))
+
+    def _mismatch(self, value: Any, literal: Any, where: str) -> InputError:
+        remedy = f"put `{self.column} != null` before it" if value is None else "compare values of one type"
+        return _bad_filter(
+            self.text, f"{where} has {shown(value)}, which does not compare with {shown(literal)}; {remedy}"
+        )
+
+
+def _bad_filter(text: object, reason: str) -> InputError:
+    return InputError(f"`PromptDataModule.filter` {shown(text)}: {reason}")
+
+
+def _filter_literal(text: str) -> Any:
+    value = _json_or(text, None)
+    if value is None and text != "null" and text[0] == "[" and text[-1] == "]":
+        return [_json_or(part.strip(), part.strip()) for part in text[1:-1].split(",")]
+    return text if value is None and text != "null" else value
+
+
+def _json_or(text: str, default: Any) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return default
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+
+
+def _same_kind(left: Any, right: Any) -> bool:
+    return (_is_number(left) and _is_number(right)) or type(left) is type(right)
+
+
+def shown(value: object) -> str:
+    """Type and shortened repr of a value, for messages."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"

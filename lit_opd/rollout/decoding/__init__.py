@@ -1,0 +1,1 @@
+"""Sampling by a loop of our own around the decoder."""

@@ -1,0 +1,1 @@
+"""What a run is to Lightning: its private names, checkpoints, loggers, the trainer."""

@@ -1,0 +1,75 @@
+"""What a strategy cannot go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from lit_opd.errors import InputError
+from lit_opd.run.shard_index import read_index
+
+# not the command of the same name in lightning.pytorch, which fails on the shards of FSDP2
+CONSOLIDATE = "python -m lightning.fabric.utilities.consolidate_checkpoint"
+
+
+def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None:
+    """Refuse, before weights load, what Lightning's strategies cannot read.
+
+    Args:
+        path: a checkpoint, one file or a folder of shards.
+        strategy: what would load it.
+        training: True where the optimizer goes on too.
+    Raises:
+        InputError: a folder where one file is read, or written by another kind of strategy; a consolidated file under a sharded
+            strategy; an optimizer without state under a sharded strategy.
+    """
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    if Path(path).is_dir():
+        _check_folder(Path(path), strategy, sharded=sharded, training=training)
+        return
+    if not sharded:
+        return
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if "optimizer_0" in saved:
+        raise InputError(
+            f"`--ckpt_path` must be the folder itself under {type(strategy).__name__}, got the consolidated file {path}; give "
+            "the folder it was made from"
+        )
+    if training and any(not state["state"] for state in saved.get("optimizer_states", [])):
+        raise _stateless(path, strategy)
+
+
+def _check_folder(path: Path, strategy: Any, *, sharded: bool, training: bool) -> None:
+    names = read_index(path).state_dict_metadata  # first: the advised command reads a folder without any check
+    if not sharded:
+        raise InputError(
+            f"`--ckpt_path` must be one file under {type(strategy).__name__}, got the folder of shards {path}; make it one with "
+            f"`{CONSOLIDATE} {path}` and give {path}.consolidated"
+        )
+    fsdp1 = isinstance(strategy, FSDPStrategy)
+    if not any(name.startswith("model." if fsdp1 else "state_dict.") for name in names):
+        other = "ModelParallelStrategy" if fsdp1 else "FSDPStrategy"
+        raise InputError(
+            f"`--ckpt_path` must be of the same kind of strategy, but the shards in {path} are {other}'s; go on with that, or "
+            f"in one process or ddp after `{CONSOLIDATE} {path}`"
+        )
+    if fsdp1 and training and not any(name.startswith("optimizer_0.state.") for name in names):
+        raise _stateless(path, strategy)
+
+
+def _stateless(path: str | Path, strategy: Any) -> InputError:
+    return InputError(
+        f"`model.optimizer` must have state to go on under {type(strategy).__name__}, but {path} holds none (SGD without "
+        "momentum?), and Lightning cannot load that; go on in one process or with ddp, or start with momentum"
+    )
+
+
+def from_consolidated(checkpoint: dict[str, Any]) -> None:
+    """Rename what the consolidation of shards wrote to the names of a plain checkpoint, in place."""
+    if "model" in checkpoint:
+        checkpoint["state_dict"] = checkpoint.pop("model")
+    if "optimizer_0" in checkpoint:
+        checkpoint["optimizer_states"] = [checkpoint.pop("optimizer_0")]

@@ -1,0 +1,264 @@
+"""Log-probabilities of given tokens without a [B, T, V] tensor.
+
+Only the hidden states of valid response tokens meet the head, in tiles (``lit_opd.scoring.tiles``). Logits at slot t - 1 score
+token t.
+
+``ScoringModel`` wraps a causal language model so that scoring is one ``forward``: under FSDP the wrapper's own hooks
+then gather the head's weight, and generation goes through the wrapper for the same reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_opd.errors import InputError
+from lit_opd.masked import at_least_float32
+from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.types import Rollout, TokenScores, TopK
+
+PROBE_TOKENS = 4
+PROBE_TOLERANCE = 1e-3  # nats; bf16 models get the looser bound below
+PROBE_TOLERANCE_HALF = 0.1
+
+FEW_ROWS = 8  # up to so many, and for a float32 head of so many elements,
+LARGE_HEAD = 2**22  # head @ states.T takes half the time of states @ head.T on the CPU; more than that otherwise
+TOP_K = 32  # entries of the top-k lists that strategies may require
+
+Returned = TypeVar("Returned")
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """[N, ...] values of the valid tokens -> [B, T, ...], 0 where masked, differentiable."""
+    spread = mask.reshape(*mask.shape, *(1,) * (values.ndim - 1)).expand(*mask.shape, *values.shape[1:])
+    return values.new_zeros(spread.shape).masked_scatter(spread, values)
+
+
+def _packed(tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row's valid tokens moved to its left end, so that causal attention needs no mask and positions count from 0.
+
+    Args:
+        tokens: int64 [B, P + T].
+        prompt_mask: bool [B, P].
+        response_mask: bool [B, T].
+    Returns:
+        int64 [B, L], L one less than the longest row, whose last token scores nothing; bool [B, L], True where the slot
+        scores the valid response token after it.
+    """
+    valid = torch.cat([prompt_mask, response_mask], -1)
+    order = torch.argsort(valid, dim=-1, descending=True, stable=True)[:, : max(2, int(valid.sum(-1).max()))]
+    scored = torch.cat([torch.zeros_like(prompt_mask), response_mask], -1).gather(-1, order)
+    return tokens.gather(-1, order[:, :-1]), scored[:, 1:]
+
+
+def _picked(states: Tensor, slots: Tensor) -> Tensor:
+    """[B, L, H] at the True ``slots`` [B, L]: [N, H] in row-major order; its backward adds rows, without sorting."""
+    return states.flatten(0, 1).index_select(0, slots.flatten().nonzero().squeeze(-1))
+
+
+class TokenDivergence(Protocol):
+    """A divergence of two heads over the same N tokens."""
+
+    def __call__(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
+        """[N] nats, differentiable in the student."""
+
+
+class ScoringModel(nn.Module):
+    """A causal language model seen as a scorer of given tokens.
+
+    Args:
+        model: a transformers causal language model (or a PEFT wrapper of one).
+        vocabulary: number of leading vocabulary entries that count; later rows of the head (padding of the
+            embedding) are cut, in sampling as in scoring.
+    """
+
+    def __init__(self, model: nn.Module, *, vocabulary: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = vocabulary
+        self.plain = False  # True: the head is not a plain linear map, use the model's own logits
+        self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model itself, without a PEFT wrapper around it."""
+        get_base_model = getattr(self.model, "get_base_model", None)
+        return get_base_model() if get_base_model is not None else self.model
+
+    def forward(
+        self,
+        rollout: Rollout,
+        *,
+        temperature: float = 1.0,
+        wants: frozenset[str] = frozenset(),
+        against: Head | None = None,
+        divergence: TokenDivergence | None = None,
+        own_template: bool = False,
+        head: Head | None = None,
+    ) -> TokenScores:
+        """Score the sampled tokens of ``rollout``.
+
+        Args:
+            rollout: B rows; only valid tokens are scored.
+            temperature: > 0, divides the logits.
+            wants: any of "entropy", "topk", "token_kl" (KL(this || against)); without gradient.
+            against: the teacher's head, for "token_kl" and ``divergence``.
+            divergence: from this head and the teacher's to [N], with gradient; None for none.
+            own_template: read ``prompts.teacher_ids`` where the batch has them.
+            head: what ``head`` gave for this rollout; None to compute it.
+        Returns:
+            [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
+        """
+        head = self._head(rollout, own_template=own_template) if head is None else head
+        targets = rollout.response_ids[rollout.mask]
+        if against is None and ("token_kl" in wants or divergence is not None):
+            raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
+        found: dict[str, Tensor] = {"logprobs": token_logprobs(head, targets, temperature=temperature)}
+        if "entropy" in wants:
+            found["entropy"] = token_entropy(head, temperature=temperature)
+        if against is not None and "token_kl" in wants:
+            found["token_kl"] = token_kl(head, against, temperature=temperature)
+        if against is not None and divergence is not None:
+            found["divergence"] = divergence(head, against, temperature=temperature)
+        topk = self._topk(head, rollout.mask, temperature) if "topk" in wants else None
+        return TokenScores(**{name: _scatter(value, rollout.mask) for name, value in found.items()}, topk=topk)
+
+    def _topk(self, head: Head, mask: Tensor, temperature: float) -> TopK:
+        ids, logprobs = token_topk(head, k=TOP_K, temperature=temperature)
+        return TopK(ids=_scatter(ids, mask), logprobs=_scatter(logprobs, mask))
+
+    def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
+        """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
+        return self._head(rollout, own_template=own_template)
+
+    def _head(self, rollout: Rollout, *, own_template: bool) -> Head:
+        if self._unprobed:
+            with torch.autocast(rollout.mask.device.type, enabled=False):
+                self.choose_path(self._unprobed)
+        prompts = rollout.prompts
+        use_own = own_template and prompts.teacher_ids is not None
+        prompt_ids, prompt_mask = (
+            (prompts.teacher_ids, prompts.teacher_mask) if use_own else (prompts.ids, prompts.mask)
+        )
+        tokens = torch.cat([prompt_ids, rollout.response_ids], -1)  # type: ignore[list-item]
+        packed, slots = _packed(tokens, prompt_mask, rollout.mask)  # type: ignore[arg-type]
+        if self.plain:
+            logits = self.causal_lm(input_ids=packed, use_cache=False).logits
+            return Head(_picked(logits, slots)[:, : self.vocabulary], weight=None)
+        states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
+        return self.linear_head(_picked(states, slots))
+
+    def linear_head(self, hidden: Tensor) -> Head:
+        """The output head over given hidden states [N, H]."""
+        linear = self.causal_lm.get_output_embeddings()
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))  # as the model's own head would compute
+        whole = self.vocabulary == len(linear.weight)  # a slice would copy the gradient
+        weight = (linear.weight if whole else linear.weight[: self.vocabulary]).to(hidden.dtype)
+        return Head(hidden, weight, None if linear.bias is None else linear.bias[: self.vocabulary])
+
+    @torch.no_grad()
+    def choose_path(self, name: str) -> None:
+        """Compare the tiled path with the model's own logits on a probe, and use the plain path where they differ.
+
+        A model without weights yet is compared at its first forward, which every rank of a sharded model runs.
+
+        Args:
+            name: who this is ("student", "teacher"), for the warning.
+        """
+        linear = self.causal_lm.get_output_embeddings()
+        self._unprobed = name if linear.weight.is_meta else None
+        if self._unprobed:
+            return
+        if type(linear) is not nn.Linear:
+            self._use_plain(name, f"its output head is {type(linear).__name__}, not nn.Linear")
+            return
+        training = self.training
+        self.eval()
+        ids = torch.arange(PROBE_TOKENS, device=linear.weight.device).unsqueeze(0) % self.vocabulary
+        own = at_least_float32(self.causal_lm(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary])
+        hidden = self.causal_lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = self.linear_head(hidden).logits(slice(None), 1.0)
+        gap = float((ours.log_softmax(-1) - own.log_softmax(-1)).abs().max())
+        half = linear.weight.dtype in (torch.bfloat16, torch.float16)
+        if not gap <= (PROBE_TOLERANCE_HALF if half else PROBE_TOLERANCE):
+            self._use_plain(name, f"log-probs through the plain linear head differ by {gap:.3g} nats on a probe")
+        self.train(training)
+
+    def _use_plain(self, name: str, why: str) -> None:
+        self.plain = True
+        warnings.warn(
+            f"{name}: scoring uses the model's own full logits, which takes more memory, because {why}", stacklevel=2
+        )
+
+    def next_states(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """Run the model on further columns of every row.
+
+        Args:
+            ids: int64 [B, n], the tokens after those in ``cache``.
+            mask: [B, cached + n], 0 on padding; None where there is none. Bool for n = 1.
+            positions: int64 [B, n].
+            cache: transformers' key-value cache; grows by n.
+        Returns:
+            what ``next_logits`` reads: [B, H], or [B, V] where the plain path is used.
+        """
+        return self._next_columns(ids, mask, positions, cache, keep=1)[:, -1]
+
+    def next_logprobs(
+        self, ids: Tensor, states: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Score further columns of every row and run the model on them.
+
+        Args:
+            ids: int64 [B, n], the tokens after those in ``cache``.
+            states: what ``next_states`` or this method gave before them.
+            mask: as for ``next_states``.
+            positions: int64 [B, n].
+            cache: transformers' key-value cache; grows by n.
+            temperature: > 0, divides the logits.
+        Returns:
+            log-probs [B, n] nats of ``ids``, and the states behind them.
+        """
+        behind = self._next_columns(ids, mask, positions, cache, keep=0)
+        before = torch.cat([states.unsqueeze(1), behind[:, :-1]], 1).flatten(0, 1)
+        head = Head(before[:, : self.vocabulary], weight=None) if self.plain else self.linear_head(before)
+        return token_logprobs(head, ids.flatten(), temperature=temperature).view(ids.shape), behind[:, -1]
+
+    def _next_columns(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, keep: int) -> Tensor:
+        """What the head reads behind each column, [B, n, H]; on the plain path its last ``keep`` logits, 0 for all."""
+        lm = self.causal_lm
+        one_query = ids.shape[1] == 1 and lm.config._attn_implementation == "sdpa"
+        if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
+            mask = mask[:, None, None, :]  # saves transformers the work of making one
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        if self.plain:
+            return lm(**inputs, use_cache=True, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+        return lm.get_decoder()(**inputs, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+
+    def next_logits(self, states: Tensor) -> Tensor:
+        """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32."""
+        if self.plain:
+            return at_least_float32(states[:, : self.vocabulary])
+        linear = self.causal_lm.get_output_embeddings()
+        if len(states) <= FEW_ROWS and _is_slow_head(linear.weight):
+            logits = (linear.weight[: self.vocabulary] @ states.T).T.contiguous()
+            return logits if linear.bias is None else logits + linear.bias[: self.vocabulary]
+        return at_least_float32(linear(states)[:, : self.vocabulary])
+
+    def run(self, function: Callable[..., Returned], *arguments: Any) -> Returned:
+        """``function(self, *arguments)``, through this module so that FSDP's hooks gather what the function reads."""
+        return function(self, *arguments)
+
+    def generate(self, **arguments: Any) -> Any:
+        """transformers' ``generate`` of the wrapped model, through this module so that FSDP's hooks see it."""
+        return self.model.generate(**arguments)  # type: ignore[operator]
+
+
+def _is_slow_head(weight: Tensor) -> bool:
+    plain_float32 = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return weight.device.type == "cpu" and plain_float32 and weight.numel() >= LARGE_HEAD

@@ -1,0 +1,1 @@
+"""One rollout batch turned into optimizer steps."""

@@ -1,0 +1,196 @@
+"""Two faults inside a step: values that are no finite numbers, and memory that runs out.
+
+A step with a NaN or Inf is not made: its rows go to ``faults/step-N.safetensors`` and ``faults/step-N.json``, and after a few
+in a row the run stops. Where memory runs out in a micro-batch, the token budget is halved once and the step made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_opd.distributed import gather_objects, is_rank_zero, rank, world_size
+from lit_opd.errors import InputError
+from lit_opd.types import Rollout
+
+FOLDER = "faults"
+GRADIENT = "gradient"
+NAMED_ROWS = 3  # in a message; the files have all
+
+
+# -- values that are no numbers ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row of a step that was not made.
+
+    Args:
+        rank: whose row it is.
+        row: its place in that rank's batch.
+        row_id: of the data.
+        row_key: names its random stream.
+        field: what was not finite: a field of the signal; "gradient" where no row can be blamed and all are kept.
+        position: the first response position that is not finite, from 0; None for the gradient.
+        value: there: "nan", "inf" or "-inf".
+    """
+
+    rank: int
+    row: int
+    row_id: str
+    row_key: int
+    field: str
+    position: int | None = None
+    value: str | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.position is None else f" ({self.field} is {self.value} at response position {self.position})"
+        return f"data row {self.row_id!r}{where}"
+
+
+def finite(values: Tensor) -> Tensor:
+    """``values`` (any shape) with 0 in place of what is not finite, so that a step which will not be made can be finished."""
+    return torch.where(torch.isfinite(values), values, values.new_zeros(()))
+
+
+def is_bad(values: Tensor, mask: Tensor) -> Tensor:
+    """bool [B], rows with a value that is not finite on a valid token."""
+    return (~torch.isfinite(values) & mask).any(-1)
+
+
+def bad_rows(names: list[str], values: Mapping[str, Tensor], rollout: Rollout, chunk: Tensor) -> list[BadRow]:
+    """This rank's rows that are not finite, a field each; all rows of ``chunk`` where only the gradient is not.
+
+    Args:
+        names: what is not finite, on any rank.
+        values: [B, T, ...] by field.
+        rollout: the B rows.
+        chunk: int64, rows of the update that failed.
+    """
+    if names == [GRADIENT]:
+        return [_row(rollout, row, field=GRADIENT) for row in chunk.tolist()]
+    found = []
+    for field in (name for name in names if name in values):
+        bad = ~torch.isfinite(values[field]) & rollout.mask
+        for row in bad.any(-1).nonzero().squeeze(-1).tolist():
+            position = int(bad[row].nonzero()[0])
+            value = str(float(values[field][row, position]))
+            found.append(_row(rollout, row, field=field, position=position, value=value))
+    return found
+
+
+def _row(rollout: Rollout, row: int, **found: Any) -> BadRow:
+    prompts = rollout.prompts
+    return BadRow(rank=rank(), row=row, row_id=prompts.row_ids[row], row_key=int(prompts.row_keys[row]), **found)
+
+
+def save_fault(
+    folder: Path, step: int, *, names: list[str], rows: list[BadRow], rollout: Rollout, values: Mapping[str, Tensor]
+) -> list[BadRow]:
+    """Write this rank's rows, and on rank 0 the list of all; called on every rank.
+
+    Args:
+        folder: ``faults`` of the run folder.
+        step: the optimizer step that is not made.
+        names: what is not finite, on any rank.
+        rows: this rank's, see ``bad_rows``.
+        rollout: this rank's batch.
+        values: [B, T, ...] by field, as they were.
+    Returns:
+        the rows of all ranks.
+    """
+    index = torch.tensor(sorted({row.row for row in rows}), dtype=torch.int64, device=rollout.mask.device)
+    prompts = rollout.prompts
+    texts = {"prompt_ids": prompts.ids, "prompt_mask": prompts.mask, "row_keys": prompts.row_keys}
+    texts |= {"response_ids": rollout.response_ids, "mask": rollout.mask}
+    if rows:
+        kept = {name: value[index].cpu().contiguous() for name, value in {**texts, **values}.items()} | {
+            "rows": index.cpu()
+        }
+        suffix = f"-rank-{rank()}" if rank() else ""
+        _write(folder / f"step-{step}{suffix}.safetensors", lambda path: save_file(kept, path))
+    everyone: list[BadRow] = gather_objects(rows)
+    if is_rank_zero():
+        found = {
+            "step": step,
+            "not_finite": names,
+            "world_size": world_size(),
+            "rows": [asdict(row) for row in everyone],
+        }
+        _write(folder / f"step-{step}.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    return everyone
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Whole or not at all; a disk that is full or read-only costs the file, not the run."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # what was written of it would keep a full disk full
+            temporary.unlink(missing_ok=True)
+        warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
+
+
+class Skips:
+    """Counts the steps that were not made, and ends the run after some in a row.
+
+    Args:
+        most: rollout batches in a row; 0 and 1 end the run at the first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.total = 0  # optimizer steps since the run began; goes into the checkpoint
+        self.in_a_row = (
+            0  # rollout batches; a run that goes on from a checkpoint starts at 0, to get past a bad stretch
+        )
+
+    def made(self) -> None:
+        """A batch's steps were all made."""
+        self.in_a_row = 0
+
+    def skipped(self, step: int, updates: int, *, names: list[str], rows: list[BadRow], folder: Path) -> None:
+        """Count, and warn on rank 0; the same on every rank.
+
+        Args:
+            step: the optimizer step that is not made.
+            updates: it, and those that the batch had left.
+            names: what was not finite.
+            rows: of all ranks.
+            folder: where they are.
+        Raises:
+            InputError: ``most`` batches in a row.
+        """
+        self.in_a_row += 1
+        shown = ", ".join(str(row) for row in rows[:NAMED_ROWS])
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        what = f"{' and '.join(names)} not finite; {shown}{more}; see {folder / f'step-{step}.json'}"
+        if self.in_a_row >= self.most:
+            error = InputError(
+                f"`model.max_skipped_steps` allows no more: batch {self.in_a_row} in a row was not trained on, at optimizer "
+                f"step {step}: {what}. Score these rows with that model alone, lower the learning rate, or start from an "
+                "earlier checkpoint"
+            )
+            error.on_every_rank = True
+            raise error
+        self.total += updates
+        if is_rank_zero():
+            warnings.warn(
+                f"optimizer step {step} was skipped, no weight was changed: {what} ({self.in_a_row} in a row, the run stops "
+                f"at {self.most}, `model.max_skipped_steps`)",
+                stacklevel=2,
+            )
