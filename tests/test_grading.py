@@ -191,11 +191,12 @@ def test_hostile_answers_end_in_time_and_the_process_goes_on(grader):
 def asked(verdict: str) -> str:
     """What a fork under 200 MiB replies to three questions, 400, 1 and 2."""
     script = (
-        "import json, os; from lit_opd.evaluation.grading import _Fork, _limit_memory; _limit_memory(200); "
+        "import json, os; from grading_worker import _Fork, _limit_memory; _limit_memory(200); "
         f"fork = _Fork(lambda answer, _: {verdict}, 0.2); "
         "print([fork.ask(json.dumps({'answer': n, 'reference': ''}).encode() + b'\\n').decode().strip() for n in (400, 1, 2)])"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    folder = ROOT / "lit_opd" / "evaluation"
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

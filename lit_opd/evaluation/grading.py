@@ -3,8 +3,7 @@
 Integers, decimals and equal texts are decided in this process. What is left (LaTeX) goes to math-verify (extra ``eval``)
 in worker processes, because its own time limits need the main thread and ``9^{9^{9^9}}`` holds the interpreter lock. A
 worker imports math-verify once and forks; the fork answers question after question under a limit on processor time and
-on memory until one of them ends it, and the next fork takes milliseconds. A worker that dies itself is replaced. This file
-imports no torch, so that workers are small.
+on memory until one of them ends it, and the next fork takes milliseconds. A worker that dies itself is replaced.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import json
 import os
 import re
 import selectors
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,13 +25,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from lit_opd.errors import InputError
+
 BOX = "\\boxed{"
 MAX_ANSWER_CHARS = 1000  # a longer answer is wrong; the longest reference of MATH-500 has 53
 MAX_INTEGER_DIGITS = 100
 WALL_FACTOR = 6  # wall seconds allowed per second of processor time, for busy machines
 START_SECONDS = 180.0  # to import math-verify
 ATTEMPTS = 2  # a question whose worker was killed from outside is asked again
-MIB = 1 << 20
+WORKER = Path(__file__).with_name("grading_worker.py")
 
 
 class Outcome(StrEnum):
@@ -293,21 +293,16 @@ class _Worker:
 
     def _launch(self) -> None:
         self.stop()
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [sys.executable, "-P", "-c", "from lit_opd.evaluation.grading import serve; serve()"]
         self.process = subprocess.Popen(
-            [*command, str(self.seconds), str(self.memory_mib)],
+            [sys.executable, "-P", str(WORKER), str(self.seconds), str(self.memory_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         hello = self._line(START_SECONDS)
         if hello != b"ready":
             self.stop()
-            from lit_opd.errors import InputError
-
             raise InputError(
                 f"`Grader.memory_mib` must let a worker start, got {self.memory_mib} "
                 f"({(b'no answer in time' if hello is None else hello).decode() or 'it died'}); raise it, free memory, or see "
@@ -343,112 +338,3 @@ def _close(pipe: IO[bytes] | None) -> None:
     if pipe is not None:
         with suppress(OSError):
             pipe.close()
-
-
-# -- inside a worker ---------------------------------------------------------------------------------------------------
-
-
-def serve() -> None:
-    """The worker's main function: one JSON question a line on standard input, one word a line on standard output."""
-    seconds, memory_mib = float(sys.argv[1]), int(sys.argv[2])
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a library prints must not be read as a verdict
-    _limit_memory(memory_mib)
-    try:
-        verdict = _verifier()
-    except Exception as error:  # the parent reports it
-        replies.write(f"{type(error).__name__}: {error}\n".replace("\n", " ").encode() + b"\n")
-        return
-    replies.write(b"ready\n")
-    fork = _Fork(verdict, seconds)
-    for line in sys.stdin.buffer:
-        reply = fork.ask(line) or fork.ask(line) or b"timeout\n"  # what crashes every fork has no verdict either
-        replies.write(reply)
-
-
-class _Fork:
-    """A child process that answers until a question ends it.
-
-    Args:
-        verdict: compares answer and reference.
-        seconds: processor time a question.
-    """
-
-    def __init__(self, verdict: Callable[[str, str], bool], seconds: float) -> None:
-        self.verdict, self.seconds = verdict, seconds
-        self._child: tuple[int, IO[bytes], IO[bytes]] | None = None
-
-    def ask(self, line: bytes) -> bytes:
-        """The reply to one question, a line; empty when the child was killed or crashed before its time was up."""
-        self._child = self._child or self._made()
-        number, questions, replies = self._child
-        with suppress(BrokenPipeError):
-            questions.write(line)
-        reply = replies.readline()
-        if reply:
-            return reply
-        self._child = None
-        for pipe in (questions, replies):
-            _close(pipe)
-        status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-        return b"timeout\n" if status == -signal.SIGPROF else b""
-
-    def _made(self) -> tuple[int, IO[bytes], IO[bytes]]:
-        ask_reader, ask_writer = os.pipe()
-        reply_reader, reply_writer = os.pipe()
-        number = os.fork()
-        mine, theirs = (ask_writer, reply_reader), (ask_reader, reply_writer)
-        for end in theirs if number else mine:
-            os.close(end)
-        if not number:
-            self._answer(*theirs)
-        return number, os.fdopen(ask_writer, "wb", buffering=0), os.fdopen(reply_reader, "rb")
-
-    def _answer(self, questions: int, replies: int) -> None:
-        """The child's life."""
-        try:
-            for line in os.fdopen(questions, "rb"):
-                question = json.loads(line)
-                signal.setitimer(
-                    signal.ITIMER_PROF, self.seconds
-                )  # SIGPROF ends it, whoever holds the interpreter lock
-                reply = _reply(self.verdict, question["answer"], question["reference"])
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                os.write(replies, reply + b"\n")
-        finally:
-            os._exit(0)
-
-
-def _limit_memory(memory_mib: int) -> None:
-    with suppress(ImportError, ValueError, OSError):  # no such limit on this system: time still bounds it
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mib * MIB, memory_mib * MIB))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _reply(verdict: Callable[[str, str], bool], answer: str, reference: str) -> bytes:
-    try:
-        return b"correct" if verdict(answer, reference) else b"wrong"
-    except MemoryError:
-        return b"timeout"
-    except Exception:  # what math-verify cannot parse is no answer to the problem; it raises many types
-        return b"wrong"
-
-
-def _verifier() -> Callable[[str, str], bool]:
-    """math-verify on two answers without boxes; its own time limits off."""
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.disable(logging.CRITICAL)
-
-    def equal(answer: str, reference: str) -> bool:
-        ours, theirs = (
-            parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True) for text in (answer, reference)
-        )
-        return bool(verify(theirs, ours, timeout_seconds=None, raise_on_error=True))
-
-    equal("\\sqrt{2}", "\\frac{1}{2}")  # what the first question builds, every fork then has
-    return equal
