@@ -9,11 +9,11 @@ import time
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_opd.distributed import all_max
 from lit_opd.errors import Stopped
+from lit_opd.run.lightning import requeue_signal, restore_handlers, save_and_requeue, take_sigterm
 
 AGAIN = 1.0  # seconds after which a further Ctrl-C is a second one; a launcher passes the first on to its ranks again
 INTERRUPTED = 128 + signal.SIGINT
@@ -46,9 +46,7 @@ class StopOnSignal(Callback):
             return
         self._signum, self._training, self._ranks = 0, False, trainer.world_size
         self._open = self._ranks == 1
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
+        self._requeue = requeue_signal(trainer)
         self._listen()
 
     def _listen(self) -> None:
@@ -62,18 +60,15 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of Lightning's handlers, which save or talk to other ranks in the middle of an update."""
         self._open, self._training = False, True
-        connector = trainer._signal_connector
-        if connector.received_sigterm:  # which would end the run after a batch with nothing saved
-            self._signum, connector.received_sigterm = self._signum or signal.SIGTERM, False
+        if take_sigterm(trainer):
+            self._signum = self._signum or signal.SIGTERM
         self._listen()
         self._give_back(trainer)
 
     def _give_back(self, trainer: Trainer) -> None:
         """Put the handlers of before the run back: Lightning's teardown does, where it has put its own there by now."""
-        kept = trainer._signal_connector._original_handlers
-        if kept:
-            kept |= self._former  # type: ignore[arg-type]
-        elif threading.current_thread() is threading.main_thread():
+        restored = restore_handlers(trainer, self._former)
+        if not restored and threading.current_thread() is threading.main_thread():
             for signum, handler in self._former.items():
                 signal.signal(signum, handler)
         self._former = {}
@@ -152,4 +147,4 @@ class StopOnSignal(Callback):
         self._open = False
         self._give_back(trainer)
         if isinstance(exception, Stopped) and exception.requeue:
-            trainer._signal_connector._slurm_sigusr_handler_fn(exception.signum, None)  # type: ignore[arg-type]
+            save_and_requeue(trainer, exception.signum)

@@ -78,6 +78,11 @@ def all_min(values: Tensor) -> Tensor:
     return _reduced(values, dist.ReduceOp.MIN)
 
 
+def largest(count: int, device: torch.device) -> int:
+    """The largest ``count`` of any rank, the same on each; reads the host on several ranks only."""
+    return int(all_max(torch.tensor(count, device=device))) if is_distributed() else count
+
+
 def gather_rows(values: Tensor) -> Tensor:
     """Concatenation over ranks, in rank order, along dim 0; ranks may hold different numbers of rows.
 

@@ -278,6 +278,7 @@ class TokenScores(_Record):
         topk: the K likeliest tokens.
         token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
+        states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
     """
 
     logprobs: Tensor
@@ -285,6 +286,7 @@ class TokenScores(_Record):
     topk: TopK | None = None
     token_kl: Tensor | None = None
     divergence: Tensor | None = None
+    states: Tensor | None = None
 
 
 _LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")

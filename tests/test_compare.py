@@ -22,7 +22,7 @@ from matplotlib.image import imread
 from callbacks import RolloutSamples, default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.compare.differences import compare_runs
-from lit_opd.compare.gradients import Gradient, ReplayModule, cosine, dot
+from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
 from lit_opd.compare.replay import replay_files
 from lit_opd.compare.runs import Curve, Run, read_run, read_runs
 from lit_opd.compare.runs_report import runs_document
@@ -352,8 +352,8 @@ def saved(folders, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(folders) -> ReplayModule:
-    return ReplayModule(*folders, dtype="float64")
+def models(folders) -> ReplayModels:
+    return ReplayModels(*folders, dtype="float64")
 
 
 def relative(ours: Gradient, theirs: Gradient) -> float:
@@ -361,7 +361,7 @@ def relative(ours: Gradient, theirs: Gradient) -> float:
     return (dot(gap, gap) / dot(theirs, theirs)) ** 0.5
 
 
-def trained_gradient(folders: tuple[str, str], models: ReplayModule, **settings: Any) -> Gradient:
+def trained_gradient(folders: tuple[str, str], models: ReplayModels, **settings: Any) -> Gradient:
     """What the real Trainer's step changes the weights by, in the order of the student's parameters."""
     rollout = cases.rollout()
     _, gradient = fixed.gradient(fixed.module(folders, rollout, **settings), rollout.prompts)
@@ -434,7 +434,7 @@ def test_sampled_gradients_average_to_the_exact_one(tmp_path):
     student, teacher = (
         tiny.save(tiny.qwen3(seed=seed, rows=5), tmp_path / str(seed), with_tokenizer=letters) for seed in (1, 2)
     )
-    models = ReplayModule(student, teacher, dtype="float64")
+    models = ReplayModels(student, teacher, dtype="float64")
     sums: list[Gradient] = []
     total = 0.0
     for response in product(range(5), repeat=2):
@@ -483,7 +483,7 @@ def test_what_was_not_stored_is_computed_with_the_models_only(saved, models):
 
 
 def test_another_student_than_the_run_s_is_noted(saved, folders):
-    (note,) = replay_files([saved], {"u": Uniform()}, models=ReplayModule(folders[1], folders[1])).notes
+    (note,) = replay_files([saved], {"u": Uniform()}, models=ReplayModels(folders[1], folders[1])).notes
     assert "the given student is not the one of the run" in note
 
 

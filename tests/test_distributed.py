@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Si
 from transformers import AutoModelForCausalLM
 
 from lit_opd.errors import InputError
-from lit_opd.models.sharding import check_dtypes, check_strategy
+from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.rollout import TransformersSampler
 from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
 from lit_opd.step.micro_batches import micro_batches, row_lengths
@@ -202,7 +202,7 @@ def test_an_optimizer_without_state_is_refused_where_lightning_cannot_load_it(fo
 def test_the_divergence_from_the_teacher_is_that_of_one_process(folders, two_processes_folder):
     trained = fixed.module(folders, cases.rollout(), optimizer=cases.momentum, token_budget=cases.BUDGET)
     fixed.fit(trained, cases.rollout().prompts, steps=cases.STEPS)
-    expected = trained.divergence(cases.rollout()).token_kl
+    expected = trained.student_signal(cases.rollout()).token_kl
     assert float(expected.max()) > 0.1  # nats
     for rank in (0, 1):
         found = torch.load(two_processes_folder / f"divergence-{rank}.pt", weights_only=True)

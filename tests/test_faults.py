@@ -28,7 +28,7 @@ from lit_opd.module import default_optimizer
 from lit_opd.objective import Divergence
 from lit_opd.rollout import TransformersSampler
 from lit_opd.step.skips import bad_rows, finite
-from lit_opd.step.token_budget import Room
+from lit_opd.step.token_budget import TokenBudget
 from lit_opd.weighting.combinators import BatchMeanOne
 from lit_opd.weighting.importance import ImportanceWeighting
 from tests import cases, fault_ranks, fixed, poisoned, tiny
@@ -356,8 +356,8 @@ def test_a_step_made_again_with_half_the_budget_has_the_same_gradient(models, na
     _, theirs = one_step(models["gradient"], **settings)
     assert fixed.relative_gap(ours, theirs) < 1e-12
     whole = len(cases.LENGTHS) * LONGEST
-    assert trained.room.halved == (settings["token_budget"] or whole) // 2
-    assert max(watch.seen[1:]) <= max(trained.room.halved, LONGEST) < watch.seen[0]
+    assert trained.budget.halved == (settings["token_budget"] or whole) // 2
+    assert max(watch.seen[1:]) <= max(trained.budget.halved, LONGEST) < watch.seen[0]
     assert trained.token_budget == settings["token_budget"]
 
 
@@ -386,7 +386,7 @@ def test_a_halved_budget_goes_on_with_the_run_unless_another_is_set(models, tmp_
         fixed.fit(
             trained, cases.rollout().prompts, steps=steps, watch=watch, load=load, save=tmp_path / f"{steps}.ckpt"
         )
-        return trained.room.halved
+        return trained.budget.halved
 
     halved = gone_on(None, None, poisoned.Starved("student", {0}))
     assert halved == 52 and gone_on(tmp_path / "1.ckpt", None) == halved
@@ -402,7 +402,7 @@ def test_a_single_row_cannot_be_cut(models):
 
 
 def test_half_a_budget_always_cuts_what_did_not_fit():
-    room = Room()
+    room = TokenBudget()
     with pytest.warns(UserWarning):
         room.halve(1000, rows=4, longest=20, step=1, error=MemoryError())
     assert room.halved == 40
@@ -430,7 +430,7 @@ def test_memory_that_runs_out_in_a_validation_names_the_settings(models):
 
 
 def test_memory_that_runs_out_in_clipping_names_the_settings(models, monkeypatch):
-    monkeypatch.setattr("lit_opd.module.clip_gradients", lambda *given: torch.empty(poisoned.IMPOSSIBLE))
+    monkeypatch.setattr("lit_opd.step.optimisation.clip_gradients", lambda *given: torch.empty(poisoned.IMPOSSIBLE))
     with pytest.raises(InputError, match=r"out of memory while clipping the gradients; .*`model\.student\.lora`"):
         poisoned.fit(models["gradient"], bad=set(), steps=1)
 
@@ -480,7 +480,7 @@ def limited(models: tuple[str, str], out: Path, megabytes: int | None) -> None:
     fixed.fit(trained, whole.prompts, watch=start)
     after = fixed.weights(trained)
     found = {name: start.weights[name] - after[name] for name in after}
-    torch.save({"gradient": found, "halved": trained.room.halved, "grew": process_kb("VmPeak") - start.used}, out)
+    torch.save({"gradient": found, "halved": trained.budget.halved, "grew": process_kb("VmPeak") - start.used}, out)
 
 
 def process_kb(name: str) -> int:

@@ -13,10 +13,10 @@ import yaml
 
 from callbacks import RunCheckpoint, default_callbacks
 from lit_opd.cli.command import main
-from lit_opd.preflight import CHECKS, Finding, Run, examine, read_plan
+from lit_opd.preflight import CHECKS, Finding, PlannedRun, examine, read_plan
+from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import TransformersSampler
-from lit_opd.run.trainer import OPDTrainer
 from tests import cases, fixed, poisoned, tiny
 
 PROBED = ("log-probs", "own teacher")
@@ -37,22 +37,24 @@ class OtherTemperature(TransformersSampler):
         return super().sample(model, prompts, replace(settings, temperature=2.0))
 
 
-def run_of(config: Path, *, sampler: Any = None, teacher: Any = None, **options: Any) -> Run:
+def run_of(config: Path, *, sampler: Any = None, teacher: Any = None, **options: Any) -> PlannedRun:
     """The run of a config's models and data, set up as the rows before the probed ones leave it."""
     settings = yaml.safe_load(config.read_text())
     models = settings["model"]["student"]["path"], teacher or settings["model"]["teacher"]["init_args"]["path"]
     sampler = sampler or TransformersSampler(max_new_tokens=4)
     module = fixed.module(models, cases.rollout(), sampler=sampler, dtype="float32")
     data = PromptDataModule(**settings["data"]).use_tokenizer(module.tokenizer)
-    trainer = OPDTrainer(**CPU, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+    trainer = PreflightTrainer(**CPU, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
     plan = read_plan(options.pop("trainer", CPU), strategy="auto", memory_gb=8.0)
-    run = Run(module=module, data=data, trainer=trainer, plan=plan, run_dir=config.parent / "run", settings=options)
+    run = PlannedRun(
+        module=module, data=data, trainer=trainer, plan=plan, run_dir=config.parent / "run", settings=options
+    )
     data.trainer = trainer
     data.setup("fit")
     return run
 
 
-def rows(run: Run) -> dict[str, Finding]:
+def rows(run: PlannedRun) -> dict[str, Finding]:
     return {finding.name: finding for finding in examine(run, {name: CHECKS[name] for name in PROBED})}
 
 

@@ -20,6 +20,7 @@ from lit_opd.errors import InputError
 from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
+from lit_opd.preflight.module_checks import check_before, check_rollout_stop
 from lit_opd.rollout import DecodeSampler, LengthBudget, RatioStop, Sampler, TransformersSampler, VLLMSampler
 from lit_opd.rollout.ratio_stop import RatioWatch
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
@@ -418,7 +419,7 @@ def test_teachers_that_cannot_read_along_are_refused(folders):
     for teacher in (remote, RoutedTeacher({"a": LocalTeacher(folders[1])})):
         trained = module(folders, rollout_stop=RatioStop(), teacher=teacher)
         with pytest.raises(InputError, match=f"rollout_stop` must be null.*{type(teacher).__name__}.*LocalTeacher"):
-            trained.check_rollout_stop(sharded=False)
+            check_rollout_stop(trained, sharded=False)
 
 
 def test_sharded_weights_are_refused(folders):
@@ -428,7 +429,7 @@ def test_sharded_weights_are_refused(folders):
         accelerator="cpu", max_steps=1, strategy=strategy, logger=False
     )  # not fitted: a process group would stay
     with pytest.raises(InputError, match=r"rollout_stop` must be null.*sharded weights.*ddp"):
-        trained.check(trainer, None)
+        check_before(trained, trainer, None)
 
 
 def test_a_teacher_with_sliding_windows_is_refused(folders, tmp_path):

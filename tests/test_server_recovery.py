@@ -17,6 +17,7 @@ from callbacks import default_callbacks
 from callbacks.checkpoint import RunCheckpoint
 from lit_opd.cli.command import main
 from lit_opd.errors import InputError
+from lit_opd.step.optimisation import LightningOptimisation
 from tests import cases, fixed, tiny
 from tests import fake_vllm as fake
 
@@ -128,18 +129,18 @@ def test_stale_weights_stop_the_run_with_its_state_saved(folders, tmp_path, caps
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_half_a_batch_is_not_saved(folders, tmp_path):
+def test_half_a_batch_is_not_saved(folders, tmp_path, monkeypatch):
     """The second batch fails after the first of its two optimizer steps: the checkpoint of the first batch stays."""
     trained = fixed.module(folders, cases.rollout(), mini_batches=2)
-    apply, calls = trained.apply_gradients, []
+    apply, calls = LightningOptimisation.apply, []
 
-    def failing():
+    def failing(optimisation):
         calls.append(trained.global_step)
         if len(calls) == 4:
             raise InputError("the fourth update fails")
-        return apply()
+        return apply(optimisation)
 
-    trained.apply_gradients = failing  # type: ignore[method-assign]
+    monkeypatch.setattr(LightningOptimisation, "apply", failing)
     checkpoint = RunCheckpoint(every=2, dirpath=str(tmp_path))
     with pytest.raises(InputError) as caught:
         fixed.fit(trained, cases.rollout().prompts, steps=4, watch=checkpoint, enable_checkpointing=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from lit_opd.objective import PolicyLoss
+from lit_opd.step.recipe import Recipe
 from lit_opd.weighting.combinators import SequenceMeanOne
 from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
@@ -162,17 +165,19 @@ def test_equal_student_and_teacher_give_zero_advantage_and_gradient(folders, rol
         assert torch.equal(value, before[name]), name
 
 
-def test_a_first_pass_over_the_batch_changes_nothing_but_the_order(folders, rollout):
+def test_a_first_pass_over_the_batch_changes_nothing_but_the_order(folders, rollout, monkeypatch):
     """Sequence-scope weights computed inside the micro-batch equal those from one scoring pass before."""
     inside = fixed.module(folders, rollout, token_budget=20, weighting=SequenceMeanOne(ImportanceWeighting()))
     before = fixed.module(folders, rollout, token_budget=20, weighting=SequenceMeanOne(ImportanceWeighting()))
-    assert not before.needs_scoring_pass
+    assert not before.recipe.needs_scoring_pass
     _, plain = fixed.gradient(inside, rollout.prompts)
 
-    class Forced(type(before)):
+    class Forced(Recipe):
         needs_scoring_pass = True
 
-    before.__class__ = Forced
+    plain_recipe = before.recipe
+    forced_recipe = Forced(**{field.name: getattr(plain_recipe, field.name) for field in fields(Recipe)})
+    monkeypatch.setattr(type(before), "recipe", property(lambda module: forced_recipe))
     _, forced = fixed.gradient(before, rollout.prompts)
     assert fixed.relative_gap(forced, plain) < 1e-12
 

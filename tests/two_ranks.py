@@ -125,7 +125,7 @@ def interrupted(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any
         fixed.fit(trained, prompts, steps=steps, **paths, **shared)
         if export:
             trained.export_student(out / "exported")
-            torch.save(trained.divergence(whole).token_kl, out / f"divergence-{rank()}.pt")
+            torch.save(trained.student_signal(whole).token_kl, out / f"divergence-{rank()}.pt")
         return fixed.weights(trained)
 
     half = cases.STEPS // 2

@@ -36,17 +36,19 @@ from lit_opd.module import OPDModule
 from lit_opd.preflight import (
     NotEstimated,
     Plan,
-    Run,
+    PlannedRun,
     estimate,
     read_plan,
     require_free,
     require_machine,
     require_memory,
 )
+from lit_opd.preflight.module_checks import check_before
+from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.run.checkpoint_files import counters, intact, newest, requeued
 from lit_opd.run.csv_logger import RunCSVLogger, run_id
-from lit_opd.run.trainer import OPDTrainer
+from lit_opd.run.lightning import set_callbacks
 from lit_opd.run.wandb_logger import RunWandbLogger
 
 LARGEST_SEED = 2**32 - 1
@@ -116,7 +118,7 @@ class OPDCLI(LightningCLI):
         super().__init__(
             model_class=OPDModule,
             datamodule_class=PromptDataModule,
-            trainer_class=OPDTrainer,
+            trainer_class=PreflightTrainer,
             save_config_callback=RunConfig,
             seed_everything_default=42,
             trainer_defaults=TRAINER_DEFAULTS,
@@ -274,7 +276,7 @@ class OPDCLI(LightningCLI):
     def _check_all(self) -> None:
         """The module's checks, then those of callbacks that have some."""
         path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
-        self.model.check(self.trainer, self.datamodule, ckpt_path=path, training=training)
+        check_before(self.model, self.trainer, self.datamodule, ckpt_path=path, training=training)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             check = getattr(callback, "check", None)
             if check is not None and self.subcommand != "predict":
@@ -301,9 +303,9 @@ class OPDCLI(LightningCLI):
         """Tell the trainer what it cannot know: run folder, planned machine, options."""
         self.trainer.preflight_run = self._run()  # type: ignore[attr-defined]
 
-    def _run(self) -> Run:
+    def _run(self) -> PlannedRun:
         """What the checks look at."""
-        return Run(
+        return PlannedRun(
             module=self.model,
             data=self.datamodule,
             trainer=self.trainer,
@@ -369,8 +371,7 @@ def _attach(trainer: Trainer, extra: list[Callback]) -> None:
     for kind in (ProgressBar, Checkpoint):
         if any(isinstance(callback, kind) for callback in extra):
             kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]
-    connector = trainer._callback_connector
-    trainer.callbacks = connector._reorder_callbacks(kept + extra)  # type: ignore[attr-defined]
+    set_callbacks(trainer, kept + extra)
 
 
 def _raised_by_a_parser(error: BaseException) -> bool:

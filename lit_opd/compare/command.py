@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.document import NAME, Document
-from lit_opd.compare.gradients import Dtype, ReplayModule
+from lit_opd.compare.gradients import Dtype, ReplayModels
 from lit_opd.compare.replay import find_files, replay_files
 from lit_opd.compare.replay_report import replay_document
 from lit_opd.compare.runs import read_runs
@@ -97,5 +97,5 @@ def _replay(given: Any, folder: Path) -> Document:
         raise InputError("`--student` and `--teacher` must be given together; gradients need both")
     models = None
     if given.student is not None:
-        models = ReplayModule(given.student, given.teacher, dtype=given.dtype, aggregation=given.aggregation)
+        models = ReplayModels(given.student, given.teacher, dtype=given.dtype, aggregation=given.aggregation)
     return replay_document(replay_files(find_files(given.rollouts), strategies, models=models), folder)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_opd.errors import InputError
-from lit_opd.models.student import StudentSettings
-from lit_opd.module import OPDModule
+from lit_opd.models.loading import load_config, load_tokenizer
+from lit_opd.models.student import StudentSettings, build_student
+from lit_opd.models.vocabulary import agree_vocabularies
 from lit_opd.objective import Aggregation, Divergence, PolicyLoss
-from lit_opd.rollout import TransformersSampler
+from lit_opd.preflight.module_checks import require_scored
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.step.micro_batches import MicroBatches
+from lit_opd.step.recipe import Recipe
+from lit_opd.step.scores import Scores
+from lit_opd.step.skips import Skips
+from lit_opd.step.token_budget import TokenBudget
 from lit_opd.step.update import Update
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import StepRecord
@@ -23,8 +30,44 @@ Dtype = Literal["float32", "float64", "bfloat16"]
 Gradient = list[Tensor]
 
 
-class ReplayModule(OPDModule):
-    """The module at a saved batch: the training step's own code up to the gradient, which is kept and not applied.
+class KeptGradient:
+    """An ``Optimisation`` that keeps the gradient and changes no weight.
+
+    Args:
+        student: whose trained parameters.
+        step: optimizer steps before the replayed one.
+    """
+
+    def __init__(self, student: ScoringModel, step: int) -> None:
+        self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.step = step
+        self.gradient: Gradient = []
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """One process: nothing to reduce."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a scalar."""
+        loss.backward()
+
+    def clip(self) -> Tensor:
+        """The norm of the gradient, a scalar; the gradient is left as it is."""
+        self.gradient = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
+        return torch.tensor(dot(self.gradient, self.gradient)).sqrt()
+
+    def apply(self) -> None:
+        """No step: the gradient has been kept."""
+        self.clear()
+
+    def clear(self) -> None:
+        """No parameter has a gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class ReplayModels:
+    """Student and teacher at a saved batch: the training step's own update up to the gradient, which is kept.
 
     Args:
         student: folder of the student that sampled the responses.
@@ -36,16 +79,15 @@ class ReplayModule(OPDModule):
     def __init__(
         self, student: str, teacher: str, *, dtype: Dtype = "float32", aggregation: Aggregation = "sequence-mean"
     ) -> None:
-        scorer = LocalTeacher(teacher, dtype=dtype)
-        super().__init__(
-            StudentSettings(student, dtype=dtype), scorer, aggregation=aggregation, gradient_clip_norm=None
-        )
-        quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-        # the update asks a trainer's strategy whether the model is wrapped
-        self.trainer = Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
-        self._at: StepRecord | None = None
-        self._gradient: Gradient = []
-        self.configure_model()
+        self.teacher, self.aggregation = LocalTeacher(teacher, dtype=dtype), aggregation
+        tokenizer = load_tokenizer(student, "model.student.path")
+        rows = load_config(student, "model.student.path").get_text_config().vocab_size
+        (theirs,) = self.teacher.tokenizers()
+        self.vocabulary = agree_vocabularies(tokenizer, theirs[0], student_rows=rows, teacher_rows=theirs[1])
+        self.student = ScoringModel(build_student(StudentSettings(student, dtype=dtype)), vocabulary=self.vocabulary)
+        self.student.choose_path("student")
+        self.teacher.load(vocabulary=self.vocabulary)
+        self.student.train()
 
     def replay(self, record: StepRecord, weighting: WeightingStrategy | None = None) -> tuple[StepRecord, Gradient]:
         """One step on the record's responses.
@@ -59,18 +101,27 @@ class ReplayModule(OPDModule):
         Raises:
             InputError: the strategy reads what these models cannot give.
         """
-        self._at = record
         self._read_vocabulary(record)
-        self.weighting = weighting or Uniform()
-        self.objective = PolicyLoss() if weighting is not None else Divergence("reverse_kl")
-        origin = record.rollout.provenance
-        self.sampler = TransformersSampler(record.rollout.mask.shape[1], temperature=origin.temperature or 1.0)
-        self.check_scorers()
-        update = Update(self, record.rollout, record.rollout)
-        update.score_teacher()
-        update.score_student()
-        update.run()
-        return update.record({}), self._gradient
+        rollout = record.rollout
+        recipe = Recipe(
+            weighting=weighting or Uniform(),
+            objective=PolicyLoss() if weighting is not None else Divergence("reverse_kl"),
+            max_new_tokens=rollout.mask.shape[1],
+            aggregation=self.aggregation,
+        )
+        require_scored(recipe, self.teacher, None)
+        temperature, step = rollout.provenance.temperature or 1.0, record.signal.step
+        kept = KeptGradient(self.student, step)
+        update = Update(
+            recipe,
+            Scores(self.student, {"teacher": self.teacher}, recipe, rollout, temperature=temperature, step=step),
+            MicroBatches(rollout, TokenBudget(), None),
+            kept,
+            lambda name, done, total: None,
+            skips=Skips(most=0),
+            progress=record.progress,
+        )
+        return update.run(), kept.gradient
 
     def _read_vocabulary(self, record: StepRecord) -> None:
         rollout = record.rollout
@@ -79,43 +130,6 @@ class ReplayModule(OPDModule):
             raise InputError(
                 f"`--student` must be the model that sampled the rollouts, got one of {self.vocabulary} tokens for id {largest}"
             )
-
-    @property
-    def progress(self) -> float:
-        """The record's."""
-        assert self._at is not None
-        return self._at.progress
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps before the record's: what random strategies draw from."""
-        assert self._at is not None
-        return self._at.signal.step
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Nobody listens."""
-
-    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward of a scalar: without a fit there is no precision plugin to go through."""
-        loss.backward()
-
-    def clip(self) -> Tensor:
-        """The norm of the gradient, a scalar; the gradient is left as it is."""
-        self._gradient = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._trained()]
-        return torch.tensor(dot(self._gradient, self._gradient)).sqrt()
-
-    def apply_gradients(self) -> None:
-        """No step: the gradient has been kept."""
-        self.clear_gradients()
-
-    def clear_gradients(self) -> None:
-        """Without an optimizer."""
-        for parameter in self._trained():
-            parameter.grad = None
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        assert self.student is not None
-        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
 
 def dot(left: Gradient, right: Gradient) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_opd.compare.gradients import ReplayModule, cosine, dot
+from lit_opd.compare.gradients import ReplayModels, cosine, dot
 from lit_opd.errors import InputError
 from lit_opd.masked import lengths, positions
 from lit_opd.report.replay import load_record
@@ -100,7 +100,7 @@ def find_files(words: Sequence[str]) -> list[Path]:
 
 
 def replay_files(
-    files: Sequence[Path], strategies: Mapping[str, WeightingStrategy], *, models: ReplayModule | None = None
+    files: Sequence[Path], strategies: Mapping[str, WeightingStrategy], *, models: ReplayModels | None = None
 ) -> Replay:
     """Weigh the responses of every file with every strategy.
 
@@ -134,7 +134,7 @@ def _require_stored(name: str, strategy: WeightingStrategy, record: StepRecord, 
 
 
 def _replay_gradients(
-    found: Replay, record: StepRecord, strategies: Mapping[str, WeightingStrategy], models: ReplayModule, path: Path
+    found: Replay, record: StepRecord, strategies: Mapping[str, WeightingStrategy], models: ReplayModels, path: Path
 ) -> None:
     """One file's weights and gradients; only the two references are held beside the one at hand."""
     again, uniform = models.replay(record, Uniform())

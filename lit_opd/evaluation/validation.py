@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lit_opd.distributed import largest
 from lit_opd.errors import InputError
 from lit_opd.evaluation.grading import Grader, is_integer, math_verify_available
 from lit_opd.evaluation.statistics import PositionBands, WeightedMean
+from lit_opd.rollout.base import SamplingSettings
 from lit_opd.types import PromptBatch, Rollout, TokenSignal
 
 VALIDATION_DOMAIN = 1  # sample j of validation draws from the streams of domain 1 + j; training uses 0
@@ -49,6 +51,26 @@ class ValidationSettings:
                 raise InputError(f"`ValidationSettings.{name}` must be >= {least}, got {value}")
 
 
+class Answering(Protocol):
+    """What an evaluation asks of a student's module."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+
+    def sampling_settings(self, **changes: Any) -> SamplingSettings:
+        """The sampler's settings, with fields changed by name."""
+
+    def generate(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
+        """Responses, [B, T]."""
+
+    def student_signal(self, rollout: Rollout) -> TokenSignal:
+        """The signal of responses under student and teacher."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Told how far the evaluation is."""
+
+
 class Evaluator(nn.Module):
     """Collects validation metrics over batches and ranks.
 
@@ -66,6 +88,33 @@ class Evaluator(nn.Module):
 
     def _mean(self, name: str) -> WeightedMean:
         return cast(WeightedMean, self.means[name])
+
+    def measure(self, student: Answering, prompts: PromptBatch, batch_idx: int, *, max_new_tokens: int) -> None:
+        """Sample and grade one batch; called on every rank, which all make the same calls whatever their own rows hold.
+
+        Args:
+            student: samples and scores.
+            prompts: B rows.
+            batch_idx: number of the batch.
+            max_new_tokens: response slots.
+        """
+        settings, decode = self.settings, decoder(student.tokenizer)
+        answered = bool(largest(int(has_answers(prompts)), prompts.ids.device))
+        if settings.greedy and answered:
+            greedy = student.sampling_settings(greedy=True, max_new_tokens=max_new_tokens)
+            self.add_answers("greedy_accuracy", student.generate(prompts, greedy), decode)
+        if settings.batch_limit is not None and batch_idx >= settings.batch_limit:
+            return
+        samples = settings.samples if answered else 0
+        for sample in range(max(samples, int(settings.divergence))):
+            stream = {"domain": VALIDATION_DOMAIN + sample, "step": 0}
+            rollout = student.generate(prompts, student.sampling_settings(max_new_tokens=max_new_tokens, **stream))
+            self.add_lengths(rollout)
+            if samples > sample:
+                self.add_answers("avg_at_k", rollout, decode)
+            if sample == 0 and settings.divergence:
+                self.add_divergence(student.student_signal(rollout), prompts.counted)  # type: ignore[arg-type]
+            student.phase("evaluating", sample + 1, settings.samples)
 
     def add_answers(self, name: str, rollout: Rollout, decode: Callable[[Rollout], list[str]]) -> None:
         """Grade the responses of rows that have an answer and count.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
@@ -56,56 +55,6 @@ def compile_layers(policy: Any) -> None:
         )
     for layer in transformer_layers(policy.causal_lm):
         layer.compile(dynamic=True)
-
-
-def check_strategy(strategy: Any) -> None:
-    """Refuse what would fail, or train other sums, deep inside a run.
-
-    Raises:
-        InputError: FSDP2 with ranks that are not all data-parallel; FSDP1 with settings that do not fit the way the models
-            are wrapped here.
-    """
-    if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size != 1:
-        raise InputError(
-            "`trainer.strategy.tensor_parallel_size` must be 1: models are sharded over the data-parallel ranks only, got "
-            f"{strategy._tensor_parallel_size!r} (Lightning's default makes the GPUs of a node tensor-parallel); give "
-            f"{FSDP2_FLAGS}"
-        )
-    if isinstance(strategy, FSDPStrategy):
-        _check_fsdp1(strategy)
-
-
-def _check_fsdp1(strategy: FSDPStrategy) -> None:
-    offload = strategy.cpu_offload is not None and strategy.cpu_offload.offload_params
-    wrong = {
-        "cpu_offload": (offload, "false: gradients are clipped on the device; shard over more ranks"),
-        "use_orig_params": (not strategy.kwargs["use_orig_params"], "true: the optimizer is built from named weights"),
-        "auto_wrap_policy": (strategy.kwargs.get("auto_wrap_policy"), "null: every transformer layer is its own unit"),
-        "activation_checkpointing_policy": (
-            strategy._activation_checkpointing_kwargs,
-            "null: set `model.student.gradient_checkpointing`",
-        ),
-    }
-    for name, (given, wanted) in wrong.items():
-        if given:
-            raise InputError(f"`trainer.strategy.{name}` of FSDPStrategy must be {wanted}; got {given!r}")
-
-
-def check_dtypes(strategy: Any, dtypes: set[str]) -> None:
-    """FSDP1's precision plugin casts every weight to float32 under 32-true, the frozen ones too.
-
-    Args:
-        strategy: Lightning's.
-        dtypes: of the models, as in their settings.
-    Raises:
-        InputError: a model in another dtype, which would be cast.
-    """
-    plugin = strategy.precision_plugin
-    if isinstance(plugin, FSDPPrecision) and plugin.precision == "32-true" and dtypes - {"float32"}:
-        raise InputError(
-            f"`trainer.precision` must be bf16-mixed under FSDPStrategy with models in {sorted(dtypes)}, got 32-true, which "
-            "casts them all to float32; or set every `dtype` to float32"
-        )
 
 
 def shards(strategy: Any) -> bool:

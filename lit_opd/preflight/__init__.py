@@ -1,6 +1,6 @@
 """Checks before a run, and the memory a rank will need; see ``python train.py preflight --config FILE``."""
 
-from lit_opd.preflight.checks import CHECKS, Finding, Run, examine, require_machine
+from lit_opd.preflight.checks import CHECKS, Finding, PlannedRun, examine, require_machine
 from lit_opd.preflight.estimate import estimate, require_memory
 from lit_opd.preflight.memory import Budget
 from lit_opd.preflight.plan import Plan, read_plan
@@ -14,7 +14,7 @@ __all__ = [
     "Finding",
     "NotEstimated",
     "Plan",
-    "Run",
+    "PlannedRun",
     "estimate",
     "examine",
     "read_plan",

@@ -19,16 +19,20 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
-from lit_opd.models.sharding import check_strategy
+from lit_opd.preflight import module_checks
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
 from lit_opd.preflight.run_folder import freed_bytes, require_free
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
+from lit_opd.preflight.strategy_checks import check_strategy
+from lit_opd.preflight.subject import Subject
+from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
 
 Status = Literal["ok", "warning", "error"]
@@ -53,7 +57,7 @@ class Finding:
     name: str = ""
 
 
-class Run:
+class PlannedRun:
     """What the checks look at.
 
     Args:
@@ -67,7 +71,14 @@ class Run:
     """
 
     def __init__(
-        self, *, module: Any, data: Any, trainer: Any, plan: Plan, run_dir: Path, settings: Mapping[str, Any]
+        self,
+        *,
+        module: Subject,
+        data: PromptDataModule,
+        trainer: Trainer,
+        plan: Plan,
+        run_dir: Path,
+        settings: Mapping[str, Any],
     ) -> None:
         self.module, self.data, self.trainer = module, data, trainer
         self.plan, self.run_dir, self.settings = plan, run_dir, settings
@@ -95,15 +106,15 @@ class Run:
 # -- models and data ---------------------------------------------------------------------------------------------------
 
 
-def config(run: Run) -> Finding:
+def config(run: PlannedRun) -> Finding:
     """That it was read: the parser has refused unknown keys and values by now."""
     files = ", ".join(str(path) for path in run.settings.get("config") or []) or "no file"
     module = run.module
-    used = f"{type(module.teacher).__name__}, {type(module.sampler).__name__}, {type(module.weighting).__name__}"
-    return Finding("ok", f"{files}: {used}, {type(module.objective).__name__}")
+    used = f"{type(module.teacher).__name__}, {type(module.sampler).__name__}, {type(module.recipe.weighting).__name__}"
+    return Finding("ok", f"{files}: {used}, {type(module.recipe.objective).__name__}")
 
 
-def trainer(run: Run) -> Finding:
+def trainer(run: PlannedRun) -> Finding:
     """Settings that this module's own optimisation follows, and a strategy that works."""
     strategy = run.plan.strategy
     known = ("auto", *StrategyRegistry.available_strategies())
@@ -111,16 +122,16 @@ def trainer(run: Run) -> Finding:
         return Finding("error", f"`trainer.strategy` must be a strategy Lightning knows, got {strategy!r}",
                        "give one of its names, or a class path with arguments (lightning.pytorch.strategies....)")  # fmt: skip
     check_strategy(strategy)
-    run.module.check_trainer()
+    module_checks.check_trainer(run.module)
     return Finding("ok", run.plan.describe())
 
 
-def tokenizers(run: Run) -> Finding:
+def tokenizers(run: PlannedRun) -> Finding:
     """The same tokens have the same ids in all models."""
     return Finding("ok", f"{run.module.vocabulary} vocabulary entries shared by student and teacher")
 
 
-def data(run: Run) -> Finding:
+def data(run: PlannedRun) -> Finding:
     """Every source can be read, rendered and leaves prompts."""
     run.data.use_tokenizer(run.module.tokenizer)
     run.data.trainer = run.trainer
@@ -131,7 +142,7 @@ def data(run: Run) -> Finding:
     return Finding("ok", "; ".join([counts, *said]))
 
 
-def templates(run: Run) -> Finding:
+def templates(run: PlannedRun) -> Finding:
     """Who renders the prompts that the teacher reads."""
     if run.data.teacher_encoder is not None:
         return Finding(
@@ -149,59 +160,59 @@ def templates(run: Run) -> Finding:
     return Finding("ok", "student and teacher read the same prompt tokens")
 
 
-def stop_ids(run: Run) -> Finding:
+def stop_ids(run: PlannedRun) -> Finding:
     """Both sides end a response with the same tokens."""
     ids = run.module.stop_ids
     names = ", ".join(f"{run.module.tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in ids)
-    for warning in run.module.stop_warnings():
+    for warning in module_checks.stop_warnings(run.module):
         return _split("warning", warning)
     return Finding("ok", f"a response ends at {names}, for the teacher too")
 
 
-def signals(run: Run) -> Finding:
+def signals(run: PlannedRun) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
-    run.module.check_scorers()
-    run.module.check_rollout_stop(sharded=run.plan.shards > 1)
-    for warning in run.module.setting_warnings():
+    module_checks.check_scorers(run.module)
+    module_checks.check_rollout_stop(run.module, sharded=run.plan.shards > 1)
+    for warning in module_checks.setting_warnings(run.module):
         return _split("warning", warning)
-    read = ", ".join(sorted(run.module.required)) or "nothing beyond log-probs"
+    read = ", ".join(sorted(run.module.recipe.required)) or "nothing beyond log-probs"
     return Finding("ok", f"reads {read}")
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
-def batch(run: Run) -> Finding:
+def batch(run: PlannedRun) -> Finding:
     """The batch divides over the planned ranks."""
-    run.module.check_batch(run.data, ranks=run.plan.ranks)
+    module_checks.check_batch(run.module, run.data, ranks=run.plan.ranks)
     rows = run.data.prompt_batch // run.plan.ranks * run.data.samples_per_prompt
     return Finding("ok", f"{rows} rows on each of {run.plan.ranks} rank(s)")
 
 
-def window(run: Run) -> Finding:
+def window(run: PlannedRun) -> Finding:
     """Prompt and response fit into the context."""
-    run.module.check_window(run.data)
+    module_checks.check_window(run.module, run.data)
     length = run.data.max_prompt_tokens + run.module.sampler.max_new_tokens
     config = run.module.student_config.get_text_config()
     return Finding("ok", f"{length} of {getattr(config, 'max_position_embeddings', 'unknown')} tokens")
 
 
-def token_budget(run: Run) -> Finding:
+def token_budget(run: PlannedRun) -> Finding:
     """A micro-batch holds the longest row."""
-    run.module.check_token_budget(run.data)
+    module_checks.check_token_budget(run.module, run.data)
     limit = run.module.token_budget
     return Finding("ok", "all rows of a rank in one micro-batch" if limit is None else f"{limit} tokens a micro-batch")
 
 
-def servers(run: Run) -> Finding:
+def servers(run: PlannedRun) -> Finding:
     """Servers answer, with the right model and room for the longest row."""
-    run.module.check_servers(run.data)
+    module_checks.check_servers(run.module, run.data)
     parts = [run.module.sampler, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
     urls = [url for part in parts for url in getattr(getattr(part, "servers", None), "urls", ())]
     return Finding("ok", f"answering: {', '.join(map(str, urls))}" if urls else "none is used")
 
 
-def memory(run: Run) -> Finding:
+def memory(run: PlannedRun) -> Finding:
     """The estimated peak of a rank against its memory."""
     try:
         found = run.budget
@@ -220,7 +231,7 @@ def memory(run: Run) -> Finding:
 # -- real models -------------------------------------------------------------------------------------------------------
 
 
-def logprobs(run: Run) -> Finding:
+def logprobs(run: PlannedRun) -> Finding:
     """The sampler draws from the distribution that the student's scorer scores, and every scorer is finite."""
     try:
         found = run.probe
@@ -238,7 +249,7 @@ def logprobs(run: Run) -> Finding:
     return Finding("ok", f"{means}; mean |teacher - student| {found.disagreement:.2g}")
 
 
-def own_teacher(run: Run) -> Finding:
+def own_teacher(run: PlannedRun) -> Finding:
     """A student that is its own teacher has nothing to learn: A = 0."""
     try:
         found = run.probe
@@ -262,7 +273,7 @@ def _not_probed(reason: NotProbed) -> Finding:
 # -- files and accounts ------------------------------------------------------------------------------------------------
 
 
-def run_folder(run: Run) -> Finding:
+def run_folder(run: PlannedRun) -> Finding:
     """New or empty, and writable."""
     require_free(run.run_dir, run.settings)
     for folder in dict.fromkeys([_existing(run.run_dir), _existing(run.run_dir / "checkpoints")]):
@@ -271,7 +282,7 @@ def run_folder(run: Run) -> Finding:
     return Finding("ok", str(run.run_dir))
 
 
-def disk(run: Run) -> Finding:
+def disk(run: PlannedRun) -> Finding:
     """Room for the checkpoints a run keeps, and the exported student, beside what it deletes of former ones."""
     try:
         written = _written(run)
@@ -295,7 +306,7 @@ def disk(run: Run) -> Finding:
     return Finding("ok", ", ".join(found))
 
 
-def wandb(run: Run) -> Finding:
+def wandb(run: PlannedRun) -> Finding:
     """Online needs a key."""
     options = run.settings.get("wandb") or {}
     mode = options.get("mode", "offline")
@@ -305,7 +316,7 @@ def wandb(run: Run) -> Finding:
     return Finding("ok", mode)
 
 
-def callbacks(run: Run) -> Finding:
+def callbacks(run: PlannedRun) -> Finding:
     """The callbacks' own checks."""
     checked = [callback for callback in run.trainer.callbacks if hasattr(callback, "check")]
     for callback in checked:
@@ -313,7 +324,7 @@ def callbacks(run: Run) -> Finding:
     return Finding("ok", ", ".join(type(callback).__name__ for callback in checked) or "none has a check of its own")
 
 
-Check = Callable[[Run], Finding]
+Check = Callable[[PlannedRun], Finding]
 CHECKS: dict[str, Check] = {
     "config": config,
     "trainer": trainer,
@@ -337,7 +348,7 @@ CHECKS: dict[str, Check] = {
 CHEAP = ("run folder", "disk", "W&B")  # what a fit asks by itself beside its own checks
 
 
-def examine(run: Run, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
+def examine(run: PlannedRun, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
     """One finding a check, in their order; none stops another."""
     findings = []
     for name, check in checks.items():
@@ -347,7 +358,7 @@ def examine(run: Run, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
     return findings
 
 
-def require_machine(run: Run) -> None:
+def require_machine(run: PlannedRun) -> None:
     """The checks in ``CHEAP``.
 
     Raises:
@@ -358,7 +369,7 @@ def require_machine(run: Run) -> None:
             raise InputError("; ".join(filter(None, [finding.found, finding.remedy])))
 
 
-def _examined(run: Run, check: Check) -> Finding:
+def _examined(run: PlannedRun, check: Check) -> Finding:
     try:
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always", UserWarning)
@@ -377,7 +388,7 @@ def _split(status: Status, message: str) -> Finding:
     return Finding(status, found or message, remedy if found else "")
 
 
-def _written(run: Run) -> dict[Path, float]:
+def _written(run: PlannedRun) -> dict[Path, float]:
     """Bytes that the run keeps, by folder."""
     settings = run.module.student_settings
     size = model_size(run.module.student_config, lora=settings.lora, trust_remote_code=settings.trust_remote_code)

@@ -21,13 +21,15 @@ from lit_opd.preflight.memory import (
 )
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
+from lit_opd.preflight.subject import Subject
+from lit_opd.prompts import PromptDataModule
 from lit_opd.teacher import LocalTeacher, Teacher
 
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
 _STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")
 
 
-def estimate(module: Any, data: Any, plan: Plan) -> Budget:
+def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
     """The memory budget of one rank of a run.
 
     Args:
@@ -73,8 +75,8 @@ def shortage(found: Budget, plan: Plan) -> str:
     )
 
 
-def _workload(module: Any, data: Any, plan: Plan) -> Workload:
-    sampler, required = module.sampler, module.required
+def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
+    sampler, required = module.sampler, module.recipe.required
     scored = any(name in required for name in _STATISTICS)
     trained = "teacher_distribution" in required
     return Workload(
@@ -82,7 +84,7 @@ def _workload(module: Any, data: Any, plan: Plan) -> Workload:
         prompt=data.longest_prompt,
         response=sampler.max_new_tokens,
         token_budget=module.token_budget,
-        mini_batches=module.mini_batches,
+        mini_batches=module.recipe.mini_batches,
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
@@ -96,7 +98,7 @@ def _workload(module: Any, data: Any, plan: Plan) -> Workload:
     )
 
 
-def _validates(module: Any, data: Any) -> bool:
+def _validates(module: Subject, data: PromptDataModule) -> bool:
     settings = module.validation
     return bool((data.val or data.val_fraction) and (settings.greedy or settings.samples or settings.divergence))
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lit_opd.errors import InputError
+from lit_opd.run.lightning import data_parallel_size
 
 GIB = 2**30
 CGROUP_LIMIT = "/sys/fs/cgroup/memory.max"
@@ -105,7 +106,7 @@ def _devices(devices: Any, accelerator: str) -> int:
 
 def _shards(strategy: Any, ranks: int, nodes: int) -> int:
     if isinstance(strategy, ModelParallelStrategy):
-        size = strategy._data_parallel_size
+        size = data_parallel_size(strategy)
         return nodes if size == "auto" else int(size)
     named = strategy if isinstance(strategy, str) else ""
     return ranks if isinstance(strategy, FSDPStrategy) or named.startswith("fsdp") else 1

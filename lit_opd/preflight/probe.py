@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_opd.errors import InputError
 from lit_opd.preflight.plan import GIB, Plan, host_memory
 from lit_opd.preflight.sizes import NotEstimated, model_size
+from lit_opd.preflight.subject import Subject
+from lit_opd.prompts import PromptDataModule
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import Rollout
 
@@ -55,7 +57,7 @@ class Probe:
     own_bound: float
 
 
-def probe(module: Any, data: Any, trainer: Any, plan: Plan, *, deep: bool | None) -> Probe:
+def probe(module: Subject, data: PromptDataModule, trainer: Trainer, plan: Plan, *, deep: bool | None) -> Probe:
     """Load the models, sample ``ROWS`` short responses and score them.
 
     Args:
@@ -82,7 +84,7 @@ def probe(module: Any, data: Any, trainer: Any, plan: Plan, *, deep: bool | None
         ) from error
 
 
-def _require_wanted(module: Any, plan: Plan, deep: bool | None) -> None:
+def _require_wanted(module: Subject, plan: Plan, deep: bool | None) -> None:
     if deep is False:
         raise NotProbed("--deep false", by_choice=True)
     if not module.sampler.in_process:
@@ -101,11 +103,11 @@ def _require_wanted(module: Any, plan: Plan, deep: bool | None) -> None:
         raise NotProbed(f"the weights of {weights / GIB:.1f} GiB would be loaded on this machine's CPU")
 
 
-def _local(module: Any) -> list[LocalTeacher]:
+def _local(module: Subject) -> list[LocalTeacher]:
     return [part for scorer in module.scorers.values() for part in scorer.modules() if isinstance(part, LocalTeacher)]
 
 
-def _bytes(module: Any, path: str) -> int:
+def _bytes(module: Subject, path: str) -> int:
     from lit_opd.models.loading import load_config
 
     code = module.student_settings.trust_remote_code
@@ -115,7 +117,7 @@ def _bytes(module: Any, path: str) -> int:
         raise NotProbed(f"the size of {path} is not known: {error}") from error
 
 
-def _probed(module: Any, data: Any) -> Probe:
+def _probed(module: Subject, data: PromptDataModule) -> Probe:
     module.configure_model()
     batch = next(iter(data.train_dataloader()))
     settings = module.sampling_settings(max_new_tokens=min(TOKENS, module.sampler.max_new_tokens))
@@ -140,11 +142,11 @@ def _probed(module: Any, data: Any) -> Probe:
     )
 
 
-def _computes_in_half(module: Any) -> bool:
+def _computes_in_half(module: Subject) -> bool:
     return str(module.trainer.precision).startswith("bf16") or module.student_settings.dtype in ("bfloat16", "float16")
 
 
-def _own_signal(module: Any, rollout: Rollout, student: Tensor) -> float:
+def _own_signal(module: Subject, rollout: Rollout, student: Tensor) -> float:
     """Largest |teacher - student| where the teacher is the student, scored as a teacher and one row at a time."""
     own = LocalTeacher(module.student_settings.path)
     own.policy = module.student

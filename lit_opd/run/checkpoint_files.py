@@ -20,11 +20,11 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_opd.distributed import shared_failure
 from lit_opd.errors import InputError
+from lit_opd.run.lightning import dump_checkpoint, saves_shards
 from lit_opd.run.shard_index import refused
 
 LAST = "last.ckpt"
@@ -51,9 +51,7 @@ def save(trainer: Trainer, path: str | Path, weights_only: bool | None = None, l
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}{TEMPORARY}")
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(
-        bool(weights_only)
-    )  # None is False with a line in the log
+    checkpoint = dump_checkpoint(trainer, weights_only=bool(weights_only))  # None is False with a line in the log
     with shared_failure(), _explained(path, aside, first=trainer.is_global_zero):
         written = _write(trainer, checkpoint, aside)
         if trainer.is_global_zero:
@@ -67,7 +65,7 @@ def save(trainer: Trainer, path: str | Path, weights_only: bool | None = None, l
 def _write(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> dict[str, str] | None:
     """Write the state; the digest of what was handed to the disk where this process wrote it, else None."""
     strategy = trainer.strategy
-    if _saves_shards(strategy) or type(strategy.checkpoint_io) is not TorchCheckpointIO:
+    if saves_shards(strategy) or type(strategy.checkpoint_io) is not TorchCheckpointIO:
         strategy.save_checkpoint(checkpoint, path)
         return None
     if not trainer.is_global_zero:
@@ -107,12 +105,6 @@ def _refusal(state: Any) -> Exception | None:
     except Exception as error:  # as in counters
         return error
     return None
-
-
-def _saves_shards(strategy: Any) -> bool:
-    if isinstance(strategy, ModelParallelStrategy):
-        return strategy._save_distributed_checkpoint
-    return isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
 
 
 class _Hashed:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from lit_opd.files import append_whole, replace_or_refuse, replace_whole, warn_unwritten
+from lit_opd.run.lightning import KeptFileWriter
 
 
 def run_id(run_dir: Path) -> str | None:
@@ -23,26 +24,20 @@ def run_id(run_dir: Path) -> str | None:
     return max(found, key=lambda match: match[1])[2] if found else None
 
 
-class _Writer(ExperimentWriter):
+class _Writer(KeptFileWriter):
     """Keeps an existing file, which Lightning's own writer deletes, and never leaves a part of it."""
 
     def __init__(self, log_dir: str, *, continued: bool) -> None:
-        self._continued = continued
-        super().__init__(log_dir)
+        super().__init__(log_dir, continued=continued)
         self._path, self._refused = Path(self.metrics_file_path), False
         self.metrics_keys = _names(self._path)
-
-    def _check_log_dir_exists(self) -> None:
-        """An existing file is what we go on with."""
-        if not self._continued:
-            super()._check_log_dir_exists()
 
     def save(self) -> None:
         """Write what was recorded; what the disk does not take is written with the next lines, and a warning says so."""
         if not self.metrics:
             return
         try:
-            if self._record_new_keys() or not self._path.is_file():
+            if self.record_new_keys() or not self._path.is_file():
                 rewrite(self._path, self.metrics_keys, [*_rows(self._path), *self.metrics])
             else:
                 append_whole(self._path, _text(self.metrics_keys, self.metrics).encode())

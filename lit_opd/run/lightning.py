@@ -1,11 +1,179 @@
-"""All that is read or changed of Lightning behind its public names."""
+"""All that is read or changed of Lightning behind its public names: nothing else in this project touches a private one.
+
+Read and run with lightning 2.6; each function says what it relies on by its name and nothing more.
+"""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Mapping
 from typing import Any
 
+from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 
-def validation_due(trainer: Any, *, validated_at: int | None, at_start: bool) -> bool:
+__all__ = ["NoExperiment"]
+
+# -- strategies --------------------------------------------------------------------------------------------------------
+
+
+def tensor_parallel_size(strategy: Any) -> int | str:
+    """Ranks that share a layer under FSDP2's strategy; 1 under every other."""
+    return strategy._tensor_parallel_size if isinstance(strategy, ModelParallelStrategy) else 1
+
+
+def data_parallel_size(strategy: ModelParallelStrategy) -> int | str:
+    """Ranks over which FSDP2 spreads weights; "auto" is the number of nodes."""
+    return strategy._data_parallel_size
+
+
+def recomputes_activations(strategy: FSDPStrategy) -> dict[str, Any] | None:
+    """The arguments of FSDP1's own recomputation, None where it is off."""
+    return strategy._activation_checkpointing_kwargs
+
+
+def saves_shards(strategy: Any) -> bool:
+    """True where a checkpoint of the strategy is a folder of shards."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy._save_distributed_checkpoint
+    return isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
+
+
+def device_mesh(module: LightningModule) -> Any:
+    """The mesh that ``ModelParallelStrategy`` made for the module, else None."""
+    return getattr(module, "_device_mesh", None)
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The module's trainer, None where it has none (its public name raises then)."""
+    return module._trainer  # type: ignore[return-value]
+
+
+# -- the trainer's connectors ------------------------------------------------------------------------------------------
+
+
+def dump_checkpoint(trainer: Trainer, *, weights_only: bool) -> dict[str, Any]:
+    """The trainer's state; a collective where weights are sharded."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+def log_now(trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
+    """To the loggers, where this step is one to log. Lightning would do so after the batch's checkpoint: a kill in between
+    lost the line."""
+    connector = trainer._logger_connector
+    if connector.should_update_logs:
+        connector.log_metrics(dict(metrics))
+
+
+def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Give the trainer these callbacks, in the order in which it runs them."""
+    trainer.callbacks = trainer._callback_connector._reorder_callbacks(callbacks)  # type: ignore[attr-defined]
+
+
+def requeue_signal(trainer: Trainer) -> int | None:
+    """The signal at which a SLURM job is to be queued again, None where it is not."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return int(environment.requeue_signal or signal.SIGUSR1)
+    return None
+
+
+def take_sigterm(trainer: Trainer) -> bool:
+    """True where Lightning has received a SIGTERM, which is taken from it: it would end the run with nothing saved."""
+    connector = trainer._signal_connector
+    received, connector.received_sigterm = connector.received_sigterm, False
+    return received
+
+
+def restore_handlers(trainer: Trainer, former: Mapping[int, Any]) -> bool:
+    """Let Lightning's teardown put ``former`` signal handlers back; False where it has put none of its own in place."""
+    kept = trainer._signal_connector._original_handlers
+    if kept:
+        kept |= former  # type: ignore[arg-type]
+    return bool(kept)
+
+
+def save_and_requeue(trainer: Trainer, signum: int) -> None:
+    """Save Lightning's checkpoint of a SLURM job, and queue the job again."""
+    trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+
+
+class EndedFits(Trainer):
+    """A fit that a kill ended after its last checkpoint has nothing to train, but its end is made: the last validation, the
+    exported student, the summary."""
+
+    def _run_stage(self) -> Any:
+        before = self.global_step
+        result = super()._run_stage()
+        if self.training and before and self.global_step == before and self.fit_loop.skip:
+            self.fit_loop.on_run_start()
+            self.fit_loop.on_run_end()
+        return result
+
+
+# -- loggers -----------------------------------------------------------------------------------------------------------
+
+
+class KeptFileWriter(ExperimentWriter):
+    """The writer of CSVLogger, which may go on with a file.
+
+    Args:
+        log_dir: folder of the file.
+        continued: an existing file is gone on with; False deletes it, as Lightning does.
+    """
+
+    def __init__(self, log_dir: str, *, continued: bool) -> None:
+        self._continued = continued
+        super().__init__(log_dir)
+
+    def _check_log_dir_exists(self) -> None:
+        if not self._continued:
+            super()._check_log_dir_exists()
+
+    def record_new_keys(self) -> bool:
+        """True where a recorded line has names that the header lacks, which are added to it."""
+        return bool(self._record_new_keys())
+
+
+def wandb_settings(logger: WandbLogger) -> dict[str, Any]:
+    """What the logger gives to ``wandb.init``; may be changed before its first use."""
+    return logger._wandb_init
+
+
+def wandb_is_offline(logger: WandbLogger) -> bool:
+    """Whether the run is offline."""
+    return logger._offline
+
+
+def take_wandb_offline(logger: WandbLogger) -> None:
+    """From its first use on."""
+    logger._offline, logger._wandb_init["mode"] = True, "offline"
+
+
+def begun_experiment(logger: Any) -> Any:
+    """The logger's experiment where it has begun, else None."""
+    return logger._experiment
+
+
+# -- loops -------------------------------------------------------------------------------------------------------------
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Run the fit loop's own validation loop, as Lightning does between training batches."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop.skip:
+        return
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+def validation_due(trainer: Trainer, *, validated_at: int | None, at_start: bool) -> bool:
     """True where the validation that belongs to the trainer's step is still to be made.
 
     Args:
@@ -47,7 +215,7 @@ def at_batch_end(loops: dict[str, Any], *, validating: bool) -> None:
         fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= bool(done)  # loading adds one
 
 
-def count_epoch(trainer: Any) -> None:
+def count_epoch(trainer: Trainer) -> None:
     """What Lightning's counters get wrong where a run goes on: at an epoch's end it forgets the next one, and so ends a later
     one too late; without a finished batch it counts one."""
     loop = trainer.fit_loop

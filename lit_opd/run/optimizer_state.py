@@ -1,4 +1,4 @@
-"""Optimizer state in checkpoints by parameter name, and what a strategy cannot go on from.
+"""Optimizer state in checkpoints by parameter name.
 
 A plain optimizer numbers its own parameters; Lightning's FSDP strategies number those of the whole module, the frozen
 teacher's included. Names mean the same in both, so a checkpoint of two processes goes on in one, and the other way.
@@ -6,14 +6,19 @@ teacher's included. Names mean the same in both, so a checkpoint of two processe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_opd.errors import InputError
 
 FSDP1_WRAPPER = "_fsdp_wrapped_module."
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 def plain_name(name: str) -> str:

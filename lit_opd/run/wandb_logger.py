@@ -8,11 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_opd.distributed import is_rank_zero
+from lit_opd.run.lightning import (
+    NoExperiment,
+    begun_experiment,
+    take_wandb_offline,
+    wandb_is_offline,
+    wandb_settings,
+)
 
 
 class RunWandbLogger(WandbLogger):
@@ -24,7 +30,7 @@ class RunWandbLogger(WandbLogger):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._wandb_init.pop("anonymous", None)  # Lightning passes None, and W&B warns about any value
+        wandb_settings(self).pop("anonymous", None)  # Lightning passes None, and W&B warns about any value
         self._lost = False
 
     @property
@@ -32,7 +38,7 @@ class RunWandbLogger(WandbLogger):
         """The W&B run; something that takes every call and does nothing once W&B is lost, and on ranks other than 0."""
         if self._lost or not is_rank_zero():
             return NoExperiment()
-        known = self._experiment is not None
+        known = begun_experiment(self) is not None
         run = self._guarded(self._begun)() or NoExperiment()
         if not known and not self._lost:
             for name in ("log", "finish"):
@@ -45,13 +51,13 @@ class RunWandbLogger(WandbLogger):
         try:
             return super().experiment
         except wandb.errors.CommError as error:
-            if self._offline:
+            if wandb_is_offline(self):
                 raise
             warnings.warn(
                 f"W&B cannot be reached ({_first_line(error)}): the run goes on offline; upload it later with `wandb sync`",
                 stacklevel=2,
             )
-            self._offline, self._wandb_init["mode"] = True, "offline"
+            take_wandb_offline(self)
             return super().experiment
 
     @rank_zero_only

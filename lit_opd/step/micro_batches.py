@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, out_of_memory
+from lit_opd.step.token_budget import TokenBudget
 from lit_opd.types import Rollout
+
+Result = TypeVar("Result")
 
 
 def free_memory() -> None:
@@ -54,3 +59,53 @@ def row_lengths(rollout: Rollout) -> Tensor:
     if rollout.prompts.teacher_mask is not None:
         prompt = torch.maximum(prompt, rollout.prompts.teacher_mask.sum(-1))
     return (prompt + rollout.lengths).cpu()
+
+
+class MicroBatches:
+    """The micro-batches of one rollout batch: cut by the token budget, and again by a smaller one after memory ran out.
+
+    Args:
+        rollout: B rows.
+        budget: in force; halved where memory runs out.
+        configured: ``model.token_budget``.
+    """
+
+    def __init__(self, rollout: Rollout, budget: TokenBudget, configured: int | None) -> None:
+        self.rollout, self.budget, self.configured = rollout, budget, configured
+        self.lengths = row_lengths(rollout)
+        self._running = torch.arange(0)  # rows of the micro-batch that runs
+
+    def groups(self, rows: Tensor) -> list[Tensor]:
+        """``rows``, int64 [R] on the CPU, cut into micro-batches, int64 each."""
+        lengths = self.lengths[rows]
+        budget = self.budget.budget(self.configured, lengths)
+        return [rows[group] for group in micro_batches(lengths, token_budget=budget)]
+
+    def take(self, rows: Tensor) -> Rollout:
+        """The micro-batch of ``rows``, int64 [R], which runs now."""
+        self._running = rows
+        return self.rollout.rows(rows).trimmed()
+
+    def attempt(
+        self, rows: Tensor, work: Callable[[list[Tensor]], Result], *, step: int, undo: Callable[[], None]
+    ) -> Result:
+        """``work`` on the micro-batches of ``rows``; where memory runs out, once more from the start with smaller ones.
+
+        Args:
+            rows: int64 [R].
+            work: of what ``groups`` gives.
+            step: the optimizer step that is made, for the message.
+            undo: forgets what a failed attempt left behind.
+        """
+        self._running = rows
+        while True:
+            try:
+                return work(self.groups(rows))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                lengths = self.lengths[self._running]
+                size = {"rows": len(lengths), "longest": int(lengths.max())}
+                self.budget.halve(self.configured, **size, step=step, error=error)
+            undo()  # outside the handler: the traceback holds what the attempt allocated
+            free_memory()

@@ -1,19 +1,92 @@
-"""How a gradient becomes a change of weights."""
+"""How a gradient becomes a change of weights: what an update asks of whoever owns them."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
+import lightning as L
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_opd.models.sharding import sync_gradients
+from lit_opd.errors import memory_for
+from lit_opd.models.sharding import clip_gradients, sync_gradients
+
+LESS_MEMORY = "take an optimizer with less state, set `model.student.lora`, or shard the weights over more devices"
 
 
-def synchronised(module: Any, *, last: bool) -> Any:
-    """Gradient reduction over ranks on the last micro-batch only."""
-    sync_gradients(module.student, last)
-    model = module.trainer.strategy.model
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return nullcontext()
+class Optimisation(Protocol):
+    """The optimizer steps of a student, as ``Update`` makes them."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made so far."""
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around one micro-batch: gradients are reduced over ranks at the ``last`` one only."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, a scalar."""
+
+    def clip(self) -> Tensor:
+        """Scale the gradients to the bound; their global norm before, scalar."""
+
+    def apply(self) -> None:
+        """One optimizer step; afterwards there is no gradient. Without any gradient no weight changes, and the step counts."""
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+
+
+class LightningOptimisation:
+    """By the optimizer, schedule, precision plugin and strategy of a LightningModule in a fit.
+
+    Args:
+        module: under manual optimisation.
+        student: the part that is trained.
+        clip_norm: bound of the global gradient norm, None for none.
+    """
+
+    def __init__(self, module: L.LightningModule, student: nn.Module, *, clip_norm: float | None) -> None:
+        self.module, self.student = module, student
+        self.bound = float("inf") if clip_norm is None else clip_norm
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.module.optimizers()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made so far."""
+        return self.module.global_step
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradient reduction over ranks on the last micro-batch only."""
+        sync_gradients(self.student, last)
+        model = self.module.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Through the precision plugin."""
+        self.module.manual_backward(loss)
+
+    def clip(self) -> Tensor:
+        """Scale the gradients to the bound; returns the global norm before, scalar."""
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        with memory_for("clipping the gradients", LESS_MEMORY):
+            return clip_gradients(self.student, parameters, self.bound).detach()
+
+    def apply(self) -> None:
+        """Step, schedule, clear."""
+        scheduler: Any = self.module.lr_schedulers()
+        with memory_for("updating the weights", LESS_MEMORY, torn=True):
+            self._optimizer.step()
+        self.clear()
+        if scheduler is not None:
+            scheduler.step()
+
+    def clear(self) -> None:
+        """No weight has a gradient."""
+        self._optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +56,46 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/stopped_fraction": drift / rows,
         "train/response_length": held / rows,
     }
+
+
+def logged(
+    record: StepRecord,
+    *,
+    loss: Tensor,
+    skipped_steps: int,
+    learning_rate: float,
+    max_new_tokens: int,
+    length_budget: int | None,
+    stops_early: bool,
+) -> dict[str, Tensor]:
+    """Everything that a training step logs, float64 scalars by metric name: counts stay exact.
+
+    Args:
+        record: of the batch.
+        loss: mean reported loss of its steps, scalar.
+        skipped_steps: optimizer steps that were not made since the run began.
+        learning_rate: of the first parameter group.
+        max_new_tokens: the sampler's.
+        length_budget: tokens a response might have at this step, None without a budget.
+        stops_early: something ends responses before ``max_new_tokens``.
+    """
+    values: dict[str, Any] = {
+        "train/loss": torch.full_like(loss, math.nan) if record.skipped else loss,
+        "train/skipped_steps": skipped_steps,
+        **scalars(record),
+    }
+    if length_budget is not None:
+        values["train/length_budget"] = length_budget
+    if stops_early:
+        values["train/tokens_saved_at_most"] = _saved(record, max_new_tokens)
+    values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
+    values["train/learning_rate"] = learning_rate
+    values["step"] = record.step  # Lightning would count batches, from 0
+    return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def _saved(record: StepRecord, max_new_tokens: int) -> Tensor:
+    """Tokens that the rows cut by the budget or the stop could still have had, over all ranks, scalar."""
+    rollout = record.rollout  # which has all of these rows, whatever `truncated` is
+    cut = (rollout.finish_reason == int(FinishReason.BUDGET)) | (rollout.finish_reason == int(FinishReason.DRIFT))
+    return all_sum((max_new_tokens - rollout.num_drawn)[cut].sum())

@@ -1,22 +1,40 @@
-"""The scores of a rollout batch: the frozen models' and the student's."""
+"""The scores of a rollout batch by the frozen models and by the student, micro-batch by micro-batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lit_opd.advantage import apply_transforms
+from lit_opd.distributed import largest, shared_failure
+from lit_opd.models.sharding import holds_shards
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.step.micro_batches import MicroBatches
+from lit_opd.step.recipe import Recipe
 from lit_opd.step.skips import finite
-from lit_opd.types import TokenScores, TokenSignal, TopK
+from lit_opd.teacher.base import Teacher
+from lit_opd.types import Rollout, TokenScores, TokenSignal, TopK
 
-_SIGNAL_FIELDS = (
+Listener = Callable[[str, int, int], None]  # name of a phase, parts done, parts in all
+
+STUDENT_WANTS = {
+    "student_entropy": "entropy",
+    "student_topk": "topk",
+    "token_kl": "token_kl",
+}  # as its forward names them
+READ_BESIDE_THE_STUDENT = frozenset({"token_kl", "teacher_distribution"})  # what needs the teacher's output head
+SIGNAL_FIELDS = (
     "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
 )  # fmt: skip
 
 
-class _Parts:
+class ScoreBuffer:
     """Results collected from micro-batches by ``TokenSignal`` field (or "weights", "loss", "clipped"), [B, T] or
     [B, T, K], in the batch's row order; a top-k list is two of them."""
 
@@ -43,7 +61,7 @@ class _Parts:
     def signal_fields(self, rows: Tensor, columns: int) -> dict[str, Any]:
         """The optional and required fields of a ``TokenSignal`` of ``rows``, int64 [R], and the leading columns, finite."""
         cut = {name: value[rows.to(value.device), :columns] for name, value in self.values.items()}
-        fields: dict[str, Any] = {name: finite(cut[name]) for name in _SIGNAL_FIELDS if name in cut}
+        fields: dict[str, Any] = {name: finite(cut[name]) for name in SIGNAL_FIELDS if name in cut}
         for name in ("student_topk", "teacher_topk"):
             if f"{name}.ids" in cut:
                 logprobs = cut[f"{name}.logprobs"].nan_to_num(neginf=-math.inf)  # no mass is a fair answer
@@ -51,7 +69,7 @@ class _Parts:
         return fields
 
 
-def _cut(signal: TokenSignal, columns: int) -> TokenSignal:
+def leading_columns(signal: TokenSignal, columns: int) -> TokenSignal:
     """The leading columns of a signal."""
     changes: dict[str, Any] = {}
     for field in fields(signal):
@@ -61,3 +79,193 @@ def _cut(signal: TokenSignal, columns: int) -> TokenSignal:
         elif isinstance(value, Tensor) and value.ndim > 1:
             changes[field.name] = value[:, :columns]
     return replace(signal, **(changes | {"validate": False}))
+
+
+class Scores:
+    """What the models say of one rollout batch. Owns the teacher's hidden states, by micro-batch, between scoring and update.
+
+    Args:
+        student: scores with gradient where one is wanted.
+        scorers: the frozen models by role: "teacher", maybe "reference".
+        recipe: what reads the scores.
+        rollout: B rows.
+        temperature: of sampling and scoring.
+        step: optimizer steps made before this batch.
+    """
+
+    def __init__(
+        self,
+        student: ScoringModel,
+        scorers: Mapping[str, Teacher],
+        recipe: Recipe,
+        rollout: Rollout,
+        *,
+        temperature: float,
+        step: int,
+    ) -> None:
+        self._student, self.scorers, self.recipe = student, scorers, recipe
+        self.rollout, self.temperature, self.step = rollout, temperature, step
+        self.buffer = ScoreBuffer(rollout.mask)
+        self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
+        self._states: dict[tuple[int, ...], Tensor] = {}  # the teacher's [N, H], by the rows of the micro-batch
+
+    @property
+    def teacher(self) -> Teacher:
+        """Whose signal is learned from."""
+        return self.scorers["teacher"]
+
+    # -- the frozen models -------------------------------------------------------------------------------------------
+
+    def score_frozen(self, batches: MicroBatches, listener: Listener) -> None:
+        """Scores of the whole batch by the frozen models."""
+        rows, device = torch.arange(len(self.rollout)), self.rollout.mask.device
+        with shared_failure():  # a row over the budget is every rank's error
+            groups = batches.groups(rows)
+        most = largest(len(groups), device)  # a collective, which the block below must not hold
+
+        def score(groups: list[Tensor]) -> None:
+            total = max(most, len(groups))
+            for index in range(total):
+                self._score_frozen(batches, groups[index] if index < len(groups) else groups[0])
+                listener("scoring", index + 1, total)
+
+        with ExitStack() as stack:
+            for model in self.scorers.values():
+                stack.enter_context(model.on_device(device))
+            if not any(holds_shards(model) for model in self.scorers.values()):
+                stack.enter_context(shared_failure())  # sharded models talk to each other while they score
+            batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
+
+    def _score_frozen(self, batches: MicroBatches, rows: Tensor) -> None:
+        part = batches.take(rows)
+        for who, model in self.scorers.items():
+            requires = self.recipe.required if who == "teacher" else frozenset()
+            if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
+                scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
+            else:
+                # mini-batches are cut otherwise, so states kept for their updates would not be found
+                again = requires - {"teacher_distribution"} if self.recipe.mini_batches > 1 else requires
+                scores = model.score(part, temperature=self.temperature, requires=again)
+            self.buffer.put_scores(who, rows, scores)
+            if scores.states is not None:
+                self._states[_key(rows)] = scores.states
+
+    def forget(self) -> None:
+        """Drop the hidden states: the micro-batches that come are cut otherwise."""
+        self._states.clear()
+
+    @contextmanager
+    def teacher_head(self) -> Iterator[None]:
+        """The teacher's weights on the device while the block runs, where its head is read beside the student's."""
+        reads = self.recipe.required & READ_BESIDE_THE_STUDENT
+        with self.teacher.on_device(self.rollout.mask.device) if reads else nullcontext():
+            yield
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Keeps the teacher's head usable for the backward pass of what ``student`` returned."""
+        return self.teacher.whole_head()
+
+    # -- the student -------------------------------------------------------------------------------------------------
+
+    def score_student(self, batches: MicroBatches) -> TokenSignal:
+        """The student's scores of the whole batch without gradient, and the signal they complete."""
+        rows = torch.arange(len(self.rollout))
+
+        def score(groups: list[Tensor]) -> None:
+            for index in range(largest(len(groups), self.rollout.mask.device)):
+                part = groups[index] if index < len(groups) else groups[0]
+                with self.whole_head():
+                    self.buffer.put_scores("student", part, self.student(batches.take(part), part))
+
+        with torch.no_grad(), self.teacher_head():
+            batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
+        self.full = self.signal(self.rollout, rows)
+        return self.full
+
+    def student(self, part: Rollout, rows: Tensor) -> TokenScores:
+        """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted.
+
+        Args:
+            part: the micro-batch.
+            rows: int64 [R], its rows in the batch.
+        """
+        lacking = self.recipe.required if self.full is None else frozenset()
+        wants = frozenset(want for name, want in STUDENT_WANTS.items() if name in lacking)
+        on_distribution = torch.is_grad_enabled() and "teacher_distribution" in self.recipe.objective.requires
+        against = None
+        if on_distribution or "token_kl" in wants:
+            against = self.teacher.full_head(part, states=self._states.get(_key(rows)))
+        scores: TokenScores = self._student(
+            part,
+            temperature=self.temperature,
+            wants=wants,
+            against=against,
+            divergence=self.recipe.objective.token_divergence if on_distribution else None,
+        )
+        return scores
+
+    def nothing(self) -> Tensor:
+        """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
+        row = torch.zeros(1, dtype=torch.int64)
+        return self.student(self.rollout.rows(row).trimmed(), row).logprobs.sum() * 0.0
+
+    # -- the signal --------------------------------------------------------------------------------------------------
+
+    def signal(self, part: Rollout, rows: Tensor) -> TokenSignal:
+        """The signal of ``part``, the batch's ``rows`` (int64 [R]); 0 in place of what is not finite."""
+        signal = TokenSignal(
+            **self.buffer.signal_fields(rows, part.mask.shape[1]),
+            mask=part.mask,
+            sampler_logprobs=finite(part.sampler_logprobs),
+            row_keys=part.prompts.row_keys,
+            step=self.step,
+            validate=False,
+        )
+        return apply_transforms(list(self.recipe.advantage), signal)
+
+    def values(self) -> dict[str, Tensor]:
+        """Everything that must be finite, and more, as it came from the models: [B, T, ...] by field."""
+        return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.buffer.values}
+
+
+def _key(rows: Tensor) -> tuple[int, ...]:
+    """``rows`` are on the CPU: this reads no device."""
+    return tuple(rows.tolist())
+
+
+@torch.no_grad()
+def student_signal(
+    student: ScoringModel, teacher: Teacher, rollout: Rollout, *, temperature: float, reads: frozenset[str], step: int
+) -> TokenSignal:
+    """The signal of a rollout that is not trained on.
+
+    Args:
+        student: scores it.
+        teacher: scores it; gives full-vocabulary KL(student || teacher) where it can.
+        rollout: B rows.
+        temperature: of sampling and scoring.
+        reads: optional signal fields that are wanted, of those the teacher provides.
+        step: optimizer steps the student has seen.
+    """
+    device, full = rollout.mask.device, "token_kl" in teacher.provides
+    with teacher.on_device(device):
+        theirs = teacher.score(rollout, temperature=temperature, requires=reads & teacher.provides)
+    with teacher.on_device(device), teacher.whole_head():
+        against = teacher.full_head(rollout, states=theirs.states) if full else None
+        wants = frozenset({"token_kl"} if full else ()) | {
+            want for name, want in STUDENT_WANTS.items() if name in reads and name != "token_kl"
+        }
+        ours = student(rollout, temperature=temperature, wants=wants, against=against)
+    return TokenSignal(
+        student_logprobs=ours.logprobs,
+        teacher_logprobs=theirs.logprobs,
+        mask=rollout.mask,
+        row_keys=rollout.prompts.row_keys,
+        step=step,
+        sampler_logprobs=rollout.sampler_logprobs,
+        token_kl=ours.token_kl,
+        student_entropy=ours.entropy,
+        teacher_entropy=theirs.entropy,
+        student_topk=ours.topk,
+        teacher_topk=theirs.topk,
+    )

@@ -1,7 +1,7 @@
-"""Two faults inside a step: values that are no finite numbers, and memory that runs out.
+"""Values in a step that are no finite numbers.
 
 A step with a NaN or Inf is not made: its rows go to ``faults/step-N.safetensors`` and ``faults/step-N.json``, and after a few
-in a row the run stops. Where memory runs out in a micro-batch, the token budget is halved once and the step made again.
+in a row the run stops.
 """
 
 from __future__ import annotations
@@ -97,39 +97,36 @@ def _row(rollout: Rollout, row: int, **found: Any) -> BadRow:
 
 def save_fault(
     folder: Path, step: int, *, names: list[str], rows: list[BadRow], rollout: Rollout, values: Mapping[str, Tensor]
-) -> list[BadRow]:
+) -> None:
     """Write this rank's rows, and on rank 0 the list of all; called on every rank.
 
     Args:
         folder: ``faults`` of the run folder.
         step: the optimizer step that is not made.
         names: what is not finite, on any rank.
-        rows: this rank's, see ``bad_rows``.
+        rows: of all ranks.
         rollout: this rank's batch.
         values: [B, T, ...] by field, as they were.
-    Returns:
-        the rows of all ranks.
     """
-    index = torch.tensor(sorted({row.row for row in rows}), dtype=torch.int64, device=rollout.mask.device)
+    mine = sorted({row.row for row in rows if row.rank == rank()})
+    index = torch.tensor(mine, dtype=torch.int64, device=rollout.mask.device)
     prompts = rollout.prompts
     texts = {"prompt_ids": prompts.ids, "prompt_mask": prompts.mask, "row_keys": prompts.row_keys}
     texts |= {"response_ids": rollout.response_ids, "mask": rollout.mask}
-    if rows:
+    if mine:
         kept = {name: value[index].cpu().contiguous() for name, value in {**texts, **values}.items()} | {
             "rows": index.cpu()
         }
         suffix = f"-rank-{rank()}" if rank() else ""
         _write(folder / f"step-{step}{suffix}.safetensors", lambda path: save_file(kept, path))
-    everyone: list[BadRow] = gather_objects(rows)
     if is_rank_zero():
         found = {
             "step": step,
             "not_finite": names,
             "world_size": world_size(),
-            "rows": [asdict(row) for row in everyone],
+            "rows": [asdict(row) for row in rows],
         }
         _write(folder / f"step-{step}.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-    return everyone
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
@@ -146,14 +143,15 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 class Skips:
-    """Counts the steps that were not made, and ends the run after some in a row.
+    """Counts the steps that were not made, keeps their rows, and ends the run after some in a row.
 
     Args:
         most: rollout batches in a row; 0 and 1 end the run at the first.
+        folder: where the rows go; None keeps none.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, folder: Path | None = None) -> None:
+        self.most, self.folder = most, folder
         self.total = 0  # optimizer steps since the run began; goes into the checkpoint
         self.in_a_row = (
             0  # rollout batches; a run that goes on from a checkpoint starts at 0, to get past a bad stretch
@@ -163,22 +161,36 @@ class Skips:
         """A batch's steps were all made."""
         self.in_a_row = 0
 
-    def skipped(self, step: int, updates: int, *, names: list[str], rows: list[BadRow], folder: Path) -> None:
-        """Count, and warn on rank 0; the same on every rank.
+    def skipped(
+        self,
+        step: int,
+        updates: int,
+        *,
+        names: list[str],
+        rows: list[BadRow],
+        rollout: Rollout,
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """Keep the rows, count, and warn on rank 0; the same on every rank.
 
         Args:
             step: the optimizer step that is not made.
             updates: it, and those that the batch had left.
             names: what was not finite.
-            rows: of all ranks.
-            folder: where they are.
+            rows: this rank's.
+            rollout: this rank's batch.
+            values: [B, T, ...] by field, as they were.
         Raises:
             InputError: ``most`` batches in a row.
         """
         self.in_a_row += 1
+        rows, where = gather_objects(rows), ""
+        if self.folder is not None:
+            save_fault(self.folder, step, names=names, rows=rows, rollout=rollout, values=values)
+            where = f"; see {self.folder / f'step-{step}.json'}"
         shown = ", ".join(str(row) for row in rows[:NAMED_ROWS])
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-        what = f"{' and '.join(names)} not finite; {shown}{more}; see {folder / f'step-{step}.json'}"
+        what = f"{' and '.join(names)} not finite; {shown}{more}{where}"
         if self.in_a_row >= self.most:
             error = InputError(
                 f"`model.max_skipped_steps` allows no more: batch {self.in_a_row} in a row was not trained on, at optimizer "

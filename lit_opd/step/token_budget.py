@@ -10,7 +10,7 @@ from lit_opd.distributed import rank, world_size
 from lit_opd.errors import InputError, _reason
 
 
-class Room:
+class TokenBudget:
     """The token budget in force, which is halved once when memory runs out, for the rest of the run."""
 
     def __init__(self) -> None:

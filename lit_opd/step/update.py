@@ -6,235 +6,214 @@ without gradient; denominators are summed over micro-batches and ranks; then eac
 A rank with fewer micro-batches than another runs dummies of weight zero, because sharded collectives must match.
 
 A value that is not finite goes into the signal as 0, so that all ranks finish the backward pass; the one decision whether the
-step is made falls there, see ``faults.py``.
+step is made falls there, see ``skips.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from lit_opd.advantage import apply_transforms
-from lit_opd.distributed import all_max, all_sum, shared_failure, world_size
-from lit_opd.errors import InputError, out_of_memory
-from lit_opd.models.sharding import holds_shards
+from lit_opd.distributed import all_max, all_sum, largest, world_size
+from lit_opd.errors import InputError
 from lit_opd.objective import aggregate, denominator
-from lit_opd.step.micro_batches import free_memory, micro_batches, row_lengths
-from lit_opd.step.optimisation import synchronised
-from lit_opd.step.scores import _SIGNAL_FIELDS, _cut, _Parts
-from lit_opd.step.skips import FOLDER, GRADIENT, bad_rows, finite, is_bad, save_fault
-from lit_opd.types import FinishReason, Rollout, StepRecord, TokenScores, TokenSignal
+from lit_opd.step.micro_batches import MicroBatches
+from lit_opd.step.optimisation import Optimisation
+from lit_opd.step.recipe import Recipe
+from lit_opd.step.scores import SIGNAL_FIELDS, Listener, Scores, leading_columns
+from lit_opd.step.skips import GRADIENT, Skips, bad_rows, is_bad
+from lit_opd.types import Rollout, StepRecord, TokenScores, TokenSignal
 
-if TYPE_CHECKING:
-    from lit_opd.module import OPDModule
-
-Result = TypeVar("Result")
-_MUST_BE_FINITE = ("sampler_logprobs", *_SIGNAL_FIELDS)
-_STUDENT_WANTS = {"student_entropy": "entropy", "student_topk": "topk", "token_kl": "token_kl"}
+_MUST_BE_FINITE = ("sampler_logprobs", *SIGNAL_FIELDS)
 
 
-def apply_truncated(rollout: Rollout, policy: str) -> Rollout:
-    """Rows that reached ``max_new_tokens``, not those a length budget cut: "keep" trains on them, "mask" keeps the row without
-    any valid token, "drop" removes it before it is scored. Both of the latter leave every denominator. A batch left without
-    rows keeps one, fully masked."""
-    if policy == "keep":
-        return rollout
-    finished = rollout.finish_reason != int(FinishReason.LENGTH)
-    masked = replace(rollout, mask=rollout.mask & finished.unsqueeze(-1))
-    if policy == "mask":
-        return masked
-    rows = finished.nonzero().squeeze(-1)
-    return masked.rows(rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device))
+class Clock:
+    """Wall seconds of named phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
 
 
 class Update:
-    """Runs the optimizer steps of one rollout batch for ``module``.
+    """The optimizer steps of one rollout batch.
 
     Args:
-        module: the ``OPDModule``.
-        rollout: B rows, already without what ``truncated`` removes.
-        sampled: the rollout as sampled, for the record.
+        recipe: what is learned.
+        scores: of the batch, B rows, already without what ``truncated`` removes.
+        batches: its micro-batches.
+        optimisation: turns gradients into steps.
+        listener: told how far each phase is.
+        skips: counts the steps that are not made.
+        progress: of the training, in [0, 1], for the strategy.
+        max_logprob_gap: bound on the mean |student - sampler log-prob| in nats, None for none.
     """
 
-    def __init__(self, module: OPDModule, rollout: Rollout, sampled: Rollout) -> None:
-        self.module, self.rollout, self.sampled = module, rollout, sampled
-        self.progress = module.progress
-        self.step = module.global_step
-        self.lengths = row_lengths(rollout)
-        self.parts = _Parts(rollout.mask)
-        self.attempted = torch.arange(0)  # rows of the micro-batch that runs
+    def __init__(
+        self,
+        recipe: Recipe,
+        scores: Scores,
+        batches: MicroBatches,
+        optimisation: Optimisation,
+        listener: Listener,
+        *,
+        skips: Skips,
+        progress: float,
+        max_logprob_gap: float | None = None,
+    ) -> None:
+        self.recipe, self.scores, self.batches = recipe, scores, batches
+        self.optimisation, self.listener, self.skips = optimisation, listener, skips
+        self.progress, self.max_logprob_gap = progress, max_logprob_gap
+        self.rollout, self.step = scores.rollout, optimisation.step
         self.skipped = False
-        self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
-        self.weights: Tensor | None = None
+        self.weights: Tensor | None = None  # of the whole batch, where one scoring pass came first
         self.kept: Tensor | None = None
+        self.loss = torch.zeros(())  # mean reported loss of the steps made, scalar
+
+    def run(self, sampled: Rollout | None = None, clock: Clock | None = None) -> StepRecord:
+        """Score the batch and make all of its steps, or those before one that is not finite.
+
+        Args:
+            sampled: the rollout as it was sampled, for the record; None where it is the batch.
+            clock: has measured what came before.
+        """
+        clock = clock or Clock()
+        with clock("scoring"):
+            self._score()
+        with clock("updating"):
+            self.loss = self._steps()
+        return self._record(sampled or self.rollout, clock.seconds)
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
-    def score_teacher(self) -> None:
-        """Scores of the whole batch by the frozen models, in micro-batches."""
-        rows = torch.arange(len(self.rollout))
-        with shared_failure():  # a row over the budget is every rank's error
-            groups = self._groups(rows)
-        most = self._most(len(groups))  # a collective, which the block below must not hold
-        with ExitStack() as stack:
-            for model in self.module.scorers.values():
-                stack.enter_context(model.on_device(self.rollout.mask.device))
-            if not any(holds_shards(model) for model in self.module.scorers.values()):
-                stack.enter_context(shared_failure())  # sharded models talk to each other while they score
-            self._in_micro_batches(rows, lambda groups: self._score_groups(groups, max(most, len(groups))))
-
-    def _score_groups(self, groups: list[Tensor], total: int) -> None:
-        for index in range(total):
-            self._score_group(groups[index] if index < len(groups) else groups[0])
-            self.module.phase("scoring", index + 1, total)
-
-    def _score_group(self, rows: Tensor) -> None:
-        part = self._part(rows)
-        for who, model in self.module.scorers.items():
-            requires = self.module.required if who == "teacher" else frozenset()
-            if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
-                scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
-            else:
-                # mini-batches are cut otherwise, so what the teacher kept for their updates would not be found
-                again = requires - {"teacher_distribution"} if self.module.mini_batches > 1 else requires
-                scores = model.score(part, temperature=self.module.sampler.temperature, requires=again)
-            self.parts.put_scores(who, rows, scores)
-
-    def score_student(self) -> None:
-        """The student's scores without gradient, where the weights or the denominators need them first."""
-        if not self.module.needs_scoring_pass:
-            return
-        with torch.no_grad(), self._teacher_head():
-            self._in_micro_batches(torch.arange(len(self.rollout)), self._score_groups_of_student)
-        self.full = self._signal(self.rollout)
-        self.weights = self.module.weighting(self.full, self.progress)
-        self.kept = self.module.weighting.kept(self.full, self.progress)
-
-    def _score_groups_of_student(self, groups: list[Tensor]) -> None:
-        for index in range(self._most(len(groups))):
-            rows = groups[index] if index < len(groups) else groups[0]
-            with self.module.teacher.whole_head():
-                self.parts.put_scores("student", rows, self._student_scores(self._part(rows)))
-
-    def _student_scores(self, part: Rollout) -> TokenScores:
-        """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted."""
-        assert self.module.student is not None
-        lacking = self.module.required if self.full is None else frozenset()
-        wants = frozenset(want for name, want in _STUDENT_WANTS.items() if name in lacking)
-        divergence = self.module.objective.token_divergence if self._trains_on_distribution else None
-        scores: TokenScores = self.module.student(
-            part,
-            temperature=self.module.sampler.temperature,
-            wants=wants,
-            against=self.module.teacher.full_head(part) if divergence or "token_kl" in wants else None,
-            divergence=divergence,
-        )
-        return scores
-
-    def _teacher_head(self) -> AbstractContextManager[None]:
-        """The teacher's weights on the device, where its head is read beside the student's."""
-        reads = self.module.required & {"token_kl", "teacher_distribution"}
-        return self.module.teacher.on_device(self.rollout.mask.device) if reads else nullcontext()
-
-    @property
-    def _trains_on_distribution(self) -> bool:
-        return torch.is_grad_enabled() and "teacher_distribution" in self.module.objective.requires
-
-    def _signal(self, rollout: Rollout, *, rows: Tensor | None = None) -> TokenSignal:
-        """The signal of ``rollout``, which is the batch's ``rows`` (default all of them); 0 in place of what is not finite."""
-        rows = torch.arange(len(rollout)) if rows is None else rows
-        signal = TokenSignal(
-            **self.parts.signal_fields(rows, rollout.mask.shape[1]),
-            mask=rollout.mask,
-            sampler_logprobs=finite(rollout.sampler_logprobs),
-            row_keys=rollout.prompts.row_keys,
-            step=self.step,
-            validate=False,
-        )
-        return apply_transforms(self.module.advantage, signal)
+    def _score(self) -> None:
+        self.scores.score_frozen(self.batches, self.listener)
+        if self.recipe.needs_scoring_pass:
+            full = self.scores.score_student(self.batches)
+            self.weights = self.recipe.weighting(full, self.progress)
+            self.kept = self.recipe.weighting.kept(full, self.progress)
 
     # -- updating ----------------------------------------------------------------------------------------------------
 
-    def run(self) -> Tensor:
-        """All optimizer steps of the batch, or those before one that is not finite; returns the mean reported loss, scalar."""
-        module = self.module
-        chunks = torch.tensor_split(torch.arange(len(self.rollout)), module.mini_batches) * module.epochs
+    def _steps(self) -> Tensor:
+        recipe = self.recipe
+        chunks = torch.tensor_split(torch.arange(len(self.rollout)), recipe.mini_batches) * recipe.epochs
         losses: list[Tensor] = []
-        if module.mini_batches > 1:
-            self._forget()
-        with self._teacher_head():
+        if recipe.mini_batches > 1:
+            self.scores.forget()
+        with self.scores.teacher_head():
             for done, chunk in enumerate(chunks):
                 losses.append(self._optimizer_step(chunk, left=len(chunks) - done))
                 if self.skipped:
                     break
-                module.phase("updating", done + 1, len(chunks))
+                self.listener("updating", done + 1, len(chunks))
             else:
-                module.skips.made()
+                self.skips.made()
         return torch.stack(losses).mean()
 
     def _optimizer_step(self, rows: Tensor, *, left: int) -> Tensor:
         """The step on ``rows``, the first of ``left``; all of them are skipped where something is not finite."""
-        loss = self._in_micro_batches(rows, lambda groups: self._backward(groups, self._denominator(rows)))
-        self.grad_norm = self.module.clip()
+        loss = self.batches.attempt(
+            rows,
+            lambda groups: self._backward(groups, self._denominator(rows)),
+            step=self.optimisation.step + 1,
+            undo=self._undo,
+        )
+        self.grad_norm = self.optimisation.clip()
         names = self._not_finite()
         if names:
             self._skip(rows, names, left)
         else:
             self._check_sampler_gap(rows)
-            self.module.apply_gradients()
+            self.optimisation.apply()
         return all_sum(loss)
+
+    def _undo(self) -> None:
+        self.optimisation.clear()
+        self.scores.forget()
 
     def _backward(self, groups: list[Tensor], total: Tensor) -> Tensor:
         """Gradients of all micro-batches; this rank's share of the loss, scalar."""
-        module = self.module
-        count = self._most(len(groups))
+        count = largest(len(groups), self.rollout.mask.device)
         loss = torch.zeros((), device=self.rollout.mask.device)
         for index in range(count):
             # the backward pass reads the teacher's head again
-            with synchronised(module, last=index == count - 1), module.teacher.whole_head():
-                share = self._micro_loss(groups[index], total) if index < len(groups) else self._dummy_loss()
-                module.manual_backward(share * world_size())
+            with self.optimisation.accumulating(last=index == count - 1), self.scores.whole_head():
+                share = self._micro_loss(groups[index], total) if index < len(groups) else self.scores.nothing()
+                self.optimisation.backward(share * world_size())
             loss = loss + share.detach()
         return loss
 
+    def _denominator(self, rows: Tensor) -> Tensor:
+        index = rows.to(self.rollout.mask.device)
+        mask = self.rollout.mask[index]
+        kept = mask if self.kept is None else self.kept[index]
+        aggregation, slots = self.recipe.aggregation, self.recipe.max_new_tokens
+        return all_sum(denominator(aggregation, kept=kept, mask=mask, max_new_tokens=slots))
+
+    def _micro_loss(self, rows: Tensor, total: Tensor) -> Tensor:
+        """This micro-batch's share of the reduced loss."""
+        part = self.batches.take(rows)
+        scores = self.scores.student(part, rows)
+        signal, weights, kept = self._weighted(part, rows, scores)
+        result = self.recipe.objective.token_loss(scores.logprobs, signal, weights, divergence=scores.divergence)
+        self.scores.buffer.put("loss", rows, result.values)
+        self.scores.buffer.put("clipped", rows, result.clipped)
+        return aggregate(result.values, kept=kept, aggregation=self.recipe.aggregation, denominator=total)
+
+    def _weighted(self, part: Rollout, rows: Tensor, scores: TokenScores) -> tuple[TokenSignal, Tensor, Tensor]:
+        columns = part.mask.shape[1]
+        if self.scores.full is not None and self.weights is not None and self.kept is not None:
+            index = rows.to(part.mask.device)
+            signal = leading_columns(self.scores.full.rows(rows), columns)
+            return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
+        self.scores.buffer.put_scores("student", rows, scores)
+        signal = self.scores.signal(part, rows)
+        weights = self.recipe.weighting(signal, self.progress)
+        self.scores.buffer.put("weights", rows, weights)
+        return signal, weights, part.mask
+
+    # -- before weights change ---------------------------------------------------------------------------------------
+
     def _not_finite(self) -> list[str]:
         """What is not finite on any rank, equal on all of them; the step's one host synchronisation."""
-        values, mask = self._values(), self.rollout.mask
+        values, mask = self.scores.values(), self.rollout.mask
         fine = torch.zeros((), dtype=torch.bool, device=mask.device)
         bad = [is_bad(values[name], mask).any() if name in values else fine for name in _MUST_BE_FINITE]
         flags = torch.stack([*bad, ~torch.isfinite(self.grad_norm).to(mask.device)]).int()
         found = all_max(flags).tolist()
         return [name for name, flag in zip((*_MUST_BE_FINITE, GRADIENT), found, strict=True) if flag]
 
-    def _values(self) -> dict[str, Tensor]:
-        return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.parts.values}
-
     def _skip(self, chunk: Tensor, names: list[str], left: int) -> None:
         """Keep the rows, count, and let the counters go on without a change of weights; the same on every rank."""
-        module, values = self.module, self._values()
-        folder, step = Path(module.trainer.default_root_dir) / FOLDER, module.global_step + 1
+        values = self.scores.values()
         rows = bad_rows(names, values, self.rollout, chunk)
-        everyone = save_fault(folder, step, names=names, rows=rows, rollout=self.rollout, values=values)
-        module.skips.skipped(step, left, names=names, rows=everyone, folder=folder)
+        self.skips.skipped(
+            self.optimisation.step + 1, left, names=names, rows=rows, rollout=self.rollout, values=values
+        )
         self.skipped = True
-        module.clear_gradients()
+        self.optimisation.clear()
         for _ in range(left):
-            module.apply_gradients()  # of no weight: an optimizer leaves those without a gradient as they are
+            self.optimisation.apply()  # of no weight: an optimizer leaves those without a gradient as they are
 
     def _check_sampler_gap(self, rows: Tensor) -> None:
-        """Before weights change: the sampler's log-probs are near the student's, where the sampler sets a bound."""
-        bound = self.module.sampler.max_logprob_gap
+        """The sampler's log-probs are near the student's, where the sampler sets a bound."""
+        bound = self.max_logprob_gap
         if bound is None:
             return
         index = rows.to(self.rollout.mask.device)
         mask = self.rollout.mask[index]
-        student, sampler = self.parts.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
+        student, sampler = self.scores.buffer.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
         gap = torch.where(mask, (student - sampler).abs(), 0.0).sum(dtype=torch.float64)
         total, tokens = all_sum(torch.stack([gap, mask.sum().double()])).tolist()
         mean = total / max(tokens, 1.0)
@@ -247,100 +226,28 @@ class Update:
             error.on_every_rank = True
             raise error
 
-    def _denominator(self, rows: Tensor) -> Tensor:
-        index = rows.to(self.rollout.mask.device)
-        mask = self.rollout.mask[index]
-        kept = mask if self.kept is None else self.kept[index]
-        module = self.module
-        share = denominator(module.aggregation, kept=kept, mask=mask, max_new_tokens=module.sampler.max_new_tokens)
-        return all_sum(share)
-
-    def _micro_loss(self, rows: Tensor, total: Tensor) -> Tensor:
-        """This micro-batch's share of the reduced loss."""
-        module = self.module
-        part = self._part(rows)
-        scores = self._student_scores(part)
-        signal, weights, kept = self._weighted(part, rows, scores)
-        result = module.objective.token_loss(scores.logprobs, signal, weights, divergence=scores.divergence)
-        self.parts.put("loss", rows, result.values)
-        self.parts.put("clipped", rows, result.clipped)
-        return aggregate(result.values, kept=kept, aggregation=module.aggregation, denominator=total)
-
-    def _dummy_loss(self) -> Tensor:
-        """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
-        return self._student_scores(self.rollout.rows(torch.zeros(1, dtype=torch.int64)).trimmed()).logprobs.sum() * 0.0
-
-    def _weighted(self, part: Rollout, rows: Tensor, scores: TokenScores) -> tuple[TokenSignal, Tensor, Tensor]:
-        columns = part.mask.shape[1]
-        if self.full is not None and self.weights is not None and self.kept is not None:
-            index = rows.to(part.mask.device)
-            signal = _cut(self.full.rows(rows), columns)
-            return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
-        self.parts.put_scores("student", rows, scores)
-        signal = self._signal(part, rows=rows)
-        weights = self.module.weighting(signal, self.progress)
-        self.parts.put("weights", rows, weights)
-        return signal, weights, part.mask
-
     # -- what is left behind -----------------------------------------------------------------------------------------
 
-    def record(self, seconds: dict[str, float]) -> StepRecord:
+    def _record(self, sampled: Rollout, seconds: dict[str, float]) -> StepRecord:
         """What callbacks may read of this batch."""
-        signal = self.full if self.full is not None else self._signal(self.rollout)
-        weights = self.weights if self.weights is not None else self.parts.values["weights"]
+        buffer = self.scores.buffer.values
+        signal = self.scores.full
+        if signal is None:
+            signal = self.scores.signal(self.rollout, torch.arange(len(self.rollout)))
+        kept = self.kept if self.kept is not None else self.rollout.mask
         return StepRecord(
             rollout=replace(self.rollout, teacher_logprobs=None),  # which the signal has, and a replay makes anew
             signal=signal,
-            weights=weights,
-            kept=self._trained(),
-            loss=self.parts.values["loss"],
-            clipped=self.parts.values["clipped"],
-            finish_reason=self.sampled.finish_reason,
-            sampled_tokens=self.sampled.num_drawn.sum(),
-            response_tokens=None if self.sampled.drawn is None else self.sampled.lengths.sum(),
+            weights=self.weights if self.weights is not None else buffer["weights"],
+            kept=torch.zeros_like(kept) if self.skipped else kept,
+            loss=buffer["loss"],
+            clipped=buffer["clipped"],
+            finish_reason=sampled.finish_reason,
+            sampled_tokens=sampled.num_drawn.sum(),
+            response_tokens=None if sampled.drawn is None else sampled.lengths.sum(),
             grad_norm=self.grad_norm,
             progress=self.progress,
-            step=self.module.global_step,
+            step=self.optimisation.step,
             seconds=seconds,
             skipped=self.skipped,
         )
-
-    def _trained(self) -> Tensor:
-        kept = self.kept if self.kept is not None else self.rollout.mask
-        return torch.zeros_like(kept) if self.skipped else kept
-
-    # -- micro-batches -----------------------------------------------------------------------------------------------
-
-    def _in_micro_batches(self, rows: Tensor, work: Callable[[list[Tensor]], Result]) -> Result:
-        """``work`` on the rows' micro-batches; where memory runs out, once more from the start with smaller ones."""
-        module, self.attempted = self.module, rows
-        while True:
-            try:
-                return work(self._groups(rows))
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                lengths = self.lengths[self.attempted]
-                size = {"rows": len(lengths), "longest": int(lengths.max())}
-                module.room.halve(module.token_budget, **size, step=module.global_step + 1, error=error)
-            module.clear_gradients()  # outside the handler: the traceback holds what the attempt allocated
-            self._forget()
-            free_memory()
-
-    def _forget(self) -> None:
-        """What the frozen models kept of this batch's micro-batches is of no use to those that come."""
-        for model in self.module.scorers.values():
-            model.forget()
-
-    def _part(self, rows: Tensor) -> Rollout:
-        """A micro-batch of ``rows``."""
-        self.attempted = rows
-        return self.rollout.rows(rows).trimmed()
-
-    def _groups(self, rows: Tensor) -> list[Tensor]:
-        lengths = self.lengths[rows]
-        budget = self.module.room.budget(self.module.token_budget, lengths)
-        return [rows[group] for group in micro_batches(lengths, token_budget=budget)]
-
-    def _most(self, count: int) -> int:
-        return int(all_max(torch.tensor(count, device=self.rollout.mask.device)))

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
@@ -87,7 +87,7 @@ class Teacher(nn.Module, ABC):
             temperature: divides the logits, as for the student.
             requires: optional fields, a subset of ``provides``.
         Returns:
-            [B, T] nats, 0 where masked.
+            [B, T] nats, 0 where masked; with ``states`` where ``full_head`` is to be asked next and they save it a forward.
         """
 
     @property
@@ -100,12 +100,14 @@ class Teacher(nn.Module, ABC):
         """The model of ``reader_config``."""
         raise InputError(f"`{type(self).__name__}` has no model in this process that could read responses along")
 
-    def full_head(self, rollout: Rollout) -> Head:
-        """Hidden states of the valid tokens and the output head, for full-vocabulary divergences."""
-        raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")
+    def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> Head:
+        """Hidden states of the valid tokens and the output head, for full-vocabulary divergences.
 
-    def forget(self) -> None:
-        """Drop what ``score`` kept of this batch for ``full_head``: its micro-batches will be cut otherwise."""
+        Args:
+            rollout: B rows.
+            states: [N, H], what ``score`` gave for the same rows; None to compute them.
+        """
+        raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")
 
     def on_device(self, device: torch.device) -> AbstractContextManager[None]:
         """Hold the weights on ``device`` while the block scores a whole batch; for a teacher kept elsewhere between batches."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
@@ -72,7 +73,7 @@ class BaseModelTeacher(Teacher):
         return scores
 
     @torch.no_grad()
-    def full_head(self, rollout: Rollout) -> Head:
+    def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> Head:
         """Hidden states [N, H] and head of the valid tokens; the head itself has no adapters."""
         with self._base() as student:
             return student.head(rollout, own_template=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,8 +72,6 @@ class LocalTeacher(Teacher):
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
         self.policy: ScoringModel | None = None
-        self._kept: list[tuple[Rollout, Tensor]] = []  # hidden states [N, H] of a batch's micro-batches
-        self._read = False  # a new batch begins with the first score after a read
 
     @property
     def provides(self) -> frozenset[str]:
@@ -186,38 +185,23 @@ class LocalTeacher(Teacher):
     def score(
         self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
     ) -> TokenScores:
-        """Log-probs (entropy and top-k where required), [B, T] nats."""
+        """Log-probs (entropy and top-k where required), [B, T] nats; the hidden states where the head will be read."""
         wants = frozenset(want for name, want in SCORE_WANTS.items() if name in requires)
         policy = self._loaded()
-        head = self._remembered_head(rollout) if self._remembers(requires) else None
+        head = policy.head(rollout, own_template=True) if self._serves_states(requires) else None
         scores: TokenScores = policy(rollout, temperature=temperature, wants=wants, own_template=True, head=head)
-        return scores
+        return scores if head is None else replace(scores, states=head.hidden)
 
-    def _remembers(self, requires: frozenset[str]) -> bool:
+    def _serves_states(self, requires: frozenset[str]) -> bool:
         """Whether the update will ask for the head again; sharded ranks must run the same forwards, so they do."""
         policy = self._loaded()
         return bool(requires & _HEAD_READERS) and not policy.plain and not is_sharded(policy)
 
-    def _remembered_head(self, rollout: Rollout) -> Head:
-        """``full_head``, whose hidden states are kept until the next batch: H numbers a token."""
-        if self._read:
-            self.forget()
-        head = self._loaded().head(rollout, own_template=True)
-        self._kept.append((rollout, head.hidden))
-        return head
-
-    def forget(self) -> None:
-        """Drop the hidden states."""
-        self._kept, self._read = [], False
-
     @torch.no_grad()
-    def full_head(self, rollout: Rollout) -> Head:
+    def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> Head:
         """Hidden states [N, H] and head of the valid tokens."""
-        self._read = True
-        for kept, hidden in self._kept:
-            if _same_tokens(kept, rollout):
-                return self._loaded().linear_head(hidden)
-        return self._loaded().head(rollout, own_template=True)
+        policy = self._loaded()
+        return policy.head(rollout, own_template=True) if states is None else policy.linear_head(states)
 
     def whole_head(self) -> AbstractContextManager[None]:
         """Gathers the unit that owns the head, where the weights are sharded."""
@@ -234,21 +218,3 @@ def _copy(value: Tensor, device: torch.device) -> Tensor:
     """A frozen parameter or a buffer on ``device``; itself where it is there already."""
     copy = value.to(device, non_blocking=True)
     return nn.Parameter(copy, requires_grad=False) if isinstance(value, nn.Parameter) and copy is not value else copy
-
-
-def _same_tokens(one: Rollout, other: Rollout) -> bool:
-    """Whether a frozen model makes the same of both."""
-    prompts, others = one.prompts, other.prompts
-    pairs = (
-        (one.response_ids, other.response_ids),
-        (one.mask, other.mask),
-        (prompts.ids, others.ids),
-        (prompts.mask, others.mask),
-        (prompts.teacher_ids, others.teacher_ids),
-        (prompts.teacher_mask, others.teacher_mask),
-    )
-    return all(
-        left is right
-        or (left is not None and right is not None and left.shape == right.shape and torch.equal(left, right))
-        for left, right in pairs
-    )

@@ -1,0 +1,257 @@
+"""What must hold of a module, its trainer and its data before a run; nothing here needs weights.
+
+``OPDModule.setup`` runs them all, the rows of ``checks.py`` one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lit_opd.advantage import baseline_warning, order_warning
+from lit_opd.distributed import check_master_port, shared_failure
+from lit_opd.errors import InputError
+from lit_opd.models.sharding import shards
+from lit_opd.models.vocabulary import stop_warning
+from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
+from lit_opd.preflight.subject import Subject
+from lit_opd.prompts import PromptDataModule
+from lit_opd.run.checkpoint_kinds import check_checkpoint
+from lit_opd.step.recipe import Recipe
+from lit_opd.teacher import Teacher
+
+ALWAYS_AVAILABLE = frozenset({"student_entropy", "student_topk", "sampler_logprobs"})
+
+
+def check_settings(module: Subject, *, max_skipped_steps: int) -> None:
+    """The constructor's numbers are in their ranges."""
+    numbers = {
+        "mini_batches": module.recipe.mini_batches,
+        "epochs": module.recipe.epochs,
+        "token_budget": module.token_budget,
+    }
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise InputError(f"`OPDModule.{name}` must be >= 1, got {value}")
+    if max_skipped_steps < 0:
+        raise InputError(f"`OPDModule.max_skipped_steps` must be >= 0, got {max_skipped_steps}")
+    if module.gradient_clip_norm is not None and not module.gradient_clip_norm > 0:
+        raise InputError(f"`OPDModule.gradient_clip_norm` must be > 0 or null, got {module.gradient_clip_norm}")
+    if module.length_budget is not None:
+        module.length_budget.check(module.sampler.max_new_tokens)
+
+
+def check_before(
+    module: Subject,
+    trainer: Trainer,
+    data: PromptDataModule | None,
+    *,
+    ckpt_path: str | None = None,
+    training: bool = True,
+) -> None:
+    """Every check that needs no weights, data included; an InputError here costs no GPU time and leaves no file.
+
+    Args:
+        module: of the run.
+        trainer: the trainer the run will use.
+        data: the run's data module.
+        ckpt_path: what the run goes on from.
+        training: False where the run takes the weights only.
+    """
+    module.trainer = trainer
+    if ckpt_path is not None:
+        check_checkpoint(ckpt_path, trainer.strategy, training=training)
+    _ = module.vocabulary, module.stop_ids
+    if data is not None:
+        data.use_tokenizer(module.tokenizer)
+        data.trainer = trainer
+        data.setup("fit")
+    check_run(module, data)
+
+
+def check_run(module: Subject, data: PromptDataModule | None) -> None:
+    """The checks of a module that has its trainer; ``data`` is set up."""
+    check_trainer(module)
+    check_scorers(module)
+    check_batch(module, data, ranks=module.trainer.world_size)
+    check_window(module, data)
+    check_token_budget(module, data)
+    check_rollout_stop(module, sharded=shards(module.trainer.strategy))
+    check_servers(module, data)
+    for warning in (*setting_warnings(module), *stop_warnings(module)):
+        warnings.warn(warning, stacklevel=2)
+
+
+# -- the trainer -------------------------------------------------------------------------------------------------------
+
+
+def check_trainer(module: Subject) -> None:
+    """The trainer's settings are ones that this module's own optimisation can follow."""
+    trainer = module.trainer
+    check_strategy(trainer.strategy)
+    parts = [part for scorer in module.scorers.values() for part in scorer.modules()]
+    found = {getattr(part, "dtype", None) for part in parts} | {module.student_settings.dtype}
+    check_dtypes(trainer.strategy, {dtype for dtype in found if isinstance(dtype, str)})
+    if trainer.world_size > 1:
+        check_master_port()
+    updates = module.recipe.updates
+    if trainer.max_steps == 0 or trainer.max_epochs == 0:
+        raise InputError("`trainer.max_steps` must be >= 1, or -1 for no bound, got 0: nothing would be trained")
+    if trainer.max_steps > 0 and trainer.max_steps % updates:
+        raise InputError(
+            f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {trainer.max_steps}"
+        )
+    if str(trainer.precision).startswith("16"):
+        raise InputError(f"`trainer.precision` must be 32-true, 64-true or bf16, got {trainer.precision}")
+    if trainer.gradient_clip_val is not None:
+        raise InputError("`trainer.gradient_clip_val` has no effect here; set `model.gradient_clip_norm`")
+    if trainer.accumulate_grad_batches != 1:
+        raise InputError("`trainer.accumulate_grad_batches` has no effect here; set `model.token_budget`")
+    check_optimizer(module)
+
+
+def check_optimizer(module: Subject) -> None:
+    """Optimizer and schedule accept their settings, tried on a small weight, and the learning rate is one."""
+    with _explained("model.optimizer"):
+        optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(2, 2))])
+    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise InputError(f"`model.optimizer.lr` must be >= 0 and finite, got {rates}")
+    if module.scheduler_factory is None:
+        return
+    with _explained("model.lr_scheduler"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer has made no step yet
+        module.scheduler_factory(optimizer).step()
+
+
+@contextmanager
+def _explained(field: str) -> Iterator[None]:
+    """Whatever a class of torch's or the user's raises about its arguments, as an InputError that names ``field``."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"`{field}` must accept its settings, got {type(error).__name__}: {error}; correct them"
+        ) from error
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+def check_scorers(module: Subject) -> None:
+    """See ``require_scored``."""
+    require_scored(module.recipe, module.teacher, module.reference)
+
+
+def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) -> None:
+    """Weighting, objective and advantage find what they read in the teacher, and the reference where one is read."""
+    required = recipe.required
+    if reference is None and "reference_logprobs" in required:
+        raise InputError(
+            "`model.reference` must be a teacher such as `LocalTeacher` when reference_logprobs are read, got null; "
+            "give it the path of the initial student"
+        )
+    missing = required - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
+    if missing:
+        asking = [part for part in recipe.parts if part.requires & missing]
+        names = " and ".join(f"`{type(part).__name__}`" for part in asking)
+        raise InputError(
+            f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; choose another "
+            "weighting, objective, advantage transform or teacher"
+        )
+
+
+def setting_warnings(module: Subject) -> Iterator[str]:
+    """What is allowed and probably not meant: transforms in an odd order, settings without effect."""
+    advantage, objective = list(module.recipe.advantage), module.recipe.objective
+    for warning in (baseline_warning(advantage, module.recipe.weighting), order_warning(advantage)):
+        if warning is not None:
+            yield warning
+    if advantage and not objective.reads_advantage:
+        yield f"`model.advantage` has no effect: `{type(objective).__name__}` reads no advantage"
+    if module.reference is not None and "reference" not in module.scorers:
+        yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
+
+
+def stop_warnings(module: Subject) -> Iterator[str]:
+    """Where a response of the student ends at another token than one of a teacher's."""
+    for role, pairs in module.scorer_tokenizers.items():
+        for tokenizer, _ in pairs:
+            warning = stop_warning(module.tokenizer, module.stop_ids, tokenizer, role=role)
+            if warning is not None:
+                yield warning
+
+
+def check_rollout_stop(module: Subject, *, sharded: bool) -> None:
+    """Sampler and teacher are ones that can stop a response by its prefix ratio, and weights are not ``sharded``."""
+    if module.rollout_stop is not None:
+        teacher, config = type(module.teacher).__name__, module.teacher.reader_config
+        module.rollout_stop.check(module.sampler, teacher=teacher, config=config, sharded=sharded)
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def check_batch(module: Subject, data: PromptDataModule | None, *, ranks: int) -> None:
+    """The global batch divides over ``ranks``, and a rank's rows over the mini-batches."""
+    mini_batches = module.recipe.mini_batches
+    batch = getattr(data, "prompt_batch", ranks)
+    if batch % ranks:
+        raise InputError(f"`data.prompt_batch` must be a multiple of the {ranks} ranks, got {batch}")
+    rows = batch // ranks * getattr(data, "samples_per_prompt", mini_batches)
+    if rows < mini_batches:
+        raise InputError(f"`model.mini_batches` must be at most the {rows} rows of a rank, got {mini_batches}")
+
+
+def check_window(module: Subject, data: PromptDataModule | None) -> None:
+    """The longest prompt and response fit into the context windows of student, teacher and reference."""
+    limit, read = getattr(data, "max_prompt_tokens", None), getattr(data, "longest_prompt", None)
+    response = module.sampler.max_new_tokens
+    _require_window("model.student", module.student_config.get_text_config(), limit, response)
+    for scorer in module.scorers.values():
+        for part in (part for part in scorer.modules() if isinstance(part, Teacher)):
+            _require_window(scorer.field, part.reader_config, read, response)
+
+
+def _require_window(field: str, config: Any, prompt: int | None, response: int) -> None:
+    window = getattr(config, "max_position_embeddings", None)
+    if prompt is not None and window is not None and prompt + response > window:
+        raise InputError(
+            f"`model.sampler.max_new_tokens` must leave room in the context window of `{field}`, {window} tokens, got "
+            f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens`, or shorten what the template "
+            "adds"
+        )
+
+
+def check_token_budget(module: Subject, data: PromptDataModule | None) -> None:
+    """A micro-batch holds the longest row."""
+    limit, response = _longest_prompt(data), module.sampler.max_new_tokens
+    if limit is not None and module.token_budget is not None and limit + response > module.token_budget:
+        raise InputError(
+            f"`model.token_budget` must hold the longest row, {limit} + {response} tokens, got {module.token_budget}"
+        )
+
+
+def _longest_prompt(data: PromptDataModule | None) -> int | None:
+    """Tokens that a row's prompt may have: the limit, which holds for the student's, or more where a teacher's are longer."""
+    limit = getattr(data, "max_prompt_tokens", None)
+    return None if limit is None else max(limit, getattr(data, "longest_prompt", limit))
+
+
+def check_servers(module: Subject, data: PromptDataModule | None) -> None:
+    """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
+    limit = _longest_prompt(data)
+    response = max(module.sampler.max_new_tokens, module.validation.max_new_tokens or 0)
+    tokens = None if limit is None else limit + response
+    with shared_failure():
+        for scorer in module.scorers.values():
+            scorer.check_student(module.student_settings)
+            scorer.check(temperature=module.sampler.temperature, tokens=tokens)
+            scorer.check_data(getattr(data, "rows_by_teacher", dict)())
+        module.sampler.check(tokens=tokens, vocabulary=module.student_config.get_text_config().vocab_size)
