@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_opd.distributed import gather_objects
 from lit_opd.errors import InputError
-from lit_opd.evaluation import gather_objects
 from lit_opd.report.tokens_page import PredictedResponse, predicted_responses, render
 from lit_opd.types import Prediction
 

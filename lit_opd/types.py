@@ -13,6 +13,7 @@ and are detached; log-probabilities, entropies and divergences are in nats.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_opd.errors import InputError
 from lit_opd.masked import at_least_float32
@@ -151,9 +153,9 @@ def _accept_same_value(record: type[_Record]) -> None:
 _accept_same_value(PromptBatch)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Provenance:
-    """How a rollout was sampled. Rollouts of unlike provenance must not be mixed in one batch.
+    """How a rollout was sampled. Rollouts of unlike provenance do not mix in one batch, see ``Rollout.joined``.
 
     Args:
         engine: "transformers", "vllm", ...
@@ -168,12 +170,6 @@ class Provenance:
     top_p: float = 1.0
     top_k: int = 0
     weights_version: int = 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Provenance) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +231,23 @@ class Rollout(_Record):
         """bool [B], True where the student ended the response itself."""
         return self.finish_reason == int(FinishReason.STOP)
 
+    @staticmethod
+    def joined(parts: Sequence[Rollout]) -> Rollout:
+        """The rows of several rollouts in one batch, in order; padding grows to the longest prompt and response.
+
+        Raises:
+            InputError: no rollout, unlike provenances, or an optional field that only some of them have.
+        """
+        if not parts:
+            raise InputError("`Rollout.joined` must get at least one rollout, got none")
+        for part in parts:
+            if part.provenance != parts[0].provenance:
+                raise InputError(
+                    f"`Rollout.joined` must get rollouts of one provenance, got {parts[0].provenance} and {part.provenance}; "
+                    "train on them in batches of their own"
+                )
+        return _joined(parts)
+
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""
         columns = max(int(self.lengths.max()), 1) if len(self) else 1
@@ -243,6 +256,31 @@ class Rollout(_Record):
         if self.teacher_logprobs is not None:
             cut["teacher_logprobs"] = self.teacher_logprobs[:, :columns]
         return replace(self, prompts=prompts, **cut)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """One record of the rows of ``parts``; matrices of prompts grow on the left, all others on the right."""
+    first, found = parts[0], {}
+    for field_ in (f for f in fields(first) if f.init):
+        name, values = field_.name, [getattr(part, field_.name) for part in parts]
+        if any((value is None) != (values[0] is None) for value in values):
+            raise InputError(
+                f"`{type(first).__name__}.{name}` must be given for all rollouts that are joined, or for none"
+            )
+        if isinstance(values[0], _Record):
+            found[name] = _joined(values)
+        elif isinstance(values[0], tuple):
+            found[name] = tuple(entry for value in values for entry in value)
+        elif isinstance(values[0], Tensor):
+            width = max(value.shape[-1] for value in values)
+            if values[0].ndim > 1:
+                left = isinstance(first, PromptBatch)
+                short = [(width - value.shape[-1], 0) if left else (0, width - value.shape[-1]) for value in values]
+                values = [pad(value, room) for value, room in zip(values, short, strict=True)]
+            found[name] = torch.cat(values)
+        else:
+            found[name] = values[0]
+    return type(first)(**found)
 
 
 def _trim_prompts(prompts: PromptBatch) -> PromptBatch:

@@ -21,11 +21,12 @@ from lit_opd.models.student import LoraSettings, StudentSettings
 from lit_opd.models.vocabulary import agree_vocabularies, configured_stops
 from lit_opd.module import OPDModule
 from lit_opd.prompts.datamodule import PromptDataModule
-from lit_opd.prompts.encoding import PromptEncoder, encode_prompts, pad_token_id
+from lit_opd.prompts.encoding import PromptEncoder, pad_token_id
 from lit_opd.prompts.sources import DataSource, read_prompts
 from lit_opd.rollout import LengthBudget, RatioStop, TransformersSampler, VLLMEngine, VLLMSampler
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from tests import tiny
+from tests.encoded import encode_prompts
 from tests.test_prompts import TEMPLATE, make_tokenizer
 
 URLS = ["http://localhost:1"]

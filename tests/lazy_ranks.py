@@ -72,7 +72,7 @@ def loaded(place: Any, folder: str, dtype: str, **settings: Any) -> dict[str, An
         "buffers": {name: value.clone() for name, value in model.named_buffers()},
         "logprobs": scores.logprobs,
         "head": head,
-        "plain": scorer.policy.plain,
+        "plain": scorer.policy.full_logits,
         "tied": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
     }
 

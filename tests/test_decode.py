@@ -119,7 +119,7 @@ def policy() -> ScoringModel:
 def any_policy(request) -> ScoringModel:
     with pytest.warns(match="full logits") if request.param == "soft-capped" else nullcontext():
         built = policy_of(MODELS[request.param]())
-    assert built.plain == (request.param == "soft-capped")
+    assert built.full_logits == (request.param == "soft-capped")
     return built
 
 
@@ -444,11 +444,6 @@ def test_a_model_that_leaves_the_cache_empty_is_refused(policy, monkeypatch):
     monkeypatch.setattr(policy.causal_lm.config, "num_hidden_layers", 3)
     with pytest.raises(InputError, match="TransformersSampler .* do not write the key-value cache"):
         ours.sample(policy, prompts(2), settings())
-
-
-def test_token_by_token_gathering_is_refused(policy):
-    with pytest.raises(InputError, match=r"`SamplingSettings.synced` must be False for DecodeSampler"):
-        ours.sample(policy, prompts(2), settings(synced=True))
 
 
 def test_training_mode_is_restored_and_no_gradient_is_kept(policy):

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from lit_opd.cli.command import OPDCLI
 from lit_opd.errors import InputError
 from lit_opd.evaluation.grading import Grade, boxed_answer, canonical, extracted, number, quick_verdict, vote
-from lit_opd.prompts.encoding import PromptEncoder, encode_prompts, encode_rows
+from lit_opd.prompts.encoding import PromptEncoder, encode_rows
 from lit_opd.prompts.filters import RowFilter
 from lit_opd.prompts.sources import read_prompts
+from tests.encoded import encode_prompts
 from tests.test_prompts import END, START, make_tokenizer
 
 SECONDS = 20  # that one case may take; milliseconds on a quiet machine

@@ -198,7 +198,7 @@ def test_every_weight_and_buffer_and_score_equals_from_pretrained(folders, ranks
             assert torch.equal(found["weights"][key], value), key
         assert all(torch.equal(found["buffers"][key], value) for key, value in model.named_buffers())
         assert found["tied"] == ("tied" in name)
-        assert found["plain"] == whole.policy.plain == (name == "scaled")  # the probe ran on real weights
+        assert found["plain"] == whole.policy.full_logits == (name == "scaled")  # the probe ran on real weights
         assert_same_scores(found["logprobs"], whole)
         head = whole.full_head(cases.rollout()).weight
         assert (head is None and found["head"] is None) or torch.equal(found["head"], head)

@@ -18,11 +18,12 @@ from lit_opd import distributed
 from lit_opd.errors import InputError
 from lit_opd.prompts import datamodule as prompts
 from lit_opd.prompts.datamodule import PromptDataModule
-from lit_opd.prompts.encoding import PromptEncoder, encode_prompts, row_key
+from lit_opd.prompts.encoding import PromptEncoder, row_key
 from lit_opd.prompts.filters import RowFilter
 from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
 from lit_opd.prompts.sources import DataSource, read_prompts
 from lit_opd.types import PromptBatch
+from tests.encoded import encode_prompts
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<pad>"
 TEMPLATE = (
@@ -484,7 +485,6 @@ def test_the_teachers_own_template_gives_teacher_ids(tmp_path: Path, tokenizer: 
     options = module_of(tokenizer, path, prompt_batch=4, teacher_template_options={"think": False})
     longer = options.train_dataloader().batch(0)
     assert longer.teacher_mask.sum() > longer.mask.sum()
-    assert options.encode_prompts(["hello"]).teacher_ids is not None
     same = PromptDataModule(path, prompt_batch=4).use_tokenizer(tokenizer, make_tokenizer())
     assert same.train_dataloader().batch(0).teacher_ids is None
     assert module_of(tokenizer, path, prompt_batch=4).teacher_encoder is None

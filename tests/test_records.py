@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 
 from lit_opd.errors import InputError
-from lit_opd.types import PromptBatch, TokenSignal
+from lit_opd.types import PromptBatch, Provenance, Rollout, TokenSignal
 from tests import fixed
 
 
@@ -92,3 +92,33 @@ def test_rows_and_trimming_keep_the_valid_tokens():
         kept = part.prompts.ids[place][part.prompts.mask[place]].tolist()
         assert kept == rollout.prompts.ids[row][rollout.prompts.mask[row]].tolist()
     assert part.finish_reason.tolist() == [0, 1]
+
+
+def of(lengths: list[int], *, prompts: list[int], first: int = 0, **provenance) -> Rollout:
+    found = fixed.rollout(lengths=lengths, prompt_lengths=prompts, truncated=set())
+    keys = torch.arange(first, first + len(lengths))
+    renamed = replace(found.prompts, row_keys=keys, row_ids=tuple(f"row-{int(key)}" for key in keys))
+    return replace(found, prompts=renamed, provenance=Provenance("fixed", **provenance))
+
+
+def test_rollouts_of_one_provenance_join_row_by_row():
+    """Every row says the same alone and joined, whatever padding the others bring."""
+    parts = [of([3, 1], prompts=[2, 5]), of([6], prompts=[1], first=2)]
+    joined = Rollout.joined(parts)
+    assert joined.prompts.row_ids == ("row-0", "row-1", "row-2") and joined.mask.shape == (3, 6)
+    singles = [part.rows(torch.tensor([row])).trimmed() for part in parts for row in range(len(part))]
+    for row, single in enumerate(singles):
+        again = joined.rows(torch.tensor([row])).trimmed()
+        for name in ("response_ids", "mask", "sampler_logprobs", "finish_reason"):
+            assert torch.equal(getattr(again, name), getattr(single, name)), name
+        assert torch.equal(again.prompts.ids, single.prompts.ids) and torch.equal(
+            again.prompts.mask, single.prompts.mask
+        )
+
+
+@pytest.mark.parametrize("other", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"weights_version": 1}])
+def test_unlike_provenances_do_not_mix(other):
+    with pytest.raises(InputError, match="must get rollouts of one provenance, got"):
+        Rollout.joined([of([2], prompts=[2]), of([2], prompts=[2], **other)])
+    with pytest.raises(InputError, match="at least one rollout"):
+        Rollout.joined([])

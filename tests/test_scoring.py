@@ -110,7 +110,7 @@ def test_scores_are_those_of_the_models_own_logits(build, plain):
             policy.choose_path("student")
     else:
         policy.choose_path("student")
-    assert policy.plain is plain
+    assert policy.full_logits is plain
     rollout = fixed.rollout(lengths=[3, 6, 1], prompt_lengths=[4, 2, 5], truncated={1})
     scores = policy(rollout, temperature=0.8, wants=frozenset({"entropy"}))
     for row in range(3):

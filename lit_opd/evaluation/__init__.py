@@ -5,7 +5,6 @@ grades them, ``rows`` keeps every graded sample in ``evaluation.jsonl``, ``histo
 All grade with ``grading.Grader``.
 """
 
-from lit_opd.distributed import gather_objects
 from lit_opd.evaluation.grading import Grader
 from lit_opd.evaluation.history import Comparison, Flip, difference, flips, reached, read_comparison
 from lit_opd.evaluation.rows import AnswerRow, EvaluationFile, PastEvaluation, past_evaluations
@@ -31,7 +30,6 @@ __all__ = [
     "decoder",
     "difference",
     "flips",
-    "gather_objects",
     "has_answers",
     "load_sets",
     "past_evaluations",

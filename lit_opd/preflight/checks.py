@@ -23,9 +23,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
-from lit_opd.preflight import module_checks
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
+from lit_opd.preflight.module_checks import (
+    check_batch,
+    check_rollout_stop,
+    check_scorers,
+    check_servers,
+    check_token_budget,
+    check_trainer,
+    check_window,
+    setting_warnings,
+    stop_warnings,
+)
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
 from lit_opd.preflight.run_folder import freed_bytes, require_free
@@ -34,6 +44,7 @@ from lit_opd.preflight.strategy_checks import check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
+from lit_opd.run.lightning import callbacks_of
 
 Status = Literal["ok", "warning", "error"]
 _STATES: tuple[Status, ...] = ("ok", "warning", "error")
@@ -122,7 +133,7 @@ def trainer(run: PlannedRun) -> Finding:
         return Finding("error", f"`trainer.strategy` must be a strategy Lightning knows, got {strategy!r}",
                        "give one of its names, or a class path with arguments (lightning.pytorch.strategies....)")  # fmt: skip
     check_strategy(strategy)
-    module_checks.check_trainer(run.module)
+    check_trainer(run.module)
     return Finding("ok", run.plan.describe())
 
 
@@ -164,16 +175,16 @@ def stop_ids(run: PlannedRun) -> Finding:
     """Both sides end a response with the same tokens."""
     ids = run.module.stop_ids
     names = ", ".join(f"{run.module.tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in ids)
-    for warning in module_checks.stop_warnings(run.module):
+    for warning in stop_warnings(run.module):
         return _split("warning", warning)
     return Finding("ok", f"a response ends at {names}, for the teacher too")
 
 
 def signals(run: PlannedRun) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
-    module_checks.check_scorers(run.module)
-    module_checks.check_rollout_stop(run.module, sharded=run.plan.shards > 1)
-    for warning in module_checks.setting_warnings(run.module):
+    check_scorers(run.module)
+    check_rollout_stop(run.module, sharded=run.plan.shards > 1)
+    for warning in setting_warnings(run.module):
         return _split("warning", warning)
     read = ", ".join(sorted(run.module.recipe.required)) or "nothing beyond log-probs"
     return Finding("ok", f"reads {read}")
@@ -184,14 +195,14 @@ def signals(run: PlannedRun) -> Finding:
 
 def batch(run: PlannedRun) -> Finding:
     """The batch divides over the planned ranks."""
-    module_checks.check_batch(run.module, run.data, ranks=run.plan.ranks)
+    check_batch(run.module, run.data, ranks=run.plan.ranks)
     rows = run.data.prompt_batch // run.plan.ranks * run.data.samples_per_prompt
     return Finding("ok", f"{rows} rows on each of {run.plan.ranks} rank(s)")
 
 
 def window(run: PlannedRun) -> Finding:
     """Prompt and response fit into the context."""
-    module_checks.check_window(run.module, run.data)
+    check_window(run.module, run.data)
     length = run.data.max_prompt_tokens + run.module.sampler.max_new_tokens
     config = run.module.student_config.get_text_config()
     return Finding("ok", f"{length} of {getattr(config, 'max_position_embeddings', 'unknown')} tokens")
@@ -199,14 +210,14 @@ def window(run: PlannedRun) -> Finding:
 
 def token_budget(run: PlannedRun) -> Finding:
     """A micro-batch holds the longest row."""
-    module_checks.check_token_budget(run.module, run.data)
+    check_token_budget(run.module, run.data)
     limit = run.module.token_budget
     return Finding("ok", "all rows of a rank in one micro-batch" if limit is None else f"{limit} tokens a micro-batch")
 
 
 def servers(run: PlannedRun) -> Finding:
     """Servers answer, with the right model and room for the longest row."""
-    module_checks.check_servers(run.module, run.data)
+    check_servers(run.module, run.data)
     parts = [run.module.sampler, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
     urls = [url for part in parts for url in getattr(getattr(part, "servers", None), "urls", ())]
     return Finding("ok", f"answering: {', '.join(map(str, urls))}" if urls else "none is used")
@@ -318,7 +329,7 @@ def wandb(run: PlannedRun) -> Finding:
 
 def callbacks(run: PlannedRun) -> Finding:
     """The callbacks' own checks."""
-    checked = [callback for callback in run.trainer.callbacks if hasattr(callback, "check")]
+    checked = [callback for callback in callbacks_of(run.trainer) if hasattr(callback, "check")]
     for callback in checked:
         callback.check(run.module, run.data)
     return Finding("ok", ", ".join(type(callback).__name__ for callback in checked) or "none has a check of its own")
@@ -396,7 +407,7 @@ def _written(run: PlannedRun) -> dict[Path, float]:
     weights = size.parameters * dtype.itemsize
     checkpoint = weights + optimizer_bytes(run.module.optimizer_factory, size.trainable, dtype)
     written = {run.run_dir: float(weights)}  # the exported student
-    for callback in (callback for callback in run.trainer.callbacks if hasattr(callback, "save_top_k")):
+    for callback in (callback for callback in callbacks_of(run.trainer) if hasattr(callback, "save_top_k")):
         folder = Path(callback.dirpath or run.run_dir / CHECKPOINTS)
         count = max(callback.save_top_k, 0) + bool(callback.save_last) + 1  # one is written before one goes
         written[folder] = written.get(folder, 0.0) + float(checkpoint * count)

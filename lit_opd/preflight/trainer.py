@@ -23,7 +23,7 @@ class PreflightTrainer(OPDTrainer):
     def preflight(
         self,
         model: Subject,
-        datamodule: PromptDataModule | None = None,
+        datamodule: PromptDataModule,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> list[Finding]:
@@ -44,7 +44,7 @@ class PreflightTrainer(OPDTrainer):
         show(findings, run.estimated, run.plan, sys.stdout)
         return findings
 
-    def _own_run(self, model: Subject, datamodule: PromptDataModule | None, ckpt_path: str | None) -> PlannedRun:
+    def _own_run(self, model: Subject, datamodule: PromptDataModule, ckpt_path: str | None) -> PlannedRun:
         """A run on this trainer's own devices, in its root folder."""
         asked = {
             "accelerator": "cpu" if isinstance(self.accelerator, CPUAccelerator) else "gpu",

@@ -15,14 +15,12 @@ from lit_opd.prompts.encoding import (
     EncodedPrompt,
     PromptEncoder,
     SpecialTokens,
-    encode_prompts,
     encode_rows,
     pad_token_id,
 )
 from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
-from lit_opd.prompts.sources import ColumnNames, DataSource, Message, PromptRow, read_prompts, require_unique_ids
+from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_prompts, require_unique_ids
 from lit_opd.streams import stable_hash
-from lit_opd.types import PromptBatch
 
 _HASH_RANGE = 1 << 63
 _POSITIVE = ("prompt_batch", "samples_per_prompt", "max_prompt_tokens", "val_batch")
@@ -136,11 +134,6 @@ class PromptDataModule(LightningDataModule):
     def teacher_encoder(self) -> PromptEncoder | None:
         """How the teacher's prompts are rendered, None where it reads the student's."""
         return self._both_encoders()[1]
-
-    def encode_prompts(self, prompts: Sequence[str | list[Message]], **options: Any) -> PromptBatch:
-        """``encode_prompts`` with this module's templates; options: row_ids, answers, num_samples."""
-        options = {"teacher_encoder": self.teacher_encoder, "pad_token": self.pad_token} | options
-        return encode_prompts(self.encoder, prompts, **options)
 
     def _both_encoders(self) -> tuple[PromptEncoder, PromptEncoder | None]:
         if self._encoders is None:

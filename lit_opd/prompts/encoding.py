@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_opd.errors import InputError
 from lit_opd.prompts.filters import shown
-from lit_opd.prompts.sources import Message, PromptRow, checked_prompt
+from lit_opd.prompts.sources import Message, PromptRow
 from lit_opd.streams import stable_hash
 from lit_opd.types import PromptBatch
 
@@ -312,41 +312,3 @@ def _left_padded(rows: Sequence[Tensor], fill: int) -> tuple[Tensor, Tensor]:
         ids[index, width - len(row) :] = row
         mask[index, width - len(row) :] = True
     return ids, mask
-
-
-def encode_prompts(
-    encoder: PromptEncoder,
-    prompts: Sequence[str | list[Message]],
-    *,
-    row_ids: Sequence[str] | None = None,
-    answers: Sequence[str | None] | None = None,
-    num_samples: int = 1,
-    teacher_encoder: PromptEncoder | None = None,
-    pad_token: str | None = None,
-) -> PromptBatch:
-    """Problem texts (or conversations) as one batch, rendered like the training prompts; for evaluators.
-
-    Args:
-        encoder: template and tokenizer of the student.
-        prompts: N texts or message lists.
-        row_ids: N names; default "prompt-0" and so on.
-        answers: N reference answers.
-        num_samples: rows a prompt, adjacent, with sample index 0, 1, ... in their row keys.
-        teacher_encoder: where the teacher renders its own template.
-        pad_token: where the tokenizer has none.
-    Returns:
-        ``PromptBatch`` of N * num_samples rows.
-    """
-    row_ids = [f"prompt-{n}" for n in range(len(prompts))] if row_ids is None else row_ids
-    answers = [None] * len(prompts) if answers is None else answers
-    rows = [
-        PromptRow(row_id, checked_prompt(prompt, row_id), answer, where=row_id)
-        for row_id, prompt, answer in zip(row_ids, prompts, answers, strict=True)
-    ]
-    encoded = encode_rows(rows, encoder, teacher_encoder)
-    repeated = [(prompt, sample) for prompt in encoded for sample in range(num_samples)]
-    return collate(
-        [prompt for prompt, _ in repeated],
-        pad_token_id(encoder.tokenizer, pad_token),
-        samples=[sample for _, sample in repeated],
-    )

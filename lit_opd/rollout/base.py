@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,27 @@ from torch import Tensor
 from lit_opd.errors import InputError
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 
-if TYPE_CHECKING:
-    from lit_opd.rollout.ratio_stop import RatioWatch
 
-Phase = Callable[[str, int, int], None]  # name, done, total
+class EarlyStop(Protocol):
+    """What may end rows of a batch before their stop id, while they are written; see ``RatioStop``."""
+
+    chunk: int  # tokens between two looks
+
+    def collapsed(self, rows: Tensor, ids: Tensor, logprobs: Tensor, columns: int) -> Tensor:
+        """bool [R], rows that end now.
+
+        Args:
+            rows: int64 [R], those of the batch that are still written.
+            ids: int64 [B, T].
+            logprobs: [B, T] nats, the sampler's.
+            columns: how many of them are written.
+        """
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with ``rows`` of those still written, int64 [R]."""
+
+    def cut(self, rollout: Rollout, *, pad_id: int) -> Rollout:
+        """``rollout`` as sampled, without what stands behind the end of a row."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,6 @@ class SamplingSettings:
         weights_version: optimizer steps the weights have seen, recorded on the rollout.
         budgeted: ``max_new_tokens`` is a length budget, and rows that reach it are marked as cut by it.
         stop: makes, of the prompts and these settings, what may end a row early; see ``RatioStop``. None for nothing.
-        synced: keep all ranks in the decode loop until the last is done (sharded weights gathered token by token).
     """
 
     max_new_tokens: int
@@ -56,9 +72,8 @@ class SamplingSettings:
     step: int = 0
     domain: int = 0
     weights_version: int = 0
-    synced: bool = False
     budgeted: bool = False
-    stop: Callable[[PromptBatch, SamplingSettings], RatioWatch] | None = None
+    stop: Callable[[PromptBatch, SamplingSettings], EarlyStop] | None = None
 
     def provenance(self, engine: str) -> Provenance:
         """The record of how a rollout came about."""

@@ -59,7 +59,7 @@ class TransformersSampler(Sampler):
                     attention_mask=prompts.mask.long(),
                     generation_config=_generation_config(settings),
                     logits_processor=LogitsProcessorList([draw]),
-                    synced_gpus=settings.synced,
+                    synced_gpus=False,  # sharded weights are gathered for the whole rollout
                 )
         finally:
             model.train(training)

@@ -70,6 +70,11 @@ def log_now(trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
         connector.log_metrics(dict(metrics))
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, an attribute that its class does not declare."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
     """Give the trainer these callbacks, in the order in which it runs them."""
     trainer.callbacks = trainer._callback_connector._reorder_callbacks(callbacks)  # type: ignore[attr-defined]
@@ -173,7 +178,7 @@ def validate_now(trainer: Trainer) -> None:
     trainer.training = True
 
 
-def validation_due(trainer: Trainer, *, validated_at: int | None, at_start: bool) -> bool:
+def validation_due(trainer: Any, *, validated_at: int | None, at_start: bool) -> bool:
     """True where the validation that belongs to the trainer's step is still to be made.
 
     Args:
@@ -215,7 +220,7 @@ def at_batch_end(loops: dict[str, Any], *, validating: bool) -> None:
         fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= bool(done)  # loading adds one
 
 
-def count_epoch(trainer: Trainer) -> None:
+def count_epoch(trainer: Any) -> None:
     """What Lightning's counters get wrong where a run goes on: at an epoch's end it forgets the next one, and so ends a later
     one too late; without a finished batch it counts one."""
     loop = trainer.fit_loop

@@ -80,7 +80,7 @@ class ScoringModel(nn.Module):
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
-        self.plain = False  # True: the head is not a plain linear map, use the model's own logits
+        self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
 
     @property
@@ -146,7 +146,7 @@ class ScoringModel(nn.Module):
         )
         tokens = torch.cat([prompt_ids, rollout.response_ids], -1)  # type: ignore[list-item]
         packed, slots = _packed(tokens, prompt_mask, rollout.mask)  # type: ignore[arg-type]
-        if self.plain:
+        if self.full_logits:
             logits = self.causal_lm(input_ids=packed, use_cache=False).logits
             return Head(_picked(logits, slots)[:, : self.vocabulary], weight=None)
         states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
@@ -191,7 +191,7 @@ class ScoringModel(nn.Module):
         self.train(training)
 
     def _use_plain(self, name: str, why: str) -> None:
-        self.plain = True
+        self.full_logits = True
         warnings.warn(
             f"{name}: scoring uses the model's own full logits, which takes more memory, because {why}", stacklevel=2
         )
@@ -226,7 +226,7 @@ class ScoringModel(nn.Module):
         """
         behind = self._next_columns(ids, mask, positions, cache, keep=0)
         before = torch.cat([states.unsqueeze(1), behind[:, :-1]], 1).flatten(0, 1)
-        head = Head(before[:, : self.vocabulary], weight=None) if self.plain else self.linear_head(before)
+        head = Head(before[:, : self.vocabulary], weight=None) if self.full_logits else self.linear_head(before)
         return token_logprobs(head, ids.flatten(), temperature=temperature).view(ids.shape), behind[:, -1]
 
     def _next_columns(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, keep: int) -> Tensor:
@@ -236,13 +236,13 @@ class ScoringModel(nn.Module):
         if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        if self.plain:
+        if self.full_logits:
             return lm(**inputs, use_cache=True, logits_to_keep=keep).logits  # type: ignore[no-any-return]
         return lm.get_decoder()(**inputs, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32."""
-        if self.plain:
+        if self.full_logits:
             return at_least_float32(states[:, : self.vocabulary])
         linear = self.causal_lm.get_output_embeddings()
         if len(states) <= FEW_ROWS and _is_slow_head(linear.weight):

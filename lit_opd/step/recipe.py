@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -40,9 +39,9 @@ class Recipe:
     epochs: int = 1
 
     @property
-    def parts(self) -> Iterator[WeightingStrategy | Objective | AdvantageTransform]:
+    def parts(self) -> list[WeightingStrategy | Objective | AdvantageTransform]:
         """Everything that reads the signal."""
-        yield from (self.weighting, self.objective, *self.advantage)
+        return [self.weighting, self.objective, *self.advantage]
 
     @property
     def required(self) -> frozenset[str]:

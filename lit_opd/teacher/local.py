@@ -195,7 +195,7 @@ class LocalTeacher(Teacher):
     def _serves_states(self, requires: frozenset[str]) -> bool:
         """Whether the update will ask for the head again; sharded ranks must run the same forwards, so they do."""
         policy = self._loaded()
-        return bool(requires & _HEAD_READERS) and not policy.plain and not is_sharded(policy)
+        return bool(requires & _HEAD_READERS) and not policy.full_logits and not is_sharded(policy)
 
     @torch.no_grad()
     def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> Head:

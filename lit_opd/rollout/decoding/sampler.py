@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import InputError
-from lit_opd.rollout.base import Sampler, SamplingSettings, cached_casts, finish, require_room
+from lit_opd.rollout.base import EarlyStop, Sampler, SamplingSettings, cached_casts, finish, require_room
 from lit_opd.rollout.decoding.drawing import choose
 from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attention
 from lit_opd.rollout.decoding.plain_decoder import FEW_ROWS, PlainDecoder, is_plain_decoder
-from lit_opd.rollout.ratio_stop import RatioWatch
 from lit_opd.streams import row_uniforms
 from lit_opd.types import PromptBatch, Rollout
 
@@ -48,8 +47,6 @@ class DecodeSampler(Sampler):
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
         require_room(model, prompts, settings)
         require_full_attention(model.causal_lm.config.get_text_config(), refusal=_refusal)
-        if settings.synced:
-            raise InputError("`SamplingSettings.synced` must be False for DecodeSampler; gather sharded weights first")
         training = model.training
         model.eval()  # no dropout, and gradient checkpointing would switch the cache off
         try:
@@ -70,7 +67,7 @@ def _refusal(config: Any, why: str) -> InputError:
 
 
 def _decode(
-    model: Any, prompts: PromptBatch, settings: SamplingSettings, watch: RatioWatch | None
+    model: Any, prompts: PromptBatch, settings: SamplingSettings, watch: EarlyStop | None
 ) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
     batch = _Batch(model, prompts, settings, plain=_runs_plain(model, prompts.ids.device))
@@ -78,14 +75,14 @@ def _decode(
         settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
     )
     with (
-        torch.inference_mode() if batch.plain else nullcontext()
+        torch.inference_mode() if batch.by_plain_decoder else nullcontext()
     ):  # transformers keeps tensors of a forward in its modules
         ids, logprobs = _written(batch, uniforms, settings, watch)
     return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
 
 
 def _written(
-    batch: _Batch, uniforms: Tensor, settings: SamplingSettings, watch: RatioWatch | None
+    batch: _Batch, uniforms: Tensor, settings: SamplingSettings, watch: EarlyStop | None
 ) -> tuple[Tensor, Tensor]:
     """The responses of ``batch``, column by column, as ``_decode`` returns them."""
     device, total = uniforms.device, len(uniforms)
@@ -127,7 +124,7 @@ class _Batch(CachedRows):
     def __init__(self, model: Any, prompts: PromptBatch, settings: SamplingSettings, *, plain: bool) -> None:
         most = prompts.ids.shape[1] + settings.max_new_tokens - 1
         super().__init__(model, prompts.ids, prompts.mask, most=most, refusal=_refusal)
-        self.vocabulary, self.plain = settings.vocabulary, plain
+        self.vocabulary, self.by_plain_decoder = settings.vocabulary, plain
         self.decoder = self._decoder()
 
     def _decoder(self) -> PlainDecoder | None:
@@ -156,7 +153,7 @@ class _Batch(CachedRows):
 
 def _runs_plain(model: Any, device: torch.device) -> bool:
     """True where ``PlainDecoder`` takes the steps; a model is compared with its own forward once."""
-    if model.plain or torch.is_autocast_enabled(device.type) or not is_plain_decoder(model.causal_lm):
+    if model.full_logits or torch.is_autocast_enabled(device.type) or not is_plain_decoder(model.causal_lm):
         return False
     if model not in _AGREES:
         _AGREES[model] = _agrees(model, device)
