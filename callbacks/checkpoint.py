@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_opd.errors import InputError, ServerError, Stopped
+from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER, LAST, REQUEUE, remove, save, sweep
 from lit_opd.run.tracking import crossed
 
@@ -66,7 +67,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Take folder and interval from the command line."""
         self.dirpath, self.every = str(run_dir / FOLDER), every
 
-    def check(self, pl_module: Any, data: Any) -> None:
+    def check(self, pl_module: LightningModule, data: PromptDataModule | None) -> None:
         """A validation metric needs validation data."""
         named = getattr(data, "val", None), getattr(data, "val_fraction", None)
         if self.monitor is not None and self.monitor.startswith("val/") and named == (None, None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_opd.errors import InputError
 from lit_opd.evaluation import (
     PROMPT_SUFFIX,
+    Answering,
     AnswerSettings,
     Comparison,
     EvaluationFile,
@@ -29,6 +30,7 @@ from lit_opd.evaluation import (
     require_room,
     undisturbed,
 )
+from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.prompts.encoding import PromptEncoder
 from lit_opd.prompts.sources import DataSource
 from lit_opd.run.tracking import crossed, log_media, log_numbers, wandb_runs
@@ -135,7 +137,7 @@ class EarlyAIMEEvaluation(Callback):
 
     # -- before the run ----------------------------------------------------------------------------------------------
 
-    def check(self, pl_module: Any, data: Any) -> None:
+    def check(self, pl_module: Answering, data: PromptDataModule | None) -> None:
         """Read and render every set; all errors of the user come now, before anything is written.
 
         Args:
@@ -158,17 +160,17 @@ class EarlyAIMEEvaluation(Callback):
             self._other = read_comparison(self.compare_to, [loaded.name for loaded in sets])
         self._sets = sets
 
-    def _template(self, name: str, data: Any, default: Any) -> Any:
+    def _template(self, name: str, data: PromptDataModule | None, default: Any) -> Any:
         own = getattr(self, name)
         return own if own is not None else getattr(data, name, default)
 
-    def _length(self, pl_module: Any) -> int:
+    def _length(self, pl_module: Answering) -> int:
         return self.max_new_tokens or int(pl_module.sampler.max_new_tokens)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The checks, for those who call the trainer themselves."""
         if stage in ("fit", "validate", "test"):
-            self.check(pl_module, getattr(trainer, "datamodule", None))
+            self.check(_answering(pl_module), getattr(trainer, "datamodule", None))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
@@ -194,8 +196,8 @@ class EarlyAIMEEvaluation(Callback):
         trainer.strategy.barrier("evaluation_file")
         step = self._last = trainer.global_step
         due = step in self.steps or (self.every is not None and step % self.every == 0)
-        if due and not (trainer.ckpt_path is not None and self._finished(trainer, pl_module, step, file)):
-            self._evaluate(trainer, pl_module, step, file)
+        if due and not (trainer.ckpt_path is not None and self._finished(trainer, _answering(pl_module), step, file)):
+            self._evaluate(trainer, _answering(pl_module), step, file)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -206,7 +208,7 @@ class EarlyAIMEEvaluation(Callback):
         self._tokens += int(trainer.callback_metrics.get("train/tokens", torch.tensor(0)))
         listed = any(last < wanted <= step for wanted in self.steps)
         if listed or (self.every is not None and crossed(step, last, self.every)):
-            self._evaluate(trainer, pl_module, step, self._file(trainer))
+            self._evaluate(trainer, _answering(pl_module), step, self._file(trainer))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand-alone: ``train.py validate``. The validation inside a fit is the module's own."""
@@ -214,7 +216,7 @@ class EarlyAIMEEvaluation(Callback):
             file = EvaluationFile(self._file(trainer).path.with_name(f"evaluation-{trainer.state.fn.value}.jsonl"))
             if trainer.is_global_zero:
                 file.path.unlink(missing_ok=True)
-            pl_module.log_dict(self._evaluate(trainer, pl_module, self._loaded_step, file))
+            pl_module.log_dict(self._evaluate(trainer, _answering(pl_module), self._loaded_step, file))
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -231,7 +233,7 @@ class EarlyAIMEEvaluation(Callback):
 
     # -- what --------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, trainer: Trainer, pl_module: Any, step: int, file: EvaluationFile) -> dict[str, float]:
+    def _evaluate(self, trainer: Trainer, pl_module: Answering, step: int, file: EvaluationFile) -> dict[str, float]:
         """Evaluate all sets, log and tell; metrics by full name, equal on all ranks."""
         values: dict[str, float] = {}
         with undisturbed(pl_module), trainer.precision_plugin.val_step_context():
@@ -250,7 +252,7 @@ class EarlyAIMEEvaluation(Callback):
             rank_zero_info(_line(run.problems.name, self.samples, step, values))
         return values
 
-    def _runs(self, pl_module: Any, file: EvaluationFile) -> list[SetEvaluation]:
+    def _runs(self, pl_module: Answering, file: EvaluationFile) -> list[SetEvaluation]:
         settings = AnswerSettings(
             samples=self.samples,
             temperature=self.temperature,
@@ -263,7 +265,7 @@ class EarlyAIMEEvaluation(Callback):
         assert self._sets is not None
         return [SetEvaluation(loaded, settings, self.grader, file) for loaded in self._sets]
 
-    def _finished(self, trainer: Trainer, pl_module: Any, step: int, file: EvaluationFile) -> bool:
+    def _finished(self, trainer: Trainer, pl_module: Answering, step: int, file: EvaluationFile) -> bool:
         """True when the file holds this step's evaluation of every set; asked where a run goes on, equal on all ranks."""
         wanted = {(run.problems.name, step, run.fingerprint) for run in self._runs(pl_module, file)}
         found = past_evaluations(file.rows()) if trainer.is_global_zero else []
@@ -320,7 +322,7 @@ class EarlyAIMEEvaluation(Callback):
     # -- budget ------------------------------------------------------------------------------------------------------
 
     def _sizes(
-        self, trainer: Trainer, pl_module: Any, runs: list[SetEvaluation], file: EvaluationFile
+        self, trainer: Trainer, pl_module: Answering, runs: list[SetEvaluation], file: EvaluationFile
     ) -> dict[str, int]:
         """Problems of each set that fit the budget; the same at every step, so that steps compare."""
         whole = {run.problems.name: len(run.problems.problems) for run in runs}
@@ -340,7 +342,7 @@ class EarlyAIMEEvaluation(Callback):
     def _measured(
         self,
         trainer: Trainer,
-        pl_module: Any,
+        pl_module: Answering,
         runs: list[SetEvaluation],
         file: EvaluationFile,
         whole: dict[str, int],
@@ -357,6 +359,11 @@ class EarlyAIMEEvaluation(Callback):
         seconds = runs[0].seconds_per_row(pl_module)
         planned = shared_out(whole, self.samples, self.minutes * SECONDS_PER_MINUTE / seconds)
         return trainer.strategy.broadcast({name: known.get(name, size) for name, size in planned.items()})
+
+
+def _answering(pl_module: LightningModule) -> Answering:
+    """Hooks are handed any module; this project's has what an evaluation asks for."""
+    return cast(Answering, pl_module)
 
 
 def shared_out(whole: dict[str, int], samples: int, rows: float) -> dict[str, int]:

@@ -246,7 +246,8 @@ class Rollout(_Record):
                     f"`Rollout.joined` must get rollouts of one provenance, got {parts[0].provenance} and {part.provenance}; "
                     "train on them in batches of their own"
                 )
-        return _joined(parts)
+        rollout: Rollout = _joined(parts)
+        return rollout
 
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -48,7 +48,8 @@ from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.run.checkpoint_files import counters, intact, newest, requeued
 from lit_opd.run.csv_logger import RunCSVLogger, run_id
-from lit_opd.run.lightning import set_callbacks
+from lit_opd.run.lightning import callbacks_of, set_callbacks
+from lit_opd.run.lightning_cli import PlainCLI
 from lit_opd.run.wandb_logger import RunWandbLogger
 
 LARGEST_SEED = 2**32 - 1
@@ -88,10 +89,10 @@ NOISE = (  # other people's warnings that say nothing about a run of ours
 class RunConfig(SaveConfigCallback):
     """Writes the resolved config to ``config.yaml`` of the run folder once the run is really starting."""
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: a later check may still refuse the run."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file on rank 0."""
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
@@ -100,7 +101,7 @@ class RunConfig(SaveConfigCallback):
             replace_or_refuse(folder / "config.yaml", with_references(text).encode())
 
 
-class OPDCLI(LightningCLI):
+class OPDCLI(PlainCLI):
     """The command line of this project.
 
     Args:
@@ -175,15 +176,8 @@ class OPDCLI(LightningCLI):
                 raise
             parser.error(f"`--config` must be plain settings, got {type(error).__name__}: {error}; correct the file")
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""
-
-    def _set_seed(self) -> None:
-        """Lightning's, after the range of the options that are no constructor's."""
-        self._check_options()
-        super()._set_seed()
-
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
+        """The range of the options that are no constructor's."""
         seed = self.settings.get("seed_everything")
         _require(
             "seed_everything", isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED, f"in [0, {LARGEST_SEED}]", seed
@@ -277,7 +271,7 @@ class OPDCLI(LightningCLI):
         """The module's checks, then those of callbacks that have some."""
         path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
         check_before(self.model, self.trainer, self.datamodule, ckpt_path=path, training=training)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(self.trainer):
             check = getattr(callback, "check", None)
             if check is not None and self.subcommand != "predict":
                 check(self.model, self.datamodule)
@@ -294,7 +288,7 @@ class OPDCLI(LightningCLI):
 
     def _plan(self) -> Plan:
         """The machine the config asks for."""
-        strategy = self._get(self.config_init, "trainer").get("strategy")
+        strategy = self.given("trainer").get("strategy")
         return read_plan(self.settings["trainer"], strategy=strategy, memory_gb=self.settings.get("memory_gb"))
 
     # -- preflight ---------------------------------------------------------------------------------------------------
@@ -326,7 +320,7 @@ class OPDCLI(LightningCLI):
         """Adds the run folder's loggers and the default callbacks."""
         if self.subcommand == "preflight":  # checks the plan from wherever it is asked to
             kwargs |= ONE_PROCESS
-        elif self._get(self.config_init, "trainer.logger") in (None, True):
+        elif self.given("trainer.logger") in (None, True):
             kwargs.setdefault("logger", self._loggers())
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -334,7 +328,7 @@ class OPDCLI(LightningCLI):
             if isinstance(_input_error(error), InputError | ServerError):
                 raise
             raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
-        given = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        given = {type(callback) for callback in callbacks_of(trainer)}
         extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
         for callback in extra:
             every = self.settings.get("checkpoint_every")
@@ -367,7 +361,7 @@ def _attach(trainer: Trainer, extra: list[Callback]) -> None:
     """Add callbacks to a built trainer; progress bars and checkpoints take the place of Lightning's own."""
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-    kept = list(trainer.callbacks)  # type: ignore[attr-defined]
+    kept = list(callbacks_of(trainer))
     for kind in (ProgressBar, Checkpoint):
         if any(isinstance(callback, kind) for callback in extra):
             kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]

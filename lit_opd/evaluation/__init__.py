@@ -5,6 +5,7 @@ grades them, ``rows`` keeps every graded sample in ``evaluation.jsonl``, ``histo
 All grade with ``grading.Grader``.
 """
 
+from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grader
 from lit_opd.evaluation.history import Comparison, Flip, difference, flips, reached, read_comparison
 from lit_opd.evaluation.rows import AnswerRow, EvaluationFile, PastEvaluation, past_evaluations
@@ -17,6 +18,7 @@ __all__ = [
     "VALIDATION_DOMAIN",
     "AnswerRow",
     "AnswerSettings",
+    "Answering",
     "Comparison",
     "EvaluationFile",
     "EvaluationSet",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_opd.distributed import gather_objects, is_rank_zero, rank, world_size
 from lit_opd.errors import InputError, memory_for
+from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grade, Grader, Outcome
 from lit_opd.evaluation.rows import AnswerRow, EvaluationFile
 from lit_opd.evaluation.sets import EvaluationSet
@@ -59,7 +60,7 @@ class AnswerSettings:
 
 
 class SetEvaluation:
-    """Evaluates one set with ``module``, which needs ``generate``, ``sampling_settings``, ``tokenizer``, ``phase`` and a trainer.
+    """Evaluates one set.
 
     Args:
         problems: the set.
@@ -72,7 +73,7 @@ class SetEvaluation:
         self.problems, self.settings, self.grader, self.file = problems, settings, grader, file
         self.fingerprint = settings.fingerprint(problems)
 
-    def run(self, module: Any, *, step: int, tokens: int, num_problems: int) -> dict[str, float]:
+    def run(self, module: Answering, *, step: int, tokens: int, num_problems: int) -> dict[str, float]:
         """Sample and grade what the file does not hold yet; the metrics of the whole evaluation, equal on all ranks.
 
         Args:
@@ -81,7 +82,8 @@ class SetEvaluation:
             tokens: tokens sampled for training up to now.
             num_problems: the first so many problems are evaluated.
         """
-        done = module.trainer.strategy.broadcast(self._done(step, num_problems) if is_rank_zero() else None)
+        mine = self._done(step, num_problems) if is_rank_zero() else {}
+        done: dict[Pair, AnswerRow] = module.trainer.strategy.broadcast(mine)
         statistics = AnswerStatistics(seed=self.settings.seed).to(module.device)
         statistics.update(**_columns(done if is_rank_zero() else {}, module.device))
         every = [(problem, sample) for problem in range(num_problems) for sample in range(self.settings.samples)]
@@ -97,7 +99,7 @@ class SetEvaluation:
             module.phase(f"evaluating {self.problems.name}", index + 1, len(batches))
         return statistics.compute()
 
-    def seconds_per_row(self, module: Any) -> float:
+    def seconds_per_row(self, module: Answering) -> float:
         """Wall seconds of one batch over its rows on all ranks; the samples are thrown away."""
         every = [
             (problem, sample)
@@ -127,7 +129,7 @@ class SetEvaluation:
         for batch in range(math.ceil(len(pairs) / per_call)):
             yield list(pairs[batch * per_call : (batch + 1) * per_call][rank() :: world])
 
-    def _answers(self, module: Any, share: list[Pair]) -> tuple[list[Grade], Rollout, list[str]]:
+    def _answers(self, module: Answering, share: list[Pair]) -> tuple[list[Grade], Rollout, list[str]]:
         """Grades, responses and texts of the pairs; without any, one row is sampled for the other ranks' sake."""
         prompts = self._prompts(module, share or [(0, 0)])
         settings = self.settings
@@ -148,7 +150,7 @@ class SetEvaluation:
         references = [self.problems.problems[problem].reference for problem, _ in share]
         return self.grader.grade(texts, references, integers=self.problems.integers), rollout, texts
 
-    def _prompts(self, module: Any, pairs: list[Pair]) -> PromptBatch:
+    def _prompts(self, module: Answering, pairs: list[Pair]) -> PromptBatch:
         prompts = [self.problems.problems[problem].prompt for problem, _ in pairs]
         batch = collate(prompts, module.tokenizer.pad_token_id, samples=[sample for _, sample in pairs])
         return batch.to(module.device)
@@ -197,7 +199,7 @@ def _columns(rows: dict[Pair, AnswerRow], device: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def undisturbed(module: Any) -> Iterator[None]:
+def undisturbed(module: Answering) -> Iterator[None]:
     """Keep what training relies on: global random states, and the mode of every submodule, even after a failure.
 
     Lightning's ``isolate_rng`` does not restore after an exception.

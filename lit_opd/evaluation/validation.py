@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lit_opd.distributed import largest
 from lit_opd.errors import InputError
+from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grader, is_integer, math_verify_available
 from lit_opd.evaluation.statistics import PositionBands, WeightedMean
-from lit_opd.rollout.base import SamplingSettings
 from lit_opd.types import PromptBatch, Rollout, TokenSignal
 
 VALIDATION_DOMAIN = 1  # sample j of validation draws from the streams of domain 1 + j; training uses 0
@@ -49,26 +49,6 @@ class ValidationSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"`ValidationSettings.{name}` must be >= {least}, got {value}")
-
-
-class Answering(Protocol):
-    """What an evaluation asks of a student's module."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The student's."""
-
-    def sampling_settings(self, **changes: Any) -> SamplingSettings:
-        """The sampler's settings, with fields changed by name."""
-
-    def generate(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
-        """Responses, [B, T]."""
-
-    def student_signal(self, rollout: Rollout) -> TokenSignal:
-        """The signal of responses under student and teacher."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Told how far the evaluation is."""
 
 
 class Evaluator(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -57,12 +57,12 @@ def compile_layers(policy: Any) -> None:
         layer.compile(dynamic=True)
 
 
-def shards(strategy: Any) -> bool:
+def shards(strategy: Strategy) -> bool:
     """True for a strategy under which weights are spread over the ranks."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
 
 
-def placement(strategy: Any, mesh: Any) -> Placement | None:
+def placement(strategy: Strategy, mesh: Any) -> Placement | None:
     """How a strategy shards a model; None where every rank holds all of it.
 
     ``offload`` keeps FSDP2's shards in host memory (pinned where CUDA is) and copies a unit to the device when it runs.

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
@@ -407,7 +408,7 @@ def _written(run: PlannedRun) -> dict[Path, float]:
     weights = size.parameters * dtype.itemsize
     checkpoint = weights + optimizer_bytes(run.module.optimizer_factory, size.trainable, dtype)
     written = {run.run_dir: float(weights)}  # the exported student
-    for callback in (callback for callback in callbacks_of(run.trainer) if hasattr(callback, "save_top_k")):
+    for callback in (callback for callback in callbacks_of(run.trainer) if isinstance(callback, ModelCheckpoint)):
         folder = Path(callback.dirpath or run.run_dir / CHECKPOINTS)
         count = max(callback.save_top_k, 0) + bool(callback.save_last) + 1  # one is written before one goes
         written[folder] = written.get(folder, 0.0) + float(checkpoint * count)

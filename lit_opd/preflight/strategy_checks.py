@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch.plugins import FSDPPrecision
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import FSDP2_FLAGS
 from lit_opd.run.lightning import recomputes_activations, tensor_parallel_size
 
 
-def check_strategy(strategy: Any) -> None:
+def check_strategy(strategy: Strategy) -> None:
     """Refuse what would fail, or train other sums, deep inside a run.
 
     Raises:
@@ -45,7 +43,7 @@ def _check_fsdp1(strategy: FSDPStrategy) -> None:
             raise InputError(f"`trainer.strategy.{name}` of FSDPStrategy must be {wanted}; got {given!r}")
 
 
-def check_dtypes(strategy: Any, dtypes: set[str]) -> None:
+def check_dtypes(strategy: Strategy, dtypes: set[str]) -> None:
     """FSDP1's precision plugin casts every weight to float32 under 32-true, the frozen ones too.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_opd.errors import InputError
 from lit_opd.run.shard_index import read_index
@@ -15,7 +15,7 @@ from lit_opd.run.shard_index import read_index
 CONSOLIDATE = "python -m lightning.fabric.utilities.consolidate_checkpoint"
 
 
-def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None:
+def check_checkpoint(path: str | Path, strategy: Strategy, *, training: bool) -> None:
     """Refuse, before weights load, what Lightning's strategies cannot read.
 
     Args:
@@ -42,7 +42,7 @@ def check_checkpoint(path: str | Path, strategy: Any, *, training: bool) -> None
         raise _stateless(path, strategy)
 
 
-def _check_folder(path: Path, strategy: Any, *, sharded: bool, training: bool) -> None:
+def _check_folder(path: Path, strategy: Strategy, *, sharded: bool, training: bool) -> None:
     names = read_index(path).state_dict_metadata  # first: the advised command reads a folder without any check
     if not sharded:
         raise InputError(
@@ -60,7 +60,7 @@ def _check_folder(path: Path, strategy: Any, *, sharded: bool, training: bool) -
         raise _stateless(path, strategy)
 
 
-def _stateless(path: str | Path, strategy: Any) -> InputError:
+def _stateless(path: str | Path, strategy: Strategy) -> InputError:
     return InputError(
         f"`model.optimizer` must have state to go on under {type(strategy).__name__}, but {path} holds none (SGD without "
         "momentum?), and Lightning cannot load that; go on in one process or with ddp, or start with momentum"

@@ -9,12 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from lit_opd.files import append_whole, replace_or_refuse, replace_whole, warn_unwritten
-from lit_opd.run.lightning import KeptFileWriter
+from lit_opd.run.lightning import KeptFileWriter, OwnWriterLogger
 
 
 def run_id(run_dir: Path) -> str | None:
@@ -50,7 +48,7 @@ class _Writer(KeptFileWriter):
         self.metrics, self._refused = [], False
 
 
-class RunCSVLogger(CSVLogger):
+class RunCSVLogger(OwnWriterLogger):
     """Writes ``metrics.csv`` straight into the run folder, a line at a time.
 
     Args:
@@ -63,17 +61,13 @@ class RunCSVLogger(CSVLogger):
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=1)
         self.continued_from, self.validated = continued_from, validated
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:  # type: ignore[override]
-        """The writer, made at first use on rank 0."""
-        if self._experiment is None:
-            os.makedirs(self.root_dir, exist_ok=True)
-            if self.continued_from is not None:
-                path = Path(self.root_dir) / ExperimentWriter.NAME_METRICS_FILE
-                drop_later_lines(path, self.continued_from, validated=self.validated)
-            self._experiment = _Writer(self.log_dir, continued=self.continued_from is not None)
-        return self._experiment  # type: ignore[return-value]
+    def make_writer(self) -> KeptFileWriter:
+        """Goes on with the file of the run that is continued."""
+        os.makedirs(self.root_dir, exist_ok=True)
+        if self.continued_from is not None:
+            path = Path(self.root_dir) / ExperimentWriter.NAME_METRICS_FILE
+            drop_later_lines(path, self.continued_from, validated=self.validated)
+        return _Writer(self.log_dir, continued=self.continued_from is not None)
 
 
 def drop_later_lines(path: Path, step: int, *, validated: bool = True) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
 __all__ = ["NoExperiment"]
@@ -22,7 +23,7 @@ __all__ = ["NoExperiment"]
 # -- strategies --------------------------------------------------------------------------------------------------------
 
 
-def tensor_parallel_size(strategy: Any) -> int | str:
+def tensor_parallel_size(strategy: Strategy) -> int | str:
     """Ranks that share a layer under FSDP2's strategy; 1 under every other."""
     return strategy._tensor_parallel_size if isinstance(strategy, ModelParallelStrategy) else 1
 
@@ -37,7 +38,7 @@ def recomputes_activations(strategy: FSDPStrategy) -> dict[str, Any] | None:
     return strategy._activation_checkpointing_kwargs
 
 
-def saves_shards(strategy: Any) -> bool:
+def saves_shards(strategy: Strategy) -> bool:
     """True where a checkpoint of the strategy is a folder of shards."""
     if isinstance(strategy, ModelParallelStrategy):
         return strategy._save_distributed_checkpoint
@@ -143,6 +144,22 @@ class KeptFileWriter(ExperimentWriter):
     def record_new_keys(self) -> bool:
         """True where a recorded line has names that the header lacks, which are added to it."""
         return bool(self._record_new_keys())
+
+
+class OwnWriterLogger(CSVLogger):
+    """CSVLogger with a writer of its own."""
+
+    def make_writer(self) -> KeptFileWriter:
+        """Called at the first use, on rank 0."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_writer")
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:  # type: ignore[override]
+        """The writer, made at first use on rank 0."""
+        if self._experiment is None:
+            self._experiment = self.make_writer()
+        return self._experiment  # type: ignore[return-value]
 
 
 def wandb_settings(logger: WandbLogger) -> dict[str, Any]:

@@ -128,7 +128,11 @@ class _Batch(CachedRows):
         self.decoder = self._decoder()
 
     def _decoder(self) -> PlainDecoder | None:
-        return PlainDecoder(self.model.causal_lm, rows=len(self.mask), columns=self.most + 1) if self.plain else None
+        return (
+            PlainDecoder(self.model.causal_lm, rows=len(self.mask), columns=self.most + 1)
+            if self.by_plain_decoder
+            else None
+        )
 
     def logits(self) -> Tensor:
         """[B, V] of the coming token, at least float32."""

@@ -1,0 +1,50 @@
+"""What evaluations ask of a student's module; ``OPDModule`` has all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lit_opd.rollout.base import Sampler, SamplingSettings
+from lit_opd.types import PromptBatch, Rollout, TokenSignal
+
+
+class Answering(Protocol):
+    """Samples answers, and scores them."""
+
+    sampler: Sampler
+
+    @property
+    def trainer(self) -> Trainer:
+        """Of the run."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts go."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+
+    @property
+    def student_config(self) -> Any:
+        """The student's transformers configuration."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every part."""
+
+    def sampling_settings(self, **changes: Any) -> SamplingSettings:
+        """The sampler's settings, with fields changed by name."""
+
+    def generate(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
+        """Responses, [B, T]."""
+
+    def student_signal(self, rollout: Rollout) -> TokenSignal:
+        """The signal of responses under student and teacher."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Told how far the evaluation is."""
