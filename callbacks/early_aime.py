@@ -30,13 +30,13 @@ from lit_opd.evaluation import (
     require_room,
     undisturbed,
 )
+from lit_opd.evaluation.history import FILE_NAME
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.prompts.encoding import PromptEncoder
 from lit_opd.prompts.sources import DataSource
 from lit_opd.run.tracking import crossed, log_media, log_numbers, wandb_runs
 
 DEFAULT_STEPS = (0, 1, 2, 5, 10, 20)
-FILE_NAME = "evaluation.jsonl"
 SECONDS_PER_MINUTE = 60.0
 Sets = str | DataSource | list[str | DataSource]
 

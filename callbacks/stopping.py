@@ -90,9 +90,8 @@ class StopOnSignal(Callback):
     def _stop(self, signum: int) -> None:
         self._open = False
         by_hand = signum == signal.SIGINT and int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-        raise Stopped(
-            signum, INTERRUPTED if by_hand else 0, requeue=signum == self._requeue
-        )  # a launcher takes another rank's status for a failure
+        code = INTERRUPTED if by_hand else 0  # a launcher takes another rank's status for a failure
+        raise Stopped(signum, code, requeue=signum == self._requeue)
 
     # -- where the state is whole ------------------------------------------------------------------------------------
 

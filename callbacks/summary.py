@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-METRICS = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
+from lit_opd.evaluation.validation import SUMMARISED
 
 
 class Summary(Callback):
@@ -43,7 +43,7 @@ class Summary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the first measurement as the start and the newest as the end."""
-        found = {name: trainer.callback_metrics.get(key) for name, key in METRICS.items()}
+        found = {name: trainer.callback_metrics.get(key) for name, key in SUMMARISED.items()}
         values = {name: None if value is None else float(value) for name, value in found.items()}
         if getattr(getattr(pl_module, "validation", None), "samples", 4) != 4:
             values["avg_at_4"] = None
@@ -73,7 +73,7 @@ class Summary(Callback):
         """The content of ``summary.json``."""
         measured = {
             f"{name}_{when}": values.get(name)
-            for name in METRICS
+            for name in SUMMARISED
             for when, values in (("start", self._start), ("end", self._end))
         }
         return measured | {

@@ -7,25 +7,20 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from lit_opd.compare.runs import METRICS, Curve, Run
+from lit_opd.compare.runs import Curve, Run
 from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, reached
 from lit_opd.errors import InputError
 from lit_opd.evaluation.rows import PastEvaluation
 from lit_opd.evaluation.statistics import paired_difference
+from lit_opd.evaluation.validation import SUMMARISED
 
 AXES = ("steps", "tokens")
 QUANTITIES = ("end", "area_steps", "area_tokens", "steps_to_target", "tokens_to_target")
 RISING = {"greedy": True, "avg_at_4": True, "reverse_kl": False}
 DEFAULT_TARGET = 0.8  # of the way that the baseline goes on average
 LIKE_COUNTS = {"steps": 1.0, "tokens": 1.5}  # most over least; beyond that the report says so
-_OF_THE_RUN = (
-    "run_dir",
-    "seed_everything",
-    "config",
-    "overwrite",
-    "ckpt_path",
-    "wandb",
-)  # may differ between like runs
+# settings that may differ between like runs
+_OF_THE_RUN = ("run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "wandb")
 
 
 @dataclass(frozen=True)
@@ -97,11 +92,11 @@ def compare_runs(runs: Sequence[Run], *, baseline: str, targets: Mapping[str, fl
         InputError: no such baseline or metric, or a variant without a seed of the baseline's.
     """
     variants = _grouped(runs, baseline)
-    wrong = sorted(set(targets or {}) - METRICS.keys())
+    wrong = sorted(set(targets or {}) - SUMMARISED.keys())
     if wrong:
-        raise InputError(f"`--target` must name one of {', '.join(METRICS)}, got {wrong[0]!r}")
+        raise InputError(f"`--target` must name one of {', '.join(SUMMARISED)}, got {wrong[0]!r}")
     found = RunsComparison(baseline, variants, {}, {}, {}, {}, list(_notes(variants, baseline)))
-    for metric in METRICS:
+    for metric in SUMMARISED:
         _compare_metric(found, metric, (targets or {}).get(metric))
     _compare_problems(found)
     return found

@@ -17,8 +17,8 @@ from lit_opd.compare.strategies import text
 from lit_opd.errors import InputError
 from lit_opd.evaluation.history import FILE_NAME, Comparison
 from lit_opd.evaluation.rows import EvaluationFile, past_evaluations
+from lit_opd.evaluation.validation import SUMMARISED
 
-METRICS = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
 _SUMMARY_KEYS = {"steps", "tokens", "seconds", "seed", "strategy"}
 
 
@@ -167,7 +167,7 @@ def _curves(folder: Path, summary: dict[str, Any]) -> dict[str, Curve]:
             f"summary.json at {summary['steps']}; let it end, or finish it with `--ckpt_path last`"
         )
     found, gap = {}, _token_gap(folder, rows, summary)
-    for name, column in METRICS.items():
+    for name, column in SUMMARISED.items():
         points = [(row["step"], row["tokens"], row[column]) for row in rows if column in row]
         if points and (name != "avg_at_4" or summary.get("avg_at_4_end") is not None):
             steps, tokens, values = zip(*points, strict=True)
@@ -187,7 +187,7 @@ def _token_gap(folder: Path, rows: Sequence[dict[str, float]], summary: dict[str
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:
-    """One dictionary a step, rising, with ``tokens`` sampled up to then and what of ``METRICS`` was measured.
+    """One dictionary a step, rising, with ``tokens`` sampled up to then and what of ``SUMMARISED`` was measured.
 
     Raises:
         InputError: no metrics.csv, or a value that is no finite number.
@@ -196,7 +196,7 @@ def _rows(folder: Path) -> list[dict[str, float]]:
     if not path.is_file():
         raise InputError(f"`--runs` must be run folders, got {folder} without metrics.csv")
     by_step: dict[int, dict[str, float]] = {}
-    wanted = {"step", "train/tokens", *METRICS.values()}
+    wanted = {"step", "train/tokens", *SUMMARISED.values()}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
             values = {name: _number(text, path) for name, text in line.items() if name in wanted and text}

@@ -78,9 +78,8 @@ class _Fork:
         try:
             for line in os.fdopen(questions, "rb"):
                 question = json.loads(line)
-                signal.setitimer(
-                    signal.ITIMER_PROF, self.seconds
-                )  # SIGPROF ends it, whoever holds the interpreter lock
+                # SIGPROF ends it, whoever holds the interpreter lock
+                signal.setitimer(signal.ITIMER_PROF, self.seconds)
                 reply = _reply(self.verdict, question["answer"], question["reference"])
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 os.write(replies, reply + b"\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_opd.errors import InputError
 from lit_opd.evaluation.grading import BOX, boxed_answer, is_integer, math_verify_available
 from lit_opd.prompts.encoding import EncodedPrompt, PromptEncoder, encode_rows
-from lit_opd.prompts.sources import DataSource, PromptRow, read_prompts
+from lit_opd.prompts.sources import DataSource, NotLoaded, PromptRow, read_prompts
 from lit_opd.streams import stable_hash
 
 PROMPT_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -119,9 +119,8 @@ def _rows(source: DataSource) -> list[PromptRow]:
     for split in _HUB_SPLITS[:-1]:
         try:
             return read_prompts(replace(plain, split=split))
-        except InputError as error:
-            if "could split" not in str(error):
-                raise
+        except NotLoaded:
+            continue
     return read_prompts(replace(plain, split=_HUB_SPLITS[-1]))
 
 

@@ -22,6 +22,8 @@ from lit_opd.types import PromptBatch, Rollout, TokenSignal
 
 VALIDATION_DOMAIN = 1  # sample j of validation draws from the streams of domain 1 + j; training uses 0
 BANDS = 10
+# what summary.json and comparisons call the measurements of a run
+SUMMARISED = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
 
 
 @dataclass
@@ -143,9 +145,7 @@ class Evaluator(nn.Module):
 
     def compute(self) -> dict[str, float]:
         """Means over everything since the last reset, by metric name; what was not measured is left out."""
-        with (
-            warnings.catch_warnings()
-        ):  # every rank computes every metric, updated or not, since computing is a collective
+        with warnings.catch_warnings():  # every rank computes every metric, updated or not: computing is a collective
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             values = {f"val/{name}": float(metric.compute()) for name, metric in self.means.items()}  # type: ignore[operator]
             bands = self.bands.compute().tolist()

@@ -32,9 +32,7 @@ ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/test_preflight.
 LOGPROB_TILES = 2  # tiles of logits: the logits and one of their size
 STATISTIC_TILES = 4  # blocks of whole rows of logits: entropy, top-k, KL
 DIVERGENCE_TILES = 8  # blocks of whole rows: a trained divergence of two heads with top-k; without it less
-SAMPLED_LOGIT_BYTES = (
-    28  # a row and vocabulary entry: two float32 copies, log-probs, float64 probabilities and their sum
-)
+SAMPLED_LOGIT_BYTES = 28  # a row and entry: two float32 copies, log-probs, float64 probabilities and their sum
 FINAL_STATES = 5  # [tokens, H]: last norm's input and output, the valid rows, and the gradients of the last two
 GATHERED_BLOCKS = 2  # sharded: the running block, and the next one on its way
 

@@ -267,6 +267,10 @@ def _read_folder(source: DataSource, path: Path) -> Iterator[_RawRow]:
     return _read_table(source, data)
 
 
+class NotLoaded(InputError):
+    """A hub id whose split could not be loaded: another split may be there."""
+
+
 def _read_hub(source: DataSource) -> Iterator[_RawRow]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         raise InputError(f"{source.path}: no such file or folder; check the path (relative ones start here)")
@@ -274,7 +278,7 @@ def _read_hub(source: DataSource) -> Iterator[_RawRow]:
     try:
         data = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # network, authorisation, missing split: one message for all of them
-        raise InputError(
+        raise NotLoaded(
             f"{source.path}: neither a local file or folder, nor could split {source.split!r} be loaded from the "
             f"hub ({_first_line(error)}); without network download it elsewhere and give a local .jsonl, .parquet "
             "or folder"

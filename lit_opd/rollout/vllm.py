@@ -92,6 +92,7 @@ class VLLMSampler(Sampler):
         )
         # weights the servers have; None before the first push
         self._version = STARTED_WITH if sync is None else None
+        self._told_stale = False
 
     def check(self, *, tokens: int | None, vocabulary: int) -> None:
         """Every server answers, serves the model, holds ``tokens``, and samples a token after the vocabulary's last one with
@@ -107,15 +108,21 @@ class VLLMSampler(Sampler):
         if self._version == weights_version:
             return
         if self.sync is None:
-            warnings.warn(
-                f"`model.sampler.sync` is null: at optimizer step {weights_version} the servers still sample from the weights "
-                f"they started with, recorded as version {STARTED_WITH}",
-                stacklevel=2,
-            )
+            self._say_stale()
             return
         export(self.sync.folder)
         self._push()
         self._version = weights_version
+
+    def _say_stale(self) -> None:
+        """Once a sampler: it holds for every batch after the first update."""
+        if not self._told_stale:
+            self._told_stale = True
+            warnings.warn(
+                "`model.sampler.sync` is null: from the first update on the servers sample from the weights they started "
+                f"with, recorded as version {STARTED_WITH} on every rollout; set it to train on-policy",
+                stacklevel=3,
+            )
 
     def _push(self) -> None:
         """Rank 0 pushes; its failure is every rank's."""

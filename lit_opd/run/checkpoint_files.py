@@ -131,9 +131,8 @@ def _publish(aside: Path, path: Path, written: dict[str, str] | None) -> None:
     if _digests(aside) != expected:
         raise OSError(errno.EIO, "it reads back differently from what was written")
     checksum = _checksum(path)
-    checksum.unlink(
-        missing_ok=True
-    )  # of an older file of this name: one without checksum is still good, a wrong one is not
+    # of an older file of this name: a checkpoint without one is still good, with a wrong one it is not
+    checksum.unlink(missing_ok=True)
     if path.is_dir():
         remove(path)
     os.replace(aside, path)

@@ -153,9 +153,7 @@ class Skips:
     def __init__(self, most: int, folder: Path | None = None) -> None:
         self.most, self.folder = most, folder
         self.total = 0  # optimizer steps since the run began; goes into the checkpoint
-        self.in_a_row = (
-            0  # rollout batches; a run that goes on from a checkpoint starts at 0, to get past a bad stretch
-        )
+        self.in_a_row = 0  # rollout batches; from 0 in a run that goes on, to get past a bad stretch
 
     def made(self) -> None:
         """A batch's steps were all made."""

@@ -133,10 +133,8 @@ class PlainDecoder:
         positions = torch.arange(columns, device=linear.weight.device).unsqueeze(0)
         cos, sin = (values[0].unsqueeze(1) for values in decoder.rotary_emb(self.embedding[:1], positions))
         half = cos.shape[-1] // 2
-        self.key_turns = (
-            cos,
-            torch.cat([-sin[..., :half], sin[..., half:]], -1),
-        )  # [columns, 1, size], signed for ``roll``
+        # [columns, 1, size] each, signed for ``roll``
+        self.key_turns = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
         scale = decoder.layers[0].self_attn.scaling
         self.query_turns = self.key_turns[0] * scale, self.key_turns[1] * scale
 

@@ -74,9 +74,8 @@ def _decode(
     uniforms = row_uniforms(
         settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
     )
-    with (
-        torch.inference_mode() if batch.by_plain_decoder else nullcontext()
-    ):  # transformers keeps tensors of a forward in its modules
+    # transformers keeps tensors of a forward in its modules: inference mode is for our own decoder only
+    with torch.inference_mode() if batch.by_plain_decoder else nullcontext():
         ids, logprobs = _written(batch, uniforms, settings, watch)
     return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
 
