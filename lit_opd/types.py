@@ -19,7 +19,9 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any, Self
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -173,6 +175,37 @@ class Provenance:
 
 
 @dataclass(frozen=True, eq=False)
+class Layout:
+    """Which slots of a rollout hold tokens, as the host knows it: cutting and packing rows by it waits for no device.
+
+    Args:
+        prompt: bool array [B, P].
+        response: bool array [B, T].
+        finish_reason: int8 array [B].
+        teacher: bool array [B, P'] where the teacher renders its own template, else None.
+    """
+
+    prompt: NDArray[numpy.bool_]
+    response: NDArray[numpy.bool_]
+    finish_reason: NDArray[numpy.int8]
+    teacher: NDArray[numpy.bool_] | None = None
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of prompt and response of each row; the longer of the two prompts where templates differ."""
+        prompt = self.prompt.sum(-1)
+        if self.teacher is not None:
+            prompt = numpy.maximum(prompt, self.teacher.sum(-1))
+        return (prompt + self.response.sum(-1)).tolist()  # type: ignore[no-any-return]
+
+    def rows(self, index: Sequence[int]) -> Layout:
+        """The layout of the rows ``index``."""
+        kept = list(index)
+        teacher = None if self.teacher is None else self.teacher[kept]
+        return Layout(self.prompt[kept], self.response[kept], self.finish_reason[kept], teacher)
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout(_Record):
     """Responses the student sampled.
 
@@ -249,14 +282,44 @@ class Rollout(_Record):
         rollout: Rollout = _joined(parts)
         return rollout
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Read from the device once a rollout, in one transfer; rows and trimmed copies inherit it."""
+        prompts = self.prompts
+        parts = [prompts.mask, self.mask, self.finish_reason.unsqueeze(-1)]
+        if prompts.teacher_mask is not None:
+            parts.append(prompts.teacher_mask)
+        found = torch.cat([part.to(torch.int8) for part in parts], -1).cpu().numpy()
+        ends = numpy.cumsum([part.shape[-1] for part in parts])
+        prompt, response, finish, *teacher = numpy.split(found, ends[:-1], axis=-1)
+        own = teacher[0].astype(bool) if teacher else None
+        return Layout(prompt.astype(bool), response.astype(bool), finish[:, 0], own)
+
+    def with_layout(self, layout: Layout) -> Rollout:
+        """The same record, which knows its layout without reading a device."""
+        self.__dict__["layout"] = layout
+        return self
+
+    def take(self, index: Sequence[int]) -> Rollout:
+        """As ``rows``, of row numbers on the host; the layout goes with them."""
+        taken = self.rows(torch.tensor(list(index), dtype=torch.int64))
+        return taken.with_layout(self.layout.rows(index))
+
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""
-        columns = max(int(self.lengths.max()), 1) if len(self) else 1
-        prompts = _trim_prompts(self.prompts)
+        layout = self.layout
+        columns = max(_width(layout.response), 1)
+        starts = _start(layout.prompt), 0 if layout.teacher is None else _start(layout.teacher)
         cut = {name: getattr(self, name)[:, :columns] for name in ("response_ids", "mask", "sampler_logprobs")}
         if self.teacher_logprobs is not None:
             cut["teacher_logprobs"] = self.teacher_logprobs[:, :columns]
-        return replace(self, prompts=prompts, **cut)
+        kept = Layout(
+            layout.prompt[:, starts[0] :],
+            layout.response[:, :columns],
+            layout.finish_reason,
+            None if layout.teacher is None else layout.teacher[:, starts[1] :],
+        )
+        return replace(self, prompts=_trim_prompts(self.prompts, *starts), **cut).with_layout(kept)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -284,13 +347,22 @@ def _joined(parts: Sequence[Any]) -> Any:
     return type(first)(**found)
 
 
-def _trim_prompts(prompts: PromptBatch) -> PromptBatch:
-    changes: dict[str, Any] = {}
-    for ids, mask in (("ids", "mask"), ("teacher_ids", "teacher_mask")):
-        if getattr(prompts, mask) is not None:
-            used = getattr(prompts, mask).any(0).nonzero()
-            start = int(used[0]) if len(used) else 0
-            changes |= {name: getattr(prompts, name)[:, start:] for name in (ids, mask)}
+def _width(mask: NDArray[numpy.bool_]) -> int:
+    """Columns up to the last that is used, as many as the longest row has tokens where rows have no holes."""
+    used = mask.any(0).nonzero()[0]
+    return int(used[-1]) + 1 if len(used) else 0
+
+
+def _start(mask: NDArray[numpy.bool_]) -> int:
+    """The first column that is used."""
+    used = mask.any(0).nonzero()[0]
+    return int(used[0]) if len(used) else 0
+
+
+def _trim_prompts(prompts: PromptBatch, start: int, teacher_start: int) -> PromptBatch:
+    changes = {name: getattr(prompts, name)[:, start:] for name in ("ids", "mask")}
+    if prompts.teacher_mask is not None:
+        changes |= {name: getattr(prompts, name)[:, teacher_start:] for name in ("teacher_ids", "teacher_mask")}
     return replace(prompts, **changes)
 
 

@@ -19,7 +19,7 @@ from lit_opd.errors import InputError
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.rollout import TransformersSampler
 from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
-from lit_opd.step.micro_batches import micro_batches, row_lengths
+from lit_opd.step.micro_batches import micro_batches
 from tests import cases, fixed, tiny, two_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def two_processes(two_processes_folder):
 
 
 def test_the_ranks_have_different_numbers_of_micro_batches():
-    lengths = row_lengths(cases.rollout())
+    lengths = cases.rollout().layout.row_lengths
     counts = [len(micro_batches(lengths[rank::2], token_budget=cases.BUDGET)) for rank in (0, 1)]
     assert counts[0] != counts[1]
 

@@ -355,44 +355,41 @@ def test_cutting_the_batch_changes_no_gradient(folders, rollout, weighting):
         assert fixed.relative_gap(gradient, gradients[0]) < 1e-10
 
 
-def test_the_teachers_body_runs_once_a_micro_batch_and_batch(folders, rollout):
-    """Its hidden states serve scoring and update; of a batch with other tokens they are made anew."""
+def test_the_teachers_body_runs_once_a_micro_batch(folders, rollout):
+    """The states that scoring returns make the head again, for as many epochs as read it; the teacher remembers nothing."""
     teacher, fresh = (LocalTeacher(folders[1], dtype="float64") for _ in range(2))
     teacher.load(vocabulary=64)
     fresh.load(vocabulary=64)
     seen: list[int] = []
     teacher.policy.causal_lm.get_decoder().register_forward_hook(lambda *_: seen.append(1))
     requires = frozenset({"teacher_distribution"})
-    turned = replace(rollout, response_ids=rollout.response_ids.flip(-1))
-    for batch in (rollout, turned, rollout):
-        seen.clear()
-        parts = [batch.rows(torch.tensor(rows)).trimmed() for rows in ([0], [1, 2])]
-        scores = [teacher.score(part, requires=requires) for part in parts]
-        heads = [teacher.full_head(part) for part in parts * 2]  # as two epochs read it
-        assert len(seen) == len(parts)
-        for part, score, head in zip(parts * 2, scores * 2, heads, strict=True):
-            expected = fresh.full_head(part)
-            torch.testing.assert_close(head.hidden, expected.hidden, rtol=1e-10, atol=1e-12)
-            torch.testing.assert_close(
-                score.logprobs[part.mask], table_logprobs(expected, part), rtol=1e-10, atol=1e-12
-            )
-    seen.clear()
-    teacher.score(rollout)
-    teacher.full_head(turned)
-    assert len(seen) == 2  # nothing of it was kept
+    parts = [rollout.take(rows).trimmed() for rows in ([0], [1, 2])]
+    scores = [teacher.score(part, requires=requires) for part in parts]
+    heads = [teacher.full_head(part, states=score.states) for part, score in zip(parts * 2, scores * 2, strict=True)]
+    assert len(seen) == len(parts)
+    for part, score, head in zip(parts * 2, scores * 2, heads, strict=True):
+        expected = fresh.full_head(part)
+        torch.testing.assert_close(head.hidden, expected.hidden, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(score.logprobs[part.mask], table_logprobs(expected, part), rtol=1e-10, atol=1e-12)
+    assert teacher.score(rollout).states is None  # nothing will read the head
+    teacher.full_head(rollout)
+    assert len(seen) == len(parts) + 2
 
 
 class Holding(LocalTeacher):
-    """Notes how many tokens' hidden states it keeps whenever the student's side asks for its head."""
+    """Notes (tokens of the micro-batch, tokens of the states it is handed) whenever the student's side asks for its head."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, dtype="float64")
-        self.held: list[int] = []
+        self.held: list[tuple[int, int]] = []
 
-    def full_head(self, rollout):
-        """As ever."""
-        self.held.append(sum(len(hidden) for _, hidden in self._kept))
-        return super().full_head(rollout)
+    def full_head(self, rollout, *, states=None):
+        """As ever, and the states are those of these tokens."""
+        self.held.append((int(rollout.mask.sum()), 0 if states is None else len(states)))
+        anew = super().full_head(rollout)
+        if states is not None:
+            torch.testing.assert_close(states, anew.hidden, rtol=1e-10, atol=1e-12)
+        return super().full_head(rollout, states=states)
 
 
 @pytest.mark.parametrize("reads_kl", [False, True])
@@ -410,18 +407,19 @@ def test_hidden_states_are_kept_only_where_they_are_read_again(folders, rollout,
         }
         trained = fixed.module(folders, rollout, mini_batches=mini_batches, **run)
         fixed.fit(trained, rollout.prompts, steps=mini_batches)
-        held[mini_batches] = teacher.held
+        held[mini_batches] = [states for _, states in teacher.held]
     assert held[1] == [tokens]
     assert held[2] == ([tokens] if reads_kl else []) + [0, 0]
 
 
 def test_a_scoring_pass_made_again_keeps_nothing_of_the_first(folders, rollout):
-    """Memory runs out on the teacher's third micro-batch."""
+    """Memory runs out on the teacher's third micro-batch: the states handed on are those of the smaller micro-batches."""
     teacher = Holding(folders[1])
     trained = fixed.module(folders, rollout, objective=Divergence("reverse_kl"), token_budget=40, teacher=teacher)
     with pytest.warns(UserWarning, match="out of memory at optimizer step 1"):
         fixed.fit(trained, rollout.prompts, watch=poisoned.Starved("teacher", {2}, training=False))
-    assert set(teacher.held) == {sum(LENGTHS)}
+    assert all(states == tokens for tokens, states in teacher.held)
+    assert sum(tokens for tokens, _ in teacher.held) == sum(LENGTHS)
 
 
 def table_logprobs(head: Head, part) -> torch.Tensor:

@@ -75,9 +75,9 @@ def slow_step(folders, rollout, dtype, *, weigh, aggregation="sequence-mean", sk
 
 
 def number_of_micro_batches(rollout, budget: int | None) -> int:
-    from lit_opd.step.micro_batches import micro_batches, row_lengths
+    from lit_opd.step.micro_batches import micro_batches
 
-    return len(micro_batches(row_lengths(rollout), token_budget=budget))
+    return len(micro_batches(rollout.layout.row_lengths, token_budget=budget))
 
 
 @pytest.mark.parametrize(("budget", "count"), [(None, 1), (48, 2), (20, 5)])

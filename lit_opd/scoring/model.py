@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lit_opd.errors import InputError
@@ -32,32 +35,52 @@ TOP_K = 32  # entries of the top-k lists that strategies may require
 Returned = TypeVar("Returned")
 
 
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """[N, ...] values of the valid tokens -> [B, T, ...], 0 where masked, differentiable."""
-    spread = mask.reshape(*mask.shape, *(1,) * (values.ndim - 1)).expand(*mask.shape, *values.shape[1:])
-    return values.new_zeros(spread.shape).masked_scatter(spread, values)
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a rollout stand, worked out on the host: using it waits for no device.
 
-
-def _packed(tokens: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row's valid tokens moved to its left end, so that causal attention needs no mask and positions count from 0.
+    Every row's valid tokens move to its left end, so that causal attention needs no mask and positions count from 0.
 
     Args:
-        tokens: int64 [B, P + T].
-        prompt_mask: bool [B, P].
-        response_mask: bool [B, T].
-    Returns:
-        int64 [B, L], L one less than the longest row, whose last token scores nothing; bool [B, L], True where the slot
-        scores the valid response token after it.
+        order: int64 [B, L], columns of [prompt, response] in packed order, L one less than the longest row, whose last token
+            scores nothing.
+        states: int64 [N], packed slots (of B x L) that score a valid response token.
+        tokens: int64 [N], those response tokens (of B x T), in the same row-major order.
+        shape: (B, T).
     """
-    valid = torch.cat([prompt_mask, response_mask], -1)
-    order = torch.argsort(valid, dim=-1, descending=True, stable=True)[:, : max(2, int(valid.sum(-1).max()))]
-    scored = torch.cat([torch.zeros_like(prompt_mask), response_mask], -1).gather(-1, order)
-    return tokens.gather(-1, order[:, :-1]), scored[:, 1:]
 
+    order: Tensor
+    states: Tensor
+    tokens: Tensor
+    shape: tuple[int, int]
 
-def _picked(states: Tensor, slots: Tensor) -> Tensor:
-    """[B, L, H] at the True ``slots`` [B, L]: [N, H] in row-major order; its backward adds rows, without sorting."""
-    return states.flatten(0, 1).index_select(0, slots.flatten().nonzero().squeeze(-1))
+    @classmethod
+    def of(cls, rollout: Rollout, *, own_template: bool) -> Places:
+        """On the rollout's device."""
+        layout, device = rollout.layout, rollout.mask.device
+        prompt = layout.teacher if own_template and layout.teacher is not None else layout.prompt
+        valid = numpy.concatenate([prompt, layout.response], -1)
+        longest = max(2, int(valid.sum(-1).max(initial=0)))
+        order = numpy.argsort(~valid, axis=-1, kind="stable")[:, :longest]
+        scored = numpy.concatenate([numpy.zeros_like(prompt), layout.response], -1)
+        scored = numpy.take_along_axis(scored, order, -1)[:, 1:]
+
+        def moved(values: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.int64)).to(device, non_blocking=True)
+
+        shape = (layout.response.shape[0], layout.response.shape[1])
+        tokens = numpy.flatnonzero(layout.response)
+        return cls(moved(order[:, :-1]), moved(numpy.flatnonzero(scored)), moved(tokens), shape)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """[N, ...] values of the valid tokens -> [B, T, ...], 0 where masked, differentiable."""
+        rows, columns = self.shape
+        flat = values.new_zeros((rows * columns, *values.shape[1:])).index_copy(0, self.tokens, values)
+        return flat.view(rows, columns, *values.shape[1:])
+
+    def pick(self, states: Tensor) -> Tensor:
+        """[B, L, H] at the scoring slots: [N, H] in row-major order; its backward adds rows, without sorting."""
+        return states.flatten(0, 1).index_select(0, self.states)
 
 
 class TokenDivergence(Protocol):
@@ -113,8 +136,9 @@ class ScoringModel(nn.Module):
         Returns:
             [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
         """
-        head = self._head(rollout, own_template=own_template) if head is None else head
-        targets = rollout.response_ids[rollout.mask]
+        places = Places.of(rollout, own_template=own_template)
+        head = self._head(rollout, places, own_template=own_template) if head is None else head
+        targets = rollout.response_ids.flatten().index_select(0, places.tokens)
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
         found: dict[str, Tensor] = {"logprobs": token_logprobs(head, targets, temperature=temperature)}
@@ -124,33 +148,28 @@ class ScoringModel(nn.Module):
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
             found["divergence"] = divergence(head, against, temperature=temperature)
-        topk = self._topk(head, rollout.mask, temperature) if "topk" in wants else None
-        return TokenScores(**{name: _scatter(value, rollout.mask) for name, value in found.items()}, topk=topk)
-
-    def _topk(self, head: Head, mask: Tensor, temperature: float) -> TopK:
-        ids, logprobs = token_topk(head, k=TOP_K, temperature=temperature)
-        return TopK(ids=_scatter(ids, mask), logprobs=_scatter(logprobs, mask))
+        topk = None
+        if "topk" in wants:
+            ids, logprobs = token_topk(head, k=TOP_K, temperature=temperature)
+            topk = TopK(ids=places.scatter(ids), logprobs=places.scatter(logprobs))
+        return TokenScores(**{name: places.scatter(value) for name, value in found.items()}, topk=topk)
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
-        return self._head(rollout, own_template=own_template)
+        return self._head(rollout, Places.of(rollout, own_template=own_template), own_template=own_template)
 
-    def _head(self, rollout: Rollout, *, own_template: bool) -> Head:
+    def _head(self, rollout: Rollout, places: Places, *, own_template: bool) -> Head:
         if self._unprobed:
             with torch.autocast(rollout.mask.device.type, enabled=False):
                 self.choose_path(self._unprobed)
         prompts = rollout.prompts
-        use_own = own_template and prompts.teacher_ids is not None
-        prompt_ids, prompt_mask = (
-            (prompts.teacher_ids, prompts.teacher_mask) if use_own else (prompts.ids, prompts.mask)
-        )
-        tokens = torch.cat([prompt_ids, rollout.response_ids], -1)  # type: ignore[list-item]
-        packed, slots = _packed(tokens, prompt_mask, rollout.mask)  # type: ignore[arg-type]
+        own = prompts.teacher_ids if own_template else None
+        packed = torch.cat([prompts.ids if own is None else own, rollout.response_ids], -1).gather(-1, places.order)
         if self.full_logits:
             logits = self.causal_lm(input_ids=packed, use_cache=False).logits
-            return Head(_picked(logits, slots)[:, : self.vocabulary], weight=None)
+            return Head(places.pick(logits)[:, : self.vocabulary], weight=None)
         states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
-        return self.linear_head(_picked(states, slots))
+        return self.linear_head(places.pick(states))
 
     def linear_head(self, hidden: Tensor) -> Head:
         """The output head over given hidden states [N, H]."""

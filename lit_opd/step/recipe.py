@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from lit_opd.advantage import AdvantageTransform
 from lit_opd.objective import Aggregation, Objective
 from lit_opd.types import FinishReason, Rollout
@@ -66,11 +64,11 @@ def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
     if policy == "keep":
         return rollout
     finished = rollout.finish_reason != int(FinishReason.LENGTH)
+    layout = rollout.layout
+    ended = layout.finish_reason != int(FinishReason.LENGTH)
     masked = replace(rollout, mask=rollout.mask & finished.unsqueeze(-1))
-    if policy == "mask":
-        return masked
-    rows = finished.nonzero().squeeze(-1)
-    return masked.rows(rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device))
+    masked.with_layout(replace(layout, response=layout.response & ended[:, None]))
+    return masked if policy == "mask" else masked.take(ended.nonzero()[0].tolist() or [0])
 
 
 def progress(*, step: int, max_steps: int, batches: float, updates: int) -> float:

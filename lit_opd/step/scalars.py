@@ -68,7 +68,8 @@ def logged(
     length_budget: int | None,
     stops_early: bool,
 ) -> dict[str, Tensor]:
-    """Everything that a training step logs, float64 scalars by metric name: counts stay exact.
+    """Everything that a training step logs, float64 scalars on the host by metric name: counts stay exact, and one transfer
+    serves every logger and callback.
 
     Args:
         record: of the batch.
@@ -91,11 +92,12 @@ def logged(
     values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
     values["train/learning_rate"] = learning_rate
     values["step"] = record.step  # Lightning would count batches, from 0
-    return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
+    numbers = [torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in values.values()]
+    return dict(zip(values, torch.stack(numbers).cpu(), strict=True))
 
 
 def _saved(record: StepRecord, max_new_tokens: int) -> Tensor:
     """Tokens that the rows cut by the budget or the stop could still have had, over all ranks, scalar."""
     rollout = record.rollout  # which has all of these rows, whatever `truncated` is
     cut = (rollout.finish_reason == int(FinishReason.BUDGET)) | (rollout.finish_reason == int(FinishReason.DRIFT))
-    return all_sum((max_new_tokens - rollout.num_drawn)[cut].sum())
+    return all_sum(torch.where(cut, max_new_tokens - rollout.num_drawn, 0).sum())

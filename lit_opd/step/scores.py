@@ -21,6 +21,7 @@ from lit_opd.step.skips import finite
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import Rollout, TokenScores, TokenSignal, TopK
 
+Rows = list[int]  # row numbers of a batch
 Listener = Callable[[str, int, int], None]  # name of a phase, parts done, parts in all
 
 STUDENT_WANTS = {
@@ -42,15 +43,15 @@ class ScoreBuffer:
         self.shape = tuple(mask.shape)
         self.values: dict[str, Tensor] = {}
 
-    def put(self, name: str, rows: Tensor, part: Tensor) -> None:
+    def put(self, name: str, rows: Rows, part: Tensor) -> None:
         """Store ``part`` [R, columns, ...] without its gradient."""
         part = part.detach()
         if name not in self.values:
             self.values[name] = part.new_zeros(self.shape + part.shape[2:])
-        self.values[name][rows.to(part.device), : part.shape[1]] = part
+        self.values[name][torch.tensor(rows, device=part.device), : part.shape[1]] = part
 
-    def put_scores(self, who: str, rows: Tensor, scores: TokenScores) -> None:
-        """Store what ``who`` ("student", "teacher", "reference") says of ``rows``, int64 [R]."""
+    def put_scores(self, who: str, rows: Rows, scores: TokenScores) -> None:
+        """Store what ``who`` ("student", "teacher", "reference") says of ``rows``."""
         found = {f"{who}_logprobs": scores.logprobs, f"{who}_entropy": scores.entropy, "token_kl": scores.token_kl}
         if scores.topk is not None:
             found |= {f"{who}_topk.ids": scores.topk.ids, f"{who}_topk.logprobs": scores.topk.logprobs}
@@ -58,9 +59,9 @@ class ScoreBuffer:
             if value is not None:
                 self.put(name, rows, value)
 
-    def signal_fields(self, rows: Tensor, columns: int) -> dict[str, Any]:
-        """The optional and required fields of a ``TokenSignal`` of ``rows``, int64 [R], and the leading columns, finite."""
-        cut = {name: value[rows.to(value.device), :columns] for name, value in self.values.items()}
+    def signal_fields(self, rows: Rows, columns: int) -> dict[str, Any]:
+        """The optional and required fields of a ``TokenSignal`` of ``rows`` and the leading columns, finite."""
+        cut = {name: value[torch.tensor(rows, device=value.device), :columns] for name, value in self.values.items()}
         fields: dict[str, Any] = {name: finite(cut[name]) for name in SIGNAL_FIELDS if name in cut}
         for name in ("student_topk", "teacher_topk"):
             if f"{name}.ids" in cut:
@@ -118,12 +119,12 @@ class Scores:
 
     def score_frozen(self, batches: MicroBatches, listener: Listener) -> None:
         """Scores of the whole batch by the frozen models."""
-        rows, device = torch.arange(len(self.rollout)), self.rollout.mask.device
+        rows, device = list(range(len(self.rollout))), self.rollout.mask.device
         with shared_failure():  # a row over the budget is every rank's error
             groups = batches.groups(rows)
         most = largest(len(groups), device)  # a collective, which the block below must not hold
 
-        def score(groups: list[Tensor]) -> None:
+        def score(groups: list[Rows]) -> None:
             total = max(most, len(groups))
             for index in range(total):
                 self._score_frozen(batches, groups[index] if index < len(groups) else groups[0])
@@ -136,7 +137,7 @@ class Scores:
                 stack.enter_context(shared_failure())  # sharded models talk to each other while they score
             batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
 
-    def _score_frozen(self, batches: MicroBatches, rows: Tensor) -> None:
+    def _score_frozen(self, batches: MicroBatches, rows: Rows) -> None:
         part = batches.take(rows)
         for who, model in self.scorers.items():
             requires = self.recipe.required if who == "teacher" else frozenset()
@@ -148,7 +149,7 @@ class Scores:
                 scores = model.score(part, temperature=self.temperature, requires=again)
             self.buffer.put_scores(who, rows, scores)
             if scores.states is not None:
-                self._states[_key(rows)] = scores.states
+                self._states[tuple(rows)] = scores.states
 
     def forget(self) -> None:
         """Drop the hidden states: the micro-batches that come are cut otherwise."""
@@ -169,9 +170,9 @@ class Scores:
 
     def score_student(self, batches: MicroBatches) -> TokenSignal:
         """The student's scores of the whole batch without gradient, and the signal they complete."""
-        rows = torch.arange(len(self.rollout))
+        rows = list(range(len(self.rollout)))
 
-        def score(groups: list[Tensor]) -> None:
+        def score(groups: list[Rows]) -> None:
             for index in range(largest(len(groups), self.rollout.mask.device)):
                 part = groups[index] if index < len(groups) else groups[0]
                 with self.whole_head():
@@ -182,19 +183,19 @@ class Scores:
         self.full = self.signal(self.rollout, rows)
         return self.full
 
-    def student(self, part: Rollout, rows: Tensor) -> TokenScores:
+    def student(self, part: Rollout, rows: Rows) -> TokenScores:
         """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted.
 
         Args:
             part: the micro-batch.
-            rows: int64 [R], its rows in the batch.
+            rows: its rows in the batch.
         """
         lacking = self.recipe.required if self.full is None else frozenset()
         wants = frozenset(want for name, want in STUDENT_WANTS.items() if name in lacking)
         on_distribution = torch.is_grad_enabled() and "teacher_distribution" in self.recipe.objective.requires
         against = None
         if on_distribution or "token_kl" in wants:
-            against = self.teacher.full_head(part, states=self._states.get(_key(rows)))
+            against = self.teacher.full_head(part, states=self._states.get(tuple(rows)))
         scores: TokenScores = self._student(
             part,
             temperature=self.temperature,
@@ -206,13 +207,12 @@ class Scores:
 
     def nothing(self) -> Tensor:
         """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
-        row = torch.zeros(1, dtype=torch.int64)
-        return self.student(self.rollout.rows(row).trimmed(), row).logprobs.sum() * 0.0
+        return self.student(self.rollout.take([0]).trimmed(), [0]).logprobs.sum() * 0.0
 
     # -- the signal --------------------------------------------------------------------------------------------------
 
-    def signal(self, part: Rollout, rows: Tensor) -> TokenSignal:
-        """The signal of ``part``, the batch's ``rows`` (int64 [R]); 0 in place of what is not finite."""
+    def signal(self, part: Rollout, rows: Rows) -> TokenSignal:
+        """The signal of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
         signal = TokenSignal(
             **self.buffer.signal_fields(rows, part.mask.shape[1]),
             mask=part.mask,
@@ -226,11 +226,6 @@ class Scores:
     def values(self) -> dict[str, Tensor]:
         """Everything that must be finite, and more, as it came from the models: [B, T, ...] by field."""
         return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.buffer.values}
-
-
-def _key(rows: Tensor) -> tuple[int, ...]:
-    """``rows`` are on the CPU: this reads no device."""
-    return tuple(rows.tolist())
 
 
 @torch.no_grad()

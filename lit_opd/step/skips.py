@@ -69,17 +69,17 @@ def is_bad(values: Tensor, mask: Tensor) -> Tensor:
     return (~torch.isfinite(values) & mask).any(-1)
 
 
-def bad_rows(names: list[str], values: Mapping[str, Tensor], rollout: Rollout, chunk: Tensor) -> list[BadRow]:
+def bad_rows(names: list[str], values: Mapping[str, Tensor], rollout: Rollout, chunk: list[int]) -> list[BadRow]:
     """This rank's rows that are not finite, a field each; all rows of ``chunk`` where only the gradient is not.
 
     Args:
         names: what is not finite, on any rank.
         values: [B, T, ...] by field.
         rollout: the B rows.
-        chunk: int64, rows of the update that failed.
+        chunk: rows of the update that failed.
     """
     if names == [GRADIENT]:
-        return [_row(rollout, row, field=GRADIENT) for row in chunk.tolist()]
+        return [_row(rollout, row, field=GRADIENT) for row in chunk]
     found = []
     for field in (name for name in names if name in values):
         bad = ~torch.isfinite(values[field]) & rollout.mask

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from lit_opd.distributed import rank, world_size
 from lit_opd.errors import InputError, _reason
@@ -27,14 +26,14 @@ class TokenBudget:
         if configured == halved_from:
             self.halved, self._halved_from = halved, halved_from
 
-    def budget(self, configured: int | None, lengths: Tensor) -> int | None:
+    def budget(self, configured: int | None, lengths: Sequence[int]) -> int | None:
         """Padded tokens of a micro-batch; after halving, a row that is longer is one of its own.
 
         Args:
             configured: ``model.token_budget``.
-            lengths: int64 [B], tokens of the rows to cut.
+            lengths: tokens of the rows to cut.
         """
-        return configured if self.halved is None else max(self.halved, int(lengths.max()) if len(lengths) else 1)
+        return configured if self.halved is None else max(self.halved, max(lengths, default=1))
 
     def halve(self, configured: int | None, *, rows: int, longest: int, step: int, error: BaseException) -> None:
         """Take note that a micro-batch did not fit.

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from lit_opd.objective import aggregate, denominator
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.optimisation import Optimisation
 from lit_opd.step.recipe import Recipe
-from lit_opd.step.scores import SIGNAL_FIELDS, Listener, Scores, leading_columns
+from lit_opd.step.scores import SIGNAL_FIELDS, Listener, Rows, Scores, leading_columns
 from lit_opd.step.skips import GRADIENT, Skips, bad_rows, is_bad
 from lit_opd.types import Rollout, StepRecord, TokenScores, TokenSignal
 
@@ -107,7 +108,8 @@ class Update:
 
     def _steps(self) -> Tensor:
         recipe = self.recipe
-        chunks = torch.tensor_split(torch.arange(len(self.rollout)), recipe.mini_batches) * recipe.epochs
+        parts = numpy.array_split(range(len(self.rollout)), recipe.mini_batches)
+        chunks = [part.tolist() for part in parts] * recipe.epochs
         losses: list[Tensor] = []
         if recipe.mini_batches > 1:
             self.scores.forget()
@@ -121,7 +123,7 @@ class Update:
                 self.skips.made()
         return torch.stack(losses).mean()
 
-    def _optimizer_step(self, rows: Tensor, *, left: int) -> Tensor:
+    def _optimizer_step(self, rows: Rows, *, left: int) -> Tensor:
         """The step on ``rows``, the first of ``left``; all of them are skipped where something is not finite."""
         loss = self.batches.attempt(
             rows,
@@ -142,7 +144,7 @@ class Update:
         self.optimisation.clear()
         self.scores.forget()
 
-    def _backward(self, groups: list[Tensor], total: Tensor) -> Tensor:
+    def _backward(self, groups: list[Rows], total: Tensor) -> Tensor:
         """Gradients of all micro-batches; this rank's share of the loss, scalar."""
         count = largest(len(groups), self.rollout.mask.device)
         loss = torch.zeros((), device=self.rollout.mask.device)
@@ -154,14 +156,14 @@ class Update:
             loss = loss + share.detach()
         return loss
 
-    def _denominator(self, rows: Tensor) -> Tensor:
-        index = rows.to(self.rollout.mask.device)
+    def _denominator(self, rows: Rows) -> Tensor:
+        index = torch.tensor(rows, device=self.rollout.mask.device)
         mask = self.rollout.mask[index]
         kept = mask if self.kept is None else self.kept[index]
         aggregation, slots = self.recipe.aggregation, self.recipe.max_new_tokens
         return all_sum(denominator(aggregation, kept=kept, mask=mask, max_new_tokens=slots))
 
-    def _micro_loss(self, rows: Tensor, total: Tensor) -> Tensor:
+    def _micro_loss(self, rows: Rows, total: Tensor) -> Tensor:
         """This micro-batch's share of the reduced loss."""
         part = self.batches.take(rows)
         scores = self.scores.student(part, rows)
@@ -171,11 +173,11 @@ class Update:
         self.scores.buffer.put("clipped", rows, result.clipped)
         return aggregate(result.values, kept=kept, aggregation=self.recipe.aggregation, denominator=total)
 
-    def _weighted(self, part: Rollout, rows: Tensor, scores: TokenScores) -> tuple[TokenSignal, Tensor, Tensor]:
+    def _weighted(self, part: Rollout, rows: Rows, scores: TokenScores) -> tuple[TokenSignal, Tensor, Tensor]:
         columns = part.mask.shape[1]
         if self.scores.full is not None and self.weights is not None and self.kept is not None:
-            index = rows.to(part.mask.device)
-            signal = leading_columns(self.scores.full.rows(rows), columns)
+            index = torch.tensor(rows, device=part.mask.device)
+            signal = leading_columns(self.scores.full.rows(index), columns)
             return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
         self.scores.buffer.put_scores("student", rows, scores)
         signal = self.scores.signal(part, rows)
@@ -194,7 +196,7 @@ class Update:
         found = all_max(flags).tolist()
         return [name for name, flag in zip((*_MUST_BE_FINITE, GRADIENT), found, strict=True) if flag]
 
-    def _skip(self, chunk: Tensor, names: list[str], left: int) -> None:
+    def _skip(self, chunk: Rows, names: list[str], left: int) -> None:
         """Keep the rows, count, and let the counters go on without a change of weights; the same on every rank."""
         values = self.scores.values()
         rows = bad_rows(names, values, self.rollout, chunk)
@@ -206,12 +208,12 @@ class Update:
         for _ in range(left):
             self.optimisation.apply()  # of no weight: an optimizer leaves those without a gradient as they are
 
-    def _check_sampler_gap(self, rows: Tensor) -> None:
+    def _check_sampler_gap(self, rows: Rows) -> None:
         """The sampler's log-probs are near the student's, where the sampler sets a bound."""
         bound = self.max_logprob_gap
         if bound is None:
             return
-        index = rows.to(self.rollout.mask.device)
+        index = torch.tensor(rows, device=self.rollout.mask.device)
         mask = self.rollout.mask[index]
         student, sampler = self.scores.buffer.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
         gap = torch.where(mask, (student - sampler).abs(), 0.0).sum(dtype=torch.float64)
@@ -233,7 +235,7 @@ class Update:
         buffer = self.scores.buffer.values
         signal = self.scores.full
         if signal is None:
-            signal = self.scores.signal(self.rollout, torch.arange(len(self.rollout)))
+            signal = self.scores.signal(self.rollout, list(range(len(self.rollout))))
         kept = self.kept if self.kept is not None else self.rollout.mask
         return StepRecord(
             rollout=replace(self.rollout, teacher_logprobs=None),  # which the signal has, and a replay makes anew
