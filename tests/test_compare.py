@@ -17,13 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lit_opd.compare.comparison import compare_runs
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from callbacks import RolloutSamples, default_callbacks
+from lit_opd.cli import main
 from lit_opd.cli.command import main
 from lit_opd.compare.differences import compare_runs
+from lit_opd.compare.document import Document, Section, Table
 from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
-from lit_opd.compare.replay import replay_files
+from lit_opd.compare.replay import REFERENCES, GradientSums, Replay, WeightSums, replay_files
+from lit_opd.compare.replay_report import replay_document
 from lit_opd.compare.runs import Curve, Run, read_run, read_runs
 from lit_opd.compare.runs_report import runs_document
 from lit_opd.compare.statistics import mean_height, paired, reached, t_quantile
@@ -40,11 +45,14 @@ from lit_opd.weighting.fractions import FirstFraction, RandomFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from lit_opd.weighting.uniform import Uniform
 from tests import cases, fixed, profiled, tiny
+from tests.pages import HOSTILE, Reader, assert_only_text
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = (0, 10, 20, 30, 40)
 TOKENS_A_STEP = 100
 PUBLISHED_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 30: 2.042, 100: 1.984}
+HOSTILE_STRATEGY = "<script>alert(1)</script><b a='&'>\"{{ 7*7 }}{% raw %}{# gone #}"
+HOSTILE_VARIANT = "<script>'&\"{{ 7*7 }}{% raw %}{# gone #}"  # a slash or a = would be the folder's
 MOST_OF_200 = 17  # exclusions of 0 by a 95 % interval: 10 expected, binomial standard deviation 3.1
 
 
@@ -322,17 +330,49 @@ def test_pictures_show_something(effect):
         assert_drawn(effect / name)
 
 
-def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path):
-    for seed in (1, 2):
-        write_run(tmp_path / f"a{seed}", known(seed, 0.01), seed=seed, strategy="<script>alert(1)</script>")
-        write_run(tmp_path / f"b{seed}", known(seed, 0.01), seed=seed, strategy="b|c")
-    out = tmp_path / "out"
-    main(list, ["compare", "runs", "--runs", f"{tmp_path}/[ab]*", "--baseline", "b|c", "--out", str(out)])
-    page = (out / "compare.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == 3
-    assert "http" not in page.replace("http-equiv", "")
-    assert "b\\|c" in (out / "compare.md").read_text()
+def test_the_page_stands_alone_and_names_are_text(tmp_path):
+    """Strategy, variant and folder, through the command line."""
+    pages = {}
+    for kind, strategy, name in (("plain", "DASH", "x"), ("hostile", HOSTILE_STRATEGY, HOSTILE_VARIANT)):
+        root, out = tmp_path / kind, tmp_path / kind / "out"
+        for seed in (1, 2):
+            write_run(root / f"a{seed}", known(seed, 0.01), seed=seed, strategy=strategy)
+            write_run(root / f"b{seed}", known(seed, 0.01), seed=seed, strategy="b|c")
+            write_run(root / f"c{seed}", known(seed, 0.01), seed=seed, strategy="DASH")
+        words = ["--runs", f"{root}/[ab]*", f"{name}={root}/c*", "--baseline", "b|c", "--out", str(out)]
+        main(list, ["compare", "runs", *words])
+        pages[kind] = (out / "compare.html").read_text()
+        assert "b\\|c" in (out / "compare.md").read_text()
+    # each in a row of the overview, of three metrics' means and of their differences, and in a note
+    assert_only_text(pages["hostile"], pages["plain"], text=HOSTILE_STRATEGY, shown=8)
+    assert Reader(pages["hostile"]).text.count(HOSTILE_VARIANT) == 8
+    page = pages["hostile"]
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 3
+    assert page.count("img-src data:") == 1
+
+
+def test_every_part_of_a_document_is_text(tmp_path):
+    Figure().savefig(tmp_path / "picture.png")
+
+    def page(text: str) -> str:
+        table = Table([text, text], [[text, text], [text, text]])
+        return Document(text, [Section(text, [text, text], table, [tmp_path / "picture.png"]), Section(text)]).html()
+
+    text = "".join(HOSTILE)
+    # title and heading, two section titles, two paragraphs, six cells
+    assert_only_text(page(text), page("a"), shown=12)
+    assert Reader(page(text)).values.count(text) == 1  # the picture's description
+
+
+def test_a_replays_files_strategies_and_notes_are_text(tmp_path):
+    def page(text: str) -> str:
+        sums, gradients = WeightSums(), GradientSums([1.0], {name: [1.0] for name in REFERENCES})
+        found = Replay([Path(text.replace("/", ""))], {text: sums}, {text: gradients}, [text])
+        return replay_document(found, tmp_path).html()
+
+    # a note, a row of weights, a row of gradients
+    assert_only_text(page(HOSTILE_STRATEGY), page("a"), text=HOSTILE_STRATEGY, shown=3)
+    assert HOSTILE_STRATEGY.replace("/", "") in Reader(page(HOSTILE_STRATEGY)).text
 
 
 # -- replay ------------------------------------------------------------------------------------------------------------

@@ -7,23 +7,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from lit_opd.compare.statistics import Estimate
+from lit_opd.report import html
 
 NAME = "compare"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { border-bottom: 1px solid rgb(128 128 128 / .4); padding: .25rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; background: white; }
-"""
 
 
 @dataclass(frozen=True)
@@ -90,16 +80,7 @@ class Document:
 
     def html(self) -> str:
         """Pictures inside; all text escaped."""
-        body = "\n".join(map(_html_section, self.sections))
-        return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(self.title)}</title><style>{_STYLE}</style></head><body>
-<h1>{escape(self.title)}</h1>
-{body}
-</body></html>
-"""
+        return html.render("compare.html.j2", title=self.title, sections=self.sections, base64=_base64)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -137,16 +118,5 @@ def show(estimate: Estimate | None, digits: int = 3, *, signed: bool = False) ->
     return f"{'' if signed else '>= '}{text} ({estimate.censored} of {estimate.count} censored)"
 
 
-def _html_section(section: Section) -> str:
-    parts = [f"<section><h2>{escape(section.title)}</h2>", *(f"<p>{escape(text)}</p>" for text in section.text)]
-    if section.table is not None:
-        rows = [_html_row("th", section.table.header), *(_html_row("td", row) for row in section.table.rows)]
-        parts.append(f'<div class="wide"><table>{"".join(rows)}</table></div>')
-    for picture in section.pictures:
-        inside = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{inside}">')
-    return "\n".join([*parts, "</section>"])
-
-
-def _html_row(kind: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+def _base64(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode()

@@ -1,16 +1,17 @@
 """One self-contained HTML page of responses, each token shaded by its weight and underlined by its disagreement.
 
-No script and nothing to load: the page is text, styles and check boxes, under a policy that lets a browser run nothing. All
-text of models and data is escaped.
+No script and nothing to load: the page is text, styles and check boxes, under a policy that lets a browser run nothing. How
+it looks is in ``templates/tokens_page.html.j2``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import partial
 from typing import Any
 
+from lit_opd.report import html
 from lit_opd.types import FinishReason, Prediction
 
 DISAGREEMENT_QUANTILE = 0.95  # of the page's tokens; this much and more is underlined in full
@@ -61,6 +62,20 @@ class PredictedResponse:
     reference: str | None
     finish_reason: str
     tokens: tuple[PredictedToken, ...]
+
+    @property
+    def mean_weight(self) -> float:
+        """0 without tokens."""
+        return _mean([token.weight for token in self.tokens])
+
+    @property
+    def mean_disagreement(self) -> float:
+        """Nats; 0 without tokens."""
+        return _mean([token.disagreement for token in self.tokens])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 # -- from tensors ------------------------------------------------------------------------------------------------------
@@ -113,24 +128,6 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
-_STYLE = """
-:root { color-scheme: light dark; --shade: 37 99 235; --line: 217 45 32; }
-@media (prefers-color-scheme: dark) { :root { --shade: 96 150 255; --line: 255 120 90; } }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 0 0 .4rem; }
-section { border-top: 1px solid rgb(128 128 128 / .4); padding: 1rem 0; }
-pre { font: .9rem/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
-.prompt, .facts { color: GrayText; } .prompt { line-height: 1.4; }
-.t { border-radius: 2px; padding-bottom: 2px; }
-#w:checked ~ main .t { background: rgb(var(--shade) / calc(var(--w) * .6 + .04)); }
-#d:checked ~ main .t { border-bottom: 3px solid rgb(var(--line) / var(--d)); }
-.t:hover { outline: 1px solid currentcolor; }
-.control { color: GrayText; } .zero { opacity: .5; }
-.scale { display: inline-block; width: 8rem; height: .7rem; vertical-align: middle; }
-label { margin-right: 1.5rem; }
-"""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
 
 @dataclass(frozen=True)
 class _Scale:
@@ -149,6 +146,25 @@ class _Scale:
         return min(1.0, value / self.disagreement) if self.disagreement > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A token as the page shows it.
+
+    Args:
+        text: never empty.
+        numbers: shown where one points at it.
+        shade: its weight on the page's scale, in [0, 1].
+        line: its disagreement on the page's scale, in [0, 1].
+        faded: it has weight 0.
+    """
+
+    text: str
+    numbers: str
+    shade: str
+    line: str
+    faded: bool
+
+
 def render(responses: Sequence[PredictedResponse], *, strategy: str, total: int | None = None) -> str:
     """The page.
 
@@ -158,25 +174,14 @@ def render(responses: Sequence[PredictedResponse], *, strategy: str, total: int 
         total: responses there are, where the page shows only the first.
     """
     scale = _scale(responses)
-    shown = (
-        f"{len(responses)} of {total} responses" if total and total > len(responses) else f"{len(responses)} responses"
+    return html.render(
+        "tokens_page.html.j2",
+        responses=responses,
+        spans=partial(_spans, scale),
+        strategy=strategy,
+        total=total,
+        scale=scale,
     )
-    body = "\n".join(_section(response, scale) for response in responses)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Predictions: token weights of {escape(strategy)}</title><style>{_STYLE}</style></head><body>
-<h1>Token weights of {escape(strategy)}, {shown}</h1>
-<input type="checkbox" id="w" checked><label for="w">shade: weight {_gradient("--shade")}
-{scale.least:.3g} to {scale.most:.3g}</label>
-<input type="checkbox" id="d" checked><label for="d">underline: disagreement |teacher - student| {_gradient("--line")}
-0 to {scale.disagreement:.3g} nats and more</label>
-<main><p class="facts">Point at a token for its numbers. Weight 0 is faded; \u21b5 is a line break, \u00b7 part of a
-character.</p>
-{body}
-</main></body></html>
-"""
 
 
 def _scale(responses: Sequence[PredictedResponse]) -> _Scale:
@@ -189,32 +194,14 @@ def _scale(responses: Sequence[PredictedResponse]) -> _Scale:
     return _Scale(min(weights), max(weights), upper)
 
 
-def _gradient(colour: str) -> str:
-    return f'<span class="scale" style="background:linear-gradient(90deg,transparent,rgb(var({colour})))"></span>'
-
-
-def _section(response: PredictedResponse, scale: _Scale) -> str:
-    count = len(response.tokens)
-    mean = sum(token.weight for token in response.tokens) / count if count else 0.0
-    gap = sum(token.disagreement for token in response.tokens) / count if count else 0.0
-    facts = (
-        f"{count} tokens, ended by {response.finish_reason}, mean weight {mean:.3f}, mean disagreement {gap:.3f} nats"
-    )
-    if response.reference is not None:
-        facts += f", reference answer {response.reference}"
-    spans = "".join(_span(place, token, scale) for place, token in enumerate(response.tokens, start=1))
-    return (
-        f'<section><h2>{escape(response.row_id)}</h2><pre class="prompt">{escape(response.prompt)}</pre>'
-        f'<p class="facts">{escape(facts)}</p><pre>{spans}</pre></section>'
-    )
-
-
-def _span(place: int, token: PredictedToken, scale: _Scale) -> str:
-    numbers = (
-        f"position {place}: {token.text!r} (id {token.id})\nweight {token.weight:.4f}\nstudent {token.student_logprob:.4f}"
-        f"\nteacher {token.teacher_logprob:.4f}\ndisagreement {token.disagreement:.4f} nats"
-    )
-    text = escape(token.text).replace("\n", "\u21b5\n") or "\u00b7"
-    style = f"--w:{scale.weight(token.weight):.3f};--d:{scale.line(token.disagreement):.3f}"
-    faded = " zero" if token.weight == 0 else ""
-    return f'<span class="t{faded}" style="{style}" title="{escape(numbers)}">{text}</span>'
+def _spans(scale: _Scale, response: PredictedResponse) -> Iterator[_Span]:
+    for place, token in enumerate(response.tokens, start=1):
+        yield _Span(
+            text=token.text.replace("\n", "\u21b5\n") or "\u00b7",
+            numbers=f"position {place}: {token.text!r} (id {token.id})\nweight {token.weight:.4f}\n"
+            f"student {token.student_logprob:.4f}\nteacher {token.teacher_logprob:.4f}\n"
+            f"disagreement {token.disagreement:.4f} nats",
+            shade=f"{scale.weight(token.weight):.3f}",
+            line=f"{scale.line(token.disagreement):.3f}",
+            faded=token.weight == 0,
+        )
