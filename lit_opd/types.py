@@ -44,13 +44,14 @@ def _moved(value: Any, device: Any) -> Any:
     return value
 
 
-def _taken(value: Any, rows: Tensor) -> Any:
+def _taken(value: Any, rows: Sequence[int], index: Tensor) -> Any:
+    """The rows of one field, given as numbers and as an index."""
     if isinstance(value, Tensor) and value.ndim:
-        return value[rows.to(value.device)]
+        return value[index.to(value.device)]
     if isinstance(value, _Record):
-        return value.rows(rows)
+        return value._chosen(rows, index)
     if isinstance(value, tuple):
-        return tuple(value[int(row)] for row in rows)
+        return tuple(value[row] for row in rows)
     return value
 
 
@@ -64,7 +65,16 @@ class _Record:
 
     def rows(self, index: Tensor) -> Self:
         """The record restricted to the rows ``index`` (int64 [N]), in that order."""
-        return replace(self, **{f.name: _taken(getattr(self, f.name), index) for f in fields(self) if f.init})
+        return self._chosen(index.tolist() if self._has_tuples else (), index)
+
+    def _chosen(self, rows: Sequence[int], index: Tensor) -> Self:
+        return replace(self, **{f.name: _taken(getattr(self, f.name), rows, index) for f in fields(self) if f.init})
+
+    @property
+    def _has_tuples(self) -> bool:
+        """Whether a field, or one of a record inside, is kept on the host."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        return any(isinstance(value, tuple) or (isinstance(value, _Record) and value._has_tuples) for value in values)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -302,7 +312,7 @@ class Rollout(_Record):
 
     def take(self, index: Sequence[int]) -> Rollout:
         """As ``rows``, of row numbers on the host; the layout goes with them."""
-        taken = self.rows(torch.tensor(list(index), dtype=torch.int64))
+        taken = self._chosen(list(index), torch.tensor(list(index), dtype=torch.int64))
         return taken.with_layout(self.layout.rows(index))
 
     def trimmed(self) -> Rollout:

@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lit_opd.compare.comparison import compare_runs
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from callbacks import RolloutSamples, default_callbacks
-from lit_opd.cli import main
 from lit_opd.cli.command import main
 from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.document import Document, Section, Table
