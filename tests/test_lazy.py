@@ -125,7 +125,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     for name, (_, build) in MODELS.items():
         build().save_pretrained(root / name, max_shard_size="6KB")
-    big().bfloat16().save_pretrained(root / "big", max_shard_size="25MB")  # and read as float32
+    large = big().bfloat16()
+    large.save_pretrained(root / "big", max_shard_size="25MB")  # and read as float32
+    large.save_pretrained(root / "one file")
     return {name: root / name for name in ("big", *MODELS)}
 
 
@@ -143,6 +145,7 @@ def ranks(folders, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.lazy_ranks", str(out)]
+    command += [f"one file=bfloat16={folders['big'].parent / 'one file'}"]
     command += [f"{name}={MODELS.get(name, ('float32',))[0]}={folder}" for name, folder in folders.items()]
     command += [f"hub id=float32={in_hub_cache(folders['mixture'], out / 'home')}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -239,6 +242,12 @@ def test_the_process_itself_grows_by_half_the_model_where_a_whole_load_takes_all
         assert rank["whole growth"] > 0.95 * size
 
 
+def test_pages_of_a_file_that_were_copied_are_let_go_of(folders, ranks):
+    """Else a rank holds its shards and a mapping of all it read; both are half of one file here."""
+    size = sum(stored(folders["big"]).values())
+    assert all(rank["one file growth"] < 0.75 * size for rank in ranks)
+
+
 # -- in one process, without a mesh, every parameter is this rank's own ------------------------------------------------
 
 
@@ -293,6 +302,18 @@ def test_a_filled_mixture_is_saved_in_the_layout_it_was_read_in(folders, tmp_pat
     read = {name: value for path in folders["mixture"].glob("*.safetensors") for name, value in load_file(path).items()}
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == read.keys() and all(torch.equal(saved[name], value) for name, value in read.items())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixture"])
+def test_files_that_the_index_does_not_name_are_not_read(folders, tmp_path, name):
+    """An earlier save's shards, say, or the author's own layout beside transformers'."""
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    expected = filled(folder).causal_lm.state_dict()
+    for part in sorted(folder.glob("*.safetensors")):
+        other = {key: value + 1 for key, value in load_file(part).items()}
+        save_file(other | {"extra": torch.zeros(2)}, folder / part.name.replace("model", "stale"))
+    found = filled(folder).causal_lm.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 # -- bad files ---------------------------------------------------------------------------------------------------------
