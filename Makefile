@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
+.PHONY: quickstart test check test-slow soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -75,7 +75,13 @@ reproduce-full: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy lit_opd callbacks train.py
+	$(BIN)/mypy lit_opd callbacks train.py examples
+
+# The inner loop, within a minute once mypy has its cache: style, types, and the tests that are fast and look at the core
+FAST := tests/ground tests/project/test_layering.py tests/scoring tests/objective/test_oracles.py tests/step/test_step.py \
+  tests/step/test_host_reads.py tests/weighting/test_weighting_formulas.py
+check: lint
+	$(BIN)/python -m pytest -n 2 -x $(FAST)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
