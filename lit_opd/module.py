@@ -374,9 +374,10 @@ class OPDModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log what was measured, which is the same on every rank; Lightning is told to reduce it, or it would advise so."""
         self.state.validated_at = self.global_step
-        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.evaluator.compute().items()}
+        measured = self.evaluator.compute()
         if self.trainer.state.fn == "fit":
-            values["step"] = torch.tensor(float(self.global_step), dtype=torch.float64)
+            measured["step"] = float(self.global_step)
+        values = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in measured.items()}
         self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
