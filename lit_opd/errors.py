@@ -51,6 +51,22 @@ class Stopped(SystemExit):
 CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
+def require(holds: bool, field: str, allowed: str, value: object, remedy: str = "") -> None:
+    """Refuse a setting that is out of its range.
+
+    Args:
+        holds: whether the value is allowed.
+        field: as the user writes it, "Class.field" or "--option".
+        allowed: what it must be.
+        value: what it is.
+        remedy: for the user, where ``allowed`` does not say it.
+    Raises:
+        InputError: ``holds`` is False.
+    """
+    if not holds:
+        raise InputError(f"`{field}` must be {allowed}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+
+
 # -- memory that runs out ----------------------------------------------------------------------------------------------
 
 
