@@ -1,4 +1,4 @@
-"""What a user is told: one wording for a setting out of its range."""
+"""What a user is told: one wording for a setting out of its range, and one line of what another library says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from lit_opd.advantage import Power
 from lit_opd.cli.command import main
-from lit_opd.errors import InputError, require
+from lit_opd.errors import InputError, first_line, require
 from lit_opd.objective import PolicyLoss
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import DecodeSampler
@@ -81,3 +81,22 @@ def test_an_option_out_of_its_range_is_named_as_it_was_typed(capsys, option, val
     with pytest.raises(SystemExit):
         main([], ["fit", "--config", "configs/quickstart.yaml", f"{option}={value}"])
     assert f"error: {expected}" in capsys.readouterr().err
+
+
+class SaysNothing(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n \n  late \nmore"), "late "),
+        (SaysNothing(), "SaysNothing"),
+        (SaysNothing(" \n\t\n"), "SaysNothing"),
+        (KeyError("key"), "'key'"),
+        (ValueError("one\r\ntwo"), "one"),
+    ],
+)
+def test_the_first_line_is_the_first_that_says_something_else_the_class(error, expected):
+    assert first_line(error) == expected

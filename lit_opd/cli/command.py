@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_opd.cli.parse_errors import USAGE_ERROR, OneLineParser
 from lit_opd.cli.redaction import one_line, redacted, with_references
 from lit_opd.distributed import is_rank_zero
-from lit_opd.errors import InputError, ServerError, Stopped, require
+from lit_opd.errors import InputError, ServerError, Stopped, first_line, require
 from lit_opd.files import replace_or_refuse
 from lit_opd.module import OPDModule
 from lit_opd.preflight import (
@@ -162,7 +162,7 @@ class OPDCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
-            what = _MISSING_KEY.sub(r"there is no `\1`", str(error).splitlines()[0])
+            what = _MISSING_KEY.sub(r"there is no `\1`", first_line(error))
             parser.error(
                 f"the config has an interpolation that cannot be resolved: {what}; define it, or give the value"
             )

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_opd import distributed
-from lit_opd.errors import InputError, require
+from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
     PromptEncoder,
@@ -397,8 +397,7 @@ def _loaded_tokenizer(path: str, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # missing folder, no network, broken files: third parties raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({reason}); check the path, "
-            "or without network give a local folder"
+            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({first_line(error)}); check "
+            "the path, or without network give a local folder"
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_opd.distributed import shared_failure
-from lit_opd.errors import InputError, ServerError, require
+from lit_opd.errors import InputError, ServerError, first_line, require
 from lit_opd.rollout.base import Sampler, SamplingSettings
 from lit_opd.rollout.vllm import as_rollout, row_seeds, row_texts, sampled_tokens
 from lit_opd.servers.client import Malformed
@@ -164,9 +164,8 @@ class VLLMEngine(Sampler):
         try:
             yield
         except (Exception, Malformed) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ServerError(
-                f"`model.sampler`: the vLLM engine {what}: {reason}; see vLLM's messages above, then go on with "
+                f"`model.sampler`: the vLLM engine {what}: {first_line(error)}; see vLLM's messages above, then go on with "
                 "--ckpt_path last"
             ) from error
 
