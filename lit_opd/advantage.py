@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, require
 from lit_opd.masked import masked_values, return_to_go
 from lit_opd.types import TokenSignal
 
@@ -84,11 +84,6 @@ class AdvantageTransform(ABC):
         elif not bool(good):
             raise InputError(f"{message}, got {float(changed[~torch.isfinite(changed)][0])}")
 
-    def _require(self, field: str, ok: bool, allowed: str) -> None:
-        """Raise an InputError that names class, field, range and value unless ``ok``."""
-        if not ok:
-            raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")
-
 
 class Identity(AdvantageTransform):
     """A' = A."""
@@ -109,7 +104,7 @@ class Clip(AdvantageTransform):
 
     def __init__(self, c: float = 5.0) -> None:
         self.c = c
-        self._require("c", math.isfinite(c) and c > 0, "a finite number > 0")
+        require(math.isfinite(c) and c > 0, f"{type(self).__name__}.c", "a finite number > 0", c)
 
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """clamp(A, -c, c), [B, T] nats."""
@@ -145,7 +140,7 @@ class Power(AdvantageTransform):
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self._require("alpha", math.isfinite(alpha) and alpha > 0, "a finite number > 0")
+        require(math.isfinite(alpha) and alpha > 0, f"{type(self).__name__}.alpha", "a finite number > 0", alpha)
 
     @property
     def replaces(self) -> bool:
@@ -170,7 +165,8 @@ class RewardExtrapolation(AdvantageTransform):
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
-        self._require("strength", math.isfinite(strength) and strength >= 0, "a finite number >= 0")
+        name = type(self).__name__
+        require(math.isfinite(strength) and strength >= 0, f"{name}.strength", "a finite number >= 0", strength)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -196,7 +192,7 @@ class DiscountedReturn(AdvantageTransform):
 
     def __init__(self, discount: float) -> None:
         self.discount = discount
-        self._require("discount", 0.0 <= discount <= 1.0, "in [0, 1]")
+        require(0.0 <= discount <= 1.0, f"{type(self).__name__}.discount", "in [0, 1]", discount)
 
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """The discounted return-to-go, [B, T] nats."""

@@ -51,17 +51,34 @@ class Stopped(SystemExit):
 CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
+def require(holds: bool, field: str, allowed: str, value: object, remedy: str = "") -> None:
+    """Refuse a setting that is out of its range.
+
+    Args:
+        holds: whether the value is allowed.
+        field: as the user writes it, "Class.field" or "--option".
+        allowed: what it must be.
+        value: what it is.
+        remedy: for the user, where ``allowed`` does not say it.
+    Raises:
+        InputError: ``holds`` is False.
+    """
+    if not holds:
+        raise InputError(f"`{field}` must be {allowed}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the page that may follow; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 # -- memory that runs out ----------------------------------------------------------------------------------------------
 
 
 def out_of_memory(error: BaseException) -> bool:
     """True for what torch raises when a device or the machine has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in CPU_ALLOCATOR)
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
@@ -80,6 +97,6 @@ def memory_for(what: str, remedy: str, *, torn: bool = False) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        failed = InputError(f"out of memory while {what}; {remedy} ({_reason(error)})")
+        failed = InputError(f"out of memory while {what}; {remedy} ({first_line(error)})")
         failed.torn = torn
         raise failed from error

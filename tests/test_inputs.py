@@ -107,8 +107,9 @@ def complain(message: str, needles: list[str]) -> str | None:
 
 
 def site(error: BaseException) -> str:
-    """file:line of the raise: the innermost frame in this project."""
+    """file:line of the raise, or of the ``require``: the innermost frame in this project."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(ROOT)]
+    frames = [frame for frame in frames if frame.name != "require"]
     return f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}"
 
 

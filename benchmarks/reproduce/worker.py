@@ -22,6 +22,7 @@ from benchmarks.reproduce.processes import RunFailed
 from benchmarks.reproduce.results import Record, code_version, write_record
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
 from lit_opd.cli.command import main
+from lit_opd.errors import first_line
 
 T = TypeVar("T")
 
@@ -108,7 +109,7 @@ def logged(path: Path, work: Callable[[], T]) -> T:
             reason = ""
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
     raise RunFailed(reason or path.read_text().splitlines()[-1])
 
 

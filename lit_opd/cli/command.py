@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_opd.cli.parse_errors import USAGE_ERROR, OneLineParser
 from lit_opd.cli.redaction import one_line, redacted, with_references
 from lit_opd.distributed import is_rank_zero
-from lit_opd.errors import InputError, ServerError, Stopped
+from lit_opd.errors import InputError, ServerError, Stopped, first_line, require
 from lit_opd.files import replace_or_refuse
 from lit_opd.module import OPDModule
 from lit_opd.preflight import (
@@ -163,7 +163,7 @@ class OPDCLI(PlainCLI):
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
-            what = _MISSING_KEY.sub(r"there is no `\1`", str(error).splitlines()[0])
+            what = _MISSING_KEY.sub(r"there is no `\1`", first_line(error))
             parser.error(
                 f"the config has an interpolation that cannot be resolved: {what}; define it, or give the value"
             )
@@ -179,15 +179,15 @@ class OPDCLI(PlainCLI):
     def check_options(self) -> None:
         """The range of the options that are no constructor's."""
         seed = self.settings.get("seed_everything")
-        _require(
-            "seed_everything", isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED, f"in [0, {LARGEST_SEED}]", seed
-        )
+        in_range = isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED
+        require(in_range, "--seed_everything", f"in [0, {LARGEST_SEED}]", seed)
         for name in ("num_threads", "checkpoint_every"):
             value = self.settings.get(name)
-            _require(name, value is None or value >= 1, ">= 1", value)
-        _require("run_dir", self.settings.get("run_dir") != "", "a folder", "an empty text")
+            require(value is None or value >= 1, f"--{name}", ">= 1", value)
+        if self.settings.get("run_dir") == "":
+            raise InputError("`--run_dir` must be a folder, got an empty text")
         # a pickle can run code when it is read
-        _require("weights_only", self.settings.get("weights_only") is not False, "true or null", False)
+        require(self.settings.get("weights_only") is not False, "--weights_only", "true or null", False)
 
     @property
     def settings(self) -> Any:
@@ -372,11 +372,6 @@ def _raised_by_a_parser(error: BaseException) -> bool:
     """True where the innermost frame reads settings; an error in a file of the user's own keeps its traceback."""
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return str(innermost.f_globals.get("__name__")).partition(".")[0] in PARSERS
-
-
-def _require(name: str, holds: bool, allowed: str, value: object) -> None:
-    if not holds:
-        raise InputError(f"`--{name}` must be {allowed}, got {value}")
 
 
 def _empty(folder: Path) -> None:

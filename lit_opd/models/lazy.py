@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line
 
 # Why plain layouts too are read here, not by torch.distributed.checkpoint's HuggingFaceStorageReader: both ways to use it were
 # tried with torch 2.13 on two gloo ranks. Every bit was the same, but
@@ -87,7 +87,7 @@ class Checkpoint:
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise self.error(f"could not be read from safetensors files: {str(error).splitlines()[0]}") from error
+            raise self.error(f"could not be read from safetensors files: {first_line(error)}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, without reading it."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_opd.errors import InputError
 from lit_opd.scoring.tiles import Head
 from lit_opd.types import TokenSignal
 
@@ -54,7 +53,3 @@ class Objective(ABC):
             weights: [B, T], detached, 0 where a token does not count.
             divergence: [B, T] with gradient, ``token_divergence`` where "teacher_distribution" is required, else None.
         """
-
-    def _require(self, field: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import exp_
 from lit_opd.objective.base import Objective, TokenLoss
 from lit_opd.scoring.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
@@ -48,11 +49,12 @@ class Divergence(Objective):
 
     def __init__(self, kind: DivergenceKind, top_k: int | None = None, beta: float = 0.5) -> None:
         self.kind, self.top_k, self.beta = kind, top_k, beta
-        self._require("kind", kind in get_args(DivergenceKind), f"one of {', '.join(get_args(DivergenceKind))}")
+        name = type(self).__name__
+        require(kind in get_args(DivergenceKind), f"{name}.kind", f"one of {', '.join(get_args(DivergenceKind))}", kind)
         is_count = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
-        self._require("top_k", top_k is None or is_count, "an integer >= 1 or null")
-        self._require("beta", 0.0 < beta < 1.0, "in (0, 1)")
-        self._require("beta", kind == "jsd" or beta == 0.5, "left out unless kind is jsd")
+        require(top_k is None or is_count, f"{name}.top_k", "an integer >= 1 or null", top_k)
+        require(0.0 < beta < 1.0, f"{name}.beta", "in (0, 1)", beta)
+        require(kind == "jsd" or beta == 0.5, f"{name}.beta", "left out unless kind is jsd", beta)
 
     @property
     def requires(self) -> frozenset[str]:

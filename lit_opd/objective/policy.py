@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.objective.base import Objective, TokenLoss
 from lit_opd.types import TokenSignal
 
@@ -31,9 +32,10 @@ class PolicyLoss(Objective):
         self, clip: float | None = 0.2, dual_clip: float | None = 3.0, importance_cap: float | None = 5.0
     ) -> None:
         self.clip, self.dual_clip, self.importance_cap = clip, dual_clip, importance_cap
-        self._require("clip", clip is None or 0 < clip < 1, "in (0, 1) or null")
-        self._require("dual_clip", dual_clip is None or dual_clip > 1, "> 1 or null")
-        self._require("importance_cap", importance_cap is None or importance_cap > 0, "> 0 or null")
+        name = type(self).__name__
+        require(clip is None or 0 < clip < 1, f"{name}.clip", "in (0, 1) or null", clip)
+        require(dual_clip is None or dual_clip > 1, f"{name}.dual_clip", "> 1 or null", dual_clip)
+        require(importance_cap is None or importance_cap > 0, f"{name}.importance_cap", "> 0 or null", importance_cap)
 
     def token_loss(
         self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None

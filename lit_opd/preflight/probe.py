@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line
 from lit_opd.preflight.plan import GIB, Plan, host_memory
 from lit_opd.preflight.sizes import NotEstimated, model_size
 from lit_opd.preflight.subject import Subject
@@ -77,10 +77,9 @@ def probe(module: Subject, data: PromptDataModule, trainer: Trainer, plan: Plan,
     except InputError:
         raise
     except Exception as error:  # a foreign model may fail anywhere
-        text = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"a few prompts could not be sampled and scored: {type(error).__name__}: {text}; try the model alone with "
-            "transformers"
+            f"a few prompts could not be sampled and scored: {type(error).__name__}: {first_line(error)}; try the "
+            "model alone with transformers"
         ) from error
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_opd import distributed
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
     PromptEncoder,
@@ -204,19 +204,21 @@ class PromptDataModule(LightningDataModule):
             raise InputError(f"`PromptDataModule.val` must name data (or set `val_fraction`) to {stage}, got None")
 
     def _check_settings(self) -> None:
+        own, limit, fraction = type(self).__name__, self.val_limit, self.val_fraction
         for name in _POSITIVE:
-            _require(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "at least 1")
-        _require(self.val_limit is None or self.val_limit >= 1, self, "val_limit", "at least 1 or None")
-        _require(self.val_fraction is None or 0 < self.val_fraction < 1, self, "val_fraction", "between 0 and 1")
-        _require(self.val is None or self.val_fraction is None, self, "val_fraction", "None when `val` is given")
-        _require(self.too_long in ("filter", "error"), self, "too_long", "'filter' or 'error'")
-        for name in ("train", "val"):
-            _require(getattr(self, name) not in ([], ""), self, name, "at least one source")
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"{own}.{name}", "at least 1", value)
+        require(limit is None or limit >= 1, f"{own}.val_limit", "at least 1 or None", limit)
+        require(fraction is None or 0 < fraction < 1, f"{own}.val_fraction", "between 0 and 1", fraction)
+        require(self.val is None or fraction is None, f"{own}.val_fraction", "None when `val` is given", fraction)
+        require(self.too_long in ("filter", "error"), f"{own}.too_long", "'filter' or 'error'", self.too_long)
+        for name, sources in (("train", self.train), ("val", self.val)):
+            require(sources not in ([], ""), f"{own}.{name}", "at least one source", sources)
 
     def _check_ranks(self) -> None:
         world = distributed.world_size()
-        wanted = f"a multiple of the number of ranks ({world})"
-        _require(self.prompt_batch % world == 0, self, "prompt_batch", wanted, "change it or the devices")
+        field, wanted = f"{type(self).__name__}.prompt_batch", f"a multiple of the number of ranks ({world})"
+        require(self.prompt_batch % world == 0, field, wanted, self.prompt_batch, "change it or the devices")
 
     def _ordered_train(self) -> tuple[list[EncodedPrompt], PromptOrder]:
         sources = [self._encoded(rows, "train") for rows in self._split_train()[0]]
@@ -237,9 +239,9 @@ class PromptDataModule(LightningDataModule):
             return self._train_rows, []
         kept = [[row for row in rows if not self._held_out(row)] for rows in self._train_rows]
         held_out = [row for rows in self._train_rows for row in rows if self._held_out(row)]
-        if not held_out or not all(kept):
-            remedy = "change it or `seed`, or give a `val` file"
-            _require(False, self, "val_fraction", "such that train (each source) and validation have rows", remedy)
+        field, wanted = f"{type(self).__name__}.val_fraction", "such that train (each source) and validation have rows"
+        remedy = "change it or `seed`, or give a `val` file"
+        require(bool(held_out) and all(kept), field, wanted, self.val_fraction, remedy)
         return kept, held_out
 
     def _held_out(self, row: PromptRow) -> bool:
@@ -366,13 +368,6 @@ class PromptDataModule(LightningDataModule):
         return [EncodedPrompt(p.row_id, p.ids, p.answer, p.teacher) for p in prompts]
 
 
-def _require(holds: bool, owner: object, name: str, wanted: str, remedy: str = "") -> None:
-    if not holds:
-        end = f"; {remedy}" if remedy else ""
-        got = getattr(owner, name)
-        raise InputError(f"`{type(owner).__name__}.{name}` must be {wanted}, got {got!r}{end}")
-
-
 def _source_list(sources: str | DataSource | list[str | DataSource]) -> list[DataSource]:
     parts = sources if isinstance(sources, list) else [sources]
     return [DataSource(part) if isinstance(part, str) else part for part in parts]
@@ -395,8 +390,7 @@ def _loaded_tokenizer(path: str, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # missing folder, no network, broken files: third parties raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({reason}); check the path, "
-            "or without network give a local folder"
+            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({first_line(error)}); check "
+            "the path, or without network give a local folder"
         ) from error

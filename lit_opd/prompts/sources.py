@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import RowFilter, shown
 
 PROMPT_COLUMNS = (
@@ -238,7 +238,7 @@ def _read_parquet(path: Path) -> Iterator[_RawRow]:
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+        raise InputError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _datasets(path: str) -> Any:
@@ -262,7 +262,7 @@ def _read_folder(source: DataSource, path: Path) -> Iterator[_RawRow]:
     except Exception as error:  # whatever a reader of a third party raises about a user's folder is the user's news
         raise InputError(
             f"{source.path}: no data set could be loaded from this folder, split {source.split!r} "
-            f"({_first_line(error)}); give one of its files (.jsonl, .parquet) instead"
+            f"({first_line(error)}); give one of its files (.jsonl, .parquet) instead"
         ) from error
     return _read_table(source, data)
 
@@ -280,7 +280,7 @@ def _read_hub(source: DataSource) -> Iterator[_RawRow]:
     except Exception as error:  # network, authorisation, missing split: one message for all of them
         raise NotLoaded(
             f"{source.path}: neither a local file or folder, nor could split {source.split!r} be loaded from the "
-            f"hub ({_first_line(error)}); without network download it elsewhere and give a local .jsonl, .parquet "
+            f"hub ({first_line(error)}); without network download it elsewhere and give a local .jsonl, .parquet "
             "or folder"
         ) from error
     return _read_table(source, data)
@@ -410,8 +410,3 @@ def _checked_text(text: str, where: str, column: str, *, allow_empty: bool = Tru
 
 def _as_list(value: Filters) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, require
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 
 
@@ -111,14 +111,15 @@ class Sampler(ABC):
     ) -> None:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.top_p, self.top_k, self.stop_token_ids = top_p, top_k, stop_token_ids
-        self._require("max_new_tokens", max_new_tokens >= 1, ">= 1; a response needs at least one token")
-        self._require("temperature", 0 < temperature < math.inf, "> 0; greedy decoding cannot be trained on")
-        self._require("top_p", 0 < top_p <= 1, "in (0, 1]")
-        self._require("top_k", top_k >= 0, ">= 0 (0 keeps all candidates)")
-
-    def _require(self, field: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")
+        name = type(self).__name__
+        require(
+            max_new_tokens >= 1, f"{name}.max_new_tokens", ">= 1; a response needs at least one token", max_new_tokens
+        )
+        require(
+            0 < temperature < math.inf, f"{name}.temperature", "> 0; greedy decoding cannot be trained on", temperature
+        )
+        require(0 < top_p <= 1, f"{name}.top_p", "in (0, 1]", top_p)
+        require(top_k >= 0, f"{name}.top_k", ">= 0 (0 keeps all candidates)", top_k)
 
     def _refuse_stop(self, settings: SamplingSettings) -> None:
         if settings.stop is not None:

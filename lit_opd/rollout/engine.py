@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_opd.distributed import shared_failure
-from lit_opd.errors import InputError, ServerError
+from lit_opd.errors import InputError, ServerError, first_line, require
 from lit_opd.rollout.base import Sampler, SamplingSettings
 from lit_opd.rollout.vllm import as_rollout, row_seeds, row_texts, sampled_tokens
 from lit_opd.servers.client import Malformed
@@ -64,8 +64,11 @@ class VLLMEngine(Sampler):
             memory_fraction,
         )
         self.sleep, self.engine_options = sleep, dict(engine_options or {})
-        self._require("max_logprob_gap", max_logprob_gap is None or max_logprob_gap > 0, "> 0 or null")
-        self._require("memory_fraction", 0 < memory_fraction < 1, "in (0, 1)")
+        name = type(self).__name__
+        require(
+            max_logprob_gap is None or max_logprob_gap > 0, f"{name}.max_logprob_gap", "> 0 or null", max_logprob_gap
+        )
+        require(0 < memory_fraction < 1, f"{name}.memory_fraction", "in (0, 1)", memory_fraction)
         self._llm: Any = None
         self._version: int | None = None  # weights the engine has; None before it was started
         self._window: int | None = None  # tokens a row may hold
@@ -161,9 +164,8 @@ class VLLMEngine(Sampler):
         try:
             yield
         except (Exception, Malformed) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ServerError(
-                f"`model.sampler`: the vLLM engine {what}: {reason}; see vLLM's messages above, then go on with "
+                f"`model.sampler`: the vLLM engine {what}: {first_line(error)}; see vLLM's messages above, then go on with "
                 "--ckpt_path last"
             ) from error
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from lit_opd.distributed import gather_objects, is_rank_zero, shared_failure
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, require
 from lit_opd.rollout.base import Sampler, SamplingSettings, finish
 from lit_opd.rollout.sync import WeightSync
 from lit_opd.servers.client import Malformed, Servers, checked_logprob
@@ -73,7 +73,10 @@ class VLLMSampler(Sampler):
     ) -> None:
         super().__init__(max_new_tokens, temperature, top_p, top_k, stop_token_ids)
         self.max_logprob_gap, self.logprobs_mode, self.sync = max_logprob_gap, logprobs_mode, sync
-        self._require("max_logprob_gap", max_logprob_gap is None or max_logprob_gap > 0, "> 0 or null")
+        name = type(self).__name__
+        require(
+            max_logprob_gap is None or max_logprob_gap > 0, f"{name}.max_logprob_gap", "> 0 or null", max_logprob_gap
+        )
         if logprobs_mode == "raw_logprobs" and not _plain(temperature, top_p, top_k):
             raise InputError(
                 f"`VLLMSampler.logprobs_mode` must be processed_logprobs when temperature {temperature}, top_p {top_p}, top_k "

@@ -23,7 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_opd.distributed import shared_failure
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line
 from lit_opd.run.lightning import dump_checkpoint, saves_shards
 from lit_opd.run.shard_index import refused
 
@@ -198,10 +198,9 @@ def _explained(path: Path, aside: Path, *, first: bool) -> Iterator[None]:
         if isinstance(error, InputError):
             raise
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise InputError(
             f"`RunCheckpoint.dirpath` must be a writable folder on a disk with room, but {path} could not be written: "
-            f"{reason}; free space or mend {path.parent}, and go on with --ckpt_path last"
+            f"{first_line(cause)}; free space or mend {path.parent}, and go on with --ckpt_path last"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line
 
 INDEX = ".metadata"
 _METADATA = frozenset({
@@ -58,7 +58,7 @@ class _Plain(pickle._Unpickler):
 def refused(error: BaseException) -> str:
     """In a few words why a file was not unpickled; torch's own message is a page with advice to do it all the same."""
     named = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it names {named[1]}" if named else (str(error).strip().splitlines() or [""])[0]
+    return f"it names {named[1]}" if named else first_line(error)
 
 
 def read_index(folder: Path) -> Any:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_opd.distributed import is_rank_zero
+from lit_opd.errors import first_line
 from lit_opd.run.lightning import (
     NoExperiment,
     begun_experiment,
@@ -54,7 +55,7 @@ class RunWandbLogger(WandbLogger):
             if wandb_is_offline(self):
                 raise
             warnings.warn(
-                f"W&B cannot be reached ({_first_line(error)}): the run goes on offline; upload it later with `wandb sync`",
+                f"W&B cannot be reached ({first_line(error)}): the run goes on offline; upload it later with `wandb sync`",
                 stacklevel=2,
             )
             take_wandb_offline(self)
@@ -91,11 +92,7 @@ class RunWandbLogger(WandbLogger):
             wandb.teardown()
         unset_globals()
         warnings.warn(
-            f"W&B is lost ({type(error).__name__}: {_first_line(error)}): training goes on without it; metrics.csv has every "
+            f"W&B is lost ({type(error).__name__}: {first_line(error)}): training goes on without it; metrics.csv has every "
             f"number, and what W&B had so far is in {Path(self.save_dir or '.') / 'wandb'}",
             stacklevel=2,
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from lit_opd.distributed import rank, world_size
-from lit_opd.errors import InputError, _reason
+from lit_opd.errors import InputError, first_line
 
 
 class TokenBudget:
@@ -59,13 +59,13 @@ class TokenBudget:
         if refused is not None:
             raise InputError(
                 f"`model.token_budget` must be lower, got {in_force}: out of memory at optimizer step {step} in {size} "
-                f"{refused} ({_reason(error)})"
+                f"{refused} ({first_line(error)})"
             ) from error
         size_now = rows * longest  # far below the budget where rows are few: half the budget would not cut it
         self._halved_from = configured
         self.halved = max(1, (size_now if configured is None or size_now <= configured // 2 else configured) // 2)
         warnings.warn(
-            f"out of memory at optimizer step {step} in {size} ({_reason(error)}): the step is made again with "
+            f"out of memory at optimizer step {step} in {size} ({first_line(error)}): the step is made again with "
             f"`model.token_budget` {self.halved} instead of {in_force}, which stays so for the rest of the run; set it in the "
             "config",
             stacklevel=2,

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import ceil_count, lengths, positions
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_fraction, is_integer, is_nonnegative
@@ -22,10 +23,11 @@ class _AnnealedPrefix(WeightingStrategy):
     def __init__(self, start: float, end: float, schedule: Schedule, min_tokens: int) -> None:
         super().__init__()
         self.start, self.end, self.schedule, self.min_tokens = start, end, schedule, min_tokens
-        self._require("start", is_fraction(start), "in (0, 1]")
-        self._require("end", is_fraction(end), "in (0, 1]")
-        self._require("schedule", schedule in get_args(Schedule), '"cosine" or "linear"')
-        self._require("min_tokens", is_integer(min_tokens) and min_tokens >= 1, "an integer >= 1")
+        name = type(self).__name__
+        require(is_fraction(start), f"{name}.start", "in (0, 1]", start)
+        require(is_fraction(end), f"{name}.end", "in (0, 1]", end)
+        require(schedule in get_args(Schedule), f"{name}.schedule", '"cosine" or "linear"', schedule)
+        require(is_integer(min_tokens) and min_tokens >= 1, f"{name}.min_tokens", "an integer >= 1", min_tokens)
 
     def ratio(self, progress: float) -> float:
         """Fraction of the response inside the prefix, for ``progress`` in [0, 1]."""
@@ -67,7 +69,7 @@ class AnnealedPrefixWeight(_AnnealedPrefix):
     ) -> None:
         super().__init__(start, end, schedule, min_tokens)
         self.weight = weight
-        self._require("weight", is_nonnegative(weight), "a finite number >= 0")
+        require(is_nonnegative(weight), f"{type(self).__name__}.weight", "a finite number >= 0", weight)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

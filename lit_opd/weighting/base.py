@@ -126,8 +126,3 @@ class WeightingStrategy(nn.Module, ABC):
         elif not bool(good):
             bad = weights[~(torch.isfinite(weights) & (weights >= 0))][0]
             raise InputError(f"{message}, got {float(bad)}")
-
-    def _require(self, field: str, ok: bool, allowed: str) -> None:
-        """Raise an InputError that names class, field, range and value unless ``ok``."""
-        if not ok:
-            raise InputError(f"`{type(self).__name__}.{field}` must be {allowed}, got {getattr(self, field)!r}")

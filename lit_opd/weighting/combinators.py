@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.distributed import all_sum
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, require
 from lit_opd.masked import lengths, masked_sum, valid_columns
 from lit_opd.streams import stream_seed, token_uniforms
 from lit_opd.types import TokenSignal
@@ -243,7 +243,7 @@ class Shuffled(_Rearranged):
     def __init__(self, strategy: WeightingStrategy, seed: int = 0) -> None:
         super().__init__(strategy)
         self.seed = seed
-        self._require("seed", is_integer(seed), "an integer")
+        require(is_integer(seed), f"{type(self).__name__}.seed", "an integer", seed)
 
     def order(self, signal: TokenSignal) -> Tensor:
         """int64 [B, T]: the valid columns by the size of their draw."""

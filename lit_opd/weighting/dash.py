@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import affine_scan, masked_mean, shifted_right
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_nonnegative
@@ -30,7 +31,7 @@ class DASH(WeightingStrategy):
     def __init__(self, kappa: float = 5.0) -> None:
         super().__init__()
         self.kappa = kappa
-        self._require("kappa", is_nonnegative(kappa), "a finite number >= 0")
+        require(is_nonnegative(kappa), f"{type(self).__name__}.kappa", "a finite number >= 0", kappa)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

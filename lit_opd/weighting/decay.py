@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import lengths, positions
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_nonnegative, is_unit
@@ -28,7 +29,7 @@ class LinearDecay(WeightingStrategy):
     def __init__(self, gamma: float) -> None:
         super().__init__()
         self.gamma = gamma
-        self._require("gamma", is_nonnegative(gamma), "a finite number >= 0")
+        require(is_nonnegative(gamma), f"{type(self).__name__}.gamma", "a finite number >= 0", gamma)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
@@ -59,7 +60,7 @@ class Geometric(WeightingStrategy):
     def __init__(self, gamma: float) -> None:
         super().__init__()
         self.gamma = gamma
-        self._require("gamma", is_unit(gamma), "in [0, 1]")
+        require(is_unit(gamma), f"{type(self).__name__}.gamma", "in [0, 1]", gamma)
 
     @property
     def depends_on(self) -> DependsOn:

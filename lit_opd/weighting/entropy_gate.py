@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_nonnegative
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
@@ -29,8 +30,9 @@ class EntropyGate(WeightingStrategy):
     def __init__(self, threshold: float = 0.8, beta: float = 0.0) -> None:
         super().__init__()
         self.threshold, self.beta = threshold, beta
-        self._require("threshold", is_nonnegative(threshold), "a finite number >= 0 (nats)")
-        self._require("beta", is_nonnegative(beta), "a finite number >= 0")
+        name = type(self).__name__
+        require(is_nonnegative(threshold), f"{name}.threshold", "a finite number >= 0 (nats)", threshold)
+        require(is_nonnegative(beta), f"{name}.beta", "a finite number >= 0", beta)
 
     @property
     def requires(self) -> frozenset[str]:

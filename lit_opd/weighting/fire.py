@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import masked_mean
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_nonnegative
@@ -32,8 +33,9 @@ class FiRe(WeightingStrategy):
     def __init__(self, alpha: float = 1.0, beta: float = 1.0) -> None:
         super().__init__()
         self.alpha, self.beta = alpha, beta
-        self._require("alpha", is_nonnegative(alpha), "a finite number >= 0")
-        self._require("beta", is_nonnegative(beta), "a finite number >= 0")
+        name = type(self).__name__
+        require(is_nonnegative(alpha), f"{name}.alpha", "a finite number >= 0", alpha)
+        require(is_nonnegative(beta), f"{name}.beta", "a finite number >= 0", beta)
 
     @property
     def requires(self) -> frozenset[str]:

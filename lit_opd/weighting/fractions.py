@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import ceil_count, lengths, positions
 from lit_opd.streams import stream_seed, token_uniforms
 from lit_opd.types import TokenSignal
@@ -20,7 +21,7 @@ class _Fraction(_Selection):
     def __init__(self, fraction: float) -> None:
         super().__init__()
         self.fraction = fraction
-        self._require("fraction", is_fraction(fraction), "in (0, 1]")
+        require(is_fraction(fraction), f"{type(self).__name__}.fraction", "in (0, 1]", fraction)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
@@ -91,7 +92,7 @@ class RandomFraction(_Fraction):
     def __init__(self, fraction: float, seed: int = 0) -> None:
         super().__init__(fraction)
         self.seed = seed
-        self._require("seed", is_integer(seed), "an integer")
+        require(is_integer(seed), f"{type(self).__name__}.seed", "an integer", seed)
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor:
         """bool [B, T], ceil(fraction * n) tokens with the smallest draws."""
@@ -118,7 +119,7 @@ class FirstTokens(_Selection):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count = count
-        self._require("count", is_integer(count) and count >= 1, "an integer >= 1")
+        require(is_integer(count) and count >= 1, f"{type(self).__name__}.count", "an integer >= 1", count)
 
     @property
     def depends_on(self) -> DependsOn:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import exclusive_cumsum, masked_sum, masked_values, positions
 from lit_opd.types import TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
@@ -37,8 +38,9 @@ class ImportanceWeighting(WeightingStrategy):
     def __init__(self, w_max: float = 1.5, signed: bool = False, denominator: Denominator = "all") -> None:
         super().__init__()
         self.w_max, self.signed, self.denominator = w_max, signed, denominator
-        self._require("w_max", math.isfinite(w_max) and w_max >= 1, "a finite number >= 1")
-        self._require("denominator", denominator in get_args(Denominator), '"all" or "exclude_last"')
+        name = type(self).__name__
+        require(math.isfinite(w_max) and w_max >= 1, f"{name}.w_max", "a finite number >= 1", w_max)
+        require(denominator in get_args(Denominator), f"{name}.denominator", '"all" or "exclude_last"', denominator)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import lengths, positions
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_finite, is_unit
@@ -32,9 +33,10 @@ class LateRising(WeightingStrategy):
     def __init__(self, w_min: float = 0.25, tau: float = 0.30, scale: float = 0.10) -> None:
         super().__init__()
         self.w_min, self.tau, self.scale = w_min, tau, scale
-        self._require("w_min", is_unit(w_min), "in [0, 1]")
-        self._require("tau", is_finite(tau), "a finite number")
-        self._require("scale", is_finite(scale) and scale > 0, "a finite number > 0")
+        name = type(self).__name__
+        require(is_unit(w_min), f"{name}.w_min", "in [0, 1]", w_min)
+        require(is_finite(tau), f"{name}.tau", "a finite number", tau)
+        require(is_finite(scale) and scale > 0, f"{name}.scale", "a finite number > 0", scale)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

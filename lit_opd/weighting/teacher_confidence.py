@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lit_opd.errors import require
 from lit_opd.masked import floor_count, positions, valid_columns
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_integer, is_nonnegative, is_unit
@@ -37,10 +38,11 @@ class TeacherConfidence(WeightingStrategy):
     def __init__(self, window: int = 64, quantile: float = 0.9, alpha: float = 1.0, floor: float = 0.0) -> None:
         super().__init__()
         self.window, self.quantile, self.alpha, self.floor = window, quantile, alpha, floor
-        self._require("window", is_integer(window) and window >= 1, "an integer >= 1")
-        self._require("quantile", is_unit(quantile), "in [0, 1]")
-        self._require("alpha", is_nonnegative(alpha), "a finite number >= 0")
-        self._require("floor", is_unit(floor), "in [0, 1]")
+        name = type(self).__name__
+        require(is_integer(window) and window >= 1, f"{name}.window", "an integer >= 1", window)
+        require(is_unit(quantile), f"{name}.quantile", "in [0, 1]", quantile)
+        require(is_nonnegative(alpha), f"{name}.alpha", "a finite number >= 0", alpha)
+        require(is_unit(floor), f"{name}.floor", "in [0, 1]", floor)
 
     @property
     def depends_on(self) -> DependsOn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.masked import masked_values, shifted_right
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_finite, is_fraction
@@ -33,10 +34,12 @@ class PrefixRatioTilt(WeightingStrategy):
     def __init__(self, alpha: float = 0.5, low: float = -5.0, high: float = 5.0) -> None:
         super().__init__()
         self.alpha, self.low, self.high = alpha, low, high
-        self._require("alpha", is_fraction(alpha), "in (0, 1]")
-        self._require("high", is_finite(high) and high <= LARGEST_EXPONENT, f"a finite number <= {LARGEST_EXPONENT:g}")
+        name = type(self).__name__
+        require(is_fraction(alpha), f"{name}.alpha", "in (0, 1]", alpha)
+        highest = f"a finite number <= {LARGEST_EXPONENT:g}"
+        require(is_finite(high) and high <= LARGEST_EXPONENT, f"{name}.high", highest, high)
         low_is_number = is_finite(low) or low == float("-inf")
-        self._require("low", low_is_number and low <= high, f"a number <= high = {high:g}, or -inf")
+        require(low_is_number and low <= high, f"{name}.low", f"a number <= high = {high:g}, or -inf", low)
 
     @property
     def depends_on(self) -> DependsOn:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.distributed import all_max, all_min, all_sum, gather_rows
+from lit_opd.errors import require
 from lit_opd.masked import ceil_count, positions
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_fraction
@@ -35,7 +36,7 @@ class TIP(_Selection):
     def __init__(self, keep_fraction: float = 0.5) -> None:
         super().__init__()
         self.keep_fraction = keep_fraction
-        self._require("keep_fraction", is_fraction(keep_fraction), "in (0, 1]")
+        require(is_fraction(keep_fraction), f"{type(self).__name__}.keep_fraction", "in (0, 1]", keep_fraction)
 
     @property
     def requires(self) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.streams import stream_seed, token_uniforms
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_integer
@@ -31,7 +32,7 @@ class TrustRegion(WeightingStrategy):
     def __init__(self, sample: bool = False, seed: int = 0) -> None:
         super().__init__()
         self.sample, self.seed = sample, seed
-        self._require("seed", is_integer(seed), "an integer")
+        require(is_integer(seed), f"{type(self).__name__}.seed", "an integer", seed)
 
     @property
     def depends_on(self) -> DependsOn:

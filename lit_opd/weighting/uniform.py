@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_opd.errors import require
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_nonnegative
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
@@ -41,7 +42,7 @@ class Constant(WeightingStrategy):
     def __init__(self, value: float) -> None:
         super().__init__()
         self.value = value
-        self._require("value", is_nonnegative(value), "a finite number >= 0")
+        require(is_nonnegative(value), f"{type(self).__name__}.value", "a finite number >= 0", value)
 
     @property
     def depends_on(self) -> DependsOn:

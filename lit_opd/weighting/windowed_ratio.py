@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lit_opd.errors import require
 from lit_opd.masked import positions, valid_columns
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_integer, is_unit
@@ -32,8 +33,9 @@ class WindowedPrefixRatio(WeightingStrategy):
     def __init__(self, window: int = 8, floor: float = 0.3) -> None:
         super().__init__()
         self.window, self.floor = window, floor
-        self._require("window", is_integer(window) and window >= 1, "an integer >= 1")
-        self._require("floor", is_unit(floor), "in [0, 1]")
+        name = type(self).__name__
+        require(is_integer(window) and window >= 1, f"{name}.window", "an integer >= 1", window)
+        require(is_unit(floor), f"{name}.floor", "in [0, 1]", floor)
 
     @property
     def depends_on(self) -> DependsOn:
