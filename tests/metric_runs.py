@@ -85,13 +85,13 @@ def spoilt(rollout: Rollout, row: int) -> Rollout:
 
 # -- the responses that are evaluated ----------------------------------------------------------------------------------
 
-FILLER = 10
+FILLERS = {10, 11}  # rows that only fill a batch: they do not count
 GREEDY = -1  # key of the greedy responses; sample j has j
 RANK_QUESTIONS = [  # of each validation batch, for the first and for the second rank; samples of all but the last are drawn
     ([0, 1, 2], [3]),  # the second rank's has no answer
-    ([4], [5, 6]),
-    ([7], [8]),  # no rank has an answer
-    ([9], [FILLER]),  # which only fills the batch: it does not count
+    ([4], [5, 6, 10]),
+    ([7, 11], [8]),  # no rank has an answer
+    ([9], [10]),
 ]
 BATCH_LIMIT = 3
 QUESTIONS: list[tuple[str | None, tuple[str, ...]]] = [
@@ -107,7 +107,8 @@ QUESTIONS: list[tuple[str | None, tuple[str, ...]]] = [
     (None, ("S.q", "L.qrstuvwxyz0123", "S.a", "S.a", "S.a")),
     (None, ("S.", "S.0 = 0 + 0 = 0", "L.a", "L.a", "L.a")),
     ("9", (r"S-\boxed{99}", r"S+\boxed{9}", r"S+\boxed{9}", r"S+\boxed{9}", r"S+\boxed{9}")),
-    ("3", (r"S+\boxed{3}", r"S+\boxed{3}", r"S+\boxed{3}", r"S+\boxed{3}", r"S+\boxed{3}")),
+    ("3", (r"S+\boxed{3}", r"L+abcdefgh\boxed{3}", r"S+\boxed{3}", r"S+\boxed{3}", r"S+\boxed{3}")),
+    (None, ("S.a", "L.abcdefghijklm", "S.a", "S.a", "S.a")),
 ]
 ENDS = {"S": STOP, "L": CUT, "B": SHORT}
 
@@ -132,7 +133,7 @@ def evaluated(draw: int) -> Rollout:
 
 
 def questions() -> PromptBatch:
-    """All questions, B rows; the filler is not counted."""
+    """All questions, B rows; fillers are not counted."""
     rows = len(QUESTIONS)
     plain = fixed.rollout(
         lengths=[1] * rows, prompt_lengths=[3 + row % 4 for row in range(rows)], truncated=set(), seed=9
@@ -141,7 +142,7 @@ def questions() -> PromptBatch:
         plain.prompts,
         row_keys=torch.arange(500, 500 + rows),
         answers=tuple(answer for answer, _ in QUESTIONS),
-        counted=torch.arange(rows) != FILLER,
+        counted=torch.tensor([row not in FILLERS for row in range(rows)]),
     )
 
 

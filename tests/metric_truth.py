@@ -430,7 +430,7 @@ class Slow:
             draws = [runs.GREEDY] if answered else []
             if place < runs.BATCH_LIMIT:
                 draws += range(self.case.samples if answered else 1)
-            counted = [row for row in (*first, *second) if row != runs.FILLER]
+            counted = [row for row in (*first, *second) if row not in runs.FILLERS]
             found += [self.answer(row, draw) for row in counted for draw in draws]
         return found
 
