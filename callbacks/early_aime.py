@@ -34,6 +34,7 @@ from lit_opd.evaluation.history import FILE_NAME
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.prompts.encoding import PromptEncoder
 from lit_opd.prompts.sources import DataSource
+from lit_opd.run.lightning import log_agreed
 from lit_opd.run.tracking import crossed, log_media, log_numbers, wandb_runs
 
 DEFAULT_STEPS = (0, 1, 2, 5, 10, 20)
@@ -216,7 +217,7 @@ class EarlyAIMEEvaluation(Callback):
             file = EvaluationFile(self._file(trainer).path.with_name(f"evaluation-{trainer.state.fn.value}.jsonl"))
             if trainer.is_global_zero:
                 file.path.unlink(missing_ok=True)
-            pl_module.log_dict(self._evaluate(trainer, _answering(pl_module), self._loaded_step, file))
+            log_agreed(pl_module, self._evaluate(trainer, _answering(pl_module), self._loaded_step, file))
 
     on_test_epoch_end = on_validation_epoch_end
 

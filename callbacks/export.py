@@ -8,10 +8,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_opd.errors import InputError
+from lit_opd.run.tracking import crossed
 
 
 class ExportStudent(Callback):
-    """Writes ``student/`` in the run folder at the end, and ``student-step-N/`` every N optimizer steps.
+    """Writes ``student/`` in the run folder at the end, and ``student-step-N/`` on schedule.
+
+    A batch that makes several optimizer steps is exported at its end, N, where a multiple of ``every`` was among them.
 
     Args:
         every: optimizer steps between exports, None for the end only.
@@ -22,17 +25,24 @@ class ExportStudent(Callback):
         if every is not None and every < 1:
             raise InputError(f"`ExportStudent.every` must be >= 1 or null, got {every}")
         self.every, self.path = every, path
+        self._last = 0  # optimizer step at the end of the last batch
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.path) if self.path else Path(trainer.default_root_dir) / "student"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on."""
+        self._last = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Export on schedule."""
-        if self.every and trainer.global_step % self.every == 0:
+        step, last = trainer.global_step, self._last
+        self._last = step
+        if self.every is not None and crossed(step, last, self.every):
             folder = self._folder(trainer)
-            pl_module.export_student(folder.with_name(f"{folder.name}-step-{trainer.global_step}"))  # type: ignore[operator]
+            pl_module.export_student(folder.with_name(f"{folder.name}-step-{step}"))  # type: ignore[operator]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the final student."""

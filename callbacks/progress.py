@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
 from lit_opd.errors import InputError
+from lit_opd.run.tracking import crossed
 
 EVALUATING = "evaluating"
 SHOWN = ("greedy_accuracy", "avg_at_k", "reverse_kl")
@@ -36,6 +37,7 @@ class Progress(ProgressBar):
         self._enabled = True
         self._numbers = ""
         self._start = (0.0, 0)
+        self._last = 0  # optimizer step at the end of the last batch
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
 
@@ -72,7 +74,8 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where the clock started."""
-        self._start = (time.perf_counter(), trainer.global_step)
+        self._last = trainer.global_step
+        self._start = (time.perf_counter(), self._last)
 
     def on_phase(self, name: str, done: int, total: int) -> None:
         """Show the phase on a terminal; an evaluation has a bar of its own."""
@@ -98,7 +101,8 @@ class Progress(ProgressBar):
         """Numbers of the step that ended."""
         if not self._enabled:
             return
-        logged = trainer.callback_metrics
+        logged, step, last = trainer.callback_metrics, trainer.global_step, self._last
+        self._last = step
         seconds = sum(outputs["step"].seconds.values())
         self._numbers = (
             f" | {_number(logged, 'train/tokens') / seconds:,.0f} tokens/s"
@@ -106,9 +110,9 @@ class Progress(ProgressBar):
             f" | truncated {_number(logged, 'train/truncated_fraction'):.0%}{self._remaining()}"
         )
         if self._bars is not None:
-            self._bars.update(self._tasks["training"], completed=trainer.global_step, note=f"done{self._numbers}")
-        elif trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            self._line(f"step {trainer.global_step}/{trainer.max_steps}{self._numbers}")
+            self._bars.update(self._tasks["training"], completed=step, note=f"done{self._numbers}")
+        elif crossed(step, last, self.every) or step == trainer.max_steps:
+            self._line(f"step {step}/{trainer.max_steps}{self._numbers}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Numbers of the validation that ended."""

@@ -27,7 +27,7 @@ from lit_opd.models.vocabulary import agree_vocabularies, configured_stops
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.preflight.module_checks import check_run, check_settings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
-from lit_opd.run.lightning import attached_trainer, device_mesh, log_now, validate_now
+from lit_opd.run.lightning import attached_trainer, device_mesh, log_agreed, log_now, validate_now
 from lit_opd.run.module_state import ModuleState, trained_modules
 from lit_opd.run.optimizer_state import OptimizerFactory, SchedulerFactory, by_number
 from lit_opd.scoring.model import ScoringModel
@@ -372,13 +372,12 @@ class OPDModule(L.LightningModule):
         self.evaluator.measure(self, prompts, batch_idx, max_new_tokens=length)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was measured, which is the same on every rank; Lightning is told to reduce it, or it would advise so."""
+        """Log what was measured."""
         self.state.validated_at = self.global_step
-        measured = self.evaluator.compute()
+        values = self.evaluator.compute()
         if self.trainer.state.fn == "fit":
-            measured["step"] = float(self.global_step)
-        values = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in measured.items()}
-        self.log_dict(values, sync_dist=True, reduce_fx="max")
+            values["step"] = float(self.global_step)
+        log_agreed(self, values)
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """As in validation."""

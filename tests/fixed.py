@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def fit(
     prompts: PromptBatch,
     *,
     steps: int = 1,
-    watch: L.Callback | None = None,
+    watch: L.Callback | Sequence[L.Callback] | None = None,
     load: Path | None = None,
     save: Path | None = None,
     **trainer: Any,
@@ -126,7 +127,8 @@ def fit(
         "num_sanity_val_steps": 0,
     }
     loader = DataLoader([prompts] * 8, batch_size=None)
-    run = L.Trainer(**(settings | trainer), callbacks=[collect, *([watch] if watch else [])])
+    watching = [watch] if isinstance(watch, L.Callback) else watch or ()
+    run = L.Trainer(**(settings | trainer), callbacks=[collect, *watching])
     run.fit(trained, loader, ckpt_path=load)
     if save is not None:
         run.save_checkpoint(save)

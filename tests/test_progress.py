@@ -20,10 +20,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return tiny.pair(tmp_path_factory.mktemp("models"))
 
 
-def run(folders: tuple[str, str], progress: Progress, **trainer) -> None:
+def run(folders: tuple[str, str], progress: Progress, *, steps: int = 4, **settings) -> None:
     rollout = fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
-    trained = fixed.module(folders, rollout, dtype="float32", sampler=TransformersSampler(max_new_tokens=4))
-    fixed.fit(trained, rollout.prompts, steps=4, watch=progress, enable_progress_bar=True, **trainer)
+    sampler = TransformersSampler(max_new_tokens=4)
+    trained = fixed.module(folders, rollout, dtype="float32", sampler=sampler, **settings)
+    fixed.fit(trained, rollout.prompts, steps=steps, watch=progress, enable_progress_bar=True)
 
 
 def test_a_log_file_gets_a_line_every_few_steps_with_the_numbers(folders):
@@ -32,6 +33,13 @@ def test_a_log_file_gets_a_line_every_few_steps_with_the_numbers(folders):
     lines = out.getvalue().splitlines()
     pattern = r"step (\d)/4 \| [\d,]+ tokens/s \| KL -?\d+\.\d{3} \| truncated \d+% \| \d+ s left"
     assert [re.fullmatch(pattern, line).group(1) for line in lines] == ["2", "4"]
+
+
+@pytest.mark.parametrize(("every", "told"), [(3, [4, 6, 10]), (4, [4, 8, 10]), (20, [10])])
+def test_several_updates_a_batch_get_a_line_where_a_multiple_was_passed(folders, every, told):
+    out = io.StringIO()
+    run(folders, Progress(every=every, stream=out), steps=10, mini_batches=2)
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in out.getvalue().splitlines()] == told
 
 
 def test_a_terminal_gets_a_bar_with_phases_and_is_left_clean(folders):

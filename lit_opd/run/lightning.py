@@ -9,6 +9,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -74,6 +75,17 @@ def log_now(trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The trainer's callbacks, an attribute that its class does not declare."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def log_agreed(module: LightningModule, metrics: Mapping[str, float]) -> None:
+    """Log from an evaluation's end what is the same on every rank, in float64.
+
+    Lightning is told to reduce it, or it would advise so name by name; the maximum of equal numbers is their value. NCCL reduces
+    nothing that is on the CPU.
+    """
+    device = module.trainer.strategy.root_device
+    values = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in metrics.items()}
+    module.log_dict(values, sync_dist=True, reduce_fx="max")
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
