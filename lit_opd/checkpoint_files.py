@@ -23,7 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_opd.server import shared_failure
+from lit_opd.distributed import shared_failure
 from lit_opd.shard_index import refused
 from lit_opd.types import InputError
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_opd.types import InputError
+from lit_opd.types import InputError, ServerError
 
 
 def is_distributed() -> bool:
@@ -103,3 +105,23 @@ def gather_objects(values: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]
+
+
+@contextmanager
+def shared_failure() -> Iterator[None]:
+    """An InputError or ServerError of one rank becomes every rank's, so that none waits for it in a later collective.
+
+    Every rank must enter, and the block itself must hold no collective that a failing rank would leave out.
+    """
+    own: InputError | ServerError | None = None
+    try:
+        yield
+    except (InputError, ServerError) as error:
+        own = error
+    kind = None if own is None else (isinstance(own, ServerError), str(own))
+    failures = [failure for failure in gather_objects([kind]) if failure is not None]
+    if failures:
+        from_server, text = failures[0]
+        failed: InputError | ServerError = own or (ServerError(text) if from_server else InputError(text))
+        failed.on_every_rank = True
+        raise failed

@@ -29,7 +29,7 @@ from lit_opd.checkpoints import (
     from_consolidated,
     validation_due,
 )
-from lit_opd.distributed import all_sum, check_master_port, is_rank_zero
+from lit_opd.distributed import all_sum, check_master_port, is_rank_zero, shared_failure
 from lit_opd.evaluation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 from lit_opd.faults import Room, Skips, memory_for
 from lit_opd.lazy import fill
@@ -47,7 +47,6 @@ from lit_opd.models import (
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring import ScoringModel
-from lit_opd.server import shared_failure
 from lit_opd.sharding import (
     check_dtypes,
     check_strategy,

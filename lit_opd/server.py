@@ -16,15 +16,14 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from lit_opd.distributed import gather_objects, is_rank_zero
+from lit_opd.distributed import is_rank_zero
 from lit_opd.types import InputError, ServerError
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
@@ -45,26 +44,6 @@ NEUTRAL = {
 }  # fmt: skip
 
 Answer = TypeVar("Answer")
-
-
-@contextmanager
-def shared_failure() -> Iterator[None]:
-    """An InputError or ServerError of one rank becomes every rank's, so that none waits for it in a later collective.
-
-    Every rank must enter, and the block itself must hold no collective that a failing rank would leave out.
-    """
-    own: InputError | ServerError | None = None
-    try:
-        yield
-    except (InputError, ServerError) as error:
-        own = error
-    kind = None if own is None else (isinstance(own, ServerError), str(own))
-    failures = [failure for failure in gather_objects([kind]) if failure is not None]
-    if failures:
-        from_server, text = failures[0]
-        failed: InputError | ServerError = own or (ServerError(text) if from_server else InputError(text))
-        failed.on_every_rank = True
-        raise failed
 
 
 class Malformed(Exception):

@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_opd.advantage import apply_transforms
-from lit_opd.distributed import all_max, all_sum, world_size
+from lit_opd.distributed import all_max, all_sum, shared_failure, world_size
 from lit_opd.faults import FOLDER, GRADIENT, bad_rows, finite, free_memory, is_bad, out_of_memory, save_fault
 from lit_opd.objective import aggregate, denominator
-from lit_opd.server import shared_failure
 from lit_opd.sharding import holds_shards, sync_gradients
 from lit_opd.types import FinishReason, InputError, Rollout, StepRecord, TokenScores, TokenSignal, TopK
 

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "changed_options": set(),
     "shard_index": {"types"},
     "faults": {"types", "distributed"},
-    "checkpoint_files": {"types", "server", "shard_index"},
+    "checkpoint_files": {"types", "distributed", "shard_index"},
     "tiles": {"types"},
     "scoring": {"types", "tiles"},
     "rollout": {"types", "masked", "models", "distributed", "streams", "server"},

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from lit_opd.distributed import shared_failure
 from lit_opd.rollout.base import Sampler, SamplingSettings
 from lit_opd.rollout.vllm import as_rollout, row_seeds, row_texts, sampled_tokens
-from lit_opd.server import Malformed, ServerError, shared_failure
+from lit_opd.server import Malformed, ServerError
 from lit_opd.types import InputError, PromptBatch, Rollout
 
 PACKAGE = "vllm"

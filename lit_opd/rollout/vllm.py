@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from lit_opd.distributed import gather_objects, is_rank_zero
+from lit_opd.distributed import gather_objects, is_rank_zero, shared_failure
 from lit_opd.rollout.base import Sampler, SamplingSettings, finish
 from lit_opd.rollout.sync import WeightSync
-from lit_opd.server import Malformed, Servers, checked_logprob, shared_failure
+from lit_opd.server import Malformed, Servers, checked_logprob
 from lit_opd.streams import stream_seed
 from lit_opd.types import InputError, PromptBatch, Rollout
 
