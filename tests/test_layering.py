@@ -98,6 +98,12 @@ def test_callbacks_see_records_and_metrics_only(path):
     assert rooms(imports(path)) <= CALLBACKS
 
 
+def test_only_the_client_of_servers_imports_httpx():
+    """So nothing that the table keeps away from it loads it, such as what writes checkpoints."""
+    found = {room_of(path) for path in (ROOT / "lit_opd").rglob("*.py") if "httpx" in imports(path)}
+    assert found == {"server"} and not any("httpx" in imports(path) for path in (ROOT / "callbacks").glob("*.py"))
+
+
 def test_the_update_imports_the_module_for_annotations_only():
     tree = ast.parse((ROOT / "lit_opd" / "step.py").read_text())
     top = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
