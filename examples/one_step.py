@@ -28,7 +28,8 @@ from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.testbed import ASSETS
 from lit_opd.types import PromptBatch, TokenSignal
-from lit_opd.weighting import ImportanceWeighting, WeightingStrategy
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.importance import ImportanceWeighting
 
 STEPS, ROWS = 16, 128
 CLIP_NORM = 1.0  # bound of the gradient's global norm

@@ -12,7 +12,7 @@ from lit_opd.errors import InputError, first_line, require
 from lit_opd.objective import PolicyLoss
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import DecodeSampler
-from lit_opd.weighting import Geometric
+from lit_opd.weighting.decay import Geometric
 
 
 def message(make) -> str:

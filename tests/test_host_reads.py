@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_opd.objective import Divergence
-from lit_opd.weighting import FirstFraction, ImportanceWeighting
+from lit_opd.weighting.fractions import FirstFraction
+from lit_opd.weighting.importance import ImportanceWeighting
 from tests import fixed, tiny
 
 LIBRARY = str(Path(__file__).resolve().parents[1] / "lit_opd")

@@ -21,7 +21,9 @@ from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.step.scalars import scalars
 from lit_opd.types import Rollout, StepRecord
-from lit_opd.weighting import ImportanceWeighting, RandomFraction, WeightingStrategy
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.fractions import RandomFraction
+from lit_opd.weighting.importance import ImportanceWeighting
 from tests import fixed, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

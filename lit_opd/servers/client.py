@@ -1,27 +1,30 @@
 """Talking to vLLM's OpenAI-compatible servers: bounded in time, size and tries, and only with the hosts that were configured.
 
-Standard library only. ``http.client`` follows no redirect and reads no proxy setting, so a request reaches the host in
-the URL or fails. Every request has a connection of its own and a watchdog that cuts it at the time-out, since a socket's
-time-out alone never ends an answer that trickles in.
+httpx's transport without its client: no redirect is followed, no proxy setting, .netrc or cookie is read, and nothing is
+decompressed, so a request reaches the host in the URL or fails. Requests run in an event loop, where each is cancelled when
+its time is over, since time-outs of single reads never end an answer that trickles in. A connection lasts as long as a call
+has requests for it.
 """
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import math
 import os
-import socket
+import re
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+import httpx
 
 from lit_opd.distributed import is_rank_zero
 from lit_opd.errors import InputError, ServerError
@@ -30,6 +33,8 @@ COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 FIRST_DELAY, LONGEST_DELAY = 0.25, 15.0  # seconds between tries, doubling
 MALFORMED_TRIES = 3  # an answer that is whole but wrong rarely gets better
 SHOWN = 300  # characters of a server's own message in errors
+KEPT = 2.0  # seconds a connection waits for its next request; vLLM's own servers hang up after 5
+KEY = re.compile("[!-~]+")  # what a header can hold, without spaces
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses
 CLAMPED = -9999.0  # what vLLM writes for log-probs of -inf
 ROUNDING = 1e-3  # nats a log-prob may lie above 0
@@ -44,6 +49,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 Answer = TypeVar("Answer")
+Http = httpx.AsyncHTTPTransport
 
 
 class Malformed(Exception):
@@ -67,10 +73,6 @@ class _Server:
     """One address, and how busy it is."""
 
     url: str
-    host: str
-    port: int | None
-    secure: bool
-    prefix: str
     in_flight: int = 0
     rests_until: float = 0.0
 
@@ -78,8 +80,9 @@ class _Server:
 def _parsed(url: str, field: str) -> _Server:
     try:
         parts = urlsplit(url)
-        port = parts.port
-    except ValueError:  # whose text may hold a password that stands where the port was looked for
+        httpx.URL(url)
+        parts.port  # noqa: B018
+    except (ValueError, httpx.InvalidURL):  # whose text may hold a password that stands where the port was looked for
         raise InputError(
             f"`{field}` must be addresses such as http://host:8000, got one whose host cannot be read or whose port is no number "
             "from 0 to 65535; correct it"
@@ -91,7 +94,7 @@ def _parsed(url: str, field: str) -> _Server:
             f"(host {parts.hostname!r}); a key goes into an environment variable, see api_key_env"
         )
     prefix = parts.path.rstrip("/").removesuffix("/v1")
-    return _Server(f"{parts.scheme}://{parts.netloc}{prefix}", parts.hostname, port, parts.scheme == "https", prefix)
+    return _Server(f"{parts.scheme}://{parts.netloc}{prefix}")
 
 
 class Servers:
@@ -102,7 +105,7 @@ class Servers:
         model: the name they must serve; None takes the only one they serve.
         field: what errors call the owner, such as "model.teacher".
         max_concurrency: requests in flight at once, all servers together.
-        timeout: seconds a request may take as a whole.
+        timeout: seconds a request may take as a whole, from its connection to the last byte of its answer.
         retry_seconds: from the first failure of a request, how long it is tried again.
         start_seconds: the same for the questions before the run.
         max_response_bytes: longest answer that is read.
@@ -138,7 +141,6 @@ class Servers:
         self.max_concurrency, self.timeout, self.retry_seconds = max_concurrency, timeout, retry_seconds
         self.max_response_bytes, self.api_key_env, self.start_seconds = max_response_bytes, api_key_env, start_seconds
         self.num_lost = 0  # connections refused or broken so far
-        self._lock = threading.Lock()
 
     # -- before a run ------------------------------------------------------------------------------------------------
 
@@ -152,7 +154,7 @@ class Servers:
             ServerError: a server does not answer, or something else does.
             InputError: another model, a context that is too short, or no key where one is configured.
         """
-        self._require_key()
+        self._key()
         limit = self.start_seconds if seconds is None else seconds
         for server in self.servers:
             # a program that accepts and never answers must not hold the run for `timeout`
@@ -183,34 +185,46 @@ class Servers:
             ServerError: a server refuses the request, breaks off, or its answer lacks something.
         """
 
-        def once(server: _Server) -> None:
-            answer = self._exchange(server, "POST", COMPLETIONS, {"model": self.model, **NEUTRAL, **body})
+        async def once(http: Http, server: _Server) -> None:
+            answer = await self._exchange(http, server, "POST", COMPLETIONS, {"model": self.model, **NEUTRAL, **body})
             parse(self._choices(answer, len(body["prompt"])))
 
         for server in self.servers:
             self._asked_at_start(once, server, self.start_seconds)
 
     def _asked_at_start(
-        self, once: Callable[[_Server], Answer], server: _Server, seconds: float, *, advised: bool = True
+        self,
+        once: Callable[[Http, _Server], Awaitable[Answer]],
+        server: _Server,
+        seconds: float,
+        *,
+        advised: bool = True,
     ) -> Answer:
         advice = (
             "is a vLLM server running there? Start it, read its log, correct the address, or raise "
             f"`{self.field}.start_seconds` ({self.start_seconds:g})"
         )
-        return self._retried(
-            once, threading.Event(), only=server, seconds=seconds, advice=advice if advised else None, announce=True
+        ask = partial(
+            self._retried, once, only=server, seconds=seconds, advice=advice if advised else None, announce=True
         )
+        return self._run([ask])[0]
 
-    def _require_key(self) -> None:
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+    def _key(self) -> str:
+        """The servers' key, empty where none is configured."""
+        if self.api_key_env is None:
+            return ""
+        key = os.environ.get(self.api_key_env, "")
+        if not KEY.fullmatch(key):
+            wrong = "holds a space, a line end or a letter outside ASCII" if key else "is not set"
             raise InputError(
                 f"`{self.field}.api_key_env` must name an environment variable with the servers' key, got "
-                f"{self.api_key_env!r}, which is not set; set it on every machine of the run"
+                f"{self.api_key_env!r}, which {wrong}; set it on every machine of the run"
             )
+        return key
 
-    def _served(self, server: _Server, timeout: float) -> dict[str, int | None]:
+    async def _served(self, http: Http, server: _Server, timeout: float) -> dict[str, int | None]:
         """Context length by model name."""
-        answer = self._exchange(server, "GET", MODELS, None, timeout=min(timeout, self.timeout))
+        answer = await self._exchange(http, server, "GET", MODELS, None, timeout=min(timeout, self.timeout))
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
             raise Malformed("has no list of models under /v1/models")
@@ -229,27 +243,13 @@ class Servers:
         Raises:
             ServerError: a request failed for good; the others are given up.
         """
-        if not bodies:
-            return []
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(min(self.max_concurrency, len(bodies)), thread_name_prefix="completions")
 
-        def ask(index: int) -> Answer:
-            def once(server: _Server) -> Answer:
-                body = {"model": self.model, **NEUTRAL, **bodies[index]}
-                answer = self._exchange(server, "POST", COMPLETIONS, body)
-                return parse(self._choices(answer, len(body["prompt"])), index)
+        async def once(index: int, http: Http, server: _Server) -> Answer:
+            body = {"model": self.model, **NEUTRAL, **bodies[index]}
+            answer = await self._exchange(http, server, "POST", COMPLETIONS, body)
+            return parse(self._choices(answer, len(body["prompt"])), index)
 
-            return self._retried(once, stop)
-
-        try:
-            futures = [pool.submit(ask, index) for index in range(len(bodies))]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = next((future for future in futures if future in done and future.exception()), None)
-            return [future.result() for future in ([failed] if failed else futures)]
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return self._run([partial(self._retried, partial(once, index)) for index in range(len(bodies))])
 
     def _choices(self, answer: Any, count: int) -> list[dict[str, Any]]:
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
@@ -271,20 +271,49 @@ class Servers:
             ServerError: a server failed for good, or answered {"success": false}.
         """
 
-        def post(server: _Server) -> None:
-            data = self._exchange(server, "POST", path, body, as_json=False)
+        async def post(http: Http, server: _Server) -> None:
+            data = await self._exchange(http, server, "POST", path, body, as_json=False)
             if b'"success":false' in data.replace(b" ", b""):
                 raise _Transient(f"could not do {path} yet")
 
         for server in self.servers:
-            self._retried(post, threading.Event(), only=server)
+            self._run([partial(self._retried, post, only=server)])
+
+    def _run(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> list[Answer]:
+        """What ``jobs`` return, in their order; one that fails, and what interrupts the caller, gives all others up."""
+        future = asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # of no effect once it has ended
+
+    async def _together(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> list[Answer]:
+        """As ``_run``: workers that take job after job, each with a connection of its own."""
+        secure = any(server.url.startswith("https:") for server in self.servers)
+        # a context without authorities, which takes no time to make, is enough for connections that are not encrypted
+        trusted = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        waiting, answers = iter(enumerate(jobs)), {}
+
+        async def work() -> None:  # one pool for all would look through all connections at every request
+            async with Http(verify=trusted, trust_env=False, limits=httpx.Limits(keepalive_expiry=KEPT)) as http:
+                for index, job in waiting:
+                    answers[index] = await job(http)
+
+        workers = [asyncio.ensure_future(work()) for _ in range(min(self.max_concurrency, len(jobs)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)  # their connections are closed then
+        return [answers[index] for index in range(len(jobs))]
 
     # -- one request, again and again --------------------------------------------------------------------------------
 
-    def _retried(
+    async def _retried(
         self,
-        once: Callable[[_Server], Answer],
-        stop: threading.Event,
+        once: Callable[[Http, _Server], Awaitable[Answer]],
+        http: Http,
         only: _Server | None = None,
         *,
         seconds: float | None = None,
@@ -297,21 +326,22 @@ class Servers:
         while True:
             server = self._borrow(only)
             try:
-                return once(server)
+                return await once(http, server)
             except _Refused as error:
                 raise self._failure(server, str(error), tries + 1, advice) from error
             except (_Transient, Malformed) as error:
                 tries, malformed = tries + 1, malformed + isinstance(error, Malformed)
                 first_failure = min(first_failure, time.monotonic())
                 over = time.monotonic() + delay > first_failure + seconds
-                if over or malformed >= MALFORMED_TRIES or stop.is_set():
+                if over or malformed >= MALFORMED_TRIES:
                     raise self._failure(server, str(error), tries, advice) from error
                 if announce and tries == 1 and is_rank_zero():
                     print(f"{server.url} {error}; asking again for up to {seconds:g} s", file=sys.stderr, flush=True)
-                self._failed(server, delay, lost=isinstance(error, _Lost))
+                server.rests_until = time.monotonic() + 2 * delay
+                self.num_lost += isinstance(error, _Lost)
             finally:
-                self._give_back(server)
-            stop.wait(delay)
+                server.in_flight -= 1
+            await asyncio.sleep(delay)
             delay = min(2 * delay, LONGEST_DELAY)
 
     def _failure(self, server: _Server, what: str, tries: int, advice: str | None = None) -> ServerError:
@@ -332,105 +362,109 @@ class Servers:
 
     def _borrow(self, only: _Server | None) -> _Server:
         """The least busy server, one that just failed only where all did."""
-        with self._lock:
-            now = time.monotonic()
-            server = only or min(self.servers, key=lambda s: (s.rests_until > now, s.in_flight))
-            server.in_flight += 1
-            return server
+        now = time.monotonic()
+        server = only or min(self.servers, key=lambda s: (s.rests_until > now, s.in_flight))
+        server.in_flight += 1
+        return server
 
-    def _give_back(self, server: _Server) -> None:
-        with self._lock:
-            server.in_flight -= 1
-
-    def _failed(self, server: _Server, delay: float, *, lost: bool) -> None:
-        with self._lock:
-            server.rests_until = time.monotonic() + 2 * delay
-            self.num_lost += lost
-
-    def _exchange(
-        self, server: _Server, method: str, path: str, body: Any, *, as_json: bool = True, timeout: float | None = None
+    async def _exchange(
+        self,
+        http: Http,
+        server: _Server,
+        method: str,
+        path: str,
+        body: Any,
+        *,
+        as_json: bool = True,
+        timeout: float | None = None,
     ) -> Any:
         """One request and its answer, JSON unless ``as_json`` is False."""
-        headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        key = os.environ.get(self.api_key_env, "") if self.api_key_env is not None else ""
-        if key:
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
-        status, data = _send(
-            server,
-            method,
-            path,
-            body=None if body is None else json.dumps(body).encode(),
-            headers=headers,
-            timeout=self.timeout if timeout is None else timeout,
-            limit=self.max_response_bytes,
-        )
-        text = data.decode(errors="replace")
-        shown = (text.replace(key, "***") if key else text)[:SHOWN]
-        if status != http.client.OK:
-            raise (_Transient if status in RETRIED else _Refused)(f"answered with HTTP status {status}: {shown}")
+        content = None if body is None else json.dumps(body).encode()
+        request = httpx.Request(method, server.url + path, headers=headers, content=content)
+        status, data = await self._send(http, request, self.timeout if timeout is None else timeout)
+        if status != httpx.codes.OK:
+            kind = _Transient if status in RETRIED else _Refused
+            raise kind(f"answered with HTTP status {status}: {self._shown(data.decode(errors='replace'))}")
         try:
             return json.loads(data) if as_json else data
         except (ValueError, RecursionError) as error:
+            shown = self._shown(data.decode(errors="replace"))
             raise _Transient(f"answered with what is no JSON: {shown!r}") from error
 
-
-def _send(
-    server: _Server, method: str, path: str, *, body: bytes | None, headers: dict[str, str], timeout: float, limit: int
-) -> tuple[int, bytes]:
-    """HTTP status and content of one request; the connection is cut at the time-out."""
-    kind = http.client.HTTPSConnection if server.secure else http.client.HTTPConnection
-    connection = kind(server.host, server.port, timeout=timeout)
-    expired = threading.Event()
-    try:
-        connection.connect()
-        watchdog = threading.Timer(timeout, _cut, (connection.sock, expired))
-        watchdog.daemon = True
-        watchdog.start()
+    async def _send(self, http: Http, request: httpx.Request, timeout: float) -> tuple[int, bytes]:
+        """HTTP status and content of one request, cancelled at the time-out."""
         try:
-            connection.request(method, server.prefix + path, body=body, headers=headers)
-            response = connection.getresponse()
-            if (response.length or 0) > limit:
-                raise _too_long(limit)
-            data = response.read(limit + 1)
-        finally:
-            watchdog.cancel()
-    except ssl.SSLCertVerificationError as error:
-        raise _Refused(
-            f"has a certificate that is not trusted ({error.verify_message}); put its authority's certificate into the file "
-            "that SSL_CERT_FILE names"
-        ) from error
-    except ssl.SSLError as error:
-        if error.reason not in NO_TLS:
-            raise _Lost(f"broke off its encrypted connection ({error.reason})") from error
-        raise _Refused("does not speak https on this port; write http://") from error
-    except (OSError, http.client.HTTPException) as error:
-        late = expired.is_set() or isinstance(error, TimeoutError)
-        if late:
-            raise _Transient(f"gave no whole answer within {timeout:g} s") from error
-        reason = " ".join(str(error).split())
-        raise _Lost(f"could not be reached or broke off ({type(error).__name__}: {reason})") from error
-    finally:
-        connection.close()
-    if len(data) > limit:
-        raise _too_long(limit)
-    if expired.is_set():
-        raise _Transient(f"gave no whole answer within {timeout:g} s")
-    if response.length:  # read() with a bound does not complain about a missing rest
-        raise _Lost(f"broke off {response.length} bytes before the end of its answer")
-    return response.status, data
+            async with asyncio.timeout(timeout), aclosing(await http.handle_async_request(request)) as response:
+                return response.status_code, await self._content(response)
+        except TimeoutError:
+            raise _Transient(f"gave no whole answer within {timeout:g} s") from None
+        except (httpx.TransportError, OSError) as error:  # a TLS error while reading is an OSError
+            raise self._broken(_cause(error)) from None  # httpx's own texts may repeat what the server sent
+
+    async def _content(self, response: httpx.Response) -> bytes:
+        """The answer as it was sent: never decompressed, and no more than is allowed."""
+        limit, data = self.max_response_bytes, bytearray()
+        too_long = _Refused(
+            f"answered with more than {limit} bytes; lower `rows_per_request` or raise `max_response_bytes`"
+        )
+        if int(response.headers.get("Content-Length", 0)) > limit:
+            raise too_long
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity" and response.status_code == httpx.codes.OK:
+            raise _Refused(
+                f"answered compressed ({self._shown(encoding)}), which was not asked for; turn it off at the server or its proxy"
+            )
+        async for part in response.aiter_raw():
+            data += part
+            if len(data) > limit:
+                raise too_long
+        return bytes(data)
+
+    def _broken(self, cause: BaseException) -> Exception:
+        """What the ``cause`` of a connection's end says about the server."""
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return _Refused(
+                f"has a certificate that is not trusted ({cause.verify_message}); put its authority's certificate into the "
+                "file that SSL_CERT_FILE names"
+            )
+        if isinstance(cause, ssl.SSLError):
+            if cause.reason in NO_TLS:
+                return _Refused("does not speak https on this port; write http://")
+            return _Lost(f"broke off its encrypted connection ({cause.reason})")
+        reason = self._shown(" ".join(f"{type(cause).__name__}: {cause}".split()).rstrip(": "))
+        return _Lost(f"could not be reached or broke off ({reason})")
+
+    def _shown(self, text: str) -> str:
+        """The start of what a server wrote, without the key."""
+        key = self._key()
+        return (text.replace(key, "***") if key else text)[:SHOWN]
 
 
-def _too_long(limit: int) -> _Refused:
-    return _Refused(f"answered with more than {limit} bytes; lower `rows_per_request` or raise `max_response_bytes`")
+def _cause(error: BaseException) -> BaseException:
+    """The system's or the encryption's error beneath those that httpx and what it builds on put around it, else ``error``."""
+    found: BaseException = error
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, BaseExceptionGroup):
+            below = below.exceptions[0]
+        if isinstance(below, OSError) and not isinstance(below, ssl.SSLWantReadError):
+            found = below
+        below = below.__cause__ or below.__context__
+    return found
 
 
-def _cut(sock: socket.socket, expired: threading.Event) -> None:
-    """End whatever waits on the socket."""
-    expired.set()
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:  # it is closed already
-        pass
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of all requests of a process, by its id: a forked one has no thread of its parent's.
+
+    In a thread of its own, so that signals reach the caller at once and a notebook's own loop is not in the way.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="requests", daemon=True).start()
+    return loop
 
 
 def checked_logprob(value: Any, where: str) -> float:
