@@ -3,7 +3,7 @@
     prompts -> rollout -> log-probs -> signal -> weights -> loss -> step
 
 The student answers, the teacher says how likely it finds each token of the answer, and the student moves towards the teacher
-on texts of its own. Plain PyTorch with the library's pieces, no Trainer; ``tests/test_one_step.py`` proves that ``one_step``
+on texts of its own. Plain PyTorch with the library's pieces, no Trainer; ``tests/step/test_one_step.py`` proves that ``one_step``
 leaves the weights that ``OPDModule.training_step`` leaves, bit for bit where both see the rows in one order.
 
 Left out, as the gradient is the same without: micro-batches, several devices, and PPO's clips, which cannot act on a batch

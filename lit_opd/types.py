@@ -359,13 +359,13 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 def _width(mask: NDArray[numpy.bool_]) -> int:
     """Columns up to the last that is used, as many as the longest row has tokens where rows have no holes."""
-    used = mask.any(0).nonzero()[0]
+    used = numpy.flatnonzero(mask.any(0))
     return int(used[-1]) + 1 if len(used) else 0
 
 
 def _start(mask: NDArray[numpy.bool_]) -> int:
     """The first column that is used."""
-    used = mask.any(0).nonzero()[0]
+    used = numpy.flatnonzero(mask.any(0))
     return int(used[0]) if len(used) else 0
 
 

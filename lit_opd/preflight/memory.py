@@ -26,7 +26,7 @@ from lit_opd.scoring.tiles import DEVICE_TILE_ELEMENTS, TILE_ELEMENTS, WHOLE_ELE
 
 FLOAT32, HALF = 4, 2  # bytes
 PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")
-ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/test_preflight.py
+ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/preflight/test_preflight.py
 
 # of the scoring and sampling code
 LOGPROB_TILES = 2  # tiles of logits: the logits and one of their size

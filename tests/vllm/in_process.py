@@ -13,7 +13,7 @@ from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.rollout import SamplingSettings, VLLMEngine
 from lit_opd.teacher import LocalTeacher
-from tests import fixed
+from tests.helpers import fixed
 
 SETTINGS = SamplingSettings(max_new_tokens=16, stop_ids=(1,), pad_id=0, vocabulary=64, seed=3)
 VARIANTS = [

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_opd.scoring.model import ScoringModel
-from tests import fixed, tiny
+from tests.helpers import fixed, tiny
 from tests.vllm import servers
 from tests.vllm.in_process import VARIANTS
 

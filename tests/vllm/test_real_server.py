@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lit_opd.rollout import ReloadEndpoint, RestartCommand, SamplingSettings, VLLMSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.teacher import LocalTeacher, RemoteTeacher
-from tests import fixed, tiny
+from tests.helpers import fixed, tiny
 from tests.vllm import servers
 
 pytestmark = pytest.mark.vllm

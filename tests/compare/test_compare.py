@@ -1,0 +1,659 @@
+"""``train.py compare``: a known effect is found, no effect is not, and replayed gradients are the training step's own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from callbacks import RolloutSamples, default_callbacks
+from lit_opd.cli.command import main
+from lit_opd.compare.differences import compare_runs
+from lit_opd.compare.document import Document, Section, Table
+from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
+from lit_opd.compare.replay import REFERENCES, GradientSums, Replay, WeightSums, replay_files
+from lit_opd.compare.replay_report import replay_document
+from lit_opd.compare.runs import Curve, Run, read_run, read_runs
+from lit_opd.compare.runs_report import runs_document
+from lit_opd.compare.statistics import mean_height, paired, reached, t_quantile
+from lit_opd.compare.strategies import read_strategies
+from lit_opd.errors import InputError
+from lit_opd.evaluation.history import Comparison
+from lit_opd.evaluation.rows import AnswerRow
+from lit_opd.evaluation.statistics import bootstrap_interval
+from lit_opd.objective import Divergence
+from lit_opd.report.replay import load_record, save_record
+from lit_opd.types import Rollout, StepRecord
+from lit_opd.weighting.fire import FiRe
+from lit_opd.weighting.fractions import FirstFraction, RandomFraction
+from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
+from tests.helpers import cases, fixed, profiled, tiny
+from tests.helpers.pages import HOSTILE, Reader, assert_only_text
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = (0, 10, 20, 30, 40)
+TOKENS_A_STEP = 100
+PUBLISHED_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 30: 2.042, 100: 1.984}
+HOSTILE_STRATEGY = "<script>alert(1)</script><b a='&'>\"{{ 7*7 }}{% raw %}{# gone #}"
+HOSTILE_VARIANT = "<script>'&\"{{ 7*7 }}{% raw %}{# gone #}"  # a slash or a = would be the folder's
+MOST_OF_200 = 17  # exclusions of 0 by a 95 % interval: 10 expected, binomial standard deviation 3.1
+
+
+# -- synthetic runs ----------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, values: dict[str, list[float]], *, seed: int, strategy: str, w_max: float = 1.5) -> Path:
+    """A run folder as a fit leaves it: validation rows and training rows in turn."""
+    folder.mkdir(parents=True)
+    names = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "train/tokens", *names.values()])
+        writer.writeheader()
+        for step in range(STEPS[-1] + 1):
+            if step:
+                writer.writerow({"step": step, "train/tokens": float(TOKENS_A_STEP)})
+            if step in STEPS:
+                place = STEPS.index(step)
+                writer.writerow({"step": step} | {names[name]: column[place] for name, column in values.items()})
+    ends = {f"{name}_{when}": column[at] for name, column in values.items() for when, at in (("start", 0), ("end", -1))}
+    spent = {"steps": STEPS[-1], "tokens": STEPS[-1] * TOKENS_A_STEP, "seconds": 1.0}
+    (folder / "summary.json").write_text(json.dumps(ends | spent | {"seed": seed, "strategy": strategy}))
+    weighting = {"class_path": f"lit_opd.weighting.{strategy}", "init_args": {"w_max": w_max}}
+    (folder / "config.yaml").write_text(json.dumps({"seed_everything": seed, "model": {"weighting": weighting}}))
+    return folder
+
+
+def known(seed: int, gain: float) -> dict[str, list[float]]:
+    """Straight lines: greedy from 0.4 + a part of the seed's own by ``gain`` a step; the KL falls twice as fast."""
+    noise = np.random.default_rng(seed).normal(0.0, 0.001, len(STEPS))
+    own = 0.01 * seed
+    greedy = [0.4 + own + gain * step + wobble for step, wobble in zip(STEPS, noise, strict=True)]
+    return {"greedy": greedy, "avg_at_4": [value / 2 for value in greedy], "reverse_kl": [2.0 - 2 * v for v in greedy]}
+
+
+@pytest.fixture(scope="module")
+def effect(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Uniform gains 0.010 a step, IW 0.012; six common seeds, one of each besides."""
+    root = tmp_path_factory.mktemp("effect")
+    for seed in range(7):
+        write_run(root / f"uniform-{seed}", known(seed, 0.010), seed=seed, strategy="Uniform")
+        noisy = known(seed + 100 if seed == 6 else seed, 0.012)
+        write_run(root / f"iw-{seed}", noisy, seed=seed + 100 if seed == 6 else seed, strategy="ImportanceWeighting")
+    out = root / "out"
+    main(
+        list,
+        [
+            "compare",
+            "runs",
+            "--runs",
+            f"{root}/*-*",
+            "--baseline",
+            "Uniform",
+            "--out",
+            str(out),
+            "--target",
+            "greedy=0.7",
+        ],
+    )
+    return out
+
+
+def quantity(out: Path, metric: str, name: str) -> dict[str, Any]:
+    report = json.loads((out / "compare.json").read_text())
+    return report["variants"]["ImportanceWeighting"]["metrics"][metric][name]["difference"]
+
+
+def test_a_known_effect_is_found_with_its_sign_and_size(effect):
+    """After 40 steps 40 * 0.002 more; the mean height of a line is half its rise; 0.7 is crossed at 30 or 25 steps less what
+    the seed gives: (0.3 - 0.01 seed) / gain, on average over seeds 0 to 5 0.275 / 0.012 - 0.275 / 0.010 = -4.58."""
+    expected = {
+        ("greedy", "end"): 0.08,
+        ("greedy", "area_steps"): 0.04,
+        ("greedy", "area_tokens"): 0.04,
+        ("greedy", "steps_to_target"): -4.58,
+        ("greedy", "tokens_to_target"): -458.0,
+        ("avg_at_4", "end"): 0.04,
+        ("reverse_kl", "end"): -0.16,
+        ("reverse_kl", "area_steps"): -0.08,
+    }
+    for (metric, name), size in expected.items():
+        found = quantity(effect, metric, name)
+        assert found["mean"] == pytest.approx(size, rel=0.03), (metric, name)
+        assert found["low"] > 0 if size > 0 else found["high"] < 0
+        assert found["count"] == 6
+
+
+def test_the_interval_of_a_known_effect_covers_it_and_is_as_wide_as_the_noise(tmp_path):
+    """Noise of their own, sd 0.02: differences have 0.028, an interval of six about 2 * 2.57 * 0.028 / 6 ** 0.5 = 0.06."""
+    generator = np.random.default_rng(7)
+    for seed in range(6):
+        for name, gain in (("Uniform", 0.010), ("ImportanceWeighting", 0.012)):
+            values = known(seed, gain)
+            values["greedy"] = [value + generator.normal(0.0, 0.02) for value in values["greedy"]]
+            write_run(tmp_path / f"{name}-{seed}", values, seed=seed, strategy=name)
+    words = ["--runs", f"{tmp_path}/*-*", "--baseline", "Uniform", "--out", str(tmp_path / "out")]
+    main(list, ["compare", "runs", *words])
+    found = quantity(tmp_path / "out", "greedy", "end")
+    ends = {
+        name: [
+            float(json.loads((tmp_path / f"{name}-{seed}" / "summary.json").read_text())["greedy_end"])
+            for seed in range(6)
+        ]
+        for name in ("Uniform", "ImportanceWeighting")
+    }
+    gaps = np.subtract(ends["ImportanceWeighting"], ends["Uniform"])
+    half = 2.570582 * gaps.std(ddof=1) / 6**0.5  # Student's 0.975 quantile at 5 degrees of freedom
+    assert (found["low"], found["high"]) == (pytest.approx(gaps.mean() - half), pytest.approx(gaps.mean() + half))
+    assert found["low"] < 0.08 < found["high"] and 0.02 < found["high"] - found["low"] < 0.15
+
+
+def test_seeds_that_only_one_side_has_are_listed_and_not_paired(effect):
+    notes = " ".join(json.loads((effect / "compare.json").read_text())["notes"])
+    assert "unpaired seeds, 106 of ImportanceWeighting" in notes and "unpaired seeds, 6 of Uniform" in notes
+    assert "differs from Uniform in model.weighting" in notes
+
+
+def simulated(variant: str, seed: int, generator: np.random.Generator) -> Run:
+    """A run whose every evaluation is noise around a curve that all runs share."""
+    values = np.linspace(0.4, 0.8, len(STEPS)) + generator.normal(0.0, 0.05, len(STEPS))
+    curve = Curve(STEPS, tuple(step * TOKENS_A_STEP for step in STEPS), tuple(values))
+    summary = {"seed": seed, "steps": STEPS[-1], "tokens": STEPS[-1] * TOKENS_A_STEP, "greedy_end": values[-1]}
+    return Run(Path(variant), variant, summary, {}, {"greedy": curve}, Comparison({}))
+
+
+@pytest.mark.parametrize("seeds", [3, 6])
+def test_identical_distributions_differ_no_more_often_than_the_intervals_promise(seeds):
+    generator = np.random.default_rng(20260 + seeds)
+    excluded = dict.fromkeys(("end", "area_steps", "steps_to_target"), 0)
+    for _ in range(200):
+        runs = [simulated(variant, seed, generator) for variant in ("a", "b") for seed in range(seeds)]
+        found = compare_runs(runs, baseline="a", targets={"greedy": 0.6})
+        for name in excluded:
+            difference = found.cells["greedy", "b", name].difference
+            excluded[name] += difference is not None and difference.excludes_zero
+    assert max(excluded.values()) <= MOST_OF_200 and min(excluded.values()) >= 2, excluded
+
+
+def test_the_percentile_bootstrap_would_break_that_promise():
+    """Why seeds get Student t."""
+    generator = torch.Generator().manual_seed(0)
+    intervals = [
+        bootstrap_interval(torch.randn(3, generator=generator, dtype=torch.float64), draws=200) for _ in range(200)
+    ]
+    assert sum(not low <= 0 <= high for low, high in intervals) > 2 * MOST_OF_200
+
+
+def test_quantiles_of_t_are_the_published_ones():
+    assert {freedom: round(t_quantile(freedom), 3) for freedom in PUBLISHED_T} == PUBLISHED_T
+
+
+def test_paired_takes_common_seeds_only():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 4.303."""
+    found = paired({1: 2.0, 2: 4.0, 3: 6.0, 9: 100.0}, {1: 1.0, 2: 2.0, 3: 3.0, 8: -100.0})
+    assert found.mean == 2.0 and found.count == 3
+    assert found.low == pytest.approx(2 - 4.303 / math.sqrt(3), abs=1e-3)
+    alone = paired({1: 2.0}, {1: 1.0})
+    assert alone.low is None and not alone.excludes_zero
+    with pytest.raises(InputError, match="common seed"):
+        paired({1: 2.0}, {2: 1.0})
+
+
+def test_curves_are_cut_at_the_horizon_and_crossed_between_evaluations():
+    """Up to 15 the polygon 0, 1, 3 has area 5 + (1 + 2) / 2 * 5 = 12.5."""
+    assert mean_height([0, 10, 20], [0.0, 1.0, 3.0], horizon=15) == pytest.approx(12.5 / 15)
+    assert reached([0, 10, 20], [2.0, 1.0, 0.5], 0.75, rising=False) == 15.0
+    assert reached([0, 10], [0.9, 0.1], 0.8, rising=True) == 0.0
+    assert reached([0, 10], [0.0, 0.1], 0.8, rising=True) is None
+
+
+def test_runs_that_never_reach_the_target_count_as_the_horizon_and_are_said_to(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"a-{seed}", known(seed, 0.010), seed=seed, strategy="Uniform")
+        write_run(tmp_path / f"b-{seed}", known(seed, 0.010 if seed else 0.001), seed=seed, strategy="LastFraction")
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="Uniform", targets={"greedy": 0.7, "reverse_kl": -9.0})
+    cell = found.cells["greedy", "LastFraction", "steps_to_target"]
+    assert cell.mean.censored == 1 and cell.difference.censored == 1 and cell.difference.count == 3
+    assert cell.difference.mean == pytest.approx((40 - 30) / 3, abs=0.2)
+    nobody = found.cells["reverse_kl", "LastFraction", "steps_to_target"]
+    assert nobody.mean.censored == 3 and nobody.mean.mean == 40 and nobody.difference is None
+
+
+@pytest.mark.parametrize("gain", [-0.001, 0.0])
+def test_a_baseline_that_gets_no_better_gives_no_target(tmp_path, gain):
+    """Four fifths of the way down would be reached by everyone at step 0."""
+    for seed in range(2):
+        for strategy, rise in (("Uniform", gain), ("DASH", 0.01)):
+            line = [0.47 + rise * step for step in STEPS]
+            values = {"greedy": line, "reverse_kl": [2.0 - 2.0 * value for value in line]}
+            write_run(tmp_path / f"{strategy}-{seed}", values, seed=seed, strategy=strategy)
+    runs = read_runs([f"{tmp_path}/*"])
+    found = compare_runs(runs, baseline="Uniform")
+    assert not found.targets and not any("target" in quantity for *_, quantity in found.cells)
+    assert found.cells["greedy", "DASH", "area_steps"].difference.mean == pytest.approx((0.01 - gain) * 20)
+    end = 0.47 + 40 * gain
+    assert f"greedy: no target, as Uniform does not get better on average (0.47 to {end:.4g})" in " ".join(found.notes)
+    page = runs_document(found, tmp_path).markdown()
+    assert "No target; horizon 40 steps, 4,000 tokens." in page and "set `--target reverse_kl=VALUE`" in page
+    assert compare_runs(runs, baseline="DASH").targets.keys() == {"greedy", "reverse_kl"}
+    assert compare_runs(runs, baseline="Uniform", targets={"greedy": 0.8}).targets == {"greedy": 0.8}
+
+
+def test_runs_that_do_not_log_every_step_are_compared_over_steps_only(tmp_path):
+    """The sum over logged batches would be too small a token axis, and a variant logged more rarely look the cheaper."""
+    for seed, strategy in product(range(2), ("Uniform", "DASH")):
+        folder = write_run(tmp_path / f"{strategy}-{seed}", known(seed, 0.01), seed=seed, strategy=strategy)
+        if strategy == "DASH":
+            rows = (folder / "metrics.csv").read_text().splitlines()
+            kept = [
+                row for row in rows if not row.split(",")[1] or not row[0].isdigit() or int(row.split(",")[0]) % 10 == 0
+            ]
+            (folder / "metrics.csv").write_text("\n".join(kept) + "\n")
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="Uniform")
+    assert {quantity for *_, quantity in found.cells} == {"end", "area_steps", "steps_to_target"}
+    gap = r"DASH-0/metrics.csv must sum to the 4,000 tokens of summary.json, got 400; .*log_every_n_steps 1"
+    assert any(re.search("over steps only, 2 of the runs.*" + gap, note) for note in found.notes)
+    assert "; horizon 40 steps." in runs_document(found, tmp_path).markdown()
+    with pytest.raises(InputError, match=gap):
+        found.variants["DASH"][0].curves["greedy"].along("tokens")
+
+
+def test_one_seed_gives_no_interval(tmp_path):
+    for strategy in ("Uniform", "DASH"):
+        write_run(tmp_path / strategy, known(1, 0.01), seed=1, strategy=strategy)
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="Uniform")
+    assert found.cells["greedy", "DASH", "end"].difference.low is None
+    assert any("no interval" in note for note in found.notes)
+
+
+def test_variants_are_named_by_strategy_by_prefix_or_by_a_key_of_the_config(tmp_path):
+    four = write_run(tmp_path / "four", known(1, 0.01), seed=1, strategy="ImportanceWeighting", w_max=4.0)
+    low = write_run(tmp_path / "low", known(1, 0.01), seed=1, strategy="ImportanceWeighting")
+    assert read_run(four).variant == "ImportanceWeighting"
+    assert [run.variant for run in read_runs([f"x={four}", str(low)])] == ["x", "ImportanceWeighting"]
+    by_key = read_runs([str(four), str(low)], group_by=["model.weighting"])
+    assert [run.variant for run in by_key] == ["ImportanceWeighting(w_max=4.0)", "ImportanceWeighting(w_max=1.5)"]
+    assert read_run(four, group_by=["model.weighting.init_args.w_max"]).variant == "4.0"
+    with pytest.raises(InputError, match="--group_by"):
+        read_runs([str(four), str(low)])
+
+
+def test_problems_are_paired_and_averaged_over_common_seeds(tmp_path):
+    """Eight problems of two samples; variant b solves one sample more of every other problem: + 1/4 on average."""
+    for variant, seed in product("ab", (1, 2)):
+        folder = write_run(tmp_path / f"{variant}-{seed}", known(seed, 0.01), seed=seed, strategy=variant)
+        rows = [
+            AnswerRow(
+                set="aime", step=step, problem_id=f"p{problem}", sample=sample, reference="1", answer="1",
+                correct=step == 40 and sample == 0 and (variant == "b" and problem % 2 == 0), category="correct", length=3,
+                finish_reason="stop", text="1", problems=8, samples=2, tokens=10, settings="s",
+            )
+            for step in (0, 40) for problem in range(8) for sample in range(2)
+        ]  # fmt: skip
+        (folder / "evaluation.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="a")
+    cell = found.problems["aime", "b"]
+    assert cell.mean == 0.25 and cell.difference[0] == 0.25 and (cell.problems, cell.seeds) == (8, 2)
+    assert 0.0 < cell.difference[1] < 0.25 < cell.difference[2] <= 0.5
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def assert_drawn(path: Path) -> None:
+    """Not blank, and with colour: frame and text alone are grey."""
+    pixels = imread(path)[..., :3]
+    coloured = pixels.max(-1) - pixels.min(-1) > 0.2
+    assert pixels.std() > 0.05 and coloured.mean() > 0.002, (path, coloured.mean())
+
+
+def test_pictures_show_something(effect):
+    names = {path.name for path in effect.glob("*.png")}
+    assert names == {"curve_greedy.png", "curve_avg_at_4.png", "curve_reverse_kl.png"}
+    for name in names:
+        assert_drawn(effect / name)
+
+
+def test_the_page_stands_alone_and_names_are_text(tmp_path):
+    """Strategy, variant and folder, through the command line."""
+    pages = {}
+    for kind, strategy, name in (("plain", "DASH", "x"), ("hostile", HOSTILE_STRATEGY, HOSTILE_VARIANT)):
+        root, out = tmp_path / kind, tmp_path / kind / "out"
+        for seed in (1, 2):
+            write_run(root / f"a{seed}", known(seed, 0.01), seed=seed, strategy=strategy)
+            write_run(root / f"b{seed}", known(seed, 0.01), seed=seed, strategy="b|c")
+            write_run(root / f"c{seed}", known(seed, 0.01), seed=seed, strategy="DASH")
+        words = ["--runs", f"{root}/[ab]*", f"{name}={root}/c*", "--baseline", "b|c", "--out", str(out)]
+        main(list, ["compare", "runs", *words])
+        pages[kind] = (out / "compare.html").read_text()
+        assert "b\\|c" in (out / "compare.md").read_text()
+    # each in a row of the overview, of three metrics' means and of their differences, and in a note
+    assert_only_text(pages["hostile"], pages["plain"], text=HOSTILE_STRATEGY, shown=8)
+    assert Reader(pages["hostile"]).text.count(HOSTILE_VARIANT) == 8
+    page = pages["hostile"]
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 3
+    assert page.count("img-src data:") == 1
+
+
+def test_every_part_of_a_document_is_text(tmp_path):
+    Figure().savefig(tmp_path / "picture.png")
+
+    def page(text: str) -> str:
+        table = Table([text, text], [[text, text], [text, text]])
+        return Document(text, [Section(text, [text, text], table, [tmp_path / "picture.png"]), Section(text)]).html()
+
+    text = "".join(HOSTILE)
+    # title and heading, two section titles, two paragraphs, six cells
+    assert_only_text(page(text), page("a"), shown=12)
+    assert Reader(page(text)).values.count(text) == 1  # the picture's description
+
+
+def test_a_replays_files_strategies_and_notes_are_text(tmp_path):
+    def page(text: str) -> str:
+        sums, gradients = WeightSums(), GradientSums([1.0], {name: [1.0] for name in REFERENCES})
+        found = Replay([Path(text.replace("/", ""))], {text: sums}, {text: gradients}, [text])
+        return replay_document(found, tmp_path).html()
+
+    # a note, a row of weights, a row of gradients
+    assert_only_text(page(HOSTILE_STRATEGY), page("a"), text=HOSTILE_STRATEGY, shown=3)
+    assert HOSTILE_STRATEGY.replace("/", "") in Reader(page(HOSTILE_STRATEGY)).text
+
+
+# -- replay ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return tiny.pair(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def saved(folders, tmp_path_factory) -> Path:
+    """The first step of a real fit with importance weighting, in float64."""
+    run = tmp_path_factory.mktemp("run")
+    profiled.fit(folders, run, [RolloutSamples(save_rollouts_every=1)], steps=1)
+    return run / "rollouts" / "step-1.safetensors"
+
+
+@pytest.fixture(scope="module")
+def models(folders) -> ReplayModels:
+    return ReplayModels(*folders, dtype="float64")
+
+
+def relative(ours: Gradient, theirs: Gradient) -> float:
+    gap = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return (dot(gap, gap) / dot(theirs, theirs)) ** 0.5
+
+
+def trained_gradient(folders: tuple[str, str], models: ReplayModels, **settings: Any) -> Gradient:
+    """What the real Trainer's step changes the weights by, in the order of the student's parameters."""
+    rollout = cases.rollout()
+    _, gradient = fixed.gradient(fixed.module(folders, rollout, **settings), rollout.prompts)
+    return [gradient[name] for name, _ in models.student.causal_lm.named_parameters()]
+
+
+def test_replayed_weights_are_those_of_the_run(saved):
+    record = load_record(saved)
+    (sums,) = replay_files([saved], {"iw": ImportanceWeighting()}).weights.values()
+    found = sums.to_json()
+    kept = record.weights[record.kept].double()
+    assert found["weight_mean"] == pytest.approx(float(kept.mean()), rel=1e-12)
+    assert found["weight_ess"] == pytest.approx(float(kept.sum() ** 2 / (len(kept) * kept.square().sum())), rel=1e-12)
+    for tenth in range(10):  # by a slow loop over rows
+        inside = [
+            float(record.weights[row, t])
+            for row, length in enumerate(cases.LENGTHS)
+            for t in range(length)
+            if tenth * 2 * length <= (2 * t + 1) * 10 < (tenth + 1) * 2 * length
+        ]
+        expected = pytest.approx(sum(inside) / len(inside), rel=1e-12) if inside else None
+        assert found["weight_by_tenth"][tenth] == expected
+
+
+def test_dropped_tokens_are_counted(saved):
+    (sums,) = replay_files([saved], {"first": FirstFraction(0.5)}).weights.values()
+    kept = sum(-(-length // 2) for length in cases.LENGTHS)
+    found = sums.to_json()
+    assert found["dropped_fraction"] == pytest.approx(1 - kept / sum(cases.LENGTHS))
+    assert found["weight_mean"] == found["weight_ess"] == 1.0
+
+
+def test_the_step_is_that_of_the_run(saved, models):
+    """Scored anew with the run's models: the same log-probs, the same weights."""
+    record = load_record(saved)
+    again, _ = models.replay(record, ImportanceWeighting())
+    assert torch.allclose(again.weights, record.weights, atol=1e-12)
+    assert torch.allclose(again.signal.teacher_logprobs, record.signal.teacher_logprobs, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Uniform, ImportanceWeighting, lambda: RandomFraction(0.5, seed=3), FiRe],
+    ids=["uniform", "iw", "random", "fire"],
+)
+def test_gradients_are_those_of_the_training_step(saved, folders, models, build):
+    _, ours = models.replay(load_record(saved), build())
+    assert relative(ours, trained_gradient(folders, models, weighting=build())) < 1e-9
+
+
+def test_the_exact_gradient_is_that_of_the_full_divergence(saved, folders, models):
+    _, ours = models.replay(load_record(saved))
+    theirs = trained_gradient(folders, models, weighting=Uniform(), objective=Divergence("reverse_kl"))
+    assert relative(ours, theirs) < 1e-9
+
+
+def test_uniform_has_cosine_one_with_itself_and_weights_change_it(saved, models):
+    found = replay_files([saved], {"u": Uniform(), "iw": ImportanceWeighting(), "f": FirstFraction(0.3)}, models=models)
+    by_name = {name: sums.to_json() for name, sums in found.gradients.items()}
+    assert by_name["u"]["cosine"]["uniform"] == pytest.approx(1.0, abs=1e-12)
+    assert by_name["exact KL"]["cosine"]["exact KL"] == pytest.approx(1.0, abs=1e-12)
+    assert by_name["exact KL"]["cosine"]["uniform"] == by_name["u"]["cosine"]["exact KL"]
+    assert by_name["f"]["cosine"]["uniform"] < by_name["iw"]["cosine"]["uniform"] < 1.0
+    assert not found.notes
+
+
+def test_sampled_gradients_average_to_the_exact_one(tmp_path):
+    """All 25 responses of two tokens over five symbols, each by its probability: E[uniform] = E[exact KL]."""
+    letters = tiny.tokenizer("x")
+    student, teacher = (
+        tiny.save(tiny.qwen3(seed=seed, rows=5), tmp_path / str(seed), with_tokenizer=letters) for seed in (1, 2)
+    )
+    models = ReplayModels(student, teacher, dtype="float64")
+    sums: list[Gradient] = []
+    total = 0.0
+    for response in product(range(5), repeat=2):
+        plain = record_of(response, torch.zeros(1, 2, dtype=torch.float64))
+        scored, _ = models.replay(plain, Uniform())
+        own = record_of(response, scored.signal.student_logprobs)  # the sampler is the student: importance weight 1
+        probability = float(scored.signal.student_logprobs.sum().exp())
+        total += probability
+        pair = [models.replay(own, Uniform())[1], models.replay(own)[1]]
+        pair = [[probability * part for part in gradient] for gradient in pair]
+        sums = (
+            pair if not sums else [[a + b for a, b in zip(*both, strict=True)] for both in zip(sums, pair, strict=True)]
+        )
+    sampled, exact = sums  # equal up to the float32 inside the model's norms
+    assert total == pytest.approx(1.0, abs=1e-12)
+    assert relative(sampled, exact) < 1e-6 and cosine(sampled, exact) == pytest.approx(1.0, abs=1e-12)
+
+
+def record_of(response: tuple[int, ...], logprobs: torch.Tensor) -> StepRecord:
+    """A saved batch of one response behind a prompt of three tokens."""
+    shape = replace(cases.rollout(), sampler_logprobs=torch.zeros(7, 9)).rows(torch.tensor([0])).trimmed()
+    ids = torch.tensor([response])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    prompts = replace(shape.prompts, ids=torch.tensor([[2, 4, 3]]), mask=torch.ones(1, 3, dtype=torch.bool))
+    rollout = Rollout(prompts, ids, mask, logprobs, shape.finish_reason, shape.provenance)
+    return StepRecord(
+        rollout=rollout, signal=_silent(mask), weights=mask.double(), kept=mask, loss=mask.double(), clipped=~mask,
+        finish_reason=shape.finish_reason, sampled_tokens=mask.sum(), grad_norm=torch.zeros(()), progress=0.0, step=1,
+        seconds={},
+    )  # fmt: skip
+
+
+def _silent(mask: torch.Tensor) -> Any:
+    from lit_opd.types import TokenSignal
+
+    return TokenSignal(student_logprobs=mask.double(), teacher_logprobs=mask.double(), mask=mask)
+
+
+def test_what_was_not_stored_is_computed_with_the_models_only(saved, models):
+    with pytest.raises(InputError, match="FiRe.*student_entropy, teacher_entropy.*--student"):
+        replay_files([saved], {"FiRe": FiRe()})
+    (sums,) = replay_files([saved], {"FiRe": FiRe()}, models=models).weights.values()
+    record, _ = models.replay(load_record(saved), FiRe())
+    assert record.signal.student_entropy is not None
+    assert sums.to_json()["weight_mean"] == pytest.approx(1.0)  # FiRe's rows have mean 1
+
+
+def test_another_student_than_the_run_s_is_noted(saved, folders):
+    (note,) = replay_files([saved], {"u": Uniform()}, models=ReplayModels(folders[1], folders[1])).notes
+    assert "the given student is not the one of the run" in note
+
+
+# -- wrong input -------------------------------------------------------------------------------------------------------
+
+
+def test_strategies_take_arguments_as_on_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / "own_file.py").write_text("from lit_opd.weighting import Uniform\n\nclass Mine(Uniform):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = read_strategies(
+        [
+            "Uniform",
+            "{class_path: ImportanceWeighting, init_args: {w_max: 4}}",
+            '{"class_path": "SequenceMeanOne", "init_args": {"strategy": {"class_path": "DASH"}}}',
+            "own_file.Mine",
+        ]
+    )
+    assert list(found) == ["Uniform", "ImportanceWeighting(w_max=4)", "SequenceMeanOne(strategy=DASH)", "Mine"]
+    assert found["ImportanceWeighting(w_max=4)"].w_max == 4
+
+
+def wrong_inputs(root: Path, saved: Path, folders: tuple[str, str]) -> dict[str, tuple[list[str], list[str]]]:
+    """Words after ``compare``, and what the one line must say."""
+    fine = write_run(root / "fine", known(1, 0.01), seed=1, strategy="Uniform")
+    other = write_run(root / "other", known(2, 0.01), seed=2, strategy="DASH")
+    going = write_run(root / "going", known(1, 0.01), seed=1, strategy="DASH")
+    (going / "summary.json").unlink()
+    stale = write_run(root / "stale", known(1, 0.01), seed=1, strategy="DASH")
+    summary = json.loads((stale / "summary.json").read_text())
+    (stale / "summary.json").write_text(json.dumps(summary | {"steps": 20}))
+    again = write_run(root / "again", known(1, 0.01), seed=1, strategy="DASH")
+    broken = write_run(root / "broken", known(1, 0.01), seed=1, strategy="DASH")
+    (broken / "config.yaml").write_text("a: [")
+    nan = write_run(root / "nan", {"greedy": [math.nan] * len(STEPS)}, seed=1, strategy="DASH")
+    alien = root / "alien.safetensors"
+    alien.write_text("hello")
+    out = ["--out", str(root / "out")]
+
+    def runs(*found: Any, baseline: str = "Uniform") -> list[str]:
+        return ["runs", "--runs", *map(str, found), "--baseline", baseline, *out]
+
+    def replay(path: Path, *strategies: str) -> list[str]:
+        return ["replay", "--rollouts", str(path), "--strategies", *strategies, *out]
+
+    return {
+        "no such folder": (runs(root / "nowhere"), ["--runs", "nowhere"]),
+        "unfinished": (runs(fine, going), ["going", "summary.json", "--ckpt_path last"]),
+        "trained further": (runs(fine, stale), ["stale", "step 40", "20"]),
+        "no common seed": (runs(fine, other), ["common seed", "Uniform (1)", "DASH with 2"]),
+        "no such baseline": (runs(fine, baseline="iw"), ["--baseline", "Uniform", "'iw'"]),
+        "same seed twice": (runs(fine, f"Uniform={again}"), ["fine", "again", "seed 1", "--group_by"]),
+        "broken config": (runs(fine, broken), ["broken/config.yaml", "YAML"]),
+        "no number in metrics": (runs(fine, nan), ["nan/metrics.csv", "'nan'"]),
+        "no such metric": ([*runs(fine), "--target", "speed=1"], ["--target", "greedy", "'speed'"]),
+        "no number": ([*runs(fine), "--target", "greedy"], ["--target", "'greedy'"]),
+        "no such key": ([*runs(fine), "--group_by", "model.speed"], ["--group_by", "model.speed"]),
+        "unknown strategy": (replay(saved, "Nonsense"), ["--strategies", "Nonsense"]),
+        "unknown argument": (replay(saved, "{class_path: Geometric, init_args: {gama: 1}}"), ["--strategies", "gama"]),
+        "value out of range": (
+            replay(saved, "{class_path: ImportanceWeighting, init_args: {w_max: 0.5}}"),
+            ["w_max", "0.5"],
+        ),
+        "twice": (replay(saved, "Uniform", "Uniform"), ["Uniform twice"]),
+        "other file": (replay(alien, "Uniform"), ["alien.safetensors"]),
+        "no such file": (replay(root / "step-9.safetensors", "Uniform"), ["step-9.safetensors"]),
+        "one model": ([*replay(saved, "Uniform"), "--student", folders[0]], ["--teacher", "together"]),
+    }
+
+
+def test_wrong_input_is_one_line(tmp_path, saved, folders, capsys):
+    for name, (words, expected) in wrong_inputs(tmp_path, saved, folders).items():
+        with pytest.raises(SystemExit) as exit_:
+            main(list, ["compare", *words])
+        error = capsys.readouterr().err.strip()
+        assert exit_.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1, (name, error)
+        assert all(part in error for part in expected), (name, error)
+    assert not (tmp_path / "out").exists()
+
+
+# -- real runs ---------------------------------------------------------------------------------------------------------
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """What docs/compare.md tells to type, behind ``python train.py``."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), flags=re.S)
+    return [shlex.split(line)[2:] for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the repository, with two short fits of the quickstart in runs/, whole batches saved."""
+    for name in ("configs", "lit_opd", "callbacks", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    small = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.prompt_batch", "8"]
+    small += ["--data.val_limit", "8", "--wandb.mode", "disabled", "--model.sampler.max_new_tokens", "12"]
+    small += ["--trainer.callbacks+", "callbacks.RolloutSamples", "--trainer.callbacks.save_rollouts_every", "1"]
+    for folder, strategy in (("uniform-1", "Uniform"), ("iw-1", "ImportanceWeighting")):
+        words = ["--model.weighting", strategy, "--run_dir", f"runs/{folder}"]
+        main(default_callbacks, ["fit", "--config", "configs/quickstart.yaml", *small, *words])
+    return tmp_path
+
+
+def test_real_runs_and_their_rollouts_are_compared_as_the_page_says(workplace):
+    """Every command of the page, the first one as a process of its own."""
+    first, *others = commands_of_the_page()
+    done = subprocess.run([sys.executable, "train.py", *first], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ImportanceWeighting: one paired seed (42)" in done.stdout and "Traceback" not in done.stderr
+    report = json.loads(Path("runs/compare/compare.json").read_text())
+    summary = json.loads(Path("runs/iw-1/summary.json").read_text())
+    assert (
+        report["variants"]["ImportanceWeighting"]["metrics"]["reverse_kl"]["end"]["mean"] == summary["reverse_kl_end"]
+    )
+    assert report["horizons"]["reverse_kl/tokens"] <= summary["tokens"]
+    for command in others:
+        main(list, command)
+    assert json.loads(Path("runs/compare/compare.json").read_text())["baseline"] == "lit_opd.weighting.Uniform"
+
+    replayed = json.loads(Path("runs/replay/compare.json").read_text())
+    uniform = replayed["strategies"]["Uniform"]["gradient"]
+    assert not replayed["notes"] and uniform["cosine"]["uniform"] == pytest.approx(1)
+    record = load_record("runs/uniform-1/rollouts/step-1.safetensors")
+    assert uniform["norm"] == pytest.approx(float(record.grad_norm), rel=1e-3)
+    for name in ("weights.png", "cosines.png"):
+        assert_drawn(Path("runs/replay") / name)
+
+
+def test_a_saved_record_replays_after_a_round_trip(saved, tmp_path):
+    """What another tool writes with ``save_record`` is read too."""
+    again = save_record(load_record(saved), tmp_path / "copy.safetensors")
+    first, second = (
+        replay_files([path], {"u": ImportanceWeighting()}).weights["u"].to_json() for path in (saved, again)
+    )
+    assert first == second

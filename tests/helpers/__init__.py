@@ -1,0 +1,1 @@
+"""What tests share: tiny models, fixed rollouts, slow computations, processes of several ranks. No tests."""

@@ -1,0 +1,103 @@
+"""What the one-process and the two-process runs both compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.advantage import RewardExtrapolation, ValueBaseline
+from lit_opd.objective import Divergence
+from lit_opd.types import Rollout, TokenSignal
+from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.combinators import BatchMeanOne
+from lit_opd.weighting.decay import LinearDecay
+from lit_opd.weighting.fractions import FirstFraction
+from lit_opd.weighting.importance import ImportanceWeighting
+from tests.helpers import fixed
+
+LENGTHS = [5, 1, 9, 7, 3, 9, 2]
+PROMPTS = [4, 6, 3, 8, 5, 2, 7]
+TRUNCATED = {2, 5}
+BUDGET = 17  # four micro-batches on one rank, three on the other
+SHORT = {
+    "max_new_tokens": 24,
+    "stop_token_ids": [1, *range(40, 64)],
+}  # the two ranks then sample different numbers of columns
+
+
+def rollout() -> Rollout:
+    """Seven ragged rows, so that two ranks hold four and three."""
+    return fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=TRUNCATED)
+
+
+class TopKMass(WeightingStrategy):
+    """The teacher's mass on its three likeliest tokens plus the student's likewise."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Both lists."""
+        return frozenset({"student_topk", "teacher_topk"})
+
+    def weights(self, signal: TokenSignal, progress: float) -> Tensor:
+        """[B, T] in [0, 2]."""
+        assert signal.student_topk is not None and signal.teacher_topk is not None
+        return sum(top.logprobs[..., :3].exp().sum(-1) for top in (signal.student_topk, signal.teacher_topk))
+
+
+def gradient_cases() -> dict[str, dict[str, Any]]:
+    """Settings of the module by name: every aggregation, and a strategy of each scope."""
+    weightings = {"sequence": ImportanceWeighting, "batch": lambda: BatchMeanOne(ImportanceWeighting())}
+    found = {
+        f"{aggregation}/{scope}": {"aggregation": aggregation, "weighting": build(), "token_budget": BUDGET}
+        for aggregation in ("sequence-mean", "token-mean", "sequence-sum", "constant")
+        for scope, build in weightings.items()
+    }
+    found["dropped tokens"] = {"weighting": FirstFraction(0.3), "token_budget": BUDGET}
+    found["masked rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "mask"}
+    found["dropped rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "drop"}
+    found |= {
+        f"divergence/{name}": {"objective": objective, "weighting": weighting, "token_budget": BUDGET}
+        for name, objective, weighting in (
+            ("reverse_kl", Divergence("reverse_kl"), ImportanceWeighting()),
+            ("jsd top 6/batch", Divergence("jsd", top_k=6), BatchMeanOne(ImportanceWeighting())),
+        )
+    }
+    found["token kl"] = {"advantage": [ValueBaseline()], "weighting": LinearDecay(0.5), "token_budget": BUDGET}
+    found["token kl/batch"] = found["token kl"] | {"weighting": BatchMeanOne(TopKMass())}
+    found["reference"] = {"advantage": [RewardExtrapolation(1.5)], "with_reference": True, "token_budget": BUDGET}
+    found["recomputed"] = {"gradient_checkpointing": True, "weighting": ImportanceWeighting(), "token_budget": BUDGET}
+    return found
+
+
+EMPTY_RANK = {1, 3, 5}  # what the second rank holds: with truncated="drop" nothing is left there
+STEPS = 4  # of the fits that are interrupted after half of them
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    """Gradient descent with a state to save."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def fit_cases() -> dict[str, dict[str, Any]]:
+    """Settings of the module by name, clipping active; "empty rank" goes with ``EMPTY_RANK``."""
+    shared: dict[str, Any] = {
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "gradient_clip_norm": 0.05,
+        "token_budget": BUDGET,
+    }
+    return {
+        "clipped": shared | {"weighting": ImportanceWeighting()},
+        "empty rank": shared | {"truncated": "drop"},
+        "uneven lengths": shared | {"token_budget": 40},
+        "empty rank/batch": shared | {"truncated": "drop", "weighting": BatchMeanOne(ImportanceWeighting())},
+    }
+
+
+def fit_rollout(name: str) -> Rollout:
+    """The rows of a case of ``fit_cases``; of "uneven lengths" one rank holds 113 response tokens, the other 4."""
+    if name == "uneven lengths":
+        return fixed.rollout(lengths=[30, 1, 25, 1, 28, 2, 30], prompt_lengths=PROMPTS, truncated=set())
+    truncated = EMPTY_RANK if name.startswith("empty") else TRUNCATED
+    return fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=truncated)

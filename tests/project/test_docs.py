@@ -1,0 +1,214 @@
+"""README and pages stay true: commands run, code runs, names are documented, configs are complete."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from callbacks import RunCheckpoint, default_callbacks
+from lit_opd.cli.command import main
+from tests.helpers import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+SMALL = ["--trainer.max_steps", "2", "--data.prompt_batch", "8", "--data.val_limit", "8", "--wandb.mode", "disabled"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def readme_commands() -> list[list[str]]:
+    lines = [line for block in blocks(README, "bash") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python train.py")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the repository from the command line, with the README's own strategy in my_file.py."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for name in ("configs", "lit_opd"):
+        (folder / name).symlink_to(ROOT / name)
+    code = next(block for block in blocks(README, "python") if "WeightingStrategy" in block)
+    (folder / "my_file.py").write_text(code.replace("class HalfLife", "class Mine"))
+    return folder
+
+
+def test_every_command_of_the_readme_runs(workplace, monkeypatch):
+    """In their order, with fewer and smaller steps."""
+    monkeypatch.delitem(sys.modules, "my_file", raising=False)  # another test has one too
+    monkeypatch.chdir(workplace)
+    monkeypatch.syspath_prepend(str(workplace))
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for command in commands:
+        small = [word if word != "2" or "--ckpt_path" not in command else "4" for word in SMALL]
+        main(default_callbacks, [*command, *small])
+    strategies = {
+        path.parent.name: json.loads(path.read_text())["strategy"] for path in Path("runs").glob("*/summary.json")
+    }
+    assert strategies == {
+        "quickstart": "ImportanceWeighting",
+        "uniform": "Uniform",
+        "decay": "LinearDecay",
+        "mine": "Mine",
+    }
+    assert json.loads(Path("runs/quickstart/summary.json").read_text())["steps"] == 4
+
+
+def test_every_logged_name_has_a_line_in_the_docs(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    main(default_callbacks, ["fit", "--config", "configs/quickstart.yaml", "--run_dir", "runs/names", *SMALL])
+    with Path("runs/names/metrics.csv").open(newline="") as file:
+        names = set(csv.DictReader(file).fieldnames or ())
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    undocumented = {name for name in names - {"step", "epoch"} if f"`{name}`" not in pages and "/band_" not in name}
+    assert not undocumented
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
+    """Complete, with its command on line 1; paths, sizes and the machine's devices are replaced."""
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and f"--config configs/{path.name}" in first
+    student, teacher = tiny.pair(tmp_path)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i), "difficulty": 7} for i in range(60)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = {
+        "--model.student.path": student,
+        "--model.teacher.path": teacher,
+        "--data.train": str(prompts),
+        "--data.prompt_batch": "4",
+        "--data.max_prompt_tokens": "24",
+        "--model.sampler.max_new_tokens": "8",
+        "--data.val_fraction": "0.1",
+        "--trainer.max_steps": "1",
+        "--trainer.accelerator": "cpu",
+        "--trainer.devices": "1",
+        "--trainer.num_nodes": "1",
+        "--trainer.strategy": "auto",
+        "--trainer.precision": "32-true",
+        "--num_threads": "1",
+        "--wandb.mode": "disabled",
+        "--run_dir": str(tmp_path / "run"),
+    }
+    settings = yaml.safe_load(path.read_text())
+    if settings["model"].get("sampler", {}).get("class_path", "").endswith("VLLMEngine"):  # not installed here
+        overrides = {"--model.sampler": "TransformersSampler"} | overrides
+    if settings["data"].get("val"):
+        overrides["--data.val"] = str(prompts)
+        del overrides["--data.val_fraction"]
+    main(default_callbacks, ["fit", "--config", str(path), *(word for pair in overrides.items() for word in pair)])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+INDEX = ROOT / "docs" / "index.md"
+
+
+def prose(page: Path) -> str:
+    """Without blocks of code, whose brackets are no links and whose comments are no headings."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+
+
+def links(page: Path) -> list[tuple[str, Path, str]]:
+    """Relative links and pictures of a page as written, as a path, and the anchor behind #."""
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in target]
+    split = [(target, *target.partition("#")[::2]) for target in targets]
+    return [(target, (page.parent / path).resolve() if path else page, anchor) for target, path, anchor in split]
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in a link; a heading that occurs again gets -1, -2."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", prose(page), flags=re.M):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        count = sum(name == slug or re.fullmatch(rf"{re.escape(slug)}-\d+", name) is not None for name in found)
+        found.append(f"{slug}-{count}" if count else slug)
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_resolve_to_files_and_headings(page):
+    missing = [
+        written
+        for written, path, anchor in links(page)
+        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path))
+    ]
+    assert not missing
+
+
+def test_every_page_is_reached_from_the_index():
+    known, found = set(), [INDEX]
+    while found:
+        page = found.pop()
+        known.add(page)
+        found += [path for _, path, _ in links(page) if path.suffix == ".md" and path.exists() and path not in known]
+    assert not [page for page in PAGES if page not in known]
+
+
+def test_the_readme_lists_the_tasks_in_the_order_of_the_index():
+    tasks = re.findall(r"^\| \*\*(.+?)\*\* \|", INDEX.read_text(), flags=re.M)
+    named = re.findall(r"^\| (.+?) \|", README.split("\n## Pages\n")[1].split("\n## ")[0], flags=re.M)[1:]
+    assert tasks == named and len(tasks) == 9
+    pages, listed = ({path for _, path, _ in links(page)} for page in (INDEX, ROOT / "README.md"))
+    assert pages - listed <= {ROOT / "README.md", *long_tables()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_begins_with_what_it_is_for_and_speaks_plainly(page):
+    title, _, first = page.read_text().split("\n", 2)
+    assert title.startswith("# ") and re.match(r"[A-Z`\[#]", first)
+    assert not re.findall(r"told\s+from|of\s+no\s+step", page.read_text(), flags=re.I)
+
+
+def long_tables() -> list[Path]:
+    return [ROOT / "docs" / f"{name}.md" for name in ("findings", "search", "confirm", "controls")]
+
+
+def test_the_storys_tables_are_those_of_the_long_pages():
+    """Every number of a table of results, so that new results do not leave an old story behind."""
+    story = (ROOT / "docs" / "evidence.md").read_text()
+    rows = [line for line in story.splitlines() if re.match(r"\| (`|mean|start)", line)]
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
+    figures = [cell for cell in cells if re.search(r"\d \[|\+- ", cell)]
+    pages = [*long_tables(), ROOT / "docs" / "healing" / "study.md"]
+    known = {cell.strip() for page in pages for line in page.read_text().splitlines() for cell in line.split("|")}
+    assert len(figures) > 150 and not [figure for figure in figures if figure not in known]
+
+
+def test_every_paper_named_anywhere_is_in_the_one_list_of_references():
+    """And the list names nothing that the repository does not use."""
+    pattern = re.compile(r"\b2\d{3}\.\d{5}\b")
+    listed = set(re.findall(r"^\| (2\d{3}\.\d{5}) \|", (ROOT / "docs" / "references.md").read_text(), flags=re.M))
+    sources = [
+        path
+        for folder in ("lit_opd", "callbacks", "configs", "docs", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    texts = [path for path in [*sources, ROOT / "README.md"] if path.suffix in {".py", ".md", ".yaml"}]
+    named = {found for path in texts if path.name != "references.md" for found in pattern.findall(path.read_text())}
+    assert named == listed
+
+
+def test_every_test_that_the_reliability_page_names_exists_and_its_yaml_parses():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"^\|.*\| ([^|]*) \|$", page, flags=re.M)
+    cells = [cell for cell in named if "`tests/" in cell]
+    assert len(cells) >= 12
+    for cell in cells:
+        for file, tests in re.findall(r"`(tests/[\w/]+\.py)`: ([^;]*)", cell):
+            code = (ROOT / file).read_text()
+            missing = [name for name in re.findall(r"`(test_\w+)`", tests) if f"def {name}(" not in code]
+            assert not missing, (file, missing)
+    for block in blocks(page, "yaml"):
+        (callback,) = yaml.safe_load(block)["trainer"]["callbacks"]
+        RunCheckpoint(**callback["init_args"])

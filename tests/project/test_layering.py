@@ -1,0 +1,156 @@
+"""The rooms of docs/design.md: who imports whom. The table is exact: what it allows is what is used."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# room -> rooms it imports, from the ground up: a room stands below every room that imports it
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "masked": set(),
+    "streams": set(),
+    "types": {"errors", "masked"},
+    "files": {"errors"},
+    "distributed": {"errors"},
+    "prompts": {"types", "errors", "streams", "distributed"},
+    "models": {"errors"},
+    "scoring": {"types", "errors", "masked"},
+    "servers": {"errors", "distributed"},
+    "rollout": {"types", "errors", "masked", "streams", "distributed", "servers"},
+    "teacher": {"types", "errors", "models", "scoring", "servers"},
+    "advantage": {"types", "errors", "masked"},
+    "weighting": {"types", "errors", "masked", "streams", "distributed"},
+    "objective": {"types", "errors", "masked", "scoring"},
+    "step": {
+        "types", "errors", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
+    },
+    "evaluation": {"types", "errors", "masked", "streams", "distributed", "prompts", "rollout"},
+    "run": {"errors", "files", "distributed"},
+    "preflight": {
+        "types", "errors", "distributed", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "step",
+        "evaluation", "run",
+    },
+    "module": {
+        "types", "errors", "distributed", "models", "scoring", "rollout", "teacher", "advantage", "weighting", "objective",
+        "step", "evaluation", "run", "preflight",
+    },
+    "report": {"types", "errors", "files", "masked"},
+    "compare": {
+        "types", "errors", "masked", "models", "scoring", "teacher", "weighting", "objective", "step", "evaluation",
+        "preflight", "report",
+    },
+    "testbed": {"errors"},
+    "cli": {"errors", "files", "distributed", "prompts", "run", "preflight", "module", "compare"},
+    "callbacks": {"types", "errors", "files", "distributed", "prompts", "evaluation", "run", "report"},
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the library and of the callbacks by its dotted name."""
+    found = {}
+    for path in [*(ROOT / "lit_opd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Files that a file imports by name, for annotations and inside functions too; ``from lit_opd import x`` is ``lit_opd.x``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= named & MODULES.keys() or {node.module}
+    return found & MODULES.keys()
+
+
+GRAPH = {name: imports(path) - {name} for name, path in MODULES.items()}
+
+
+def room(name: str) -> str:
+    """The package or single file of ``lit_opd`` that holds a module; "callbacks" for those."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "lit_opd" and len(parts) > 1 else parts[0]
+
+
+def used(own: str) -> set[str]:
+    """Rooms that a room imports."""
+    return {room(there) for name, names in GRAPH.items() if room(name) == own for there in names} - {own}
+
+
+def test_the_graph_sees_imports_of_every_form(tmp_path):
+    file = tmp_path / "one.py"
+    file.write_text(
+        "from lit_opd import distributed\nfrom lit_opd.types import Rollout\nimport lit_opd.files\n"
+        "def f():\n    from lit_opd.run import lightning as inner\n"
+    )
+    expected = {"lit_opd.distributed", "lit_opd.types", "lit_opd.files", "lit_opd.run.lightning"}
+    assert imports(file) == expected
+
+
+@pytest.mark.parametrize("own", sorted(ALLOWED))
+def test_a_room_imports_what_the_table_says_and_the_table_no_more(own):
+    assert used(own) == ALLOWED[own]
+
+
+def test_every_room_is_in_the_table():
+    assert {room(name) for name in MODULES} - {"lit_opd"} == set(ALLOWED)
+
+
+def test_no_arrow_points_back_up():
+    order = list(ALLOWED)
+    assert [(own, there) for own in order for there in ALLOWED[own] if order.index(there) > order.index(own)] == []
+
+
+def test_no_two_files_import_each_other_by_any_way():
+    below: dict[str, set[str]] = {}
+
+    def reached(name: str, path: tuple[str, ...]) -> set[str]:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in below:
+            below[name] = GRAPH[name].union(*(reached(there, (*path, name)) for there in GRAPH[name]))
+        return below[name]
+
+    for name in GRAPH:
+        reached(name, ())
+    assert all(name not in found for name, found in below.items())
+
+
+def test_lit_opd_never_imports_callbacks():
+    assert not any(room(there) == "callbacks" for name in MODULES if room(name) != "callbacks" for there in GRAPH[name])
+
+
+def test_one_file_knows_the_private_names_of_lightning():
+    """The attributes of the trainer, its loops, connectors and strategies that begin with an underscore."""
+    owners = ("trainer", "strategy", "loop", "fit_loop", "epoch_loop", "launcher", "connector", "lightning_module")
+    for name, path in MODULES.items():
+        if name == "lit_opd.run.lightning":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+                assert owner not in owners, f"{path}:{node.lineno}: {owner}.{node.attr}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lightning":
+                assert not any(alias.name.startswith("_") for alias in node.names), f"{path}:{node.lineno}"
+
+
+def test_writing_a_checkpoint_loads_no_client_of_servers():
+    """What a file reaches when it is imported, through every package on the way."""
+    seen, waiting = set(), ["lit_opd.run.checkpoint_files"]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name in GRAPH:
+            seen.add(name)
+            waiting += [*GRAPH[name], name.rpartition(".")[0]]
+    assert not any(room(name) in ("servers", "teacher", "module") for name in seen)

@@ -1,0 +1,61 @@
+"""A run made before the rooms were redrawn (tests/assets/earlier_run, its first half) goes on, and ends where it ended then."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from callbacks import default_callbacks
+from lit_opd.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS = Path("tests/assets/earlier_run")  # as its config.yaml names it
+NOT_COMPARED = ("time/", "throughput/")
+CLOSE = {"rel": 1e-4, "abs": 1e-5}  # of float32 sums; another processor adds in another order
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run folder as it was left at step 4 of 8, in a place like the repository."""
+    shutil.copytree(ROOT / ASSETS, tmp_path / ASSETS)
+    shutil.rmtree(tmp_path / ASSETS / "run" / "student")
+    (tmp_path / ASSETS / "run" / "summary.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / ASSETS / "run"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_config_and_a_checkpoint_of_before_go_on(copied):
+    """Weights, optimizer, schedule, random streams, counters: the second half writes the numbers it wrote then."""
+    main(
+        default_callbacks,
+        ["fit", "--config", str(copied / "config.yaml"), "--run_dir", str(copied), "--ckpt_path",
+         str(copied / "checkpoints" / "step-4.ckpt")],
+    )  # fmt: skip
+    ours, theirs = rows(copied / "metrics.csv"), rows(ROOT / ASSETS / "run" / "metrics.csv")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, old in zip(ours, theirs, strict=True):
+        for name in (name for name in old if old[name] and not name.startswith(NOT_COMPARED)):
+            assert float(mine[name]) == pytest.approx(float(old[name]), **CLOSE, nan_ok=True), (mine["step"], name)
+    weights, before = (load_file(path / "student" / "model.safetensors") for path in (copied, ROOT / ASSETS / "run"))
+    assert weights.keys() == before.keys()
+    for name, value in before.items():
+        assert float((weights[name] - value).abs().max()) < 1e-5, name
+    assert json.loads((copied / "summary.json").read_text())["strategy"] == "RandomFraction"
+
+
+def test_the_asset_is_what_was_written_then():
+    """Nobody has made the run anew with newer code: its config has the keys of then and no others."""
+    config = yaml.safe_load((ROOT / ASSETS / "run" / "config.yaml").read_text())
+    assert config["seed_everything"] == 7 and config["trainer"]["max_steps"] == 8
+    assert config["model"]["weighting"]["class_path"] == "lit_opd.weighting.RandomFraction"

@@ -1,0 +1,258 @@
+"""Two gloo processes, started by torchrun, against one process: gradients in float64, and a fit that ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.plugins import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from transformers import AutoModelForCausalLM
+
+from lit_opd.errors import InputError
+from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
+from lit_opd.rollout import TransformersSampler
+from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
+from lit_opd.step.micro_batches import micro_batches
+from tests.helpers import cases, fixed, tiny, two_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+FSDP2 = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
+TIME_LIMIT = 240  # seconds; a hang is a failure
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return tiny.pair(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def one_process(folders):
+    return {
+        key: fixed.gradient(fixed.module(folders, cases.rollout(), **settings), cases.rollout().prompts)
+        for key, settings in cases.gradient_cases().items()
+    }
+
+
+def one_process_fit(folders, steps: int, **paths):
+    """Weights of the run that is interrupted, and its optimizer's momenta in order."""
+    trained = fixed.module(folders, cases.rollout(), optimizer=cases.momentum, token_budget=cases.BUDGET)
+    fixed.fit(trained, cases.rollout().prompts, steps=steps, **paths)
+    return fixed.weights(trained)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folders):
+    return one_process_fit(folders, cases.STEPS)
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "fsdp1"])
+def strategy_name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def two_processes_folder(strategy_name, folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp(strategy_name)
+    one_process_fit(folders, cases.STEPS // 2, save=out / "one.ckpt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.helpers.two_ranks", str(out), strategy_name, *folders]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_processes(two_processes_folder):
+    return [torch.load(two_processes_folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_the_ranks_have_different_numbers_of_micro_batches():
+    lengths = cases.rollout().layout.row_lengths
+    counts = [len(micro_batches(lengths[rank::2], token_budget=cases.BUDGET)) for rank in (0, 1)]
+    assert counts[0] != counts[1]
+
+
+@pytest.mark.parametrize("case", sorted(cases.gradient_cases()))
+def test_gradient_of_two_ranks_equals_one_process(one_process, two_processes, case):
+    loss, gradient = one_process[case]
+    for rank in two_processes:
+        other_loss, other = rank["gradients"][case]
+        assert other_loss == pytest.approx(loss, rel=1e-10)
+        assert fixed.relative_gap(other, gradient) < 1e-10
+
+
+def test_a_fit_with_sampling_inside_ends_on_both_ranks_with_one_loss(two_processes):
+    (first, first_gap), (second, second_gap) = (rank["fit"] for rank in two_processes)
+    assert first[:3] == second[:3]
+    assert first[3:] != second[3:]  # the ranks sampled different rows
+    assert max(first_gap, second_gap) < 1e-4  # nats: sampled from the weights that are trained, gathered
+
+
+def test_decode_loops_of_two_ranks_sample_the_tokens_generate_samples_in_one_process(folders, two_processes):
+    """Three steps in float64; the weights of steps two and three follow from the tokens before them."""
+    whole = cases.rollout()
+    trained = fixed.module(folders, whole, sampler=TransformersSampler(**cases.SHORT), token_budget=60)
+    records = fixed.fit(trained, whole.prompts, steps=3).records
+    for rank, results in enumerate(two_processes):
+        for record, (ids, mask) in zip(records, results["decoded"], strict=True):
+            rollout = record.rollout.rows(torch.arange(rank, len(whole.prompts), 2))
+            assert torch.equal(ids[mask], rollout.response_ids[rollout.mask])
+            assert torch.equal(mask.sum(-1), rollout.lengths)
+    lengths = [results["decoded"][0][1].shape[1] for results in two_processes]
+    assert lengths[0] != lengths[1]  # the ranks ran different numbers of steps
+
+
+@pytest.mark.parametrize("case", sorted(cases.fit_cases()))
+def test_three_clipped_steps_of_two_ranks_equal_one_process(folders, two_processes, case):
+    whole = cases.fit_rollout(case)
+    trained = fixed.module(folders, whole, **cases.fit_cases()[case])
+    records = fixed.fit(trained, whole.prompts, steps=3).records
+    norms = [float(record.grad_norm) for record in records]
+    assert min(norms) > 2 * cases.fit_cases()[case]["gradient_clip_norm"]  # clipping was active
+    for rank in two_processes:
+        other_norms, other = rank["fits"][case]
+        assert other_norms == pytest.approx(norms, rel=1e-9)
+        assert fixed.relative_gap(other, fixed.weights(trained)) < 1e-9
+
+
+def test_the_strategys_time_out_holds_in_every_process_group(two_processes):
+    for rank in two_processes:
+        assert set(rank["timeouts"]) == {two_ranks.TIMEOUT.total_seconds()}
+
+
+def test_recomputed_activations_leave_the_gradient_alone(one_process, two_processes):
+    _, gradient = one_process["sequence-mean/sequence"]  # the same settings but for the recomputation
+    for rank in two_processes:
+        assert fixed.relative_gap(rank["gradients"]["recomputed"][1], gradient) < 1e-10
+        assert rank["layer calls"] == [1, 2]  # a second forward in the backward pass
+
+
+def test_bf16_compute_gathers_bf16_and_keeps_float32_masters_and_gradients(strategy_name, two_processes):
+    for rank in two_processes:
+        half, whole = (rank["half precision"][precision] for precision in ("bf16-mixed", "32-true"))
+        gathered = "torch.float32" if strategy_name == "ddp" else "torch.bfloat16"  # DDP gathers nothing: autocast only
+        assert half["dtypes"] == [[gathered], ["torch.float32"], ["torch.float32"]]
+        assert half["loss"] == pytest.approx(whole["loss"], rel=5e-3)
+        assert half["norm"] == pytest.approx(whole["norm"], rel=2e-2)
+        assert half["loss"] != whole["loss"]
+
+
+@pytest.mark.parametrize("path", ["two in two", "one in two", "shards in two"])
+def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(uninterrupted, two_processes, strategy_name, path):
+    if strategy_name == "ddp" and path == "shards in two":
+        pytest.skip("DDP writes no shards")
+    for rank in two_processes:
+        assert fixed.relative_gap(rank["interrupted"][path], uninterrupted) < 1e-9
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_two(folders, uninterrupted, two_processes_folder):
+    resumed = one_process_fit(folders, cases.STEPS, load=two_processes_folder / "two.ckpt")
+    assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
+
+
+def test_shards_are_refused_in_one_process_with_the_command_that_makes_them_one_file(
+    folders, uninterrupted, two_processes_folder, strategy_name
+):
+    shards = two_processes_folder / "shards.ckpt"
+    if strategy_name == "ddp":
+        pytest.skip("DDP writes no shards")
+    with pytest.raises(InputError, match="--ckpt_path.*consolidate_checkpoint") as refused:
+        check_checkpoint(shards, SingleDeviceStrategy(), training=True)
+    (command,) = re.findall("`python (-m .*?)`", str(refused.value))
+    subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, timeout=TIME_LIMIT)
+    resumed = one_process_fit(folders, cases.STEPS, load=f"{shards}.consolidated")
+    assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
+
+
+def test_shards_of_another_strategy_and_consolidated_ones_are_refused(two_processes_folder, strategy_name):
+    shards, consolidated = (two_processes_folder / f"shards.ckpt{end}" for end in ("", ".consolidated"))
+    other = {"fsdp1": FSDP2, "fsdp2": FSDPStrategy}.get(strategy_name)
+    if other is None:
+        pytest.skip("DDP writes no shards")
+    with pytest.raises(InputError, match="the same kind of strategy"):
+        check_checkpoint(shards, other(), training=True)
+    own = {"fsdp1": FSDPStrategy, "fsdp2": FSDP2}[strategy_name]()
+    check_checkpoint(shards, own, training=True)
+    if not consolidated.exists():  # the test above makes it
+        subprocess.run([sys.executable, *CONSOLIDATE.split()[1:], str(shards)], check=True, capture_output=True)
+    with pytest.raises(InputError, match="must be the folder itself"):
+        check_checkpoint(consolidated, own, training=True)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, FSDP2], ids=["fsdp1", "fsdp2"])
+def test_an_optimizer_without_state_is_refused_where_lightning_cannot_load_it(folders, tmp_path, strategy):
+    for name, optimizer in (("plain", lambda p: torch.optim.SGD(p, lr=0.1)), ("momentum", cases.momentum)):
+        trained = fixed.module(folders, cases.rollout(), optimizer=optimizer)
+        fixed.fit(trained, cases.rollout().prompts, save=tmp_path / name)
+    with pytest.raises(InputError, match=r"`model\.optimizer` must have state"):
+        check_checkpoint(tmp_path / "plain", strategy(), training=True)
+    check_checkpoint(tmp_path / "plain", strategy(), training=False)
+    check_checkpoint(tmp_path / "plain", SingleDeviceStrategy(), training=True)
+    check_checkpoint(tmp_path / "momentum", strategy(), training=True)
+
+
+def test_the_divergence_from_the_teacher_is_that_of_one_process(folders, two_processes_folder):
+    trained = fixed.module(folders, cases.rollout(), optimizer=cases.momentum, token_budget=cases.BUDGET)
+    fixed.fit(trained, cases.rollout().prompts, steps=cases.STEPS)
+    expected = trained.student_signal(cases.rollout()).token_kl
+    assert float(expected.max()) > 0.1  # nats
+    for rank in (0, 1):
+        found = torch.load(two_processes_folder / f"divergence-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_exported_student_has_the_whole_weights(two_processes, two_processes_folder):
+    exported = AutoModelForCausalLM.from_pretrained(two_processes_folder / "exported", dtype="auto")
+    weights = two_processes[0]["interrupted"]["two in two"]
+    assert {name: value.dtype for name, value in exported.named_parameters()} == dict.fromkeys(weights, torch.float64)
+    assert fixed.relative_gap(dict(exported.named_parameters()), weights) == 0.0
+
+
+def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(folders, two_processes_folder):
+    saved = torch.load(two_processes_folder / "two.ckpt", weights_only=True)
+    own = {f"student.model.{name}" for name, _ in tiny.qwen3(seed=1).named_parameters()}
+    assert set(saved["state_dict"]) == own
+    (state,) = saved["optimizer_states"]
+    assert set(state["state"]) == own
+    assert {name for group in state["param_groups"] for name in group["params"]} == own
+    for name, value in saved["state_dict"].items():
+        assert state["state"][name]["momentum_buffer"].shape == value.shape
+
+
+@pytest.mark.parametrize(
+    ("strategy", "named"),
+    [
+        (lambda: ModelParallelStrategy(), "tensor_parallel_size 1"),
+        (lambda: FSDPStrategy(cpu_offload=True), "cpu_offload"),
+        (lambda: FSDPStrategy(use_orig_params=False), "use_orig_params"),
+        (lambda: FSDPStrategy(auto_wrap_policy={torch.nn.Linear}), "auto_wrap_policy"),
+        (
+            lambda: FSDPStrategy(activation_checkpointing_policy={torch.nn.Linear}),
+            "model.student.gradient_checkpointing",
+        ),
+    ],
+    ids=["tensor-parallel default", "offload", "flat parameters", "wrap policy", "checkpointing policy"],
+)
+def test_a_strategy_that_cannot_work_is_refused_with_what_does(strategy, named):
+    with pytest.raises(InputError, match=named):
+        check_strategy(strategy())
+
+
+def test_fsdp1_as_lightning_builds_it_is_accepted():
+    check_strategy(FSDPStrategy())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_fsdp1_refuses_to_cast_the_teacher_to_float32(dtype):
+    with pytest.raises(InputError, match="bf16-mixed"):
+        check_dtypes(FSDPStrategy(), {"float32", dtype})
+    check_dtypes(FSDPStrategy(precision_plugin=FSDPPrecision("bf16-mixed")), {"float32", dtype})
+    check_dtypes(SingleDeviceStrategy(), {"float32", dtype})

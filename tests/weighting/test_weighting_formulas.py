@@ -1,0 +1,779 @@
+"""Every weighting strategy against the golden vectors, hand arithmetic and slow loops written from method.md.
+
+The loops know nothing of masks or tensors: they see a batch of rows, each the list of its valid tokens, and give a
+weight per token, or None for a token that leaves the denominator.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_opd import weighting as w
+from lit_opd.errors import InputError
+from lit_opd.streams import row_uniforms, stream_seed, token_uniforms
+from lit_opd.types import TokenSignal
+from tests.helpers.signals import all_examples, holey_mask, mask_of, random_signal, small_signal, strategy_classes
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "weights.json"
+FLOAT64_ERROR, FLOAT32_ERROR = 1e-9, 2e-5  # of abs(got - want) / max(1, abs(want))
+INF = float("inf")
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = (got.double() - want.double()).abs() / want.double().abs().clamp(min=1.0)
+    assert got.shape == want.shape
+    assert float(error.max()) <= tolerance
+
+
+# ---------------------------------------------------------------------------------------------- golden vectors
+
+GOLDEN_STRATEGIES: dict[str, w.WeightingStrategy] = {
+    "importance": w.ImportanceWeighting(),
+    "importance_w_max_3": w.ImportanceWeighting(w_max=3.0),
+    "importance_signed": w.ImportanceWeighting(signed=True),
+    "importance_exclude_last": w.ImportanceWeighting(denominator="exclude_last"),
+    "prefix_ratio_alpha_0.5_clip_5": w.PrefixRatioTilt(alpha=0.5, low=-5.0, high=5.0),
+    "truncated_prefix_ratio": w.PrefixRatioTilt(alpha=1.0, low=-INF, high=0.0),
+    "first_0.3": w.FirstFraction(0.3),
+    "last_0.3": w.LastFraction(0.3),
+    "linear_decay_0.5": w.LinearDecay(0.5),
+    "late_rising": w.LateRising(),
+    "annealed_prefix_weight_cosine": w.AnnealedPrefixWeight(),
+    "annealed_prefix_mask_linear": w.AnnealedPrefixMask(schedule="linear"),
+    "teacher_confidence": w.TeacherConfidence(),
+    "teacher_confidence_window_4_quantile_0.5": w.TeacherConfidence(window=4, quantile=0.5),
+    "trust_region": w.TrustRegion(),
+    "dash": w.DASH(),
+}
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="golden vectors live outside the repository")
+precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, FLOAT64_ERROR), (torch.float32, FLOAT32_ERROR)]
+)
+
+
+def golden_signal(cases: list[dict], dtype: torch.dtype) -> TokenSignal:
+    """All cases as one batch, right-padded with NaN."""
+    columns = max(len(case["mask"]) for case in cases)
+
+    def field(name: str, fill: float) -> Tensor:
+        return torch.tensor([case[name] + [fill] * (columns - len(case[name])) for case in cases], dtype=dtype)
+
+    return TokenSignal(
+        student_logprobs=field("student_logprobs", math.nan),
+        teacher_logprobs=field("teacher_logprobs", math.nan),
+        mask=field("mask", 0).bool(),
+    )
+
+
+@needs_golden
+def test_every_golden_key_has_a_strategy():
+    assert {key for case in json.loads(GOLDEN.read_text()) for key in case["weights"]} == set(GOLDEN_STRATEGIES)
+
+
+@needs_golden
+@pytest.mark.parametrize("key", GOLDEN_STRATEGIES)
+@precisions
+def test_golden_vectors_row_by_row(key, dtype, tolerance):
+    for case in json.loads(GOLDEN.read_text()):
+        got = GOLDEN_STRATEGIES[key](golden_signal([case], dtype), case["progress"])
+        assert got.dtype == dtype
+        assert_close(got, torch.tensor([case["weights"][key]], dtype=torch.float64), tolerance)
+
+
+@needs_golden
+@pytest.mark.parametrize("key", GOLDEN_STRATEGIES)
+@precisions
+def test_golden_vectors_in_one_padded_batch(key, dtype, tolerance):
+    cases = json.loads(GOLDEN.read_text())
+    signal = golden_signal(cases, dtype)
+    for progress in sorted({case["progress"] for case in cases}):
+        got = GOLDEN_STRATEGIES[key](signal, progress)
+        for row, case in enumerate(cases):
+            want = torch.tensor(case["weights"][key], dtype=torch.float64)
+            if case["progress"] == progress:
+                assert_close(got[row, : len(want)], want, tolerance)
+            assert not got[row, len(want) :].any()
+
+
+# ---------------------------------------------------------------------------------------------- slow loops
+
+
+@dataclass
+class Row:
+    """The valid tokens of one row, lists of equal length."""
+
+    key: int
+    step: int
+    student: list[float]
+    teacher: list[float]
+    student_entropy: list[float]
+    teacher_entropy: list[float]
+    token_kl: list[float]
+
+    def __len__(self) -> int:
+        return len(self.student)
+
+    @property
+    def gaps(self) -> list[float]:
+        return [q - s for q, s in zip(self.teacher, self.student, strict=True)]
+
+
+Weights = list[list[float | None]]
+Reference = Callable[[w.WeightingStrategy, list[Row], float], Weights]
+ROW_REFERENCES: dict[type, Callable[..., list[float | None]]] = {}
+BATCH_REFERENCES: dict[type, Reference] = {}
+
+
+def of_row(cls: type) -> Callable:
+    return lambda function: ROW_REFERENCES.setdefault(cls, function)
+
+
+def of_batch(cls: type) -> Callable:
+    return lambda function: BATCH_REFERENCES.setdefault(cls, function)
+
+
+def slow_weights(strategy: w.WeightingStrategy, batch: list[Row], progress: float) -> Weights:
+    if type(strategy) in BATCH_REFERENCES:
+        return BATCH_REFERENCES[type(strategy)](strategy, batch, progress)
+    return [ROW_REFERENCES[type(strategy)](strategy, row, progress) for row in batch]
+
+
+def slow_mix(value: int) -> int:
+    value %= 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+def slow_draw(*, seed: int, key: int, step: int, domain: int, i: int) -> float:
+    """Draw i = 1, 2, ... of a row's stream."""
+    state = 0
+    for part in (seed, step, domain, key):
+        state = slow_mix(state + part + 0x9E3779B97F4A7C15)
+    return (slow_mix(state + i * 0x9E3779B97F4A7C15) >> 11) / 2**53
+
+
+def slow_draws(strategy: w.WeightingStrategy, row: Row) -> list[float]:
+    domain = stream_seed(*type(strategy).__name__.encode())
+    return [slow_draw(seed=strategy.seed, key=row.key, step=row.step, domain=domain, i=i + 1) for i in range(len(row))]
+
+
+def slow_ceil(fraction: float, n: int) -> int:
+    return math.ceil(fraction * n - 1e-9)
+
+
+@of_row(w.Uniform)
+def _(strategy, row, progress):
+    return [1.0] * len(row)
+
+
+@of_row(w.Constant)
+def _(strategy, row, progress):
+    return [strategy.value] * len(row)
+
+
+@of_row(w.ImportanceWeighting)
+def _(strategy, row, progress):
+    drift = row.gaps if strategy.signed else [abs(gap) for gap in row.gaps]
+    total = sum(drift[:-1] if strategy.denominator == "exclude_last" else drift) + 1e-8
+    shares = [sum(drift[:t]) / total for t in range(len(row))]
+    return [1 + (strategy.w_max - 1) * min(max(1 - share, 0.0), 1.0) for share in shares]
+
+
+@of_row(w.PrefixRatioTilt)
+def _(strategy, row, progress):
+    exponents = [strategy.alpha * sum(row.gaps[:t]) for t in range(len(row))]
+    return [math.exp(min(max(x, strategy.low), strategy.high)) for x in exponents]
+
+
+@of_row(w.FirstFraction)
+def _(strategy, row, progress):
+    count = slow_ceil(strategy.fraction, len(row))
+    return [1.0 if i < count else None for i in range(len(row))]
+
+
+@of_row(w.LastFraction)
+def _(strategy, row, progress):
+    count = slow_ceil(strategy.fraction, len(row))
+    return [1.0 if i >= len(row) - count else None for i in range(len(row))]
+
+
+@of_row(w.RandomFraction)
+def _(strategy, row, progress):
+    draws = slow_draws(strategy, row)
+    chosen = sorted(range(len(row)), key=draws.__getitem__)[: slow_ceil(strategy.fraction, len(row))]
+    return [1.0 if i in chosen else None for i in range(len(row))]
+
+
+@of_row(w.FirstTokens)
+def _(strategy, row, progress):
+    return [1.0 if i < strategy.count else None for i in range(len(row))]
+
+
+@of_row(w.LinearDecay)
+def _(strategy, row, progress):
+    return [1 + strategy.gamma * (1 - (i - 1) / len(row)) for i in range(1, len(row) + 1)]
+
+
+@of_row(w.Geometric)
+def _(strategy, row, progress):
+    weights = [1.0]
+    while len(weights) < len(row):
+        weights.append(weights[-1] * strategy.gamma)
+    return weights[: len(row)]
+
+
+def slow_prefix(strategy, n: int, progress: float) -> int:
+    if strategy.schedule == "cosine":  # from start, along half a cosine, to end
+        ratio = strategy.end + (strategy.start - strategy.end) * (1 + math.cos(math.pi * progress)) / 2
+    else:
+        ratio = (1 - progress) * strategy.start + progress * strategy.end
+    return max(slow_ceil(ratio, n), strategy.min_tokens)
+
+
+@of_row(w.AnnealedPrefixWeight)
+def _(strategy, row, progress):
+    count = slow_prefix(strategy, len(row), progress)
+    return [strategy.weight if i < count else 1.0 for i in range(len(row))]
+
+
+@of_row(w.AnnealedPrefixMask)
+def _(strategy, row, progress):
+    count = slow_prefix(strategy, len(row), progress)
+    return [1.0 if i < count else None if strategy.shrink_denominator else 0.0 for i in range(len(row))]
+
+
+@of_row(w.LateRising)
+def _(strategy, row, progress):
+    relative = [(i - 0.5) / len(row) for i in range(1, len(row) + 1)]
+    rise = [1 / (1 + math.exp(-(f - strategy.tau) / strategy.scale)) for f in relative]
+    return [strategy.w_min + (1 - strategy.w_min) * r for r in rise]
+
+
+@of_row(w.TeacherConfidence)
+def _(strategy, row, progress):
+    weights = []
+    for t in range(len(row)):
+        window = sorted((-q for q in row.teacher[max(0, t - strategy.window) : t]), reverse=True)
+        count = max(1, math.floor((1 - strategy.quantile) * len(window) + 1e-9))
+        worst = sum(window[:count]) / count if window else 0.0
+        weights.append(max(math.exp(-strategy.alpha * worst), strategy.floor))
+    return weights
+
+
+@of_row(w.WindowedPrefixRatio)
+def _(strategy, row, progress):
+    ratios = [math.exp(sum(row.gaps[max(0, t - strategy.window) : t])) for t in range(len(row))]
+    return [max(min(ratio, 1.0), strategy.floor) for ratio in ratios]
+
+
+@of_row(w.TrustRegion)
+def _(strategy, row, progress):
+    trust = [min(math.exp(gap), 1.0) for gap in row.gaps]
+    if strategy.sample:
+        return [float(u < p) for u, p in zip(slow_draws(strategy, row), trust, strict=True)]
+    return trust
+
+
+@of_row(w.DASH)
+def _(strategy, row, progress):
+    gaps = [abs(gap) for gap in row.gaps]
+    mean = sum(gaps) / max(len(gaps), 1)
+    weights = [1.0]
+    for gap in gaps[:-1]:
+        weights.append(1 + weights[-1] / (1 + math.exp(strategy.kappa * (gap - mean))))
+    return weights[: len(row)]
+
+
+@of_row(w.FiRe)
+def _(strategy, row, progress):
+    top_teacher, top_student = max(row.teacher_entropy, default=0.0), max(row.student_entropy, default=0.0)
+    sure = [1 - h / top_teacher if top_teacher else 1.0 for h in row.teacher_entropy]
+    unsure = [h / top_student if top_student else 0.0 for h in row.student_entropy]
+    raw = [(1 + strategy.alpha * a) * (1 + strategy.beta * b) for a, b in zip(sure, unsure, strict=True)]
+    return [v * len(raw) / sum(raw) for v in raw]
+
+
+@of_row(w.EntropyGate)
+def _(strategy, row, progress):
+    return [1.0 if h <= strategy.threshold else strategy.beta for h in row.teacher_entropy]
+
+
+def slow_normalised(values: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    low, high = min(values.values()), max(values.values())
+    return {at: (value - low) / (high - low) if high > low else 0.0 for at, value in values.items()}
+
+
+@of_batch(w.TIP)
+def _(strategy, batch, progress):
+    tokens = [(r, i) for r, row in enumerate(batch) for i in range(len(row))]
+    if not tokens:
+        return [[] for _ in batch]
+    h = slow_normalised({(r, i): batch[r].student_entropy[i] for r, i in tokens})
+    e = slow_normalised({(r, i): batch[r].token_kl[i] for r, i in tokens})
+    score = {at: h[at] + e[at] - h[at] * e[at] for at in tokens}
+    ranked = sorted(tokens, key=lambda at: (-score[at], at[1], batch[at[0]].key))
+    chosen = set(ranked[: slow_ceil(strategy.keep_fraction, len(tokens))])
+    return [[1.0 if (r, i) in chosen else None for i in range(len(row))] for r, row in enumerate(batch)]
+
+
+@of_batch(w.Product)
+def _(strategy, batch, progress):
+    factors = [slow_weights(child, batch, progress) for child in strategy.strategies]
+
+    def product(values):
+        return None if None in values else math.prod(values)
+
+    return [[product(values) for values in zip(*rows, strict=True)] for rows in zip(*factors, strict=True)]
+
+
+def slow_scaled(rows: Weights, counted: list[float]) -> Weights:
+    mean = sum(counted) / len(counted) if counted else 0.0
+    return [[value / mean if value and mean else value for value in row] for row in rows]
+
+
+@of_batch(w.SequenceMeanOne)
+def _(strategy, batch, progress):
+    inner = slow_weights(strategy.strategy, batch, progress)
+    return [slow_scaled([row], [value for value in row if value is not None])[0] for row in inner]
+
+
+@of_batch(w.BatchMeanOne)
+def _(strategy, batch, progress):
+    inner = slow_weights(strategy.strategy, batch, progress)
+    return slow_scaled(inner, [value for row in inner for value in row if value is not None])
+
+
+@of_batch(w.Reversed)
+def _(strategy, batch, progress):
+    return [row[::-1] for row in slow_weights(strategy.strategy, batch, progress)]
+
+
+@of_batch(w.Shuffled)
+def _(strategy, batch, progress):
+    inner = slow_weights(strategy.strategy, batch, progress)
+    draws = [slow_draws(strategy, row) for row in batch]
+    orders = [sorted(range(len(d)), key=d.__getitem__) for d in draws]
+    return [[row[i] for i in order] for row, order in zip(inner, orders, strict=True)]
+
+
+def rows_of(signal: TokenSignal) -> list[Row]:
+    names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "token_kl")
+    return [
+        Row(int(signal.row_keys[r]), signal.step, *(getattr(signal, n)[r][signal.mask[r]].tolist() for n in names))
+        for r in range(len(signal))
+    ]
+
+
+def as_tensors(slow: Weights, mask: Tensor) -> tuple[Tensor, Tensor]:
+    weights, kept = torch.zeros(mask.shape, dtype=torch.float64), mask.clone()
+    for r, row in enumerate(slow):
+        weights[r][mask[r]] = torch.tensor([value or 0.0 for value in row], dtype=torch.float64)
+        kept[r][mask[r]] = torch.tensor([value is not None for value in row], dtype=torch.bool)
+    return weights, kept
+
+
+EXTRA = [
+    w.TeacherConfidence(window=5, quantile=0.0),
+    w.TeacherConfidence(window=10, quantile=0.7, alpha=0.3),
+    w.PrefixRatioTilt(alpha=1.0, low=-2.0, high=80.0),
+    w.WindowedPrefixRatio(window=2, floor=0.05),
+    w.ImportanceWeighting(signed=True, denominator="exclude_last", w_max=4.0),
+    w.RandomFraction(0.1, seed=-5),
+    w.FirstFraction(1e-6),
+    w.SequenceMeanOne(w.Product([w.TIP(0.3), w.DASH()])),
+    w.BatchMeanOne(w.FiRe()),
+    w.BatchMeanOne(w.Constant(0.0)),
+    w.AnnealedPrefixMask(start=0.1, min_tokens=9),
+    w.AnnealedPrefixWeight(start=0.1, schedule="linear", min_tokens=9),
+    w.Reversed(w.AnnealedPrefixMask(shrink_denominator=True)),
+    w.Product([w.LastFraction(0.6), w.FirstFraction(0.7)]),
+    w.Shuffled(w.Product([w.FirstFraction(0.5), w.LinearDecay(1.0)]), seed=9),
+    w.Product([w.TrustRegion(), w.EntropyGate(), w.SequenceMeanOne(w.ImportanceWeighting())]),
+]
+CASES = all_examples() + [(f"extra-{i}-{type(extra).__name__}", extra) for i, extra in enumerate(EXTRA)]
+
+
+@pytest.mark.parametrize("strategy", [example for _, example in CASES], ids=[name for name, _ in CASES])
+@pytest.mark.parametrize("progress", [0.0, 0.55, 1.0])
+def test_strategies_equal_a_slow_loop_written_from_the_formula(strategy, progress):
+    for seed, (rows, columns) in enumerate([(8, 23), (6, 90)]):
+        signal = random_signal(holey_mask(rows, columns, seed=seed), seed=seed)
+        weights, kept = as_tensors(slow_weights(strategy, rows_of(signal), progress), signal.mask)
+        assert_close(strategy(signal, progress), weights, FLOAT64_ERROR)
+        assert torch.equal(strategy.kept(signal, progress), kept)
+
+
+def test_every_strategy_has_a_slow_loop():
+    assert set(strategy_classes()) == set(ROW_REFERENCES) | set(BATCH_REFERENCES)
+
+
+def test_tip_uses_disagreement_where_token_kl_was_not_computed():
+    signal = replace(random_signal(holey_mask(8, 23)), token_kl=None)
+    as_if = replace(signal, token_kl=signal.disagreement)
+    assert torch.equal(w.TIP()(signal), w.TIP()(as_if))
+
+
+def test_tip_breaks_ties_by_position_and_then_by_row_key():
+    flat = torch.zeros(2, 3)
+    signal = TokenSignal(
+        student_logprobs=flat,
+        teacher_logprobs=flat,
+        student_entropy=flat,
+        mask=torch.tensor([[False, True, True], [True, True, True]]),
+        row_keys=torch.tensor([9, 4]),
+    )
+    # five tied tokens, ceil(0.5 * 5) = 3 stay: both first positions (columns 1 and 0), then the second of key 4
+    assert w.TIP(0.5)(signal).tolist() == [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
+    # ceil(0.2 * 5) = 1: the first position of the smaller key
+    assert w.TIP(0.2)(signal).tolist() == [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+
+
+def test_tip_gives_ties_only_the_seats_that_higher_scores_left():
+    entropy = torch.tensor([[0.0, 0.5, 1.0, 0.5, 0.5, 0.9]])  # the divergence is constant: score = entropy
+    signal = replace(small_signal([-1.0] * 6, [-1.0] * 6), student_entropy=entropy)
+    # ceil(0.5 * 6) = 3: 1.0 and 0.9, then the first of three tied at 0.5
+    assert w.TIP(0.5)(signal).tolist() == [[0.0, 1.0, 1.0, 0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(("constant", "varied"), [("token_kl", "student_entropy"), ("student_entropy", "token_kl")])
+def test_tip_ignores_a_statistic_that_is_constant_on_valid_tokens(constant, varied):
+    """With the masked 0 in the range it would be 1 on every token, and so would every score."""
+    signal = TokenSignal(
+        student_logprobs=torch.zeros(1, 4),
+        teacher_logprobs=torch.zeros(1, 4),
+        mask=torch.tensor([[True, True, True, False]]),
+        **{constant: torch.full((1, 4), 9.0), varied: torch.tensor([[1.0, 3.0, 2.0, 5.0]])},
+    )
+    assert w.TIP(0.3)(signal).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+
+# ---------------------------------------------------------------------------------------------- neutral parameters
+
+NEUTRAL = [
+    w.Constant(1.0),
+    w.ImportanceWeighting(w_max=1.0),
+    w.ImportanceWeighting(w_max=1.0, signed=True, denominator="exclude_last"),
+    w.PrefixRatioTilt(low=0.0, high=0.0),
+    w.FirstFraction(1.0),
+    w.LastFraction(1.0),
+    w.RandomFraction(1.0, seed=2),
+    w.FirstTokens(23),
+    w.LinearDecay(0.0),
+    w.Geometric(1.0),
+    w.AnnealedPrefixWeight(weight=1.0),
+    w.AnnealedPrefixMask(start=1.0),
+    w.AnnealedPrefixMask(start=1.0, shrink_denominator=True),
+    w.LateRising(w_min=1.0),
+    w.TeacherConfidence(alpha=0.0),
+    w.TeacherConfidence(floor=1.0),
+    w.FiRe(alpha=0.0, beta=0.0),
+    w.TIP(1.0),
+    w.EntropyGate(beta=1.0),
+    w.EntropyGate(threshold=1e9),
+    w.Product([w.Uniform(), w.Uniform()]),
+    w.SequenceMeanOne(w.Uniform()),
+    w.BatchMeanOne(w.Uniform()),
+    w.Reversed(w.Uniform()),
+    w.Shuffled(w.Uniform(), seed=1),
+]
+
+
+@pytest.mark.parametrize("strategy", NEUTRAL, ids=lambda strategy: type(strategy).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_neutral_parameters_equal_uniform_bitwise(strategy, dtype):
+    signal = random_signal(holey_mask(8, 23), dtype=dtype)
+    assert torch.equal(strategy(signal, 0.4), w.Uniform()(signal, 0.4))
+    assert torch.equal(strategy.kept(signal, 0.4), signal.mask)
+
+
+def test_a_student_that_equals_its_teacher_gives_the_ratio_strategies_weight_one():
+    signal = random_signal(holey_mask(8, 23))
+    twin = replace(signal, teacher_logprobs=signal.student_logprobs)
+    for strategy in (w.TrustRegion(), w.TrustRegion(sample=True), w.PrefixRatioTilt()):
+        assert torch.equal(strategy(twin), w.Uniform()(twin))
+
+
+# ---------------------------------------------------------------------------------------------- facts of section 1
+
+
+@pytest.mark.parametrize("w_max", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("denominator", ["all", "exclude_last"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_importance_gives_the_first_valid_token_w_max_and_stays_in_its_range(w_max, denominator, signed):
+    signal = random_signal(holey_mask(12, 40))
+    weights = w.ImportanceWeighting(w_max=w_max, signed=signed, denominator=denominator)(signal)
+    first = signal.mask & (signal.mask.cumsum(-1) == 1)
+    assert torch.equal(weights[first], torch.full_like(weights[first], w_max))
+    assert (weights[signal.mask] >= 1).all() and (weights <= w_max).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_importance_never_rises_along_the_row(dtype):
+    signal = random_signal(mask_of([500, 300, 7], 500), dtype=dtype)
+    weights = w.ImportanceWeighting(w_max=3.0)(signal)
+    for row, length in enumerate((500, 300, 7)):
+        assert (weights[row, :length].diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("denominator", ["all", "exclude_last"])
+def test_importance_is_w_max_without_disagreement_and_on_a_single_token(denominator):
+    strategy = w.ImportanceWeighting(w_max=2.0, denominator=denominator)
+    assert strategy(small_signal([-1.0] * 4, [-1.0] * 4)).tolist() == [[2.0] * 4]
+    assert strategy(small_signal([-1.0], [-3.0])).tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 333])
+def test_importance_of_even_disagreement_is_linear_decay_with_the_known_mean(n):
+    even = small_signal([-1.0] * n, [-1.5] * n)
+    weights, gamma = w.ImportanceWeighting(w_max=1.5)(even), 0.5
+    assert math.isclose(float(weights.mean()), 1 + gamma * (n + 1) / (2 * n), abs_tol=1e-7)  # the 1e-8 in F
+    assert_close(weights, w.LinearDecay(gamma)(even), 1e-7)
+
+
+# ---------------------------------------------------------------------------------------------- hand arithmetic
+
+LOG2, LOG4 = math.log(2), math.log(4)
+# s = -1, -1, -1, -1; A = +log 2, -log 4, +log 2, -log 2 (d in units of log 2: 1, 2, 1, 1)
+HAND = small_signal([-1.0] * 4, [-1 + LOG2, -1 - LOG4, -1 + LOG2, -1 - LOG2])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "want"),
+    [
+        (w.ImportanceWeighting(w_max=2.0), [2.0, 1.8, 1.4, 1.2]),  # F = 0, 1/5, 3/5, 4/5
+        (w.ImportanceWeighting(w_max=2.0, denominator="exclude_last"), [2.0, 1.75, 1.25, 1.0]),  # of 4
+        (w.ImportanceWeighting(w_max=2.0, signed=True), [2.0, 2.0, 1.0, 2.0]),  # F = 0, -1, 1, 0
+        (w.PrefixRatioTilt(alpha=1.0), [1.0, 2.0, 0.5, 1.0]),  # 2^0, 2^1, 2^-1, 2^0
+        (w.PrefixRatioTilt(alpha=0.5, low=-INF, high=0.0), [1.0, 1.0, 2**-0.5, 1.0]),
+        (w.TrustRegion(), [1.0, 0.25, 1.0, 0.5]),
+        (w.LinearDecay(0.4), [1.4, 1.3, 1.2, 1.1]),
+        (w.Geometric(0.5), [1.0, 0.5, 0.25, 0.125]),
+        (w.FirstFraction(0.3), [1.0, 1.0, 0.0, 0.0]),  # ceil(1.2) = 2
+        (w.LastFraction(0.25), [0.0, 0.0, 0.0, 1.0]),
+        (w.FirstTokens(3), [1.0, 1.0, 1.0, 0.0]),
+        (w.DASH(kappa=0.0), [1.0, 1.5, 1.75, 1.875]),  # W = 1 + W / 2
+        (w.AnnealedPrefixMask(start=0.25), [1.0, 0.0, 0.0, 0.0]),
+        (w.Reversed(w.Geometric(0.5)), [0.125, 0.25, 0.5, 1.0]),
+        (w.SequenceMeanOne(w.LinearDecay(0.4)), [1.12, 1.04, 0.96, 0.88]),  # over 1.25
+        (w.SequenceMeanOne(w.Product([w.FirstTokens(2), w.Geometric(0.5)])), [4 / 3, 2 / 3, 0.0, 0.0]),  # over 0.75
+        # windows of -q: [], [1 - l], [1 - l, 1 + 2 l], [1 + 2 l, 1 - l]; the larger one counts
+        (w.TeacherConfidence(window=2, quantile=0.5), [1.0, 2 / math.e, 0.25 / math.e, 0.25 / math.e]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, w.WeightingStrategy) else "",
+)
+def test_hand_computed_rows(strategy, want):
+    assert_close(strategy(HAND), torch.tensor([want], dtype=torch.float64), 1e-7)  # the 1e-8 in F
+
+
+def test_counts_forgive_the_rounding_of_whole_products():
+    """In floats 0.14 * 50 is just above 7, and (1 - 0.9) * 20 just below 2."""
+    row = random_signal(torch.ones(1, 50, dtype=torch.bool))
+    for n, fraction, count in ((50, 0.3, 15), (50, 0.14, 7), (25, 0.28, 7), (3, 0.1, 1)):
+        part = replace(row, mask=torch.arange(50).unsqueeze(0) < n)
+        for cls in (w.FirstFraction, w.LastFraction, w.RandomFraction):
+            assert int(cls(fraction).kept(part).sum()) == count
+    teacher = -torch.arange(1.0, 51.0, dtype=torch.float64).unsqueeze(0)
+    weights = w.TeacherConfidence(window=20, alpha=0.01)(replace(row, teacher_logprobs=teacher))
+    assert math.isclose(float(weights[0, 20]), math.exp(-0.01 * 19.5))  # the largest two of 1..20
+
+
+def test_dash_adds_no_error_where_agreement_is_long():
+    """lambda within 1e-7 of 1 on 5000 tokens: in float32 arithmetic W would drift by far more than its input."""
+    student = torch.full((1, 5000), -1.0)
+    teacher = student.clone()
+    teacher[0, -50:] = -400.0
+    signal = TokenSignal(student_logprobs=student, teacher_logprobs=teacher, mask=torch.ones(1, 5000).bool())
+    share = 1 / (1 + math.exp(-5 * 399 * 50 / 5000))
+    weight = 1.0
+    for _ in range(4900):
+        weight = 1 + share * weight
+    assert math.isclose(float(w.DASH()(signal)[0, 4900]), weight, rel_tol=1e-6)
+
+
+def test_normalisers_leave_all_zero_rows_at_zero():
+    zeros = w.Constant(0.0)
+    for strategy in (w.SequenceMeanOne(zeros), w.BatchMeanOne(zeros)):
+        assert not strategy(HAND).any()
+        assert torch.equal(strategy.kept(HAND), HAND.mask)
+
+
+def test_normalisers_average_over_kept_tokens_only():
+    signal = random_signal(holey_mask(8, 23))
+    half = w.Product([w.ImportanceWeighting(w_max=4.0), w.RandomFraction(0.5, seed=0)])
+    by_row, by_batch = w.SequenceMeanOne(half), w.BatchMeanOne(half)
+    kept = half.kept(signal)
+    counted = kept.any(-1)
+    means = by_row(signal).sum(-1)[counted] / kept.sum(-1)[counted]
+    assert_close(means, torch.ones_like(means), 1e-12)
+    assert math.isclose(float(by_batch(signal).sum() / kept.sum()), 1.0, rel_tol=1e-12)
+
+
+def test_rearrangements_move_drops_with_their_weights():
+    signal = random_signal(holey_mask(8, 23))
+    first, last = w.FirstFraction(0.3), w.LastFraction(0.3)
+    assert torch.equal(w.Reversed(first)(signal), last(signal))
+    assert torch.equal(w.Reversed(first).kept(signal), last.kept(signal))
+    assert torch.equal(w.Reversed(w.Reversed(w.ImportanceWeighting()))(signal), w.ImportanceWeighting()(signal))
+    inner = w.Product([w.ImportanceWeighting(), first])
+    shuffled = w.Shuffled(inner, seed=5)
+    assert torch.equal(shuffled(signal).sort(-1).values, inner(signal).sort(-1).values)
+    assert torch.equal(shuffled.kept(signal).sum(-1), inner.kept(signal).sum(-1))
+    assert torch.equal(shuffled(signal) > 0, shuffled.kept(signal))
+
+
+# ---------------------------------------------------------------------------------------------- random draws
+
+
+def test_row_streams_equal_splitmix64_on_python_integers():
+    keys = torch.tensor([0, 1, 2**62, -7])
+    draws = row_uniforms(11, keys, 5, 6, domain=3)
+    for r, key in enumerate(keys.tolist()):
+        want = [slow_draw(seed=11, key=key, step=5, domain=3, i=i) for i in range(1, 7)]
+        assert draws[r].tolist() == want
+    assert slow_mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the first output of the published generator at seed 0
+
+
+def test_row_streams_do_not_depend_on_the_request():
+    keys = torch.arange(100)
+    draws = row_uniforms(0, keys, 1, 50)
+    assert torch.equal(row_uniforms(0, keys[40:60], 1, 20), draws[40:60, :20])
+    assert draws.dtype == torch.float64 and (draws >= 0).all() and (draws < 1).all()
+    assert row_uniforms(0, keys[:0], 1, 5).shape == (0, 5) and row_uniforms(0, keys, 1, 0).shape == (100, 0)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"step": 2}, {"domain": 1}])
+def test_row_streams_are_uniform_and_unrelated(change):
+    keys = torch.arange(400)
+    arguments = {"seed": 0, "row_keys": keys, "step": 1, "count": 400, "domain": 0}
+    draws, other = row_uniforms(**arguments), row_uniforms(**(arguments | change))
+    sigma = (1 / 12 / draws.numel()) ** 0.5
+    assert abs(float(draws.mean()) - 0.5) < 5 * sigma
+    histogram = draws.histc(bins=20, min=0, max=1) / draws.numel()
+    assert float((histogram - 0.05).abs().max()) < 5 * (0.05 * 0.95 / draws.numel()) ** 0.5
+    pairs = ((draws, other), (draws[1:], draws[:-1]), (draws[:, 1:], draws[:, :-1]))
+    for left, right in pairs:
+        correlation = torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1]
+        assert abs(float(correlation)) < 5 / left.numel() ** 0.5
+
+
+def test_stream_seeds_fit_in_63_bits_and_depend_on_order_and_number():
+    seeds = {stream_seed(*parts) for parts in [(), (0,), (0, 0), (1, 2), (2, 1), (-1,), (2**63,)]}
+    assert len(seeds) == 7 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_token_draws_count_inside_the_mask():
+    mask = torch.tensor([[False, True, False, True], [True, True, False, False]])
+    draws = token_uniforms(0, torch.tensor([5, 5]), 0, mask)
+    assert draws[0, [1, 3]].tolist() == draws[1, :2].tolist() and draws[0, [0, 2]].tolist() == [1.0, 1.0]
+
+
+def test_random_strategies_of_one_seed_draw_apart():
+    signal = random_signal(mask_of([400], 400))
+    kept = w.RandomFraction(0.5, seed=0)(signal)
+    even = replace(signal, teacher_logprobs=signal.student_logprobs - LOG2)
+    drawn = w.TrustRegion(sample=True, seed=0)(even)
+    assert 60 < int((kept * drawn).sum()) < 140  # 100 expected; 200 or 0 if the draws were shared
+
+
+def test_sampled_trust_region_averages_to_the_weight():
+    signal = random_signal(mask_of([20] * 4000, 20)).rows(torch.zeros(4000, dtype=torch.int64))
+    signal = replace(signal, row_keys=torch.arange(4000))
+    error = (w.TrustRegion(sample=True)(signal).mean(0) - w.TrustRegion()(signal)[0]).abs().max()
+    assert float(error) < 5 * 0.5 / 4000**0.5
+
+
+# ---------------------------------------------------------------------------------------------- bad parameters
+
+NAN = math.nan
+U = w.Uniform()
+OUT_OF_RANGE = [
+    (w.Constant, {"value": -0.1}, "value"),
+    (w.Constant, {"value": NAN}, "value"),
+    (w.Constant, {"value": INF}, "value"),
+    (w.ImportanceWeighting, {"w_max": 0.99}, "w_max"),
+    (w.ImportanceWeighting, {"w_max": NAN}, "w_max"),
+    (w.ImportanceWeighting, {"w_max": INF}, "w_max"),
+    (w.ImportanceWeighting, {"denominator": "some"}, "denominator"),
+    (w.PrefixRatioTilt, {"alpha": 0.0}, "alpha"),
+    (w.PrefixRatioTilt, {"alpha": 1.1}, "alpha"),
+    (w.PrefixRatioTilt, {"alpha": NAN}, "alpha"),
+    (w.PrefixRatioTilt, {"low": 6.0}, "low"),
+    (w.PrefixRatioTilt, {"low": NAN}, "low"),
+    (w.PrefixRatioTilt, {"high": INF}, "high"),
+    (w.PrefixRatioTilt, {"high": NAN}, "high"),
+    (w.PrefixRatioTilt, {"high": 81.0}, "high"),
+    *((cls, {"fraction": f}, "fraction") for cls in (w.FirstFraction, w.LastFraction) for f in (0.0, 1.01, -1, NAN)),
+    (w.RandomFraction, {"fraction": 0.0, "seed": 0}, "fraction"),
+    (w.RandomFraction, {"fraction": 0.5, "seed": 0.5}, "seed"),
+    (w.FirstTokens, {"count": 0}, "count"),
+    (w.FirstTokens, {"count": 2.5}, "count"),
+    (w.FirstTokens, {"count": True}, "count"),
+    (w.LinearDecay, {"gamma": -0.1}, "gamma"),
+    (w.LinearDecay, {"gamma": NAN}, "gamma"),
+    (w.LinearDecay, {"gamma": INF}, "gamma"),
+    (w.Geometric, {"gamma": -0.1}, "gamma"),
+    (w.Geometric, {"gamma": 1.01}, "gamma"),
+    (w.Geometric, {"gamma": NAN}, "gamma"),
+    (w.AnnealedPrefixWeight, {"weight": -1.0}, "weight"),
+    (w.AnnealedPrefixWeight, {"weight": INF}, "weight"),
+    *(
+        (cls, bad, next(iter(bad)))
+        for cls in (w.AnnealedPrefixWeight, w.AnnealedPrefixMask)
+        for bad in ({"start": 0.0}, {"end": 1.2}, {"start": NAN}, {"schedule": "step"}, {"min_tokens": 0})
+    ),
+    (w.LateRising, {"w_min": -0.1}, "w_min"),
+    (w.LateRising, {"w_min": 1.1}, "w_min"),
+    (w.LateRising, {"tau": NAN}, "tau"),
+    (w.LateRising, {"scale": 0.0}, "scale"),
+    (w.LateRising, {"scale": INF}, "scale"),
+    (w.WindowedPrefixRatio, {"window": 0}, "window"),
+    (w.WindowedPrefixRatio, {"window": 8.0}, "window"),
+    (w.WindowedPrefixRatio, {"floor": 1.1}, "floor"),
+    (w.WindowedPrefixRatio, {"floor": NAN}, "floor"),
+    (w.TeacherConfidence, {"window": 0}, "window"),
+    (w.TeacherConfidence, {"window": 1.5}, "window"),
+    (w.TeacherConfidence, {"quantile": 1.1}, "quantile"),
+    (w.TeacherConfidence, {"quantile": NAN}, "quantile"),
+    (w.TeacherConfidence, {"alpha": -1.0}, "alpha"),
+    (w.TeacherConfidence, {"alpha": INF}, "alpha"),
+    (w.TeacherConfidence, {"floor": 1.5}, "floor"),
+    (w.TrustRegion, {"seed": "a"}, "seed"),
+    (w.DASH, {"kappa": -1.0}, "kappa"),
+    (w.DASH, {"kappa": INF}, "kappa"),
+    (w.FiRe, {"alpha": -1.0}, "alpha"),
+    (w.FiRe, {"beta": NAN}, "beta"),
+    (w.TIP, {"keep_fraction": 0.0}, "keep_fraction"),
+    (w.TIP, {"keep_fraction": 1.1}, "keep_fraction"),
+    (w.EntropyGate, {"threshold": -0.1}, "threshold"),
+    (w.EntropyGate, {"threshold": INF}, "threshold"),
+    (w.EntropyGate, {"beta": -1.0}, "beta"),
+    (w.Product, {"strategies": []}, "strategies"),
+    (w.Product, {"strategies": [U, 3]}, "strategies[1]"),
+    (w.SequenceMeanOne, {"strategy": None}, "strategy"),
+    (w.BatchMeanOne, {"strategy": "Uniform"}, "strategy"),
+    (w.Reversed, {"strategy": None}, "strategy"),
+    (w.Shuffled, {"strategy": U, "seed": 1.5}, "seed"),
+]
+
+
+@pytest.mark.parametrize(("cls", "arguments", "field"), OUT_OF_RANGE)
+def test_parameters_out_of_range_name_class_field_value_and_range(cls, arguments, field):
+    with pytest.raises(InputError) as error:
+        cls(**arguments)
+    value = arguments[field.partition("[")[0]]
+    shown = repr(value[1]) if field.endswith("]") else repr(value)
+    assert f"`{cls.__name__}.{field}` must be " in str(error.value)
+    assert str(error.value).endswith(f"got {shown}")
+
+
+def test_every_strategy_with_parameters_appears_in_the_table_of_bad_ones():
+    assert set(strategy_classes()) - {cls for cls, _, _ in OUT_OF_RANGE} == {w.Uniform}
