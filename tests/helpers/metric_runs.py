@@ -224,7 +224,10 @@ CASES = {
 
 
 class Scripted(Sampler):
-    """Returns the responses that were written for the optimizer step, or for the draw of a validation."""
+    """Returns the responses that were written for the optimizer step, or for the draw of a validation.
+
+    It runs the student once, as an engine that reads it does: under FSDP2 every rank must then sample as often as the others.
+    """
 
     def __init__(self, train: list[Rollout], **settings: Any) -> None:
         super().__init__(**settings)
@@ -240,6 +243,8 @@ class Scripted(Sampler):
             whole = self.train[settings.step // UPDATES]
         rows = {int(key): row for row, key in enumerate(whole.prompts.row_keys)}
         chosen = whole.rows(torch.tensor([rows[int(key)] for key in prompts.row_keys]))
+        with torch.no_grad():
+            model.head(chosen)
         return replace(chosen, prompts=prompts)
 
 
