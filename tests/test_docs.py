@@ -110,10 +110,79 @@ def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
 
 
-def test_links_of_the_readme_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+INDEX = ROOT / "docs" / "index.md"
+
+
+def prose(page: Path) -> str:
+    """Without blocks of code, whose brackets are no links and whose comments are no headings."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+
+
+def links(page: Path) -> list[tuple[str, Path, str]]:
+    """Relative links and pictures of a page as written, as a path, and the anchor behind #."""
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in target]
+    split = [(target, *target.partition("#")[::2]) for target in targets]
+    return [(target, (page.parent / path).resolve() if path else page, anchor) for target, path, anchor in split]
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in a link; a heading that occurs again gets -1, -2."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", prose(page), flags=re.M):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        count = sum(name == slug or re.fullmatch(rf"{re.escape(slug)}-\d+", name) is not None for name in found)
+        found.append(f"{slug}-{count}" if count else slug)
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_resolve_to_files_and_headings(page):
+    missing = [
+        written
+        for written, path, anchor in links(page)
+        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path))
+    ]
     assert not missing
+
+
+def test_every_page_is_reached_from_the_index():
+    known, found = set(), [INDEX]
+    while found:
+        page = found.pop()
+        known.add(page)
+        found += [path for _, path, _ in links(page) if path.suffix == ".md" and path.exists() and path not in known]
+    assert not [page for page in PAGES if page not in known]
+
+
+def test_the_readme_lists_the_tasks_in_the_order_of_the_index():
+    tasks = re.findall(r"^\| \*\*(.+?)\*\* \|", INDEX.read_text(), flags=re.M)
+    named = re.findall(r"^\| (.+?) \|", README.split("\n## Pages\n")[1].split("\n## ")[0], flags=re.M)[1:]
+    assert tasks == named and len(tasks) == 9
+    pages, listed = ({path for _, path, _ in links(page)} for page in (INDEX, ROOT / "README.md"))
+    assert pages - listed <= {ROOT / "README.md", *long_tables()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_begins_with_what_it_is_for_and_speaks_plainly(page):
+    title, _, first = page.read_text().split("\n", 2)
+    assert title.startswith("# ") and re.match(r"[A-Z`\[#]", first)
+    assert not re.findall(r"told\s+from|of\s+no\s+step", page.read_text(), flags=re.I)
+
+
+def long_tables() -> list[Path]:
+    return [ROOT / "docs" / f"{name}.md" for name in ("findings", "search", "confirm", "controls")]
+
+
+def test_the_storys_tables_are_those_of_the_long_pages():
+    """Every number of a table of results, so that new results do not leave an old story behind."""
+    story = (ROOT / "docs" / "evidence.md").read_text()
+    rows = [line for line in story.splitlines() if re.match(r"\| (`|mean|start)", line)]
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
+    figures = [cell for cell in cells if re.search(r"\d \[|\+- ", cell)]
+    pages = [*long_tables(), ROOT / "docs" / "healing" / "study.md"]
+    known = {cell.strip() for page in pages for line in page.read_text().splitlines() for cell in line.split("|")}
+    assert len(figures) > 150 and not [figure for figure in figures if figure not in known]
 
 
 def test_every_paper_named_anywhere_is_in_the_one_list_of_references():

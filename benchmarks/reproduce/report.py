@@ -21,7 +21,8 @@ BASE = "base"
 SHORT = 12  # digits of a hash that are shown
 NOT_TUNED = "**Learning rates were not tuned by variant: all took the rate of the plan's settings.**"
 MEAN_OF_CONDITIONS = (
-    "Mean: of the conditions, where a variant has all; its interval is over them, and they share seeds and problems."
+    "Mean: over the conditions, for variants that have all of them. "
+    "Its interval is over conditions, which share seeds and problems."
 )
 NAMED = 6  # run names that a sentence lists
 
