@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 import yaml
 
-from benchmarks import healing_study
+from benchmarks.studies import healing_study
 from tests import tiny
 
 SMALL = {

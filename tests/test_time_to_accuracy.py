@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.__main__ import run
-from benchmarks.time_to_accuracy.__main__ import HERE, Judge, parsed, require_same, words, write_prompts
-from benchmarks.time_to_accuracy.__main__ import write as write_report
-from benchmarks.time_to_accuracy.crossing import crossing, summary, table
+from benchmarks.speed.peers.__main__ import run
+from benchmarks.speed.time_to_accuracy.__main__ import HERE, Judge, parsed, require_same, words, write_prompts
+from benchmarks.speed.time_to_accuracy.__main__ import write as write_report
+from benchmarks.speed.time_to_accuracy.crossing import crossing, summary, table
 from callbacks import ExportStudent
 from lit_opd.cli.command import main as run_cli
 from lit_opd.testbed import read_records

@@ -1,0 +1,112 @@
+"""Seconds and memory of one optimizer step against response length, vocabulary and batch, with the fitted slope.
+
+    python -m benchmarks.speed.curves --out docs
+
+Each point is a process of its own (one thread): random Qwen3 models as in ``benchmarks.speed.peers``, one step to warm up, then
+the measured ones. The slope is of log(value) over log(length, vocabulary or batch), fitted over the upper half of the points,
+where constant costs matter least: 1 is proportional, 2 quadratic, 0 independent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.speed.peers.__main__ import facts
+from benchmarks.speed.peers.settings import Setting, write_pair, write_prompts
+
+START, END = "<!-- curves -->", "<!-- /curves -->"
+BASE = {"batch": 4, "tokens": 256, "vocabulary": 4096}
+AXES = {
+    "tokens": [128, 256, 512, 1024, 2048, 4096],
+    "vocabulary": [1000, 4000, 16_000, 64_000, 151_936],
+    "batch": [2, 4, 8, 16, 32],
+}
+
+
+def measured(setting: Setting) -> dict[str, float]:
+    """CPU seconds a step, those of sampling, and peak MB over the loaded models."""
+    with tempfile.TemporaryDirectory() as folder:
+        student, teacher = write_pair(setting, Path(folder))
+        prompts = Path(folder) / "prompts.jsonl"
+        write_prompts(student, prompts)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.speed.peers.ours",
+            json.dumps(asdict(setting)),
+            student,
+            teacher,
+            str(prompts),
+        ]
+        done = subprocess.run(
+            [*command, "iw-opd"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    if done.returncode:
+        raise RuntimeError(f"{setting.name} failed: {done.stderr[-2000:]}")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    found = json.loads(line.removeprefix("RESULT "))
+    sampling = statistics.median(found["generate"])
+    return {"seconds": statistics.median(found["seconds"]), "sampling": sampling, "peak": found["peak"] / 1e6}
+
+
+def slope(xs: list[int], ys: list[float]) -> float:
+    """Of log y over log x by least squares."""
+    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mx, my = statistics.mean(lx), statistics.mean(ly)
+    return sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True)) / sum((x - mx) ** 2 for x in lx)
+
+
+def table(axis: str, points: list[tuple[int, dict[str, float]]]) -> list[str]:
+    """Markdown rows of one axis, the slopes last."""
+    fixed = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
+    lines = [f"Against {axis} ({fixed}):", "", f"| {axis} | s/step | of it sampling | peak MB |", "|---|---|---|---|"]
+    lines += [f"| {x} | {p['seconds']:.2f} | {p['sampling']:.2f} | {p['peak']:.0f} |" for x, p in points]
+    upper = points[len(points) // 2 :] if len(points) > 3 else points
+    xs = [x for x, _ in upper]
+    fitted = [slope(xs, [max(p[name], 1e-9) for _, p in upper]) for name in ("seconds", "sampling", "peak")]
+    return [*lines, f"| slope from {xs[0]} on | {fitted[0]:.2f} | {fitted[1]:.2f} | {fitted[2]:.2f} |", ""]
+
+
+def main() -> None:
+    """Measure and print; with --out write JSON and the page's part between its markers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=None, help="folder with benchmarks.md")
+    parser.add_argument("--axes", nargs="*", choices=sorted(AXES), default=list(AXES))
+    given = parser.parse_args()
+    about = facts(None)
+    versions = ", ".join(f"{name} {version}" for name, version in about["ours"].items())
+    lines = [f"{about['machine']}, {about['date']}; {versions}; two measured steps a point, model seeds fixed.", ""]
+    raw = {}
+    for axis in given.axes:
+        points = []
+        for value in AXES[axis]:
+            changed = BASE | {axis: value}
+            setting = Setting(
+                f"{axis}-{value}", changed["batch"], changed["tokens"], vocabulary=changed["vocabulary"], steps=2
+            )
+            points.append((value, measured(setting)))
+            print(axis, value, points[-1][1], flush=True)
+        lines += table(axis, points)
+        raw[axis] = points
+    text = "\n".join(lines)
+    print(text)
+    if given.out is not None:
+        (given.out / "benchmarks").mkdir(exist_ok=True)
+        about |= {"base": BASE, "points": raw}
+        (given.out / "benchmarks" / "curves.json").write_text(json.dumps(about, indent=1) + "\n")
+        page = given.out / "benchmarks.md"
+        before, rest = page.read_text().split(START)
+        page.write_text(before + START + "\n" + text + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Is a healed student healed, or has it collapsed onto what the teacher finds likely?
+
+    python -m benchmarks.studies.healing runs/healing --out docs/healing
+
+Reads a finished run folder (its config.yaml, metrics.csv and student/), and on the run's own held-out prompts compares the
+student it started from with the one it ended with: negative log-likelihood of answers the teacher wrote, distinct-2 of the
+student's own samples (different bigrams over bigrams, all samples pooled), and samples side by side. Writes
+healing.md, healing.json and healing.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import yaml
+from torch import Tensor
+
+from lit_opd.models.loading import load_causal_lm, load_generation_config, load_tokenizer
+from lit_opd.prompts.datamodule import PromptDataModule
+from lit_opd.rollout import SamplingSettings, TransformersSampler
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.types import PromptBatch, Rollout
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SHOWN = 3
+SAMPLING_SEED = 1234  # not the run's: fresh samples
+
+
+def load_policy(path: str) -> ScoringModel:
+    """A frozen float32 policy of a Hugging Face folder."""
+    model = load_causal_lm(path, "path", dtype="float32")
+    rows = model.config.get_text_config().vocab_size
+    return ScoringModel(model, vocabulary=rows).requires_grad_(False).eval()
+
+
+def held_out(config: dict[str, Any], tokenizer: Any) -> PromptBatch:
+    """The run's validation prompts, one batch."""
+    settings = {name: value for name, value in config["data"].items() if value is not None}
+    data = PromptDataModule(**settings)
+    data.use_tokenizer(tokenizer)
+    data.setup("validate")
+    return next(iter(data.val_dataloader()))
+
+
+def sample(policy: ScoringModel, prompts: PromptBatch, tokenizer: Any, path: str, new_tokens: int) -> Rollout:
+    """Temperature-1 samples with fixed streams."""
+    stops = load_generation_config(path).eos_token_id
+    settings = SamplingSettings(
+        max_new_tokens=new_tokens,
+        stop_ids=tuple(stops if isinstance(stops, list) else [stops]),
+        pad_id=tokenizer.pad_token_id,
+        vocabulary=policy.vocabulary,
+        seed=SAMPLING_SEED,
+    )
+    return TransformersSampler(max_new_tokens=new_tokens).sample(policy, prompts, settings)
+
+
+def mean_nll(policy: ScoringModel, rollout: Rollout) -> float:
+    """Nats a token, over all valid tokens of ``rollout``."""
+    with torch.no_grad():
+        scores = policy(rollout)
+    return float(-scores.logprobs.sum() / rollout.mask.sum())
+
+
+def distinct_2(rollout: Rollout) -> float:
+    """Different bigrams over bigrams, all rows pooled."""
+    bigrams: list[tuple[int, int]] = []
+    for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True):
+        row = ids[mask].tolist()
+        bigrams += zip(row, row[1:], strict=False)
+    return len(set(bigrams)) / max(len(bigrams), 1)
+
+
+def texts(rollout: Rollout, tokenizer: Any) -> list[str]:
+    """Decoded responses."""
+    return [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True)
+    ]
+
+
+def curve(run: Path, column: str) -> list[tuple[int, float]]:
+    """(step, value) of one column of metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
+
+
+def draw(run: Path, path: Path) -> None:
+    """Held-out KL and training KL against the step."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.plot(
+        *zip(*curve(run, "train/reverse_kl_k1"), strict=True), color="0.7", label="training samples (k1 estimate)"
+    )
+    axis.plot(*zip(*curve(run, "val/reverse_kl"), strict=True), "o-", label="held-out prompts (full vocabulary)")
+    axis.set(xlabel="optimizer step", ylabel="KL(student || teacher), nats/token", ylim=(0, None))
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def measure(run: Path, config: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Start and end figures, and samples of both students on the same prompts."""
+    start, end = config["model"]["student"]["path"], str(run / "student")
+    teacher_path = config["model"]["teacher"]["init_args"]["path"]
+    new_tokens = config["model"]["sampler"]["init_args"]["max_new_tokens"]
+    tokenizer = load_tokenizer(start, "path")
+    prompts = held_out(config, tokenizer)
+    written = sample(load_policy(teacher_path), prompts, tokenizer, teacher_path, new_tokens)
+    figures: dict[str, float] = {"prompts": len(prompts), "teacher_tokens": float(written.mask.sum())}
+    figures["distinct_2_teacher"] = distinct_2(written)
+    answers: list[list[str]] = []
+    for name, path in (("start", start), ("end", end)):
+        policy = load_policy(path)
+        own = sample(policy, prompts, tokenizer, path, new_tokens)
+        figures[f"teacher_text_nll_{name}"] = mean_nll(policy, written)
+        figures[f"distinct_2_{name}"] = distinct_2(own)
+        answers.append(texts(own, tokenizer))
+    asked = texts_of_prompts(prompts.ids, prompts.mask, tokenizer)
+    shown = [
+        {"prompt": asked[row], "start": answers[0][row], "end": answers[1][row]}
+        for row in range(min(SHOWN, len(asked)))
+    ]
+    return figures, shown
+
+
+def texts_of_prompts(ids: Tensor, mask: Tensor, tokenizer: Any) -> list[str]:
+    """Decoded prompts [B, P]."""
+    return [tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(ids, mask, strict=True)]
+
+
+def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) -> str:
+    """The Markdown page."""
+    kl = curve(run, "val/reverse_kl")
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [
+        f"{summary['strategy']}, {summary['steps']} steps, {summary['tokens']:,} sampled tokens, seed {summary['seed']}, "
+        f"{summary['seconds']:.0f} s; {figures['prompts']:.0f} held-out prompts.",
+        "",
+        "| | start | end | change |",
+        "|---|---|---|---|",
+    ]
+    rows = [("reverse KL, nats/token, held-out samples", kl[0][1], kl[-1][1])]
+    for name, label in (
+        ("teacher_text_nll", "NLL of teacher-written answers, nats/token"),
+        ("distinct_2", "distinct-2 of samples"),
+    ):
+        rows.append((label, figures[f"{name}_start"], figures[f"{name}_end"]))
+    lines += [f"| {label} | {a:.3f} | {b:.3f} | {(b / a - 1) * 100:+.0f} % |" for label, a, b in rows]
+    lines += ["", f"The teacher's own samples have distinct-2 {figures['distinct_2_teacher']:.3f}."]
+    for sample_row in shown:
+        lines += ["", f"> {' '.join(sample_row['prompt'].split())}", ""]
+        lines += [f"- {name}: {' '.join(sample_row[name].split())}" for name in ("start", "end")]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    config = yaml.safe_load((given.run / "config.yaml").read_text())
+    figures, shown = measure(given.run, config)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "healing.json").write_text(json.dumps({"figures": figures, "samples": shown}, indent=2) + "\n")
+    (given.out / "healing.md").write_text(report(figures, shown, given.run))
+    draw(given.run, given.out / "healing.png")
+    print((given.out / "healing.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The quickstart over several seeds: the table of docs/reproduce.md and the picture of the README.
+
+    python -m benchmarks.studies.quickstart --seeds 0 1 2 3 4 --runs runs/seeds --out docs
+
+One process and one thread a run. A finished run folder is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+CONFIG = "configs/quickstart.yaml"
+BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
+MUST_GREEDY, MUST_RATIO = 0.75, 0.5
+
+
+def run(seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:
+    """One fit in a process of its own; its summary."""
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "train.py", "fit", "--config", CONFIG, "--seed_everything", str(seed)]
+        command += ["--run_dir", str(folder), "--overwrite", "true", "--wandb.mode", "disabled", *overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def table(summaries: list[dict[str, float]]) -> str:
+    """Markdown: a row a seed, then mean and standard deviation."""
+    lines = ["| seed | greedy | avg@4 | reverse KL | KL ratio | seconds |", "|---|---|---|---|---|---|"]
+    for s in summaries:
+        lines.append(
+            f"| {s['seed']} | {s['greedy_start']:.3f} -> {s['greedy_end']:.3f} | {s['avg_at_4_start']:.3f} -> "
+            f"{s['avg_at_4_end']:.3f} | {s['reverse_kl_start']:.3f} -> {s['reverse_kl_end']:.3f} | "
+            f"{s['reverse_kl_end'] / s['reverse_kl_start']:.2f} | {s['seconds']:.0f} |"
+        )
+    if len(summaries) > 1:
+        ends = {name: [s[f"{name}_end"] for s in summaries] for name in ("greedy", "avg_at_4", "reverse_kl")}
+        means = {name: f"{statistics.mean(v):.3f} +- {statistics.stdev(v):.3f}" for name, v in ends.items()}
+        lines.append(f"| mean, sd | {means['greedy']} | {means['avg_at_4']} | {means['reverse_kl']} | | |")
+    return "\n".join(lines)
+
+
+def column(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one column of metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def draw(folders: list[Path], path: Path) -> None:
+    """Accuracy and KL against the step, and disagreement by position at start and end; a thin line a seed."""
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
+    curves = [
+        ("val/greedy_accuracy", "greedy accuracy", "exact match, 256 held-out problems", (0, 1)),
+        ("val/reverse_kl", "KL(student || teacher)", "nats/token, held-out problems", (0, None)),
+    ]
+    for axis, (name, title, label, limits) in zip(axes, curves, strict=False):
+        found = [column(folder, name) for folder in folders]
+        for steps, values in found:
+            axis.plot(steps, values, color="0.75", lw=1)
+        mean = [statistics.mean(values) for values in zip(*(values for _, values in found), strict=True)]
+        axis.plot(found[0][0], mean, "o-", color="C0", lw=2, label=f"mean of {len(folders)} seeds")
+        axis.set(title=title, xlabel="optimizer step", ylabel=label, ylim=limits)
+        axis.legend(frameon=False)
+    centres = [5 + 10 * band for band in range(10)]
+    for index, (when, color) in enumerate((("start", "C3"), ("end", "C0"))):
+        values = [[column(folder, band)[1][-index] for band in BANDS] for folder in folders]
+        mean = [statistics.mean(band) for band in zip(*values, strict=True)]
+        axes[2].plot(centres, mean, "o-", color=color, lw=2, label=when)
+    axes[2].set(
+        title="where they disagree", xlabel="position in the response, %", ylabel="|q - s|, nats/token", ylim=(0, None)
+    )
+    axes[2].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Command line; what stands behind ``--`` is passed to the fit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--out", type=Path, default=None, help="folder for the picture; default none")
+    given, overrides = parser.parse_known_args()
+    folders = [given.runs / f"seed-{seed}" for seed in given.seeds]
+    overrides = [word for word in overrides if word != "--"]
+    summaries = [run(seed, folder, overrides) for seed, folder in zip(given.seeds, folders, strict=True)]
+    print(table(summaries))
+    met = sum(
+        s["greedy_end"] > MUST_GREEDY and s["reverse_kl_end"] <= MUST_RATIO * s["reverse_kl_start"] for s in summaries
+    )
+    print(f"{met} of {len(summaries)} seeds: greedy above {MUST_GREEDY} and reverse KL at least halved")
+    if given.out is not None:
+        draw(folders, given.out / "pictures" / "quickstart.png")
+
+
+if __name__ == "__main__":
+    main()

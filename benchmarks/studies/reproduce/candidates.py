@@ -1,0 +1,140 @@
+"""Weightings that the search of docs/search.md tries and that the library does not have: they ship only if they win."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lit_opd.masked import masked_values, shifted_right
+from lit_opd.types import TokenSignal
+from lit_opd.weighting.base import DependsOn, WeightingStrategy
+
+
+def moving_sum(values: Tensor, window: int) -> Tensor:
+    """Sum over the last ``window`` columns, the present one included, [B, T]."""
+    sums = values.double().cumsum(-1)
+    return sums - nn.functional.pad(sums, (window, 0))[:, : sums.shape[1]]
+
+
+class WindowedRatio(WeightingStrategy):
+    """The prefix ratio of the last ``window`` tokens alone: what the teacher forgave long ago does not count.
+
+        w_t = exp(clip(sum_{t-window <= k < t} A_k, low, 0))
+
+    Args:
+        window: tokens looked back at, >= 1.
+        low: smallest exponent, <= 0.
+    """
+
+    def __init__(self, window: int = 8, low: float = -3.0) -> None:
+        super().__init__()
+        self.window, self.low = window, low
+
+    @property
+    def depends_on(self) -> DependsOn:
+        """Reads A_k of earlier tokens only."""
+        return "prefix"
+
+    def weights(self, signal: TokenSignal, progress: float) -> Tensor:
+        """exp(clip(windowed sum of A, low, 0)), [B, T]."""
+        ratio = masked_values(signal.log_ratio, signal.mask)
+        return shifted_right(moving_sum(ratio, self.window)).clamp(self.low, 0.0).exp()
+
+
+class SurpriseDrift(WeightingStrategy):
+    """Drift measured by the teacher's surprise beyond what it expects itself, not by the ratio.
+
+        w_t = exp(clip(alpha * sum_{k<t} (q_k + H^T_k), low, 0))
+
+    For a prefix that the teacher writes itself the sum is a martingale of mean 0.
+
+    Args:
+        alpha: strength, > 0.
+        low: smallest exponent, <= 0.
+    """
+
+    def __init__(self, alpha: float = 1.0, low: float = -3.0) -> None:
+        super().__init__()
+        self.alpha, self.low = alpha, low
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The teacher's entropy."""
+        return frozenset({"teacher_entropy"})
+
+    @property
+    def depends_on(self) -> DependsOn:
+        """Reads q_k and H_k of earlier tokens only."""
+        return "prefix"
+
+    def weights(self, signal: TokenSignal, progress: float) -> Tensor:
+        """exp(clip(alpha * sum of (q + H) before t, low, 0)), [B, T]."""
+        assert signal.teacher_entropy is not None  # required above
+        excess = masked_values(signal.teacher_logprobs + signal.teacher_entropy, signal.mask).double()
+        return (self.alpha * shifted_right(excess.cumsum(-1))).clamp(self.low, 0.0).exp()
+
+
+class TeacherCertainty(WeightingStrategy):
+    """How sure the teacher has been lately, which comes back where it finds its feet again.
+
+        w_t = max(exp(-alpha * mean of H^T over the last ``window`` tokens, t included), floor)
+
+    Args:
+        window: tokens, >= 1.
+        alpha: strength, > 0.
+        floor: smallest weight, in [0, 1].
+    """
+
+    def __init__(self, window: int = 4, alpha: float = 1.0, floor: float = 0.0) -> None:
+        super().__init__()
+        self.window, self.alpha, self.floor = window, alpha, floor
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The teacher's entropy."""
+        return frozenset({"teacher_entropy"})
+
+    @property
+    def depends_on(self) -> DependsOn:
+        """Reads state fields up to t, functions of the tokens before it."""
+        return "prefix"
+
+    def weights(self, signal: TokenSignal, progress: float) -> Tensor:
+        """max(exp(-alpha * windowed mean of H), floor), [B, T]."""
+        assert signal.teacher_entropy is not None  # required above
+        entropy = masked_values(signal.teacher_entropy, signal.mask)
+        counts = moving_sum(signal.mask.double(), self.window).clamp(min=1.0)
+        return (-self.alpha * moving_sum(entropy, self.window) / counts).exp().clamp(min=self.floor)
+
+
+class Largest(WeightingStrategy):
+    """The largest of several strategies' weights: a floor that is itself a strategy.
+
+    Args:
+        strategies: at least one.
+    """
+
+    def __init__(self, strategies: list[WeightingStrategy]) -> None:
+        super().__init__()
+        self.strategies = nn.ModuleList(strategies)
+
+    @property
+    def parts(self) -> list[WeightingStrategy]:
+        """The strategies."""
+        return cast(list[WeightingStrategy], list(self.strategies))
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The fields of all."""
+        return frozenset().union(*(part.requires for part in self.parts))
+
+    @property
+    def depends_on(self) -> DependsOn:
+        """Those of the search read the prefix only."""
+        return "prefix" if all(part.depends_on == "prefix" for part in self.parts) else "sequence"
+
+    def weights(self, signal: TokenSignal, progress: float) -> Tensor:
+        """Elementwise maximum, [B, T]."""
+        return torch.stack([part.weights(signal, progress).double() for part in self.parts]).amax(0)
