@@ -31,7 +31,7 @@ from benchmarks.studies.reproduce.candidates import Largest, SurpriseDrift, Teac
 from benchmarks.studies.reproduce.pictures import draw_curves, draw_differences
 from benchmarks.studies.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
 from benchmarks.studies.reproduce.processes import RunFailed
-from benchmarks.studies.reproduce.report import END, START, choose, coloured, write_report
+from benchmarks.studies.reproduce.report import PART, choose, coloured, write_report
 from benchmarks.studies.reproduce.results import read_results
 from lit_opd.cli.command import OPDCLI
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
@@ -50,6 +50,7 @@ from lit_opd.weighting import WeightingStrategy
 from lit_opd.weighting.tilt import PrefixRatioTilt
 from lit_opd.weighting.windowed_ratio import WindowedPrefixRatio
 
+START, END = f"{PART.start}\n", f"{PART.end}\n"
 SEARCH, CONFIRM = PLAN.parent / "search.yaml", PLAN.parent / "confirm.yaml"
 ROOT = Path(__file__).resolve().parent.parent
 TINY_SETTINGS = {
@@ -79,7 +80,7 @@ def write_plan(path: Path, content: dict[str, Any]) -> Path:
     """With the markers that tuning writes between."""
     rates = yaml.safe_dump({"learning_rates": content["learning_rates"]})
     rest = yaml.safe_dump({key: value for key, value in content.items() if key != "learning_rates"}, sort_keys=False)
-    path.write_text(tune.START + rates + tune.END + rest)
+    path.write_text(f"{tune.PART.start}\n{rates}{tune.PART.end}\n{rest}")
     return path
 
 
@@ -304,7 +305,10 @@ def test_no_variant_takes_the_settings_rate_beside_tuned_ones(tmp_path):
 def test_tuning_a_plan_without_a_place_for_the_rates_is_refused_before_it_trains(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["tune", "--plan", str(SEARCH), "--runs", str(tmp_path / "runs")])
-    assert "must have the markers" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert (
+        "`--plan` must lead to a file with the lines # <tuned>" in capsys.readouterr().err
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_the_page_of_findings_tells_the_plans_numbers():

@@ -75,9 +75,10 @@ def test_runs_on_other_prompts_or_stop_ids_are_refused():
 
 
 def test_a_report_is_json_and_replaces_the_part_between_the_markers(tmp_path):
-    (tmp_path / "benchmarks.md").write_text("before <!-- time-to-accuracy -->old<!-- /time-to-accuracy --> after")
-    write_report(tmp_path, {"cpu": math.inf}, "new")
-    assert (tmp_path / "benchmarks.md").read_text() == "before new after"
+    (tmp_path / "benchmarks.md").write_text("before\n<!-- time-to-accuracy -->\nold\n<!-- /time-to-accuracy -->\nafter")
+    write_report(tmp_path, {"cpu": math.inf}, "new\n")
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert page == "before\n<!-- time-to-accuracy -->\nnew\n<!-- /time-to-accuracy -->\nafter"
     assert json.loads((tmp_path / "benchmarks" / "time_to_accuracy.json").read_text()) == {"cpu": None}
 
 
@@ -87,6 +88,7 @@ def test_a_report_is_json_and_replaces_the_part_between_the_markers(tmp_path):
         (["--rounds", "0"], "--rounds must be >= 1, got 0"),
         (["--prompts", "300"], "--prompts must be a multiple of 256, got 300"),
         (["--settings", "TRL"], "--trl-python must be a Python with TRL, got None"),
+        (["--out", "nowhere"], "a file with the lines <!-- time-to-accuracy --> and"),
     ],
 )
 def test_settings_that_cannot_run_are_named(arguments, message, capsys):

@@ -20,10 +20,11 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.pages import part
 from benchmarks.speed.peers.__main__ import facts
 from benchmarks.speed.peers.settings import Setting, write_pair, write_prompts
 
-START, END = "<!-- curves -->", "<!-- /curves -->"
+PAGE, PART = "benchmarks.md", part("curves")
 BASE = {"batch": 4, "tokens": 256, "vocabulary": 4096}
 AXES = {
     "tokens": [128, 256, 512, 1024, 2048, 4096],
@@ -79,7 +80,7 @@ def table(axis: str, points: list[tuple[int, dict[str, float]]]) -> list[str]:
 def main() -> None:
     """Measure and print; with --out write JSON and the page's part between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=None, help="folder with benchmarks.md")
+    parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
     parser.add_argument("--axes", nargs="*", choices=sorted(AXES), default=list(AXES))
     given = parser.parse_args()
     about = facts(None)
@@ -103,9 +104,7 @@ def main() -> None:
         (given.out / "benchmarks").mkdir(exist_ok=True)
         about |= {"base": BASE, "points": raw}
         (given.out / "benchmarks" / "curves.json").write_text(json.dumps(about, indent=1) + "\n")
-        page = given.out / "benchmarks.md"
-        before, rest = page.read_text().split(START)
-        page.write_text(before + START + "\n" + text + END + rest.split(END)[1])
+        PART.write(given.out / PAGE, text)
 
 
 if __name__ == "__main__":

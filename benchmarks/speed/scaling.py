@@ -15,18 +15,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.pages import part
 from lit_opd.rollout import SamplingSettings, TransformersSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch
 
 REPEATS = 5
 PROMPT = 32
-START, END = "<!-- scaling -->", "<!-- /scaling -->"
+PAGE, PART = "scale-out.md", part("scaling")
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def expected(job: Job, device: Device, measured: dict[str, float]) -> dict[str, 
 def main() -> None:
     """Measure, compute and print; with --out write between the markers of scale-out.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=None, help="folder with scale-out.md")
+    parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
     given = parser.parse_args()
     torch.set_num_threads(1)
     measured, device = factors(), Device()
@@ -186,9 +186,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if given.out is not None:
-        page = given.out / "scale-out.md"
-        before, rest = page.read_text().split(START)
-        page.write_text(before + START + "\n" + text + "\n" + END + rest.split(END)[1])
+        PART.write(given.out / PAGE, text + "\n")
 
 
 if __name__ == "__main__":

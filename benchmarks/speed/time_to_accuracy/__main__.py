@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.pages import part
 from benchmarks.speed.peers.__main__ import facts, run
 from benchmarks.speed.time_to_accuracy.crossing import crossings, shown, summary, table
 from benchmarks.speed.time_to_accuracy.recorder import weights_file
@@ -36,8 +37,7 @@ HERE = Path(__file__).parent
 CONFIG = Path("configs/quickstart.yaml")
 EVERY = 256  # prompts between two marks
 TARGET_NAME = "time-to-accuracy"  # in the Makefile
-PAGE = "benchmarks.md"
-START, END = "<!-- time-to-accuracy -->", "<!-- /time-to-accuracy -->"
+PAGE, PART = "benchmarks.md", part(TARGET_NAME)
 
 FAST = {"model.token_budget": "6000", "model.optimizer.fused": "true"}  # the same numbers up to rounding, in less time
 FORWARD_KL = {"model.objective": "Divergence", "model.objective.kind": "forward_kl"}
@@ -221,13 +221,13 @@ def measured(
                 yield found
 
 
-def part(about: dict[str, Any], summaries: dict[str, dict[str, Any]], asked: argparse.Namespace) -> str:
-    """What stands between the page's markers."""
+def body_of(about: dict[str, Any], summaries: dict[str, dict[str, Any]], asked: argparse.Namespace) -> str:
+    """What the page shows."""
     packages = ", ".join(f"{name} {number}" for name, number in {**about["ours"], **about.get("trl", {})}.items())
     seeds = ", ".join(str(seed) for seed in asked.seeds)
     where = f"{about['machine']}, {about['date']}; {packages}"
     head = f"{where}; seeds {seeds}, {asked.rounds} round(s), {asked.prompts} prompts a run."
-    return f"{START}\n{head}\n\n{table(summaries, list(TRL))}{END}"
+    return f"{head}\n\n{table(summaries, list(TRL))}"
 
 
 def write(out: Path, report: dict[str, Any], body: str) -> None:
@@ -235,8 +235,7 @@ def write(out: Path, report: dict[str, Any], body: str) -> None:
     (out / "benchmarks").mkdir(exist_ok=True)
     text = json.dumps(report, indent=1).replace("Infinity", "null")
     (out / "benchmarks" / "time_to_accuracy.json").write_text(text + "\n")
-    page = (out / PAGE).read_text()
-    (out / PAGE).write_text(page.split(START)[0] + body + page.split(END)[1])
+    PART.write(out / PAGE, body)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -246,7 +245,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[300, 301, 302])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=5120, help="prompts a run, in multiples of 256")
-    parser.add_argument("--out", type=Path, default=None, help=f"folder with {PAGE}")
+    parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
     parser.add_argument("--trl-python", help="Python of an environment with TRL; without it only this project runs")
     asked = parser.parse_args(arguments)
     asked.settings = asked.settings or [*OURS, *(TRL if asked.trl_python else [])]
@@ -258,8 +257,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"--trl-python must be a Python with TRL, got {asked.trl_python}; `make {TARGET_NAME}` installs one"
         )
-    if asked.out is not None and START not in (asked.out / PAGE).read_text():
-        parser.error(f"--out must hold a {PAGE} with the marker {START}, got {asked.out}")
     return asked
 
 
@@ -280,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         summaries = {name: summary(own, start) for name, own in done.items() if own}
         if asked.out is not None:
             report = {"about": about, "settings": OURS | TRL, "start": start, "summaries": summaries, "runs": runs}
-            write(asked.out, report, part(about, summaries, asked))
+            write(asked.out, report, body_of(about, summaries, asked))
     print(table(summaries, list(TRL)))
 
 

@@ -65,9 +65,9 @@ def tune(plan: Plan, args: argparse.Namespace) -> int:
     """The `tune` command."""
     from benchmarks.studies.reproduce.results import read_results
     from benchmarks.studies.reproduce.runner import run_jobs
-    from benchmarks.studies.reproduce.tune import by_variant, marked, tuning_folder, write_rates
+    from benchmarks.studies.reproduce.tune import PART, by_variant, tuning_folder, write_rates
 
-    marked(plan)  # before anything is trained
+    PART.require(plan.path)  # before anything is trained
     root = tuning_folder(args.runs)
     outcome = run_jobs(list(plan.tuning_jobs()), root, workers=args.jobs, rerun_changed=args.rerun_changed)
     if outcome.failed or outcome.stopped:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.cells import interval, spread
+from benchmarks.pages import part
 from benchmarks.studies.reproduce import pictures
 from benchmarks.studies.reproduce.plan import REFERENCE, Plan
 from benchmarks.studies.reproduce.results import Record, area, is_finished
@@ -16,7 +17,7 @@ from lit_opd.compare.document import show
 from lit_opd.compare.statistics import Estimate, mean_interval, paired, reached
 from lit_opd.errors import InputError
 
-START, END = "<!-- results -->\n", "<!-- /results -->\n"
+PART = part("results")
 BASE = "base"
 SHORT = 12  # digits of a hash that are shown
 NOT_TUNED = "**Learning rates were not tuned by variant: all took the rate of the plan's settings.**"
@@ -88,14 +89,8 @@ def write_report(plan: Plan, records: Sequence[Record], out: Path) -> Path:
             f"`--runs` must hold finished runs of plan {plan.sha[:SHORT]}, got {len(records)} others; make reproduce"
         )
     page = out / plan.page
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise InputError(
-            f"`--out` must hold a {plan.page} with the markers {START.strip()} and {END.strip()}, got {out}"
-        )
-    before, rest = text.split(START)
-    body = "\n".join(lines_of(plan, chosen, out / "pictures"))
-    page.write_text(f"{before}{START}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    PART.require(page)  # before pictures are drawn
+    PART.write(page, "\n".join(["", *lines_of(plan, chosen, out / "pictures"), ""]))
     return page
 
 

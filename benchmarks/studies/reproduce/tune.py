@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.pages import Part
 from benchmarks.studies.reproduce.plan import Plan, read_plan
 from benchmarks.studies.reproduce.results import Record, area
 from lit_opd.errors import InputError
 
-START, END = "# <tuned>\n", "# </tuned>\n"
+PART = Part("# <tuned>", "# </tuned>", option="--plan")
 TABLE = "tuning.md"
 
 
@@ -50,27 +50,12 @@ def by_variant(plan: Plan, records: Iterable[Record]) -> dict[str, list[Record]]
     return found
 
 
-def marked(plan: Plan) -> str:
-    """The text of a plan's file that has a place for the rates.
-
-    Raises:
-        InputError: it has none.
-    """
-    text = plan.path.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise InputError(f"`--plan` must have the markers {START.strip()} and {END.strip()} once, got {plan.path}")
-    return text
-
-
 def write_rates(plan: Plan, found: dict[str, list[Record]]) -> Plan:
     """Put the chosen rates into the plan's file and the table of what was tried beside it; the new plan."""
-    before, rest = marked(plan).split(START)
     tolerance = tolerance_of(plan)
     lines = [f"  {variant}: {chosen(records, tolerance=tolerance)!r}\n" for variant, records in found.items()]
     block = f"learning_rates:    # tried: {TABLE}, tuning of plan {plan.untuned_sha[:12]} without its rates\n"
-    draft = plan.path.with_name(f".{plan.path.name}")
-    draft.write_text(before + START + block + "".join(lines) + END + rest.split(END)[1], encoding="utf-8")
-    os.replace(draft, plan.path)
+    PART.write(plan.path, block + "".join(lines))
     (plan.path.parent / TABLE).write_text(table(plan, found), encoding="utf-8")
     return read_plan(plan.path)
 
