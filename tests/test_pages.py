@@ -11,6 +11,7 @@ from lit_opd.errors import InputError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 WRITTEN = [("benchmarks.md", "curves"), ("benchmarks.md", "time-to-accuracy"), ("scale-out.md", "scaling")]
+WRITTEN += [("healing/healing.md", "healing")]
 WRITTEN += [(f"{page}.md", "results") for page in ("findings", "search", "confirm", "controls")]
 
 

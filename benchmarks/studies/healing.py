@@ -5,7 +5,7 @@
 Reads a finished run folder (its config.yaml, metrics.csv and student/), and on the run's own held-out prompts compares the
 student it started from with the one it ended with: negative log-likelihood of answers the teacher wrote, distinct-2 of the
 student's own samples (different bigrams over bigrams, all samples pooled), and samples side by side. Writes
-healing.md, healing.json and healing.png.
+healing.json, healing.png and the part of healing.md between its markers; a folder without that page gets one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from benchmarks.pages import part
 from lit_opd.models.loading import load_causal_lm, load_generation_config, load_tokenizer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import SamplingSettings, TransformersSampler
@@ -30,6 +32,7 @@ from lit_opd.types import PromptBatch, Rollout
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PAGE, PART = "healing.md", part("healing")
 SHOWN = 3
 SAMPLING_SEED = 1234  # not the run's: fresh samples
 
@@ -137,7 +140,7 @@ def texts_of_prompts(ids: Tensor, mask: Tensor, tokenizer: Any) -> list[str]:
 
 
 def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) -> str:
-    """The Markdown page."""
+    """The page's part."""
     kl = curve(run, "val/reverse_kl")
     summary = json.loads((run / "summary.json").read_text())
     lines = [
@@ -155,26 +158,36 @@ def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) ->
         rows.append((label, figures[f"{name}_start"], figures[f"{name}_end"]))
     lines += [f"| {label} | {a:.3f} | {b:.3f} | {(b / a - 1) * 100:+.0f} % |" for label, a, b in rows]
     lines += ["", f"The teacher's own samples have distinct-2 {figures['distinct_2_teacher']:.3f}."]
+    lines += ["", "![KL against the step](healing.png)"]
     for sample_row in shown:
         lines += ["", f"> {' '.join(sample_row['prompt'].split())}", ""]
         lines += [f"- {name}: {' '.join(sample_row[name].split())}" for name in ("start", "end")]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def page_in(text: str) -> Path:
+    """An argparse type: the page of a folder, which is refused where it is there without a place for the figures."""
+    page = Path(text) / PAGE
+    return PART.in_folder(PAGE)(text) / PAGE if page.exists() else page
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
+    parser.add_argument("--out", type=page_in, required=True, help=f"folder of {PAGE}")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     config = yaml.safe_load((given.run / "config.yaml").read_text())
     figures, shown = measure(given.run, config)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "healing.json").write_text(json.dumps({"figures": figures, "samples": shown}, indent=2) + "\n")
-    (given.out / "healing.md").write_text(report(figures, shown, given.run))
-    draw(given.run, given.out / "healing.png")
-    print((given.out / "healing.md").read_text())
+    body = report(figures, shown, given.run)
+    if not given.out.exists():
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(f"# Healing\n\n{PART.start}\n{PART.end}\n")
+    PART.write(given.out, body)
+    given.out.with_suffix(".json").write_text(json.dumps({"figures": figures, "samples": shown}, indent=2) + "\n")
+    draw(given.run, given.out.with_suffix(".png"))
+    print(body)
 
 
 if __name__ == "__main__":
