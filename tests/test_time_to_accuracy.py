@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.peers.__main__ import run
-from benchmarks.speed.time_to_accuracy.__main__ import HERE, Judge, parsed, require_same, words, write_prompts
+from benchmarks.speed.sides import run
+from benchmarks.speed.time_to_accuracy.__main__ import Judge, parsed, require_same, words, write_prompts
 from benchmarks.speed.time_to_accuracy.__main__ import write as write_report
 from benchmarks.speed.time_to_accuracy.crossing import crossing, summary, table
 from callbacks import ExportStudent
@@ -101,7 +101,7 @@ def test_a_real_run_is_the_command_line_s_and_its_accuracy_that_of_the_exported_
     small = {"data.prompt_batch": "32", "model.mini_batches": "2"}
     line = words(small, seed=3, batches=2, folder=tmp_path)
     asked = {"words": line, "folder": str(tmp_path), "every": 2}
-    result = run("ours", [json.dumps(asked)], None, HERE)
+    result = run("time_to_accuracy", "ours", [json.dumps(asked)], None)
     judge = Judge()
     judge.rows = judge.rows[:64]
     start = judge.accuracy()

@@ -12,17 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
 from benchmarks.pages import part
-from benchmarks.speed.peers.__main__ import facts
-from benchmarks.speed.peers.settings import Setting, write_pair, write_prompts
+from benchmarks.speed.peers.settings import Setting, written
+from benchmarks.speed.sides import facts, in_words, run
 
 PAGE, PART = "benchmarks.md", part("curves")
 BASE = {"batch": 4, "tokens": 256, "vocabulary": 4096}
@@ -35,26 +30,8 @@ AXES = {
 
 def measured(setting: Setting) -> dict[str, float]:
     """CPU seconds a step, those of sampling, and peak MB over the loaded models."""
-    with tempfile.TemporaryDirectory() as folder:
-        student, teacher = write_pair(setting, Path(folder))
-        prompts = Path(folder) / "prompts.jsonl"
-        write_prompts(student, prompts)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.speed.peers.ours",
-            json.dumps(asdict(setting)),
-            student,
-            teacher,
-            str(prompts),
-        ]
-        done = subprocess.run(
-            [*command, "iw-opd"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-    if done.returncode:
-        raise RuntimeError(f"{setting.name} failed: {done.stderr[-2000:]}")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    found = json.loads(line.removeprefix("RESULT "))
+    with written(setting) as paths:
+        found = run("peers", "ours", [json.dumps(asdict(setting)), *paths, "iw-opd"], None)
     sampling = statistics.median(found["generate"])
     return {"seconds": statistics.median(found["seconds"]), "sampling": sampling, "peak": found["peak"] / 1e6}
 
@@ -83,9 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
     parser.add_argument("--axes", nargs="*", choices=sorted(AXES), default=list(AXES))
     given = parser.parse_args()
-    about = facts(None)
-    versions = ", ".join(f"{name} {version}" for name, version in about["ours"].items())
-    lines = [f"{about['machine']}, {about['date']}; {versions}; two measured steps a point, model seeds fixed.", ""]
+    about = facts()
+    lines = [f"{in_words(about)}; two measured steps a point, model seeds fixed.", ""]
     raw = {}
     for axis in given.axes:
         points = []

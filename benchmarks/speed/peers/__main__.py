@@ -10,72 +10,25 @@ only this project runs. ``make bench-peers`` does all of it.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.speed.peers.settings import SETTINGS, Setting, write_pair, write_prompts
+from benchmarks.speed.peers.settings import SETTINGS, Setting, written
+from benchmarks.speed.sides import SIDES, add_options, facts, require_sides, run
 
 TRAINERS = ("iw-opd", "distillation")
-SIDES = ("ours", "trl")
-HERE = Path(__file__).parent
 MEGABYTE = 1e6
-
-
-def command(side: str, trl_python: str | None, folder: Path) -> list[str]:
-    """How a side starts, without the run's arguments."""
-    if side == "ours":
-        return [sys.executable, "-m", f"benchmarks.speed.{folder.name}.ours"]
-    return [str(Path(str(trl_python)).absolute()), "trl_side.py"]
-
-
-def run(side: str, arguments: list[str], trl_python: str | None, folder: Path = HERE) -> dict[str, Any]:
-    """One run's figures, in a process of its own.
-
-    Args:
-        side: "ours" or "trl".
-        arguments: of the side's script.
-        trl_python: Python of an environment with TRL.
-        folder: of the benchmark, which holds ``ours.py`` and ``trl_side.py``.
-    Raises:
-        RuntimeError: it printed no result; with the end of what it printed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if side == "trl":
-        environment.pop("PYTHONPATH", None)  # its packages are those of its own environment
-    done = subprocess.run(
-        command(side, trl_python, folder) + arguments,
-        cwd=folder.parents[2] if side == "ours" else folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise RuntimeError(f"{side} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(found[-1].removeprefix("RESULT "))
-    return result
 
 
 def measure(setting: Setting, trainer: str, *, sides: list[str], rounds: int, trl_python: str | None) -> dict[str, Any]:
     """All rounds of a setting, the sides taking turns: side -> its summary."""
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    with tempfile.TemporaryDirectory() as folder:
-        student, teacher = (str(Path(path).absolute()) for path in write_pair(setting, Path(folder)))
-        prompts = Path(folder) / "prompts.jsonl"
-        write_prompts(student, prompts)
+    with written(setting) as paths:
         for index in range(rounds):
             for side in sides:
-                result = run(side, [setting.name, student, teacher, str(prompts), trainer], trl_python)
+                result = run("peers", side, [setting.name, *paths, trainer], trl_python)
                 runs[side].append(result)
                 seconds = median(result["seconds"])
                 peak = result["peak"] / MEGABYTE
@@ -125,37 +78,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def facts(trl_python: str | None) -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
-    found = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{cpu.split(': ', 1)[1]}, {os.cpu_count()} cores, one thread a run",
-        "python": platform.python_version(),
-        "ours": {name: version(name) for name in ("torch", "transformers", "lightning")},
-    }
-    if trl_python is not None:
-        code = (
-            "import json; from importlib.metadata import version; "
-            "print(json.dumps({n: version(n) for n in ('torch', 'transformers', 'trl')}))"
-        )
-        found["trl"] = json.loads(subprocess.run([trl_python, "-c", code], capture_output=True, check=True).stdout)
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run, print and write ``peers.md`` and ``peers.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=["iw-opd"])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--trl-python", help="Python of an environment with TRL; without it only this project runs")
+    add_options(parser, rounds=3)
     asked = parser.parse_args(arguments)
-    if asked.rounds < 1:
-        parser.error(f"--rounds must be >= 1, got {asked.rounds}")
-    if asked.trl_python is not None and not Path(asked.trl_python).exists():
-        parser.error(f"--trl-python must be a Python with TRL, got {asked.trl_python}; `make bench-peers` installs one")
+    require_sides(parser, asked, trl=asked.trl_python is not None, target="bench-peers")
     sides = list(SIDES) if asked.trl_python is not None else ["ours"]
     asked.out.mkdir(parents=True, exist_ok=True)
     about = facts(asked.trl_python)

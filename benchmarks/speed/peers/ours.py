@@ -15,6 +15,7 @@ import lightning as L
 import torch
 
 from benchmarks.speed.peers.settings import PROMPT_TOKENS, SETTINGS, Setting, peak_bytes, reset_peak, resident_bytes
+from benchmarks.speed.sides import RESULT
 from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
@@ -105,7 +106,7 @@ def main() -> None:
         **{name: [phase[name] for phase in watch.phases[1:]] for name in watch.timed},
         "peak": peak_bytes() - watch.loaded,
     }
-    print("RESULT " + json.dumps(result))
+    print(RESULT + json.dumps(result))
 
 
 if __name__ == "__main__":

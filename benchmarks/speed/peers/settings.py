@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +51,16 @@ SETTINGS = {
         Setting("smol-b4-t128", 4, 128, folder="runs/smollm2", steps=2),
     )
 }
+
+
+@contextmanager
+def written(setting: Setting) -> Iterator[list[str]]:
+    """Absolute paths of student, teacher and prompts, there as long as the context."""
+    with tempfile.TemporaryDirectory() as folder:
+        student, teacher = (str(Path(path).absolute()) for path in write_pair(setting, Path(folder)))
+        prompts = Path(folder) / "prompts.jsonl"
+        write_prompts(student, prompts)
+        yield [student, teacher, str(prompts)]
 
 
 def write_pair(setting: Setting, folder: Path) -> tuple[str, str]:

@@ -26,14 +26,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.pages import part
-from benchmarks.speed.peers.__main__ import facts, run
+from benchmarks.speed.sides import add_options, facts, in_words, require_sides, run
 from benchmarks.speed.time_to_accuracy.crossing import crossings, shown, summary, table
 from benchmarks.speed.time_to_accuracy.recorder import weights_file
 from lit_opd.prompts.loading import PromptOrder
 from lit_opd.testbed import ASSETS, read_records
 from lit_opd.testbed.accuracy import accuracy
 
-HERE = Path(__file__).parent
 CONFIG = Path("configs/quickstart.yaml")
 EVERY = 256  # prompts between two marks
 TARGET_NAME = "time-to-accuracy"  # in the Makefile
@@ -179,7 +178,7 @@ def one_run(name: str, *, seed: int, prompts: Path, count: int, trl_python: str 
             asked |= asked_of_trl(name, seed=seed, prompts=prompts)
         else:
             asked |= {"words": words(OURS[name], seed=seed, batches=count // batch, folder=folder)}
-        result = run("trl" if name in TRL else "ours", [json.dumps(asked)], trl_python, HERE)
+        result = run("time_to_accuracy", "trl" if name in TRL else "ours", [json.dumps(asked)], trl_python)
         judge.judge(result, folder)
     return {"setting": name, "seed": seed, **result}
 
@@ -223,10 +222,8 @@ def measured(
 
 def body_of(about: dict[str, Any], summaries: dict[str, dict[str, Any]], asked: argparse.Namespace) -> str:
     """What the page shows."""
-    packages = ", ".join(f"{name} {number}" for name, number in {**about["ours"], **about.get("trl", {})}.items())
     seeds = ", ".join(str(seed) for seed in asked.seeds)
-    where = f"{about['machine']}, {about['date']}; {packages}"
-    head = f"{where}; seeds {seeds}, {asked.rounds} round(s), {asked.prompts} prompts a run."
+    head = f"{in_words(about)}; seeds {seeds}, {asked.rounds} round(s), {asked.prompts} prompts a run."
     return f"{head}\n\n{table(summaries, list(TRL))}"
 
 
@@ -243,20 +240,14 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=[*OURS, *TRL], default=None, help="default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[300, 301, 302])
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=5120, help="prompts a run, in multiples of 256")
     parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
-    parser.add_argument("--trl-python", help="Python of an environment with TRL; without it only this project runs")
+    add_options(parser, rounds=1)
     asked = parser.parse_args(arguments)
     asked.settings = asked.settings or [*OURS, *(TRL if asked.trl_python else [])]
-    if asked.rounds < 1:
-        parser.error(f"--rounds must be >= 1, got {asked.rounds}")
+    require_sides(parser, asked, trl=bool(set(asked.settings) & set(TRL)), target=TARGET_NAME)
     if asked.prompts < EVERY or asked.prompts % EVERY:
         parser.error(f"--prompts must be a multiple of {EVERY}, got {asked.prompts}")
-    if set(asked.settings) & set(TRL) and not Path(asked.trl_python or "").is_file():
-        parser.error(
-            f"--trl-python must be a Python with TRL, got {asked.trl_python}; `make {TARGET_NAME}` installs one"
-        )
     return asked
 
 

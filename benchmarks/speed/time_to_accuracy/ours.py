@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from benchmarks.speed.peers.ours import Timed
+from benchmarks.speed.sides import RESULT
 from benchmarks.speed.time_to_accuracy.recorder import Recorder
 from lit_opd.cli.command import main as run_cli
 from lit_opd.prompts.datamodule import PromptDataModule
@@ -72,7 +73,7 @@ def main() -> None:
     parts = {name: timed.spent for name, timed in watch.parts.items()}
     rest = recorder.cpu - sum(parts.values())
     result = recorder.result() | {"stop_ids": watch.stop_ids, "parts": parts | {"rest": rest}}
-    print("RESULT " + json.dumps(result))
+    print(RESULT + json.dumps(result))
 
 
 if __name__ == "__main__":
