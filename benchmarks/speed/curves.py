@@ -18,6 +18,7 @@ from dataclasses import asdict
 from benchmarks.pages import part
 from benchmarks.speed.peers.settings import Setting, written
 from benchmarks.speed.sides import facts, in_words, run
+from lit_opd.compare.document import markdown_table
 
 PAGE, PART = "benchmarks.md", part("curves")
 BASE = {"batch": 4, "tokens": 256, "vocabulary": 4096}
@@ -44,14 +45,15 @@ def slope(xs: list[int], ys: list[float]) -> float:
 
 
 def table(axis: str, points: list[tuple[int, dict[str, float]]]) -> list[str]:
-    """Markdown rows of one axis, the slopes last."""
+    """Markdown of one axis, the slopes last."""
     fixed = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
-    lines = [f"Against {axis} ({fixed}):", "", f"| {axis} | s/step | of it sampling | peak MB |", "|---|---|---|---|"]
-    lines += [f"| {x} | {p['seconds']:.2f} | {p['sampling']:.2f} | {p['peak']:.0f} |" for x, p in points]
+    rows = [[str(x), f"{p['seconds']:.2f}", f"{p['sampling']:.2f}", f"{p['peak']:.0f}"] for x, p in points]
     upper = points[len(points) // 2 :] if len(points) > 3 else points
     xs = [x for x, _ in upper]
     fitted = [slope(xs, [max(p[name], 1e-9) for _, p in upper]) for name in ("seconds", "sampling", "peak")]
-    return [*lines, f"| slope from {xs[0]} on | {fitted[0]:.2f} | {fitted[1]:.2f} | {fitted[2]:.2f} |", ""]
+    rows.append([f"slope from {xs[0]} on", *(f"{value:.2f}" for value in fitted)])
+    heads = [axis, "s/step", "of it sampling", "peak MB"]
+    return [f"Against {axis} ({fixed}):", "", markdown_table(heads, rows), ""]
 
 
 def main() -> None:

@@ -20,12 +20,15 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.pages import part
+from lit_opd.compare.document import markdown_table
 from lit_opd.rollout import SamplingSettings, TransformersSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch
 
 REPEATS = 5
 PROMPT = 32
+HEADS = ["configuration", "GPUs", "mean, longest response", "rollout", "teacher", "update", "links, not hidden", "sum"]
+HEADS += ["most of it"]
 PAGE, PART = "scale-out.md", part("scaling")
 
 
@@ -173,17 +176,15 @@ def main() -> None:
         f"a scoring forward pass takes {measured['forward']:.1f}, an update {measured['update']:.1f} and a decode step "
         f"{measured['decode']:.1f} times what these rates alone would give.",
         "",
-        "| configuration | GPUs | mean, longest response | rollout | teacher | update | links, not hidden | sum | most of it |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for job in JOBS:
         parts = expected(job, device, measured)
         most = max(parts, key=lambda name: parts[name])
-        shown = " | ".join(f"{parts[name]:.1f} s" for name in ("rollout", "teacher", "update", "links"))
-        lines.append(
-            f"| `{job.name}` | {job.gpus} | {job.mean}, {job.longest} | {shown} | {sum(parts.values()):.0f} s | {most} |"
-        )
-    text = "\n".join(lines)
+        shown = [f"{parts[name]:.1f} s" for name in ("rollout", "teacher", "update", "links")]
+        lengths = f"{job.mean}, {job.longest}"
+        rows.append([f"`{job.name}`", str(job.gpus), lengths, *shown, f"{sum(parts.values()):.0f} s", most])
+    text = "\n".join([*lines, markdown_table(HEADS, rows)])
     print(text)
     if given.out is not None:
         PART.write(given.out / PAGE, text + "\n")

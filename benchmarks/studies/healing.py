@@ -23,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.pages import part
+from lit_opd.compare.document import markdown_table
 from lit_opd.models.loading import load_causal_lm, load_generation_config, load_tokenizer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import SamplingSettings, TransformersSampler
@@ -147,8 +148,6 @@ def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) ->
         f"{summary['strategy']}, {summary['steps']} steps, {summary['tokens']:,} sampled tokens, seed {summary['seed']}, "
         f"{summary['seconds']:.0f} s; {figures['prompts']:.0f} held-out prompts.",
         "",
-        "| | start | end | change |",
-        "|---|---|---|---|",
     ]
     rows = [("reverse KL, nats/token, held-out samples", kl[0][1], kl[-1][1])]
     for name, label in (
@@ -156,7 +155,8 @@ def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) ->
         ("distinct_2", "distinct-2 of samples"),
     ):
         rows.append((label, figures[f"{name}_start"], figures[f"{name}_end"]))
-    lines += [f"| {label} | {a:.3f} | {b:.3f} | {(b / a - 1) * 100:+.0f} % |" for label, a, b in rows]
+    cells = [[label, f"{a:.3f}", f"{b:.3f}", f"{(b / a - 1) * 100:+.0f} %"] for label, a, b in rows]
+    lines.append(markdown_table(["", "start", "end", "change"], cells))
     lines += ["", f"The teacher's own samples have distinct-2 {figures['distinct_2_teacher']:.3f}."]
     lines += ["", "![KL against the step](healing.png)"]
     for sample_row in shown:

@@ -31,6 +31,7 @@ from benchmarks.studies.healing import curve, measure
 from benchmarks.studies.reproduce.pictures import draw_band, draw_positions
 from benchmarks.studies.reproduce.plan import digest
 from benchmarks.studies.reproduce.runner import locked
+from lit_opd.compare.document import markdown_table
 from lit_opd.compare.statistics import paired
 from lit_opd.errors import InputError
 
@@ -206,20 +207,20 @@ def grouped(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
     return {name: {r["seed"]: r for r in records if r["variant"] == name} for name in VARIANTS}
 
 
-def table(records: Sequence[Record]) -> list[str]:
+def table(records: Sequence[Record]) -> str:
     """A row a variant: ends, then differences from uniform paired by seed."""
     of = grouped(records)
     titles = [*MEASURES.values(), *(f"{title.split(',')[0]} - {REFERENCE}" for title in MEASURES.values())]
-    lines = [f"| weighting | seeds | {' | '.join(titles)} |", "|---|" + "---|" * (len(titles) + 1)]
     start = [spread([value(r, name, end=False) for r in records]) for name in MEASURES]
-    lines.append(f"| (start) | | {' | '.join(start)} |{' |' * len(MEASURES)}")
+    rows = [["(start)", "", *start]]
     for variant, runs in of.items():
         cells = [spread([value(r, name) for r in runs.values()]) for name in MEASURES]
         for name in MEASURES if variant != REFERENCE else ():
             ours, theirs = ({seed: value(r, name) for seed, r in group.items()} for group in (runs, of[REFERENCE]))
             cells.append(interval(paired(ours, theirs)))
-        lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |" + " |" * (len(titles) - len(cells)))
-    return lines
+        rows.append([variant, str(len(runs)), *cells])
+    width = len(titles) + 2
+    return markdown_table(["weighting", "seeds", *titles], [row + [""] * (width - len(row)) for row in rows])
 
 
 def draw(of: Mapping[str, Mapping[int, Record]], path: Path) -> None:
@@ -252,7 +253,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
         "brackets are Student's 95 % interval of the difference paired by seed. "
         f"{' and '.join(sorted({r['machine'] for r in records}))}, {min(dates)} to {max(dates)}, seeds {seeds}.",
         "",
-        *table(records),
+        table(records),
         "",
         "![held-out KL and disagreement by position](study.png)",
     ]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lit_opd.compare.document import markdown_table
 from lit_opd.testbed.task import CODE_LENGTH, NUM_STATES, Automaton, Problem, make_automaton, sample_problems
 from lit_opd.testbed.tokenizer import make_tokenizer
 from lit_opd.testbed.warmup import response_logits, supervised_batch
@@ -82,11 +83,10 @@ def group(step: int, place: int) -> str | None:
     return GROUPS[0] if step < place else GROUPS[min(step - place, len(GROUPS) - 1)]
 
 
-def lines_of(names: Sequence[str], folders: Sequence[Path], rows: Sequence[Erring]) -> list[str]:
-    """Markdown: a row a group, two columns a teacher."""
+def table(names: Sequence[str], folders: Sequence[Path], rows: Sequence[Erring]) -> str:
+    """Markdown: a row a group, a column a teacher."""
     scores = [code_scores(folder, [row.problem for row in rows]) for folder in folders]
-    heads = [f"{name}: right, nats/code" for name in names]
-    lines = [f"| codes | count | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    lines = []
     for title in GROUPS:
         for kind in (True, False):
             where = torch.tensor(
@@ -95,8 +95,8 @@ def lines_of(names: Sequence[str], folders: Sequence[Path], rows: Sequence[Errin
             if where.any():
                 cells = [cell(right[where], nats[where]) for right, nats in scores]
                 label = f"{title}, {'legal' if kind else 'illegal'} operation"
-                lines.append(f"| {label} | {int(where.sum())} | {' | '.join(cells)} |")
-    return lines
+                lines.append([label, str(int(where.sum())), *cells])
+    return markdown_table(["codes", "count", *(f"{name}: right, nats/code" for name in names)], lines)
 
 
 def cell(right: Tensor, nats: Tensor) -> str:
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     legal, full, rng = make_automaton(), make_automaton(all_legal=True), random.Random(SEED)
     rows = [err(problem, legal, full, rng) for problem in sample_problems(legal, count=asked.count, seed=SEED)]
-    print("\n".join(lines_of([name for name, _, _ in pairs], [Path(folder) for _, _, folder in pairs], rows)))
+    print(table([name for name, _, _ in pairs], [Path(folder) for _, _, folder in pairs], rows))
 
 
 if __name__ == "__main__":

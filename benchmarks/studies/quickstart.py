@@ -20,6 +20,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.cells import spread
+from lit_opd.compare.document import markdown_table
+
 CONFIG = "configs/quickstart.yaml"
 BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
 MUST_GREEDY, MUST_RATIO = 0.75, 0.5
@@ -36,18 +39,14 @@ def run(seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:
 
 def table(summaries: list[dict[str, float]]) -> str:
     """Markdown: a row a seed, then mean and standard deviation."""
-    lines = ["| seed | greedy | avg@4 | reverse KL | KL ratio | seconds |", "|---|---|---|---|---|---|"]
+    names, rows = ("greedy", "avg_at_4", "reverse_kl"), []
     for s in summaries:
-        lines.append(
-            f"| {s['seed']} | {s['greedy_start']:.3f} -> {s['greedy_end']:.3f} | {s['avg_at_4_start']:.3f} -> "
-            f"{s['avg_at_4_end']:.3f} | {s['reverse_kl_start']:.3f} -> {s['reverse_kl_end']:.3f} | "
-            f"{s['reverse_kl_end'] / s['reverse_kl_start']:.2f} | {s['seconds']:.0f} |"
-        )
+        ways = [f"{s[f'{name}_start']:.3f} -> {s[f'{name}_end']:.3f}" for name in names]
+        ratio = s["reverse_kl_end"] / s["reverse_kl_start"]
+        rows.append([str(s["seed"]), *ways, f"{ratio:.2f}", f"{s['seconds']:.0f}"])
     if len(summaries) > 1:
-        ends = {name: [s[f"{name}_end"] for s in summaries] for name in ("greedy", "avg_at_4", "reverse_kl")}
-        means = {name: f"{statistics.mean(v):.3f} +- {statistics.stdev(v):.3f}" for name, v in ends.items()}
-        lines.append(f"| mean, sd | {means['greedy']} | {means['avg_at_4']} | {means['reverse_kl']} | | |")
-    return "\n".join(lines)
+        rows.append(["mean, sd", *(spread([s[f"{name}_end"] for s in summaries]) for name in names), "", ""])
+    return markdown_table(["seed", "greedy", "avg@4", "reverse KL", "KL ratio", "seconds"], rows)
 
 
 def column(folder: Path, name: str) -> tuple[list[int], list[float]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.speed.peers.settings import SETTINGS, Setting, written
 from benchmarks.speed.sides import SIDES, add_options, facts, require_sides, run
+from lit_opd.compare.document import markdown_table
 
 TRAINERS = ("iw-opd", "distillation")
 MEGABYTE = 1e6
@@ -56,11 +57,9 @@ def summary(runs: list[dict[str, Any]], setting: Setting) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row a setting and trainer."""
-    lines = [
-        "| setting | trainer | side | CPU s/step (lowest to highest) | generate | teacher | rest | tokens/s | peak MB "
-        "| time, TRL / ours | memory, TRL / ours |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["setting", "trainer", "side", "CPU s/step (lowest to highest)", "generate", "teacher", "rest", "tokens/s"]
+    heads += ["peak MB", "time, TRL / ours", "memory, TRL / ours"]
+    rows = []
     for name, sides in results.items():
         for side, row in sides.items():
             both = len(sides) == len(SIDES) and side == "ours"
@@ -74,8 +73,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 f"{row['peak'] / MEGABYTE:.0f}",
                 *([f"{ratio:.2f}" for ratio in ratios] or ["", ""]),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append(cells)
+    return markdown_table(heads, rows) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:

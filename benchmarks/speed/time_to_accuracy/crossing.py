@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from lit_opd.compare.document import markdown_table
 from lit_opd.compare.statistics import reached
 
 TARGET = 0.80
@@ -58,14 +59,14 @@ def table(summaries: dict[str, dict[str, Any]], references: Sequence[str]) -> st
     present = [name for name in references if name in summaries]
     heads = ["setting", f"CPU s to {TARGET:.2f}, median (range)", "optimizer steps", "sampled tokens, thousand"]
     heads += [f"CPU s for {UNIT} responses", "of it sampling, teacher, rest", *(f"{name} / this" for name in present)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for name, row in summaries.items():
         cells = [name, seconds(row), shown(row["steps"]["median"]), shown(row["tokens"]["median"] / THOUSAND)]
         parts = row["parts"]
         cells += [f"{row['cpu_per_unit']:.2f}", " ".join(f"{parts[p]:.2f}" for p in PARTS) if parts else ""]
         cells += [ratio(summaries[reference], row) for reference in present]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown_table(heads, rows) + "\n"
 
 
 def seconds(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from benchmarks.pages import part
 from benchmarks.studies.reproduce import pictures
 from benchmarks.studies.reproduce.plan import REFERENCE, Plan
 from benchmarks.studies.reproduce.results import Record, area, is_finished
-from lit_opd.compare.document import show
+from lit_opd.compare.document import markdown_table, show
 from lit_opd.compare.statistics import Estimate, mean_interval, paired, reached
 from lit_opd.errors import InputError
 
@@ -209,9 +209,9 @@ def section(plan: Plan, condition: str, about: str, records: Sequence[Record], p
         "",
         f"{len(records)} of {planned} runs. {models_line(records)}",
         "",
-        *results_table(of, order, found, plan.content["target"]),
+        results_table(of, order, found, plan.content["target"]),
         "",
-        *weights_table(of, order),
+        weights_table(of, order),
         "",
         f"![{condition}: curves and disagreement by position](pictures/{curves})",
         "",
@@ -245,17 +245,17 @@ def results_table(
     order: Sequence[str],
     found: Mapping[str, Mapping[str, Estimate | None]],
     target: float,
-) -> list[str]:
+) -> str:
     """Ends with standard deviations, then differences from uniform with 95 % intervals."""
     titles = [*MEASURES, f"steps to {target:.2f}", *(f"{title} - {REFERENCE}" for title in MEASURES)]
-    lines = [f"| variant | seeds | {' | '.join(titles)} |", "|---|" + "---|" * (len(titles) + 1)]
+    rows = []
     for name in order:
         runs = list(of[name].values())
         cells = [spread([value(run) for run in runs]) for value in MEASURES.values()]
         cells.append(steps_to(runs, target))
         cells += [interval(found[name][title]) if name in found else "" for title in MEASURES]
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return lines
+        rows.append([name, str(len(runs)), *cells])
+    return markdown_table(["variant", "seeds", *titles], rows)
 
 
 def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[str]:
@@ -266,12 +266,13 @@ def factor_table(plan: Plan, condition: str, records: Sequence[Record]) -> list[
     if condition == BASE or plan.content["conditions"][condition].get("models"):
         return []
     here, base = (grouped(record for record in records if record["condition"] == name) for name in (condition, BASE))
-    lines = [f"| variant | against | {' | '.join(MEASURES)} |", "|---|" + "---|" * (len(MEASURES) + 1)]
+    rows = []
     for name in here:
         like = name if name in base else plan.content["variants"][name].get("like", name)
         cells = [interval(difference(here[name], base.get(like, {}), value)) for value in MEASURES.values()]
-        lines.append(f"| {name} | {BASE}, {like} | {' | '.join(cells)} |")
-    return [f"{condition} minus base, paired by seed:", "", *lines, ""]
+        rows.append([name, f"{BASE}, {like}", *cells])
+    table = markdown_table(["variant", "against", *MEASURES], rows)
+    return [f"{condition} minus base, paired by seed:", "", table, ""]
 
 
 def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
@@ -291,13 +292,13 @@ def tally(plan: Plan, records: Sequence[Record]) -> list[str]:
         heads = [*conditions, "mean"] if len(conditions) > 1 else conditions
         lines += [f"### {title} minus that of {reference}", ""]
         lines += [MEAN_OF_CONDITIONS, ""] if len(conditions) > 1 else []
-        lines += [f"| variant | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+        rows = []
         for name, cells in shown.items():
             row = [interval(cells.get(condition)) for condition in conditions]
             whole = len(cells) == len(conditions)
             mean = interval(mean_interval([each.mean for each in cells.values()])) if whole else ""
-            lines.append(f"| {name} | {' | '.join([*row, mean][: len(heads)])} |")
-        lines.append("")
+            rows.append([name, *[*row, mean][: len(heads)]])
+        lines += [markdown_table(["variant", *heads], rows), ""]
     return lines
 
 
@@ -322,7 +323,7 @@ def verdicts(plan: Plan, records: Sequence[Record]) -> list[str]:
     if not needed:
         return []
     found = {(title, ref): against(plan, records, ref, title) for title in TALLIED for ref in references}
-    lines, conditions = [], list(plan.content["conditions"])
+    rows, conditions = [], list(plan.content["conditions"])
     for name in (name for name in plan.content["variants"] if any(name in cells for cells in found.values())):
         if name in references:
             continue
@@ -335,12 +336,9 @@ def verdicts(plan: Plan, records: Sequence[Record]) -> list[str]:
         verdict = "**confirmed**" if wins else "not confirmed"
         if len(known) < len(conditions):
             verdict = f"open: {len(known)} of {len(conditions)} conditions"
-        for t in TALLIED:
-            lines.append(
-                f"| {name} | {t} | {', '.join(won[t]) or 'none'} | {', '.join(lost[t]) or 'none'} | {verdict} |"
-            )
-    table = ["| variant | measure | above all references | below one of them | verdict |", "|---|---|---|---|---|"]
-    return ["### Verdict", "", *table, *lines, ""] if lines else []
+        rows += [[name, t, ", ".join(won[t]) or "none", ", ".join(lost[t]) or "none", verdict] for t in TALLIED]
+    heads = ["variant", "measure", "above all references", "below one of them", "verdict"]
+    return ["### Verdict", "", markdown_table(heads, rows), ""] if rows else []
 
 
 def side(estimate: Estimate) -> int:
@@ -348,19 +346,18 @@ def side(estimate: Estimate) -> int:
     return (1 if estimate.mean > 0 else -1) if estimate.excludes_zero else 0
 
 
-def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> list[str]:
+def weights_table(of: Mapping[str, Mapping[int, Record]], order: Sequence[str]) -> str:
     """Step scale and cost: learning rate, what was logged of weights and gradients, tokens; means over steps and seeds."""
     titles = {"weight_mean": "mean weight", "weight_ess": "effective sample", "grad_norm": "gradient norm"}
     titles |= {"clip_fraction": "clip fraction"}
-    lines = [f"| variant | learning rate | {' | '.join(titles.values())} | thousand tokens |"]
-    lines.append("|---|" + "---|" * (len(titles) + 2))
+    rows = []
     for name in order:
         runs = list(of[name].values())
         cells = [f"{fmean(run['means'][key] for run in runs):.3f}" for key in titles]
         rates = ", ".join(f"{rate:g}" for rate in sorted({run["learning_rate"] for run in runs}))
         cells.append(f"{fmean(run['tokens'] for run in runs) / 1000:.0f}")
-        lines.append(f"| {name} | {rates} | {' | '.join(cells)} |")
-    return lines
+        rows.append([name, rates, *cells])
+    return markdown_table(["variant", "learning rate", *titles.values(), "thousand tokens"], rows)
 
 
 def steps_to(runs: Sequence[Record], target: float) -> str:

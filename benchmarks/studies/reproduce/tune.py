@@ -9,6 +9,7 @@ from statistics import fmean
 from benchmarks.pages import Part
 from benchmarks.studies.reproduce.plan import Plan, read_plan
 from benchmarks.studies.reproduce.results import Record, area
+from lit_opd.compare.document import markdown_table
 from lit_opd.errors import InputError
 
 PART = Part("# <tuned>", "# </tuned>", option="--plan")
@@ -79,15 +80,15 @@ def table(plan: Plan, found: dict[str, list[Record]]) -> str:
         f"smallest whose area is at most {tolerance_of(plan):g} below the largest.",
         "At the edge of the grid a better rate may lie outside.",
         "",
-        f"| variant | {' | '.join(f'{rate:g}' for rate in rates)} | at the edge |",
-        "|---|" + "---|" * (len(rates) + 1),
     ]
+    rows = []
     for variant, records in found.items():
         best, tried = chosen(records, tolerance=tolerance_of(plan)), scores(records)
         cells = [f"{tried[rate][0]:.3f} ({tried[rate][1]:.2f})" for rate in rates]
         cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
-        lines.append(f"| {variant} | {' | '.join(cells)} | {'yes' if best in (rates[0], rates[-1]) else ''} |")
-    return "\n".join(lines) + "\n"
+        rows.append([variant, *cells, "yes" if best in (rates[0], rates[-1]) else ""])
+    heads = ["variant", *(f"{rate:g}" for rate in rates), "at the edge"]
+    return "\n".join([*lines, markdown_table(heads, rows)]) + "\n"
 
 
 def tuning_folder(root: Path) -> Path:
