@@ -11,60 +11,27 @@ healing.json, healing.png and the part of healing.md between its markers; a fold
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import yaml
 from torch import Tensor
 
 from benchmarks.pages import part
+from benchmarks.studies.figures import plt, save
+from benchmarks.studies.policies import held_out, load_policy, sample
+from benchmarks.studies.run_folder import curve, summary
 from lit_opd.compare.document import markdown_table
-from lit_opd.models.loading import load_causal_lm, load_generation_config, load_tokenizer
-from lit_opd.prompts.datamodule import PromptDataModule
-from lit_opd.rollout import SamplingSettings, TransformersSampler
+from lit_opd.models.loading import load_tokenizer
 from lit_opd.scoring.model import ScoringModel
-from lit_opd.types import PromptBatch, Rollout
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from lit_opd.types import Rollout
 
 PAGE, PART = "healing.md", part("healing")
 SHOWN = 3
 SAMPLING_SEED = 1234  # not the run's: fresh samples
-
-
-def load_policy(path: str) -> ScoringModel:
-    """A frozen float32 policy of a Hugging Face folder."""
-    model = load_causal_lm(path, "path", dtype="float32")
-    rows = model.config.get_text_config().vocab_size
-    return ScoringModel(model, vocabulary=rows).requires_grad_(False).eval()
-
-
-def held_out(config: dict[str, Any], tokenizer: Any) -> PromptBatch:
-    """The run's validation prompts, one batch."""
-    settings = {name: value for name, value in config["data"].items() if value is not None}
-    data = PromptDataModule(**settings)
-    data.use_tokenizer(tokenizer)
-    data.setup("validate")
-    return next(iter(data.val_dataloader()))
-
-
-def sample(policy: ScoringModel, prompts: PromptBatch, tokenizer: Any, path: str, new_tokens: int) -> Rollout:
-    """Temperature-1 samples with fixed streams."""
-    stops = load_generation_config(path).eos_token_id
-    settings = SamplingSettings(
-        max_new_tokens=new_tokens,
-        stop_ids=tuple(stops if isinstance(stops, list) else [stops]),
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=policy.vocabulary,
-        seed=SAMPLING_SEED,
-    )
-    return TransformersSampler(max_new_tokens=new_tokens).sample(policy, prompts, settings)
 
 
 def mean_nll(policy: ScoringModel, rollout: Rollout) -> float:
@@ -91,12 +58,6 @@ def texts(rollout: Rollout, tokenizer: Any) -> list[str]:
     ]
 
 
-def curve(run: Path, column: str) -> list[tuple[int, float]]:
-    """(step, value) of one column of metrics.csv."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
-
-
 def draw(run: Path, path: Path) -> None:
     """Held-out KL and training KL against the step."""
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
@@ -106,8 +67,7 @@ def draw(run: Path, path: Path) -> None:
     axis.plot(*zip(*curve(run, "val/reverse_kl"), strict=True), "o-", label="held-out prompts (full vocabulary)")
     axis.set(xlabel="optimizer step", ylabel="KL(student || teacher), nats/token", ylim=(0, None))
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def measure(run: Path, config: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, str]]]:
@@ -116,14 +76,15 @@ def measure(run: Path, config: dict[str, Any]) -> tuple[dict[str, float], list[d
     teacher_path = config["model"]["teacher"]["init_args"]["path"]
     new_tokens = config["model"]["sampler"]["init_args"]["max_new_tokens"]
     tokenizer = load_tokenizer(start, "path")
-    prompts = held_out(config, tokenizer)
-    written = sample(load_policy(teacher_path), prompts, tokenizer, teacher_path, new_tokens)
+    prompts = held_out(config["data"], tokenizer)
+    how = {"new_tokens": new_tokens, "seed": SAMPLING_SEED}
+    written = sample(load_policy(teacher_path), prompts, tokenizer, teacher_path, **how)
     figures: dict[str, float] = {"prompts": len(prompts), "teacher_tokens": float(written.mask.sum())}
     figures["distinct_2_teacher"] = distinct_2(written)
     answers: list[list[str]] = []
     for name, path in (("start", start), ("end", end)):
         policy = load_policy(path)
-        own = sample(policy, prompts, tokenizer, path, new_tokens)
+        own = sample(policy, prompts, tokenizer, path, **how)
         figures[f"teacher_text_nll_{name}"] = mean_nll(policy, written)
         figures[f"distinct_2_{name}"] = distinct_2(own)
         answers.append(texts(own, tokenizer))
@@ -143,10 +104,10 @@ def texts_of_prompts(ids: Tensor, mask: Tensor, tokenizer: Any) -> list[str]:
 def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) -> str:
     """The page's part."""
     kl = curve(run, "val/reverse_kl")
-    summary = json.loads((run / "summary.json").read_text())
+    ends = summary(run)
     lines = [
-        f"{summary['strategy']}, {summary['steps']} steps, {summary['tokens']:,} sampled tokens, seed {summary['seed']}, "
-        f"{summary['seconds']:.0f} s; {figures['prompts']:.0f} held-out prompts.",
+        f"{ends['strategy']}, {ends['steps']} steps, {ends['tokens']:,} sampled tokens, seed {ends['seed']}, "
+        f"{ends['seconds']:.0f} s; {figures['prompts']:.0f} held-out prompts.",
         "",
     ]
     rows = [("reverse KL, nats/token, held-out samples", kl[0][1], kl[-1][1])]

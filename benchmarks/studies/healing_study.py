@@ -23,27 +23,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
 import yaml
 
-from benchmarks.cells import interval, machine, spread
-from benchmarks.studies.healing import curve, measure
-from benchmarks.studies.reproduce.pictures import draw_band, draw_positions
+from benchmarks.studies.cells import interval, machine, spread
+from benchmarks.studies.figures import draw_band, draw_positions, plt, save
+from benchmarks.studies.healing import measure
 from benchmarks.studies.reproduce.plan import digest
 from benchmarks.studies.reproduce.runner import locked
+from benchmarks.studies.run_folder import BANDS, curve, summary, write_record
 from lit_opd.compare.document import markdown_table
 from lit_opd.compare.statistics import paired
 from lit_opd.errors import InputError
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "smollm2_healing.yaml"
 RECORD = "study.json"
 SHORT = 12  # digits of a hash that are shown
 REFERENCE = "uniform"
-BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
 VARIANTS: dict[str, dict[str, Any]] = {
     "uniform": {"class_path": "lit_opd.weighting.Uniform"},
     "iw-1.5": {"class_path": "lit_opd.weighting.ImportanceWeighting", "init_args": {"w_max": 1.5}},
@@ -145,7 +141,7 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
     if not (folder / "summary.json").is_file():  # the last thing a run writes; a stopped one has a student before
         train(folder, variant, seed, extra)
     figures, samples = measure(folder, yaml.safe_load((folder / "config.yaml").read_text()))
-    summary = json.loads((folder / "summary.json").read_text())
+    ends = summary(folder)
     curves = {name: curve(folder, f"val/{name}") for name in ("reverse_kl", "disagreement")}
     found = [dict(curve(folder, band)) for band in BANDS]  # a tenth without a token has no value
     bands = [[band.get(step) for band in found] for step, _ in curves["disagreement"]]
@@ -154,15 +150,13 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
         "variant": variant,
         "seed": seed,
         "settings": settings,
-        "steps": summary["steps"],
-        "tokens": summary["tokens"],
+        "steps": ends["steps"],
+        "tokens": ends["tokens"],
         "machine": machine(),
         "finished": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    record |= {"seconds": summary["seconds"], "figures": figures, "curves": curves, "bands": bands, "samples": samples}
-    draft = folder / f".{RECORD}"
-    draft.write_text(json.dumps(record, allow_nan=False) + "\n")
-    os.replace(draft, path)
+    record |= {"seconds": ends["seconds"], "figures": figures, "curves": curves, "bands": bands, "samples": samples}
+    write_record(path, record)
     drop_weights(folder)
     return record
 
@@ -234,8 +228,7 @@ def draw(of: Mapping[str, Mapping[int, Record]], path: Path) -> None:
     right.set(xlabel="position in the response, %", ylabel="|q - s|, nats/token", title="start (dashes), end")
     right.set_ylim(bottom=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(of), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def write_page(records: Sequence[Record], out: Path) -> Path:

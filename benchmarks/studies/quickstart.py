@@ -8,23 +8,17 @@ One process and one thread a run. A finished run folder is not run again.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.cells import spread
+from benchmarks.studies.cells import spread
+from benchmarks.studies.figures import plt, save
+from benchmarks.studies.run_folder import BANDS, curve, summary
 from lit_opd.compare.document import markdown_table
 
 CONFIG = "configs/quickstart.yaml"
-BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
 MUST_GREEDY, MUST_RATIO = 0.75, 0.5
 
 
@@ -34,7 +28,7 @@ def run(seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:
         command = [sys.executable, "train.py", "fit", "--config", CONFIG, "--seed_everything", str(seed)]
         command += ["--run_dir", str(folder), "--overwrite", "true", "--wandb.mode", "disabled", *overrides]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return dict(json.loads((folder / "summary.json").read_text()))
+    return summary(folder)
 
 
 def table(summaries: list[dict[str, float]]) -> str:
@@ -49,13 +43,6 @@ def table(summaries: list[dict[str, float]]) -> str:
     return markdown_table(["seed", "greedy", "avg@4", "reverse KL", "KL ratio", "seconds"], rows)
 
 
-def column(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one column of metrics.csv."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
-    return [step for step, _ in rows], [value for _, value in rows]
-
-
 def draw(folders: list[Path], path: Path) -> None:
     """Accuracy and KL against the step, and disagreement by position at start and end; a thin line a seed."""
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
@@ -64,7 +51,7 @@ def draw(folders: list[Path], path: Path) -> None:
         ("val/reverse_kl", "KL(student || teacher)", "nats/token, held-out problems", (0, None)),
     ]
     for axis, (name, title, label, limits) in zip(axes, curves, strict=False):
-        found = [column(folder, name) for folder in folders]
+        found = [tuple(zip(*curve(folder, name), strict=True)) for folder in folders]
         for steps, values in found:
             axis.plot(steps, values, color="0.75", lw=1)
         mean = [statistics.mean(values) for values in zip(*(values for _, values in found), strict=True)]
@@ -73,16 +60,14 @@ def draw(folders: list[Path], path: Path) -> None:
         axis.legend(frameon=False)
     centres = [5 + 10 * band for band in range(10)]
     for index, (when, color) in enumerate((("start", "C3"), ("end", "C0"))):
-        values = [[column(folder, band)[1][-index] for band in BANDS] for folder in folders]
+        values = [[curve(folder, band)[-index][1] for band in BANDS] for folder in folders]
         mean = [statistics.mean(band) for band in zip(*values, strict=True)]
         axes[2].plot(centres, mean, "o-", color=color, lw=2, label=when)
     axes[2].set(
         title="where they disagree", xlabel="position in the response, %", ylabel="|q - s|, nats/token", ylim=(0, None)
     )
     axes[2].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, dpi=130)
 
 
 def main() -> None:

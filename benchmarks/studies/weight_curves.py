@@ -16,21 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import matplotlib
 import torch
 import yaml
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from lit_opd.models.loading import load_causal_lm, load_generation_config, load_tokenizer
-from lit_opd.prompts.datamodule import PromptDataModule
-from lit_opd.rollout import SamplingSettings, TransformersSampler
-from lit_opd.scoring.model import ScoringModel
-from lit_opd.types import PromptBatch, Rollout, TokenSignal
+from benchmarks.studies.figures import plt, save
+from benchmarks.studies.policies import held_out, load_policy, sample
+from lit_opd.models.loading import load_tokenizer
+from lit_opd.types import TokenSignal
 from lit_opd.weighting import WeightingStrategy
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "configs" / "quickstart.yaml"
@@ -80,42 +75,14 @@ class Panel:
 # -- the rollout -------------------------------------------------------------------------------------------------------
 
 
-def load_policy(path: str) -> ScoringModel:
-    """A frozen float32 policy of a Hugging Face folder."""
-    model = load_causal_lm(path, "path", dtype="float32")
-    rows = model.config.get_text_config().vocab_size
-    return ScoringModel(model, vocabulary=rows).requires_grad_(False).eval()
-
-
-def validation_prompts(config: dict[str, Any], tokenizer: Any, rows: int) -> PromptBatch:
-    """The first ``rows`` validation prompts of the quickstart."""
-    data = PromptDataModule(**{**config["data"], "val_batch": rows, "val_limit": rows})
-    data.use_tokenizer(tokenizer)
-    data.setup("validate")
-    return next(iter(data.val_dataloader()))
-
-
-def sampled(policy: ScoringModel, prompts: PromptBatch, tokenizer: Any, config: dict[str, Any], seed: int) -> Rollout:
-    """Temperature-1 responses with fixed random streams."""
-    stops = load_generation_config(config["model"]["student"]["path"]).eos_token_id
-    slots = config["model"]["sampler"]["init_args"]["max_new_tokens"]
-    settings = SamplingSettings(
-        max_new_tokens=slots,
-        stop_ids=tuple(stops if isinstance(stops, list) else [stops]),
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=policy.vocabulary,
-        seed=seed,
-    )
-    return TransformersSampler(max_new_tokens=slots).sample(policy, prompts, settings)
-
-
 @torch.no_grad()
 def real_signal(config: dict[str, Any], *, rows: int, seed: int) -> TokenSignal:
     """Log-probs and entropies of student and teacher on the student's own responses, [B, T] nats."""
-    tokenizer = load_tokenizer(config["model"]["student"]["path"], "model.student.path")
-    student = load_policy(config["model"]["student"]["path"])
-    teacher = load_policy(config["model"]["teacher"]["init_args"]["path"])
-    rollout = sampled(student, validation_prompts(config, tokenizer, rows), tokenizer, config, seed)
+    path, new_tokens = config["model"]["student"]["path"], config["model"]["sampler"]["init_args"]["max_new_tokens"]
+    tokenizer = load_tokenizer(path, "model.student.path")
+    student, teacher = load_policy(path), load_policy(config["model"]["teacher"]["init_args"]["path"])
+    prompts = held_out(config["data"] | {"val_batch": rows, "val_limit": rows}, tokenizer)
+    rollout = sample(student, prompts, tokenizer, path, new_tokens=new_tokens, seed=seed)
     ours, theirs = (policy(rollout, wants=frozenset({"entropy"})) for policy in (student, teacher))
     return TokenSignal(
         student_logprobs=ours.logprobs,
@@ -195,9 +162,7 @@ def draw(signal: TokenSignal, path: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("|A|, nats" if axis is axes[-1, 0] else "weight", fontsize=10)
     _legend(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path, dpi=DPI, metadata={"Software": None})
 
 
 def _weights(axis: Axes, panel: Panel, mask: Tensor, row: int, colour: str) -> None:

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
+from benchmarks.studies.figures import draw_band, draw_positions, plt, save
 from benchmarks.studies.reproduce.results import Record
 from lit_opd.compare.statistics import Estimate
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 SHOWN = 6  # variants in colour in a picture of curves
 TICKS = 4  # intervals between ticks at most: "-0.010" five times touches its neighbours
-DPI = 120
 COLORS = ("#202020", "#1f5fa8", "#57a0d3", "#c4500c", "#2f7d32", "#8e44ad")
 PANELS = {
     "greedy": ("greedy accuracy", "exact match"),
@@ -53,7 +48,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path, names: Sequenc
     )
     axes[2].set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=SHOWN, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _others(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
@@ -64,22 +59,6 @@ def _others(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
         color="0.8",
         lw=0.9,
     )
-
-
-def draw_band(axis: Axes, curves: Sequence[Sequence[tuple[int, float]]], color: str, label: str) -> None:
-    """Mean of the seeds and one standard deviation either side."""
-    steps = [step for step, _ in curves[0]]
-    values = np.array([[value for _, value in curve] for curve in curves])
-    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
-    axis.plot(steps, mean, "o-", color=color, lw=1.6, ms=3, label=label)
-    axis.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.13, lw=0)
-
-
-def draw_positions(axis: Axes, bands: Sequence[Sequence[float | None]], color: str, style: str) -> None:
-    """Mean over runs by tenth of the response, None where a run has no token there."""
-    centres = 5 + 10 * np.arange(len(bands[0]))
-    means = np.ma.masked_invalid(np.array(bands, dtype=float)).mean(0)
-    axis.plot(centres, means, style, color=color, lw=1.6)
 
 
 def draw_differences(found: Mapping[str, Mapping[str, Estimate | None]], path: Path) -> None:
@@ -102,7 +81,7 @@ def draw_differences(found: Mapping[str, Mapping[str, Estimate | None]], path: P
     axes[0].set_yticks(range(len(found)), list(found))
     axes[0].set_ylim(len(found) - 0.5, -0.5)
     _limit(axes, [[e[measure] for e in found.values()] for measure in measures])
-    _save(figure, path)
+    save(figure, path)
 
 
 def _estimate(axis: Axes, row: int, estimate: Estimate | None, *, sign: int) -> None:
@@ -120,9 +99,3 @@ def _limit(axes: Sequence[Axes], estimates: Sequence[Sequence[Estimate | None]])
         means = [0.0, *(estimate.mean for estimate in column if estimate is not None)]
         margin = 0.5 * (max(means) - min(means)) + 0.005
         axis.set_xlim(min(means) - margin, max(means) + margin)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks.cells import interval, spread
 from benchmarks.pages import part
+from benchmarks.studies.cells import interval, spread
 from benchmarks.studies.reproduce import pictures
 from benchmarks.studies.reproduce.plan import REFERENCE, Plan
 from benchmarks.studies.reproduce.results import Record, area, is_finished

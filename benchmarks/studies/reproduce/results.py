@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
 import os
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cells import machine
+from benchmarks.studies.cells import machine
 from benchmarks.studies.reproduce.plan import Job
+from benchmarks.studies.run_folder import BANDS, column, metrics, summary, write_record
 from lit_opd.compare.statistics import mean_height
 from lit_opd.files import append_lines, read_lines
 
@@ -25,24 +24,18 @@ MEANS = {
     "grad_norm": "train/grad_norm",
     "clip_fraction": "train/clip_fraction",
 }
-BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
 Record = dict[str, Any]
 
 
 def measured(folder: Path) -> Record:
     """Curves as [step, value] pairs, disagreement by relative position at each evaluation, means over the steps."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = metrics(folder)
     bands = [[int(row["step"]), [float(row[band]) for band in BANDS]] for row in rows if row.get(BANDS[0])]
     return {
-        "curves": {name: _column(rows, column) for name, column in CURVES.items()},
+        "curves": {name: column(rows, logged) for name, logged in CURVES.items()},
         "bands": bands,
-        "means": {name: fmean(value for _, value in _column(rows, column)) for name, column in MEANS.items()},
+        "means": {name: fmean(value for _, value in column(rows, logged)) for name, logged in MEANS.items()},
     }
-
-
-def _column(rows: Iterable[dict[str, str]], name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
 
 
 def code_version() -> str:
@@ -52,7 +45,7 @@ def code_version() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def write_record(
+def finish(
     job: Job, folder: Path, *, cpu_seconds: float, wall_seconds: float, models: dict[str, Any], code: str
 ) -> Record:
     """Write ``reproduce.json``, which makes the run a finished one; returns its content.
@@ -63,7 +56,7 @@ def write_record(
         models: role -> what ``asset.json`` says of a model that is not the shipped one.
         code: ``code_version`` of when it was made.
     """
-    summary = json.loads((folder / "summary.json").read_text())
+    ends = summary(folder)
     record = {
         "run": job.name,
         "condition": job.condition,
@@ -73,8 +66,8 @@ def write_record(
         "plan": job.plan,
         "settings": job.settings_sha,
         "learning_rate": job.settings["model"]["optimizer"]["init_args"]["lr"],
-        "steps": summary["steps"],
-        "tokens": summary["tokens"],
+        "steps": ends["steps"],
+        "tokens": ends["tokens"],
         "cpu_seconds": round(cpu_seconds, 1),
         "wall_seconds": round(wall_seconds, 1),
         "models": models,
@@ -82,9 +75,7 @@ def write_record(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
     } | measured(folder)
-    draft = folder / f".{RECORD}"
-    draft.write_text(json.dumps(record, allow_nan=False) + "\n")
-    os.replace(draft, folder / RECORD)
+    write_record(folder / RECORD, record)
     return record
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
 from benchmarks.studies.reproduce.plan import Asset, Job, folder_of, merged
 from benchmarks.studies.reproduce.processes import RunFailed
-from benchmarks.studies.reproduce.results import Record, code_version, write_record
+from benchmarks.studies.reproduce.results import Record, code_version, finish
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
 from lit_opd.cli.command import main
 
@@ -45,7 +45,7 @@ def run_job(job: Job, root: Path) -> Record:
         going_on = ["--ckpt_path", "last"] if resumable(job, folder) else ["--overwrite", "true"]
         logged(log, lambda: main(run_callbacks, [*words, *going_on]))
     seconds = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.monotonic() - wall}
-    record = write_record(job, folder, models=models_of(job, root), code=imported_code(), **seconds)
+    record = finish(job, folder, models=models_of(job, root), code=imported_code(), **seconds)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the student is exported; 100 runs would keep 200 MB
     return record
 
