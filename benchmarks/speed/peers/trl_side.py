@@ -61,41 +61,31 @@ def timed(model: Any) -> tuple[list[float], list[int]]:
     return spent, added
 
 
-def iw_opd(
-    setting: Setting, folder: str, student: Any, teacher: Any, tokenizer: Any, data: list[dict[str, Any]]
+def build(
+    name: str, setting: Setting, folder: str, *, student: Any, teacher: Any, tokenizer: Any, data: list[dict[str, Any]]
 ) -> Any:
-    """IWOPDTrainer at its published objective; no recomputation in the backward pass, which is faster."""
-    from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
+    """IWOPDTrainer at its published objective, or DistillationTrainer, full-vocabulary reverse KL in tiles.
 
-    settings = IWOPDConfig(
-        **common(setting, folder),
-        lmbda=1.0,
-        max_length=setting.tokens + 64,
-        max_prompt_length=64,
-    )
-    return IWOPDTrainer(
+    No recomputation in the backward pass, which is faster.
+    """
+    if name == "iw-opd":
+        from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
+
+        kind = IWOPDTrainer
+        settings = IWOPDConfig(
+            **common(setting, folder), lmbda=1.0, max_length=setting.tokens + 64, max_prompt_length=64
+        )
+    else:
+        from trl import DistillationConfig, DistillationTrainer
+
+        kind, settings = DistillationTrainer, DistillationConfig(**common(setting, folder))
+        data = [{"prompt": row["messages"][:1]} for row in data]
+    return kind(
         model=student,
         teacher_model=teacher,
         args=settings,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(data),
-    )
-
-
-def distillation(
-    setting: Setting, folder: str, student: Any, teacher: Any, tokenizer: Any, data: list[dict[str, Any]]
-) -> Any:
-    """DistillationTrainer, full-vocabulary reverse KL in tiles."""
-    from trl import DistillationConfig, DistillationTrainer
-
-    settings = DistillationConfig(**common(setting, folder))
-    prompts = [{"prompt": row["messages"][:1]} for row in data]
-    return DistillationTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=settings,
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list(prompts),
     )
 
 
@@ -137,9 +127,8 @@ def main() -> None:
         {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": reply}]}
         for row in rows
     ]
-    build = {"iw-opd": iw_opd, "distillation": distillation}[trainer_name]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(setting, folder, student, teacher, tokenizer, data)
+        trainer = build(trainer_name, setting, folder, student=student, teacher=teacher, tokenizer=tokenizer, data=data)
         (spent, added), watch = timed(student), Watch(trainer)
         trainer.add_callback(watch)
         trainer.train()

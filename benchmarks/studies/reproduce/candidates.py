@@ -43,7 +43,21 @@ class WindowedRatio(WeightingStrategy):
         return shifted_right(moving_sum(ratio, self.window)).clamp(self.low, 0.0).exp()
 
 
-class SurpriseDrift(WeightingStrategy):
+class TeacherEntropy(WeightingStrategy):
+    """What reads the teacher's entropy up to t, which the tokens before t decide."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The teacher's entropy."""
+        return frozenset({"teacher_entropy"})
+
+    @property
+    def depends_on(self) -> DependsOn:
+        """Reads q_k of earlier tokens, and H_k up to the token's own."""
+        return "prefix"
+
+
+class SurpriseDrift(TeacherEntropy):
     """Drift measured by the teacher's surprise beyond what it expects itself, not by the ratio.
 
         w_t = exp(clip(alpha * sum_{k<t} (q_k + H^T_k), low, 0))
@@ -59,16 +73,6 @@ class SurpriseDrift(WeightingStrategy):
         super().__init__()
         self.alpha, self.low = alpha, low
 
-    @property
-    def requires(self) -> frozenset[str]:
-        """The teacher's entropy."""
-        return frozenset({"teacher_entropy"})
-
-    @property
-    def depends_on(self) -> DependsOn:
-        """Reads q_k and H_k of earlier tokens only."""
-        return "prefix"
-
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
         """exp(clip(alpha * sum of (q + H) before t, low, 0)), [B, T]."""
         assert signal.teacher_entropy is not None  # required above
@@ -76,7 +80,7 @@ class SurpriseDrift(WeightingStrategy):
         return (self.alpha * shifted_right(excess.cumsum(-1))).clamp(self.low, 0.0).exp()
 
 
-class TeacherCertainty(WeightingStrategy):
+class TeacherCertainty(TeacherEntropy):
     """How sure the teacher has been lately, which comes back where it finds its feet again.
 
         w_t = max(exp(-alpha * mean of H^T over the last ``window`` tokens, t included), floor)
@@ -90,16 +94,6 @@ class TeacherCertainty(WeightingStrategy):
     def __init__(self, window: int = 4, alpha: float = 1.0, floor: float = 0.0) -> None:
         super().__init__()
         self.window, self.alpha, self.floor = window, alpha, floor
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The teacher's entropy."""
-        return frozenset({"teacher_entropy"})
-
-    @property
-    def depends_on(self) -> DependsOn:
-        """Reads state fields up to t, functions of the tokens before it."""
-        return "prefix"
 
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
         """max(exp(-alpha * windowed mean of H), floor), [B, T]."""
