@@ -133,11 +133,7 @@ def main() -> None:
         trainer.add_callback(watch)
         trainer.train()
     assert set(added) == {setting.tokens}, f"responses of {sorted(set(added))} tokens"
-    result = {
-        "seconds": watch.seconds[1:],
-        "generate": spent[1:],
-        "peak": peak_bytes() - watch.loaded,
-    }
+    result = {"seconds": watch.seconds[1:], "generate": spent[1:], "peak": peak_bytes() - watch.loaded}
     print("RESULT " + json.dumps(result))
 
 

@@ -67,12 +67,7 @@ OURS: dict[str, dict[str, str]] = {
     "own, full vocabulary": {**PREFIX_RATIO, **FORWARD_KL, "model.mini_batches": "4"},
     "own, full vocabulary, 32 prompts a step": {**PREFIX_RATIO, **FORWARD_KL, "data.prompt_batch": "32"},
     "own, stopped": {**FAST, **STOPPED, "model.weighting": "Uniform"},
-    "own, stopped, 32 prompts a step": {
-        **FAST,
-        **STOPPED,
-        "model.weighting": "Uniform",
-        "data.prompt_batch": "32",
-    },
+    "own, stopped, 32 prompts a step": {**FAST, **STOPPED, "model.weighting": "Uniform", "data.prompt_batch": "32"},
     "own, stopped, full vocabulary, 32 prompts a step": {
         **STOPPED,
         **FORWARD_KL,
@@ -81,10 +76,7 @@ OURS: dict[str, dict[str, str]] = {
     },
 }
 # What each setting changes of the IWOPDConfig in trl_side.py
-TRL: dict[str, dict[str, Any]] = {
-    "TRL": {},
-    "TRL, 32 prompts a step": {"per_device_train_batch_size": 32},
-}
+TRL: dict[str, dict[str, Any]] = {"TRL": {}, "TRL, 32 prompts a step": {"per_device_train_batch_size": 32}}
 UPDATES = ("model.mini_batches", "model.epochs")  # whose product is the number of optimizer steps a rollout batch
 
 

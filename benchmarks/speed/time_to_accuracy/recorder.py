@@ -50,13 +50,7 @@ class Recorder:
         self._since = None
 
     def batch(
-        self,
-        *,
-        ids: Tensor,
-        prompt_mask: Tensor,
-        tokens: int,
-        steps: int,
-        weights: Callable[[], Mapping[str, Tensor]],
+        self, *, ids: Tensor, prompt_mask: Tensor, tokens: int, steps: int, weights: Callable[[], Mapping[str, Tensor]]
     ) -> None:
         """One rollout batch more; the clock goes on behind it.
 

@@ -16,10 +16,7 @@ from lit_opd.compare.statistics import Estimate
 SHOWN = 6  # variants in colour in a picture of curves
 TICKS = 4  # intervals between ticks at most: "-0.010" five times touches its neighbours
 COLORS = ("#202020", "#1f5fa8", "#57a0d3", "#c4500c", "#2f7d32", "#8e44ad")
-PANELS = {
-    "greedy": ("greedy accuracy", "exact match"),
-    "reverse_kl": ("KL(student || teacher)", "nats/token"),
-}
+PANELS = {"greedy": ("greedy accuracy", "exact match"), "reverse_kl": ("KL(student || teacher)", "nats/token")}
 GOOD_BELOW = "reverse KL"  # the one measure of which less is better
 
 
