@@ -43,7 +43,7 @@ vllm-test: $(STAMP) .venv-vllm/.installed
 	touch $@
 
 bench-peers: $(STAMP) .venv-trl/.installed
-	$(BIN)/python -m benchmarks.speed.peers --trainers iw-opd distillation --trl-python .venv-trl/bin/python
+	$(BIN)/python -m benchmarks.speed.peers --trainers iw-opd distillation --trl-python .venv-trl/bin/python --out docs
 
 # Seconds to greedy 0.80 on the testbed, the sides taking turns
 time-to-accuracy: $(STAMP) .venv-trl/.installed

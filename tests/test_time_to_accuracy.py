@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks.speed.sides import run
 from benchmarks.speed.time_to_accuracy.__main__ import Judge, parsed, require_same, words, write_prompts
-from benchmarks.speed.time_to_accuracy.__main__ import write as write_report
 from benchmarks.speed.time_to_accuracy.crossing import crossing, summary, table
 from callbacks import ExportStudent
 from lit_opd.cli.command import main as run_cli
@@ -72,14 +71,6 @@ def test_runs_on_other_prompts_or_stop_ids_are_refused():
     for change in ({"rows": [1, 3]}, {"first_prompt": [0, 7]}, {"stop_ids": [1, 2]}):
         with pytest.raises(RuntimeError, match="a and b must meet the same prompts"):
             require_same(one, one | {"setting": "b"} | change)
-
-
-def test_a_report_is_json_and_replaces_the_part_between_the_markers(tmp_path):
-    (tmp_path / "benchmarks.md").write_text("before\n<!-- time-to-accuracy -->\nold\n<!-- /time-to-accuracy -->\nafter")
-    write_report(tmp_path, {"cpu": math.inf}, "new\n")
-    page = (tmp_path / "benchmarks.md").read_text()
-    assert page == "before\n<!-- time-to-accuracy -->\nnew\n<!-- /time-to-accuracy -->\nafter"
-    assert json.loads((tmp_path / "benchmarks" / "time_to_accuracy.json").read_text()) == {"cpu": None}
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,15 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
-from benchmarks.pages import part
 from benchmarks.speed.peers.settings import Setting, written
-from benchmarks.speed.sides import facts, in_words, run
+from benchmarks.speed.sides import add_out, facts, in_words, publish, run
 from lit_opd.compare.document import markdown_table
 
-PAGE, PART = "benchmarks.md", part("curves")
+NAME = "curves"
 BASE = {"batch": 4, "tokens": 256, "vocabulary": 4096}
 AXES = {
     "tokens": [128, 256, 512, 1024, 2048, 4096],
@@ -39,12 +40,10 @@ def measured(setting: Setting) -> dict[str, float]:
 
 def slope(xs: list[int], ys: list[float]) -> float:
     """Of log y over log x by least squares."""
-    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    mx, my = statistics.mean(lx), statistics.mean(ly)
-    return sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True)) / sum((x - mx) ** 2 for x in lx)
+    return statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys]).slope
 
 
-def table(axis: str, points: list[tuple[int, dict[str, float]]]) -> list[str]:
+def table(axis: str, points: Sequence[tuple[int, dict[str, float]]]) -> list[str]:
     """Markdown of one axis, the slopes last."""
     fixed = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
     rows = [[str(x), f"{p['seconds']:.2f}", f"{p['sampling']:.2f}", f"{p['peak']:.0f}"] for x, p in points]
@@ -56,33 +55,27 @@ def table(axis: str, points: list[tuple[int, dict[str, float]]]) -> list[str]:
     return [f"Against {axis} ({fixed}):", "", markdown_table(heads, rows), ""]
 
 
+def body_of(report: dict[str, Any]) -> str:
+    """What the page shows."""
+    lines = [f"{in_words(report)}; two measured steps a point, model seeds fixed.", ""]
+    return "\n".join([*lines, *(line for axis, points in report["points"].items() for line in table(axis, points))])
+
+
 def main() -> None:
     """Measure and print; with --out write JSON and the page's part between its markers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
+    add_out(parser, NAME)
     parser.add_argument("--axes", nargs="*", choices=sorted(AXES), default=list(AXES))
     given = parser.parse_args()
-    about = facts()
-    lines = [f"{in_words(about)}; two measured steps a point, model seeds fixed.", ""]
-    raw = {}
-    for axis in given.axes:
-        points = []
+    report = facts() | {"base": BASE, "points": {axis: [] for axis in given.axes}}
+    for axis, points in report["points"].items():
         for value in AXES[axis]:
-            changed = BASE | {axis: value}
-            setting = Setting(
-                f"{axis}-{value}", changed["batch"], changed["tokens"], vocabulary=changed["vocabulary"], steps=2
-            )
+            setting = Setting(f"{axis}-{value}", **(BASE | {axis: value}), steps=2)
             points.append((value, measured(setting)))
             print(axis, value, points[-1][1], flush=True)
-        lines += table(axis, points)
-        raw[axis] = points
-    text = "\n".join(lines)
-    print(text)
+    print(body_of(report))
     if given.out is not None:
-        (given.out / "benchmarks").mkdir(exist_ok=True)
-        about |= {"base": BASE, "points": raw}
-        (given.out / "benchmarks" / "curves.json").write_text(json.dumps(about, indent=1) + "\n")
-        PART.write(given.out / PAGE, text)
+        publish(given.out, NAME, report, body_of(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""This project and TRL as two sides of a benchmark: one run of a side, what its figures depend on, the options both share."""
+"""This project and TRL as two sides of a benchmark: one run of a side, what its figures depend on, where they are published."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import part
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = "benchmarks.md"
 SIDES = ("ours", "trl")
 RESULT = "RESULT "  # what the line begins with that a side's script prints its figures on
 
@@ -64,6 +67,26 @@ def in_words(about: dict[str, Any]) -> str:
     """``facts`` as the pages begin with them."""
     packages = {**about["ours"], **about.get("trl", {})}
     return f"{about['machine']}, {about['date']}; {', '.join(f'{name} {number}' for name, number in packages.items())}"
+
+
+def publish(out: Path, name: str, report: dict[str, Any], body: str) -> None:
+    """The numbers as JSON, null where something was never reached, and the part of that name on the page.
+
+    Args:
+        out: folder of the page.
+        name: of the part, and of the file below ``benchmarks``.
+        report: for JSON.
+        body: for the page, whole lines.
+    """
+    path = out / "benchmarks" / f"{name.replace('-', '_')}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=1).replace("Infinity", "null") + "\n")
+    part(name).write(out / PAGE, body)
+
+
+def add_out(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where to publish."""
+    parser.add_argument("--out", type=part(name).in_folder(PAGE), default=None, help=f"folder with {PAGE}")
 
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:

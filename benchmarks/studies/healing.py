@@ -50,12 +50,9 @@ def distinct_2(rollout: Rollout) -> float:
     return len(set(bigrams)) / max(len(bigrams), 1)
 
 
-def texts(rollout: Rollout, tokenizer: Any) -> list[str]:
-    """Decoded responses."""
-    return [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True)
-    ]
+def texts(ids: Tensor, mask: Tensor, tokenizer: Any) -> list[str]:
+    """Decoded prompts or responses, int64 and bool [B, T]."""
+    return [tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(ids, mask, strict=True)]
 
 
 def draw(run: Path, path: Path) -> None:
@@ -87,18 +84,13 @@ def measure(run: Path, config: dict[str, Any]) -> tuple[dict[str, float], list[d
         own = sample(policy, prompts, tokenizer, path, **how)
         figures[f"teacher_text_nll_{name}"] = mean_nll(policy, written)
         figures[f"distinct_2_{name}"] = distinct_2(own)
-        answers.append(texts(own, tokenizer))
-    asked = texts_of_prompts(prompts.ids, prompts.mask, tokenizer)
+        answers.append(texts(own.response_ids, own.mask, tokenizer))
+    asked = texts(prompts.ids, prompts.mask, tokenizer)
     shown = [
         {"prompt": asked[row], "start": answers[0][row], "end": answers[1][row]}
         for row in range(min(SHOWN, len(asked)))
     ]
     return figures, shown
-
-
-def texts_of_prompts(ids: Tensor, mask: Tensor, tokenizer: Any) -> list[str]:
-    """Decoded prompts [B, P]."""
-    return [tokenizer.decode(row[valid], skip_special_tokens=True) for row, valid in zip(ids, mask, strict=True)]
 
 
 def report(figures: dict[str, float], shown: list[dict[str, str]], run: Path) -> str:

@@ -1,6 +1,6 @@
 """This project and TRL in turn on the same models and prompts: a table of CPU seconds a step and of peak memory.
 
-    python -m benchmarks.speed.peers [--settings ...] [--trainers iw-opd distillation] [--rounds 3] [--trl-python PATH]
+    python -m benchmarks.speed.peers [--settings ...] [--trainers ...] [--rounds 3] [--trl-python PATH] [--out ...]
 
 Every run is a process of its own with one thread. A figure is the median over the measured steps of all rounds; the first
 step of a run is left out. Peak memory is the highest resident set over that of the loaded models. Without ``--trl-python``
@@ -10,20 +10,22 @@ only this project runs. ``make bench-peers`` does all of it.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from benchmarks.speed.peers.settings import SETTINGS, Setting, written
-from benchmarks.speed.sides import SIDES, add_options, facts, require_sides, run
+from benchmarks.speed.sides import SIDES, add_options, add_out, facts, in_words, publish, require_sides, run
 from lit_opd.compare.document import markdown_table
 
 TRAINERS = ("iw-opd", "distillation")
+NAME = "peers"
 MEGABYTE = 1e6
 
 
-def measure(setting: Setting, trainer: str, *, sides: list[str], rounds: int, trl_python: str | None) -> dict[str, Any]:
+def measure(
+    setting: Setting, trainer: str, *, sides: Sequence[str], rounds: int, trl_python: str | None
+) -> dict[str, Any]:
     """All rounds of a setting, the sides taking turns: side -> its summary."""
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with written(setting) as paths:
@@ -77,28 +79,30 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table(heads, rows) + "\n"
 
 
+def body_of(report: dict[str, Any]) -> str:
+    """What the page shows."""
+    how = f"{report['rounds']} round(s), random weights of fixed seeds (SmolLM2 as it is)"
+    return f"{in_words(report['about'])}; {how}.\n\n{table(report['results'])}"
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run, print and write ``peers.md`` and ``peers.json``."""
+    """Run and print; with --out write JSON and the page's part after every setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=["iw-opd"])
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    add_out(parser, NAME)
     add_options(parser, rounds=3)
     asked = parser.parse_args(arguments)
     require_sides(parser, asked, trl=asked.trl_python is not None, target="bench-peers")
-    sides = list(SIDES) if asked.trl_python is not None else ["ours"]
-    asked.out.mkdir(parents=True, exist_ok=True)
-    about = facts(asked.trl_python)
-    results: dict[str, dict[str, Any]] = {}
+    how = {"sides": SIDES if asked.trl_python is not None else ["ours"], "rounds": asked.rounds}
+    report: dict[str, Any] = {"about": facts(asked.trl_python), "rounds": asked.rounds, "results": {}}
     for name in asked.settings:
         for trainer in asked.trainers:
-            results[f"{name} {trainer}"] = measure(
-                SETTINGS[name], trainer, sides=sides, rounds=asked.rounds, trl_python=asked.trl_python
-            )
-            body = json.dumps({"about": about, "rounds": asked.rounds, "results": results}, indent=2)
-            (asked.out / "peers.json").write_text(body + "\n")
-            (asked.out / "peers.md").write_text(table(results) + "\n" + json.dumps(about) + "\n")
-    print(table(results))
+            found = measure(SETTINGS[name], trainer, **how, trl_python=asked.trl_python)
+            report["results"][f"{name} {trainer}"] = found
+            if asked.out is not None:
+                publish(asked.out, NAME, report, body_of(report))
+    print(table(report["results"]))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.pages import part
-from benchmarks.speed.sides import add_options, facts, in_words, require_sides, run
+from benchmarks.speed.sides import add_options, add_out, facts, in_words, publish, require_sides, run
 from benchmarks.speed.time_to_accuracy.crossing import crossings, shown, summary, table
 from benchmarks.speed.time_to_accuracy.recorder import weights_file
 from lit_opd.prompts.loading import PromptOrder
@@ -35,8 +34,7 @@ from lit_opd.testbed.accuracy import accuracy
 
 CONFIG = Path("configs/quickstart.yaml")
 EVERY = 256  # prompts between two marks
-TARGET_NAME = "time-to-accuracy"  # in the Makefile
-PAGE, PART = "benchmarks.md", part(TARGET_NAME)
+NAME = "time-to-accuracy"  # of the page's part, and in the Makefile
 
 FAST = {"model.token_budget": "6000", "model.optimizer.fused": "true"}  # the same numbers up to rounding, in less time
 FORWARD_KL = {"model.objective": "Divergence", "model.objective.kind": "forward_kl"}
@@ -51,29 +49,23 @@ STOPPED = {
     "model.rollout_stop.threshold": "0.05",
     "model.rollout_stop.chunk": "16",
     "model.aggregation": "token-mean",
+    "model.weighting": "Uniform",
 }
+WINDOWED = {"model.weighting": "WindowedPrefixRatio"}
+OFTEN = {"data.prompt_batch": "32"}
 # What each setting changes of configs/quickstart.yaml, by command-line name
 OURS: dict[str, dict[str, str]] = {
     "published": {},
     "published, best setting": {**FAST, "model.weighting.w_max": "4.0"},
-    "published, 32 prompts a step": {**FAST, "data.prompt_batch": "32"},
-    "own, truncated prefix ratio": {**FAST, **PREFIX_RATIO},
-    "own, windowed prefix ratio": {**FAST, "model.weighting": "WindowedPrefixRatio"},
-    "own, windowed prefix ratio, 32 prompts a step": {
-        **FAST,
-        "model.weighting": "WindowedPrefixRatio",
-        "data.prompt_batch": "32",
-    },
+    "published, 32 prompts a step": FAST | OFTEN,
+    "own, truncated prefix ratio": FAST | PREFIX_RATIO,
+    "own, windowed prefix ratio": FAST | WINDOWED,
+    "own, windowed prefix ratio, 32 prompts a step": FAST | WINDOWED | OFTEN,
     "own, full vocabulary": {**PREFIX_RATIO, **FORWARD_KL, "model.mini_batches": "4"},
-    "own, full vocabulary, 32 prompts a step": {**PREFIX_RATIO, **FORWARD_KL, "data.prompt_batch": "32"},
-    "own, stopped": {**FAST, **STOPPED, "model.weighting": "Uniform"},
-    "own, stopped, 32 prompts a step": {**FAST, **STOPPED, "model.weighting": "Uniform", "data.prompt_batch": "32"},
-    "own, stopped, full vocabulary, 32 prompts a step": {
-        **STOPPED,
-        **FORWARD_KL,
-        "model.weighting": "Uniform",
-        "data.prompt_batch": "32",
-    },
+    "own, full vocabulary, 32 prompts a step": PREFIX_RATIO | FORWARD_KL | OFTEN,
+    "own, stopped": FAST | STOPPED,
+    "own, stopped, 32 prompts a step": FAST | STOPPED | OFTEN,
+    "own, stopped, full vocabulary, 32 prompts a step": STOPPED | FORWARD_KL | OFTEN,
 }
 # What each setting changes of the IWOPDConfig in trl_side.py
 TRL: dict[str, dict[str, Any]] = {"TRL": {}, "TRL, 32 prompts a step": {"per_device_train_batch_size": 32}}
@@ -219,25 +211,17 @@ def body_of(about: dict[str, Any], summaries: dict[str, dict[str, Any]], asked: 
     return f"{head}\n\n{table(summaries, list(TRL))}"
 
 
-def write(out: Path, report: dict[str, Any], body: str) -> None:
-    """The numbers as JSON (null where a run never got there) and the page's part."""
-    (out / "benchmarks").mkdir(exist_ok=True)
-    text = json.dumps(report, indent=1).replace("Infinity", "null")
-    (out / "benchmarks" / "time_to_accuracy.json").write_text(text + "\n")
-    PART.write(out / PAGE, body)
-
-
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; what cannot run is refused before anything does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=[*OURS, *TRL], default=None, help="default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[300, 301, 302])
     parser.add_argument("--prompts", type=int, default=5120, help="prompts a run, in multiples of 256")
-    parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
+    add_out(parser, NAME)
     add_options(parser, rounds=1)
     asked = parser.parse_args(arguments)
     asked.settings = asked.settings or [*OURS, *(TRL if asked.trl_python else [])]
-    require_sides(parser, asked, trl=bool(set(asked.settings) & set(TRL)), target=TARGET_NAME)
+    require_sides(parser, asked, trl=bool(set(asked.settings) & set(TRL)), target=NAME)
     if asked.prompts < EVERY or asked.prompts % EVERY:
         parser.error(f"--prompts must be a multiple of {EVERY}, got {asked.prompts}")
     return asked
@@ -260,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         summaries = {name: summary(own, start) for name, own in done.items() if own}
         if asked.out is not None:
             report = {"about": about, "settings": OURS | TRL, "start": start, "summaries": summaries, "runs": runs}
-            write(asked.out, report, body_of(about, summaries, asked))
+            publish(asked.out, NAME, report, body_of(about, summaries, asked))
     print(table(summaries, list(TRL)))
 
 

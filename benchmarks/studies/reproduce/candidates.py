@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from lit_opd.masked import masked_values, shifted_right
 from lit_opd.types import TokenSignal
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
+from lit_opd.weighting.combinators import Product
 
 
 def moving_sum(values: Tensor, window: int) -> Tensor:
@@ -103,32 +102,13 @@ class TeacherCertainty(TeacherEntropy):
         return (-self.alpha * moving_sum(entropy, self.window) / counts).exp().clamp(min=self.floor)
 
 
-class Largest(WeightingStrategy):
-    """The largest of several strategies' weights: a floor that is itself a strategy.
+class Largest(Product):
+    """The largest of several strategies' weights in place of their product: a floor that is itself a strategy.
 
     Args:
-        strategies: at least one.
+        strategies: at least one, none that drops tokens.
     """
-
-    def __init__(self, strategies: list[WeightingStrategy]) -> None:
-        super().__init__()
-        self.strategies = nn.ModuleList(strategies)
-
-    @property
-    def parts(self) -> list[WeightingStrategy]:
-        """The strategies."""
-        return cast(list[WeightingStrategy], list(self.strategies))
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The fields of all."""
-        return frozenset().union(*(part.requires for part in self.parts))
-
-    @property
-    def depends_on(self) -> DependsOn:
-        """Those of the search read the prefix only."""
-        return "prefix" if all(part.depends_on == "prefix" for part in self.parts) else "sequence"
 
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
         """Elementwise maximum, [B, T]."""
-        return torch.stack([part.weights(signal, progress).double() for part in self.parts]).amax(0)
+        return torch.stack([child.weights(signal, progress).double() for child in self.children_in_order]).amax(0)
