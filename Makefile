@@ -24,7 +24,7 @@ test-slow: $(STAMP)
 
 # 2000 quickstart steps, about half an hour: memory, files, threads and step time must stay as they were
 soak: $(STAMP)
-	$(BIN)/python -m benchmarks.soak --steps 2000
+	$(BIN)/python -m benchmarks.speed.soak --steps 2000
 
 # vLLM has an environment of its own: about 3.5 GB
 .venv-vllm/.installed:
@@ -43,11 +43,11 @@ vllm-test: $(STAMP) .venv-vllm/.installed
 	touch $@
 
 bench-peers: $(STAMP) .venv-trl/.installed
-	$(BIN)/python -m benchmarks.peers --trainers iw-opd distillation --trl-python .venv-trl/bin/python
+	$(BIN)/python -m benchmarks.speed.peers --trainers iw-opd distillation --trl-python .venv-trl/bin/python --out docs
 
 # Seconds to greedy 0.80 on the testbed, the sides taking turns
 time-to-accuracy: $(STAMP) .venv-trl/.installed
-	$(BIN)/python -m benchmarks.time_to_accuracy --trl-python .venv-trl/bin/python --out docs
+	$(BIN)/python -m benchmarks.speed.time_to_accuracy --trl-python .venv-trl/bin/python --out docs
 
 # pip-audit has an environment of its own. Status 0: nothing is known, 2: vulnerabilities, or no network to ask
 .venv-audit/.installed:
@@ -61,7 +61,7 @@ audit: .venv-audit/.installed
 
 # Processes of the reproduction; empty is one a core
 JOBS ?=
-REPRODUCE := $(BIN)/python -m benchmarks.reproduce
+REPRODUCE := $(BIN)/python -m benchmarks.studies.reproduce
 
 tune: $(STAMP)
 	$(REPRODUCE) tune $(if $(JOBS),--jobs $(JOBS))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import re
+import shutil
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import yaml
 
-from benchmarks import healing_study
+from benchmarks.studies import healing, healing_study
 from tests.helpers import tiny
 
 SMALL = {
@@ -106,6 +108,54 @@ def test_a_folder_with_runs_of_other_settings_is_refused(words, monkeypatch, tmp
         assert refused(begun, "uniform-0")
     monkeypatch.setitem(healing_study.VARIANTS, "uniform", {"class_path": "lit_opd.weighting.DASH"})
     assert refused(begun, "uniform-0")
+
+
+FIGURES = {"prompts": 2, "distinct_2_teacher": 0.5, "teacher_text_nll_start": 4.0, "teacher_text_nll_end": 3.0}
+FIGURES |= {"distinct_2_start": 0.8, "distinct_2_end": 0.6}
+
+
+@pytest.fixture
+def measured_run(tmp_path, monkeypatch):
+    """A run folder whose models were measured."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("{}")
+    (folder / "metrics.csv").write_text("step,train/reverse_kl_k1,val/reverse_kl\n0,,2.0\n1,1.9,\n2,1.6,1.5\n")
+    summary = {"strategy": "Uniform", "steps": 2, "tokens": 1234, "seed": 0, "seconds": 3.2}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    shown = [{"prompt": "what is\n1 + 1", "start": "one", "end": "two"}]
+    monkeypatch.setattr(healing, "measure", lambda run, config: (FIGURES, shown))
+    return folder
+
+
+def test_the_report_of_a_run_leaves_the_words_around_it(measured_run, tmp_path):
+    """The shipped page lost its story to the command that it gives."""
+    out = tmp_path / "out"
+    shutil.copytree(healing_study.ROOT / "docs" / "healing", out)
+    before, after = re.split(r"(?<=<!-- healing -->\n).*(?=<!-- /healing -->\n)", page_of(out), flags=re.S)
+    for folder in (out, tmp_path / "new"):
+        healing.main([str(measured_run), "--out", str(folder)])
+        assert "| reverse KL, nats/token, held-out samples | 2.000 | 1.500 | -25 % |" in page_of(folder)
+        assert "Uniform, 2 steps, 1,234 sampled tokens" in page_of(folder) and "> what is 1 + 1\n" in page_of(folder)
+        assert json.loads((folder / "healing.json").read_text())["figures"] == FIGURES
+        assert matplotlib.image.imread(folder / "healing.png").std() > 0.05
+    assert page_of(out).startswith(before) and page_of(out).endswith(after) and "Weightings compared" in after
+    assert page_of(tmp_path / "new").startswith("# Healing\n\n<!-- healing -->\nUniform")
+
+
+def test_a_page_without_a_place_for_the_report_is_refused_before_anything_is_measured(
+    measured_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(healing, "measure", pytest.fail)
+    (tmp_path / "healing.md").write_text("words by hand\n")
+    with pytest.raises(SystemExit, match="2"):
+        healing.main([str(measured_run), "--out", str(tmp_path)])
+    assert "with the lines <!-- healing --> and" in capsys.readouterr().err
+    assert page_of(tmp_path) == "words by hand\n"
+
+
+def page_of(folder: Path) -> str:
+    return (folder / "healing.md").read_text()
 
 
 def test_every_run_has_files_of_its_own():

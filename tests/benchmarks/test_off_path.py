@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.off_path import GROUPS, err, group, main
+from benchmarks.studies.off_path import GROUPS, err, group, main
 from lit_opd.testbed import ASSETS, make_automaton, sample_problems
 
 LEGAL, FULL = make_automaton(), make_automaton(all_legal=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.peers.__main__ import main, summary, table
-from benchmarks.peers.settings import Setting
+from benchmarks.speed.peers.__main__ import main, summary, table
+from benchmarks.speed.peers.settings import Setting
 
 SETTING = Setting("small", batch=2, tokens=50, vocabulary=64)
 

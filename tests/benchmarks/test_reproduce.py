@@ -24,15 +24,15 @@ import yaml
 from lightning.pytorch import Callback
 
 import lit_opd.weighting
-from benchmarks.reproduce import tune, worker
-from benchmarks.reproduce.__main__ import main
-from benchmarks.reproduce.assets import build_asset, paths_of
-from benchmarks.reproduce.candidates import Largest, SurpriseDrift, TeacherCertainty, WindowedRatio
-from benchmarks.reproduce.pictures import draw_curves, draw_differences
-from benchmarks.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
-from benchmarks.reproduce.processes import RunFailed
-from benchmarks.reproduce.report import END, START, choose, coloured, write_report
-from benchmarks.reproduce.results import read_results
+from benchmarks.studies.reproduce import tune, worker
+from benchmarks.studies.reproduce.__main__ import main
+from benchmarks.studies.reproduce.assets import build_asset, paths_of
+from benchmarks.studies.reproduce.candidates import Largest, SurpriseDrift, TeacherCertainty, WindowedRatio
+from benchmarks.studies.reproduce.pictures import draw_curves, draw_differences
+from benchmarks.studies.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
+from benchmarks.studies.reproduce.processes import RunFailed
+from benchmarks.studies.reproduce.report import PART, choose, coloured, write_report
+from benchmarks.studies.reproduce.results import read_results
 from lit_opd.cli.command import OPDCLI
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
 from lit_opd.errors import InputError
@@ -50,6 +50,7 @@ from lit_opd.weighting import WeightingStrategy
 from lit_opd.weighting.tilt import PrefixRatioTilt
 from lit_opd.weighting.windowed_ratio import WindowedPrefixRatio
 
+START, END = f"{PART.start}\n", f"{PART.end}\n"
 SEARCH, CONFIRM = PLAN.parent / "search.yaml", PLAN.parent / "confirm.yaml"
 ROOT = Path(__file__).resolve().parents[2]
 TINY_SETTINGS = {
@@ -79,7 +80,7 @@ def write_plan(path: Path, content: dict[str, Any]) -> Path:
     """With the markers that tuning writes between."""
     rates = yaml.safe_dump({"learning_rates": content["learning_rates"]})
     rest = yaml.safe_dump({key: value for key, value in content.items() if key != "learning_rates"}, sort_keys=False)
-    path.write_text(tune.START + rates + tune.END + rest)
+    path.write_text(f"{tune.PART.start}\n{rates}{tune.PART.end}\n{rest}")
     return path
 
 
@@ -232,6 +233,25 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
     assert differing == ["iw-1.5"] * 6  # the other runs are what they were
 
 
+@pytest.mark.parametrize("name", ["plan", "search", "confirm", "controls"])
+def test_finished_results_are_still_those_of_their_plan(name):
+    """The page of each plan has the hash it was made under; class paths are part of it, wherever the classes are now."""
+    plan = read_plan(PLAN.parent / f"{name}.yaml")
+    assert f"Plan sha256 `{plan.sha}`" in (ROOT / "docs" / plan.page).read_text()
+
+
+def test_the_searchs_class_paths_are_its_weightings():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--weighting", type=WeightingStrategy)
+    own = {}
+    for name, variant in read_plan(SEARCH).content["variants"].items():
+        built = parser.instantiate_classes(parser.parse_object({"weighting": variant["weighting"]})).weighting
+        if type(built).__module__.startswith("benchmarks"):
+            own[name] = type(built)
+    single = {"window-8": WindowedRatio, "window-8-floor-0.3": WindowedRatio, "surprise": SurpriseDrift}
+    assert own == single | {"certainty": TeacherCertainty, "ratio-or-certainty": Largest}
+
+
 def test_another_class_takes_its_own_arguments_only():
     objective = {"class_path": "A", "init_args": {"clip": 0.2}}
     assert merged({"o": objective}, {"o": {"class_path": "B"}}) == {"o": {"class_path": "B"}}
@@ -285,7 +305,10 @@ def test_no_variant_takes_the_settings_rate_beside_tuned_ones(tmp_path):
 def test_tuning_a_plan_without_a_place_for_the_rates_is_refused_before_it_trains(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["tune", "--plan", str(SEARCH), "--runs", str(tmp_path / "runs")])
-    assert "must have the markers" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert (
+        "`--plan` must lead to a file with the lines # <tuned>" in capsys.readouterr().err
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_the_page_of_findings_tells_the_plans_numbers():
@@ -429,7 +452,7 @@ def test_a_killed_reproduction_goes_on_without_repeating_finished_runs(built, ca
     content["variants"]["wrong"] = {"seeds": 1, "weighting": wrong}
     plan = write_plan(built / "plan.yaml", content)
     words = ["run", "--plan", str(plan), "--runs", str(built), "--jobs", "1"]
-    runner = subprocess.Popen([sys.executable, "-m", "benchmarks.reproduce", *words], cwd=ROOT)
+    runner = subprocess.Popen([sys.executable, "-m", "benchmarks.studies.reproduce", *words], cwd=ROOT)
     wait_for(lambda: finished(built))
     workers = [int(word) for word in Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split()]
     assert any(map(alive, workers))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import soak
+from benchmarks.speed import soak
 
 STEADY = [soak.Reading(step=step, memory=500.0, files=11, threads=6, seconds=0.2) for step in range(10, 410, 10)]
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.__main__ import run
-from benchmarks.time_to_accuracy.__main__ import HERE, Judge, parsed, require_same, words, write_prompts
-from benchmarks.time_to_accuracy.__main__ import write as write_report
-from benchmarks.time_to_accuracy.crossing import crossing, summary, table
+from benchmarks.speed.sides import run
+from benchmarks.speed.time_to_accuracy.__main__ import Judge, parsed, require_same, words, write_prompts
+from benchmarks.speed.time_to_accuracy.crossing import crossing, summary, table
 from callbacks import ExportStudent
 from lit_opd.cli.command import main as run_cli
 from lit_opd.testbed import read_records
@@ -74,19 +73,13 @@ def test_runs_on_other_prompts_or_stop_ids_are_refused():
             require_same(one, one | {"setting": "b"} | change)
 
 
-def test_a_report_is_json_and_replaces_the_part_between_the_markers(tmp_path):
-    (tmp_path / "benchmarks.md").write_text("before <!-- time-to-accuracy -->old<!-- /time-to-accuracy --> after")
-    write_report(tmp_path, {"cpu": math.inf}, "new")
-    assert (tmp_path / "benchmarks.md").read_text() == "before new after"
-    assert json.loads((tmp_path / "benchmarks" / "time_to_accuracy.json").read_text()) == {"cpu": None}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rounds", "0"], "--rounds must be >= 1, got 0"),
         (["--prompts", "300"], "--prompts must be a multiple of 256, got 300"),
         (["--settings", "TRL"], "--trl-python must be a Python with TRL, got None"),
+        (["--out", "nowhere"], "a file with the lines <!-- time-to-accuracy --> and"),
     ],
 )
 def test_settings_that_cannot_run_are_named(arguments, message, capsys):
@@ -99,7 +92,7 @@ def test_a_real_run_is_the_command_line_s_and_its_accuracy_that_of_the_exported_
     small = {"data.prompt_batch": "32", "model.mini_batches": "2"}
     line = words(small, seed=3, batches=2, folder=tmp_path)
     asked = {"words": line, "folder": str(tmp_path), "every": 2}
-    result = run("ours", [json.dumps(asked)], None, HERE)
+    result = run("time_to_accuracy", "ours", [json.dumps(asked)], None)
     judge = Judge()
     judge.rows = judge.rows[:64]
     start = judge.accuracy()

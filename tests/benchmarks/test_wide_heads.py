@@ -1,10 +1,10 @@
-"""The widened student of benchmarks/wide_heads.py computes what the old one does, and its zeros stay zeros."""
+"""The widened student of benchmarks/speed/wide_heads.py computes what the old one does, and its zeros stay zeros."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.wide_heads import spread, widened
+from benchmarks.speed.wide_heads import spread, widened
 from tests.helpers import tiny
 
 

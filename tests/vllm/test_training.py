@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import wide_heads
-from benchmarks.quickstart import MUST_GREEDY, MUST_RATIO
+from benchmarks.speed import wide_heads
+from benchmarks.studies.quickstart import MUST_GREEDY, MUST_RATIO
 from callbacks import default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.rollout import ReloadEndpoint, VLLMSampler

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 
 import lit_opd.advantage
 import lit_opd.objective
-from benchmarks import weight_curves
+from benchmarks.studies import weight_curves
 from lit_opd.advantage import AdvantageTransform
 from lit_opd.cli.command import main
 from lit_opd.objective import Aggregation, Objective

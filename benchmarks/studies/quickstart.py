@@ -1,0 +1,93 @@
+"""The quickstart over several seeds: the table of docs/reproduce.md and the picture of the README.
+
+    python -m benchmarks.studies.quickstart --seeds 0 1 2 3 4 --runs runs/seeds --out docs
+
+One process and one thread a run. A finished run folder is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.studies.cells import spread
+from benchmarks.studies.figures import plt, save
+from benchmarks.studies.run_folder import BANDS, curve, summary
+from lit_opd.compare.document import markdown_table
+
+CONFIG = "configs/quickstart.yaml"
+MUST_GREEDY, MUST_RATIO = 0.75, 0.5
+
+
+def run(seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:
+    """One fit in a process of its own; its summary."""
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "train.py", "fit", "--config", CONFIG, "--seed_everything", str(seed)]
+        command += ["--run_dir", str(folder), "--overwrite", "true", "--wandb.mode", "disabled", *overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return summary(folder)
+
+
+def table(summaries: list[dict[str, float]]) -> str:
+    """Markdown: a row a seed, then mean and standard deviation."""
+    names, rows = ("greedy", "avg_at_4", "reverse_kl"), []
+    for s in summaries:
+        ways = [f"{s[f'{name}_start']:.3f} -> {s[f'{name}_end']:.3f}" for name in names]
+        ratio = s["reverse_kl_end"] / s["reverse_kl_start"]
+        rows.append([str(s["seed"]), *ways, f"{ratio:.2f}", f"{s['seconds']:.0f}"])
+    if len(summaries) > 1:
+        rows.append(["mean, sd", *(spread([s[f"{name}_end"] for s in summaries]) for name in names), "", ""])
+    return markdown_table(["seed", "greedy", "avg@4", "reverse KL", "KL ratio", "seconds"], rows)
+
+
+def draw(folders: list[Path], path: Path) -> None:
+    """Accuracy and KL against the step, and disagreement by position at start and end; a thin line a seed."""
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
+    curves = [
+        ("val/greedy_accuracy", "greedy accuracy", "exact match, 256 held-out problems", (0, 1)),
+        ("val/reverse_kl", "KL(student || teacher)", "nats/token, held-out problems", (0, None)),
+    ]
+    for axis, (name, title, label, limits) in zip(axes, curves, strict=False):
+        found = [tuple(zip(*curve(folder, name), strict=True)) for folder in folders]
+        for steps, values in found:
+            axis.plot(steps, values, color="0.75", lw=1)
+        mean = [statistics.mean(values) for values in zip(*(values for _, values in found), strict=True)]
+        axis.plot(found[0][0], mean, "o-", color="C0", lw=2, label=f"mean of {len(folders)} seeds")
+        axis.set(title=title, xlabel="optimizer step", ylabel=label, ylim=limits)
+        axis.legend(frameon=False)
+    centres = [5 + 10 * band for band in range(10)]
+    for index, (when, color) in enumerate((("start", "C3"), ("end", "C0"))):
+        values = [[curve(folder, band)[-index][1] for band in BANDS] for folder in folders]
+        mean = [statistics.mean(band) for band in zip(*values, strict=True)]
+        axes[2].plot(centres, mean, "o-", color=color, lw=2, label=when)
+    axes[2].set(
+        title="where they disagree", xlabel="position in the response, %", ylabel="|q - s|, nats/token", ylim=(0, None)
+    )
+    axes[2].legend(frameon=False)
+    save(figure, path, dpi=130)
+
+
+def main() -> None:
+    """Command line; what stands behind ``--`` is passed to the fit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--out", type=Path, default=None, help="folder for the picture; default none")
+    given, overrides = parser.parse_known_args()
+    folders = [given.runs / f"seed-{seed}" for seed in given.seeds]
+    overrides = [word for word in overrides if word != "--"]
+    summaries = [run(seed, folder, overrides) for seed, folder in zip(given.seeds, folders, strict=True)]
+    print(table(summaries))
+    met = sum(
+        s["greedy_end"] > MUST_GREEDY and s["reverse_kl_end"] <= MUST_RATIO * s["reverse_kl_start"] for s in summaries
+    )
+    print(f"{met} of {len(summaries)} seeds: greedy above {MUST_GREEDY} and reverse KL at least halved")
+    if given.out is not None:
+        draw(folders, given.out / "pictures" / "quickstart.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What the studies read from a run's folder and write into it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lit_opd.files import replace_whole
+
+BANDS = [f"val/disagreement/band_{start:02d}" for start in range(0, 100, 10)]
+Curve = list[tuple[int, float]]  # (step, value)
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows: Iterable[dict[str, str]], name: str) -> Curve:
+    """One column, where it has a value."""
+    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+
+
+def curve(run: Path, name: str) -> Curve:
+    """One column of metrics.csv."""
+    return column(metrics(run), name)
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What a run writes last."""
+    return dict(json.loads((run / "summary.json").read_text()))
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """A finished run's figures as JSON, whole or not at all: the file is what says that it is finished."""
+    replace_whole(path, (json.dumps(record, allow_nan=False) + "\n").encode())
