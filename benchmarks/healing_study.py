@@ -33,6 +33,7 @@ from benchmarks.reproduce.plan import digest
 from benchmarks.reproduce.runner import locked
 from lit_opd.compare.statistics import paired
 from lit_opd.errors import InputError
+from lit_opd.files import replace_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -159,9 +160,7 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
         "finished": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     record |= {"seconds": summary["seconds"], "figures": figures, "curves": curves, "bands": bands, "samples": samples}
-    draft = folder / f".{RECORD}"
-    draft.write_text(json.dumps(record, allow_nan=False) + "\n")
-    os.replace(draft, path)
+    replace_whole(path, (json.dumps(record, allow_nan=False) + "\n").encode())
     drop_weights(folder)
     return record
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from lit_opd.files import replace_whole
 
 METRICS = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
 
@@ -63,10 +64,7 @@ class Summary(Callback):
             return
         summary = self.values(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".summary.json"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, folder / "summary.json")
+        replace_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         rank_zero_info(table(summary, folder))
 
     def values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -21,11 +21,8 @@ from lit_opd.types import FinishReason, StepRecord, TopK
 from lit_opd.weighting.fire import FiRe
 from lit_opd.weighting.importance import ImportanceWeighting
 from tests import cases, profiled, tiny, wandb_file
-from tests.test_checkpoints import file_limit
 from tests.test_position_profile import Records
 
-__all__ = ["file_limit"]
-KEYS = [
     *("step", "row_id", "prompt", "response", "answer", "teacher", "length", "finish_reason"),
     *("reverse_kl_k1", "disagreement", "weight_mean", "disagreement_by_tenth", "weight_by_tenth"),
 ]

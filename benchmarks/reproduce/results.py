@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import json
-import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from benchmarks.cells import machine
 from benchmarks.reproduce.plan import Job
 from lit_opd.compare.statistics import mean_height
-from lit_opd.files import append_lines, read_lines
+from lit_opd.files import append_lines, as_lines, read_lines, replace_whole
 
 RECORD, LINES = "reproduce.json", "results.jsonl"
 CURVES = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
@@ -82,9 +81,7 @@ def write_record(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
     } | measured(folder)
-    draft = folder / f".{RECORD}"
-    draft.write_text(json.dumps(record, allow_nan=False) + "\n")
-    os.replace(draft, folder / RECORD)
+    replace_whole(folder / RECORD, (json.dumps(record, allow_nan=False) + "\n").encode())
     return record
 
 
@@ -124,8 +121,5 @@ def mended(root: Path) -> dict[str, Record]:
     """``read_results``, and the file without a cut last line, which the next one would be appended to."""
     path = root / LINES
     if path.is_file() and not path.read_bytes().endswith(b"\n"):
-        draft = path.with_name(f".{LINES}")
-        draft.unlink(missing_ok=True)
-        append_lines(draft, read_lines(path))
-        os.replace(draft, path)
+        replace_whole(path, as_lines(read_lines(path)))
     return read_results(root)

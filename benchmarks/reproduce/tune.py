@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +9,7 @@ from statistics import fmean
 from benchmarks.reproduce.plan import Plan, read_plan
 from benchmarks.reproduce.results import Record, area
 from lit_opd.errors import InputError
+from lit_opd.files import replace_whole
 
 START, END = "# <tuned>\n", "# </tuned>\n"
 TABLE = "tuning.md"
@@ -68,9 +68,7 @@ def write_rates(plan: Plan, found: dict[str, list[Record]]) -> Plan:
     tolerance = tolerance_of(plan)
     lines = [f"  {variant}: {chosen(records, tolerance=tolerance)!r}\n" for variant, records in found.items()]
     block = f"learning_rates:    # tried: {TABLE}, tuning of plan {plan.untuned_sha[:12]} without its rates\n"
-    draft = plan.path.with_name(f".{plan.path.name}")
-    draft.write_text(before + START + block + "".join(lines) + END + rest.split(END)[1], encoding="utf-8")
-    os.replace(draft, plan.path)
+    replace_whole(plan.path, (before + START + block + "".join(lines) + END + rest.split(END)[1]).encode())
     (plan.path.parent / TABLE).write_text(table(plan, found), encoding="utf-8")
     return read_plan(plan.path)
 
