@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_opd.distributed import gather_objects
 from lit_opd.errors import InputError
+from lit_opd.files import replace_whole
 from lit_opd.report.tokens_page import PredictedResponse, predicted_responses, render
 from lit_opd.types import Prediction
 
@@ -71,7 +71,5 @@ class PredictionFiles(BasePredictionWriter):
             return
         page = Path(trainer.default_root_dir) / PAGE_NAME
         strategy = type(getattr(pl_module, "weighting", None)).__name__
-        temporary = page.with_name(f".{PAGE_NAME}")
-        temporary.write_text(render(self._shown, strategy=strategy, total=self._count), encoding="utf-8")
-        os.replace(temporary, page)
+        replace_whole(page, render(self._shown, strategy=strategy, total=self._count).encode())
         rank_zero_info(f"{self._count} predictions: {page.with_name(FILE_NAME)}, {page}")

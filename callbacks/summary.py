@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_opd.evaluation.validation import SUMMARISED
+from lit_opd.files import replace_whole
 
 
 class Summary(Callback):
@@ -63,10 +63,7 @@ class Summary(Callback):
             return
         summary = self.values(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".summary.json"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, folder / "summary.json")
+        replace_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         rank_zero_info(table(summary, folder))
 
     def values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -1,18 +1,93 @@
-"""Files of one JSON object a line: appended with one write a line, continued without doubles, read back."""
+"""Files and folders written whole or not at all; files of one JSON object a line: appended, continued, read back."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lit_opd.errors import InputError
 
 _waiting: dict[Path, bytes] = {}  # lines that the disk did not take, by file
+
+
+# -- whole or not at all -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place when the block ends well and goes when it does not.
+
+    It has ``path``'s own ending, as formats are told by it, and one name, so that a killed process leaves one of it at most:
+    a path has one writer at a time. The folder is made.
+
+    Raises:
+        OSError: as the disk gave it; ``path`` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}")
+    draft.unlink(missing_ok=True)
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())  # a power cut must not leave the new name with nothing in it
+        os.replace(draft, path)
+    finally:
+        with suppress(OSError):  # what was written of it would keep a full disk full
+            draft.unlink(missing_ok=True)
+
+
+def replace_whole(path: Path, content: bytes) -> None:
+    """Give the file another content, in one step.
+
+    Raises:
+        OSError: as the disk gave it; the file is as it was.
+    """
+    with whole_file(path) as draft:
+        draft.write_bytes(content)
+
+
+def replace_or_refuse(path: Path, content: bytes) -> None:
+    """The same for a file without which a run does not start.
+
+    Raises:
+        InputError: the disk does not take it.
+    """
+    try:
+        replace_whole(path, content)
+    except OSError as error:
+        raise InputError(
+            f"`--run_dir` must be a writable folder on a disk with room, but {path} could not be written: {error}; free some "
+            "space and give the same command again"
+        ) from error
+
+
+@contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``path`` when the block ends well and goes when it does not.
+
+    Args:
+        path: the folder; those above it are made.
+        replace: whatever is at ``path`` goes then; False leaves it, unless it is an empty folder.
+    Raises:
+        OSError: as the disk gave it, or there is something at ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as beside:
+        draft = Path(beside) / "new"  # inside, as the outer one is for this user only
+        draft.mkdir()
+        yield draft
+        if replace and os.path.lexists(path):
+            os.replace(path, Path(beside) / "old")
+        os.replace(draft, path)
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -21,7 +96,7 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     Lines that the disk does not take are no reason to lose a training: they are written with the next ones, and a warning
     says so.
     """
-    lines = _lines(records)
+    lines = as_lines(records)
     late = _waiting.pop(path, b"")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +107,8 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
             warn_unwritten(path, error)
 
 
-def _lines(records: Iterable[dict[str, Any]]) -> bytes:
+def as_lines(records: Iterable[dict[str, Any]]) -> bytes:
+    """Each record as one line; NaN and infinity are an error, as JSON has none."""
     return "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in records).encode()
 
 
@@ -92,37 +168,5 @@ def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     records = read_lines(path)
     kept = [record for record in records if record["step"] <= step]
     if path.is_file():
-        replace_or_refuse(path, _lines(kept))
+        replace_or_refuse(path, as_lines(kept))
     return kept
-
-
-def replace_whole(path: Path, content: bytes) -> None:
-    """Give the file another content, in one step.
-
-    Raises:
-        OSError: as the disk gave it; the file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.unlink(missing_ok=True)
-        append_whole(temporary, content)
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def replace_or_refuse(path: Path, content: bytes) -> None:
-    """The same for a file without which a run does not start.
-
-    Raises:
-        InputError: the disk does not take it.
-    """
-    try:
-        replace_whole(path, content)
-    except OSError as error:
-        raise InputError(
-            f"`--run_dir` must be a writable folder on a disk with room, but {path} could not be written: {error}; free some "
-            "space and give the same command again"
-        ) from error

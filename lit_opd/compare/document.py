@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_opd.compare.statistics import Estimate
+from lit_opd.files import replace_whole
 from lit_opd.report import html
 
 NAME = "compare"
@@ -62,12 +62,9 @@ class Document:
 
     def write(self, folder: Path) -> None:
         """``compare.md``, ``compare.json`` and ``compare.html`` in ``folder``, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         plain = json.dumps(self.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         for suffix, text in (("md", self.markdown()), ("json", plain), ("html", self.html())):
-            temporary = folder / f".{NAME}.{suffix}"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, folder / f"{NAME}.{suffix}")
+            replace_whole(folder / f"{NAME}.{suffix}", text.encode())
 
     def markdown(self) -> str:
         """Pictures by file name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from lit_opd.compare.differences import RunsComparison
 from lit_opd.compare.runs import Run
 from lit_opd.compare.statistics import mean_interval
+from lit_opd.files import whole_file
 
 DPI = 110
 WIDTH = 12.0  # inches
@@ -119,9 +119,6 @@ def _shared_legend(figure: Figure) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=DPI)
-    os.replace(temporary, path)
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png", dpi=DPI)
     return path

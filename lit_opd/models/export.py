@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from lit_opd.files import whole_folder
 
 
 def export_folder(
@@ -22,22 +21,14 @@ def export_folder(
         generation: the generation config to write, None for the model's own.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with whole_folder(path, replace=True) as draft:
         plain = _merged(model)
         original, plain.generation_config = plain.generation_config, generation or plain.generation_config
         try:
-            plain.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            plain.save_pretrained(draft, state_dict=state, safe_serialization=True)
         finally:
             plain.generation_config = original
-        tokenizer.save_pretrained(temporary)
-        os.chmod(temporary, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(draft)
     return path
 
 

@@ -5,7 +5,6 @@ Drawn on matplotlib's Agg canvas without pyplot, so a user's own backend and fig
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from lit_opd.files import whole_file
 from lit_opd.report.profile import BinnedProfile, ProfileWindow
 from lit_opd.report.profile_history import ProfileHistory
 
@@ -70,7 +70,6 @@ PANELS = (
 
 def draw_all(history: ProfileHistory, *, now: ProfileWindow, start: ProfileWindow, folder: Path) -> dict[str, Path]:
     """Write every picture; returns name -> file."""
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "profile_by_absolute_position": profile_figure(now, start, "absolute"),
         "profile_by_relative_position": profile_figure(now, start, "relative"),
@@ -81,10 +80,8 @@ def draw_all(history: ProfileHistory, *, now: ProfileWindow, start: ProfileWindo
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=DPI)
-    os.replace(temporary, path)
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png", dpi=DPI)
     return path
 
 

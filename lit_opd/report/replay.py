@@ -7,7 +7,6 @@ is added to a record is stored without an edit here. Everything that is no tenso
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_opd.errors import InputError
+from lit_opd.files import whole_file
 from lit_opd.types import Rollout, StepRecord, TokenSignal
 
 FORMAT = "lit_opd.step/1"
@@ -37,10 +37,8 @@ def save_record(record: StepRecord, path: str | Path, **notes: str) -> Path:
     plain = {name: value for name, value in leaves.items() if not _is_tensor(value)}
     origin = record.rollout.provenance
     metadata = {"format": FORMAT, "step": str(record.step), "provenance": json.dumps(vars(origin)), **notes}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    save_file(tensors, temporary, metadata={**metadata, "fields": json.dumps(plain)})
-    os.replace(temporary, path)
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata={**metadata, "fields": json.dumps(plain)})
     return path
 
 

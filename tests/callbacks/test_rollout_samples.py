@@ -22,9 +22,7 @@ from lit_opd.weighting.fire import FiRe
 from lit_opd.weighting.importance import ImportanceWeighting
 from tests.callbacks.test_position_profile import Records
 from tests.helpers import cases, profiled, tiny, wandb_file
-from tests.run.test_checkpoints import file_limit
 
-__all__ = ["file_limit"]
 KEYS = [
     *("step", "row_id", "prompt", "response", "answer", "teacher", "length", "finish_reason"),
     *("reverse_kl_k1", "disagreement", "weight_mean", "disagreement_by_tenth", "weight_by_tenth"),

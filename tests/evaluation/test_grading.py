@@ -145,9 +145,14 @@ MATHEMATICS = [
 
 
 @needs_math_verify
-def test_latex_goes_to_math_verify(grader):
+def test_latex_goes_to_math_verify():
+    """With the time that answers really have: a busy machine is no reason for another verdict."""
+    patient = Grader(num_workers=2)
     responses, references, outcomes = zip(*MATHEMATICS, strict=True)
-    assert [grade.outcome for grade in grader.grade(responses, references)] == list(outcomes)
+    try:
+        assert [grade.outcome for grade in patient.grade(responses, references)] == list(outcomes)
+    finally:
+        patient.close()
 
 
 HOSTILE = [

@@ -7,9 +7,7 @@ import itertools
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -194,15 +192,6 @@ class At(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
             self.action()
-
-
-@pytest.fixture
-def file_limit():
-    """Sets the largest size of a file, as a full disk would; Python ignores the signal and gets an error."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_while_checkpointing_stops_the_run_and_keeps_the_last_checkpoint(

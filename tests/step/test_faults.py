@@ -32,9 +32,6 @@ from lit_opd.step.token_budget import TokenBudget
 from lit_opd.weighting.combinators import BatchMeanOne
 from lit_opd.weighting.importance import ImportanceWeighting
 from tests.helpers import cases, fault_ranks, fixed, poisoned, tiny
-from tests.run.test_checkpoints import file_limit
-
-__all__ = ["file_limit"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 240  # seconds; a hang is a failure

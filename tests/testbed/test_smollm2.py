@@ -171,13 +171,6 @@ def test_a_missing_gguf_file_and_a_full_folder_are_refused(monkeypatch, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["note"]
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    with pytest.raises(OSError, match="disk full"), smollm2._written_at_once(tmp_path / "out") as folder:
-        (folder / "half").write_text("half")
-        raise OSError("disk full")
-    assert not list(tmp_path.iterdir())
-
-
 def test_questions_are_distinct_and_numbered():
     rows = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     assert len(rows) >= 200

@@ -7,8 +7,6 @@ builds anew. It appears whole or not at all and holds ``asset.json``: specificat
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from transformers import Qwen3ForCausalLM
 
 from benchmarks.studies.reproduce.plan import Asset, Job, folder_of
 from lit_opd.errors import InputError
+from lit_opd.files import whole_folder
 from lit_opd.testbed import ASSETS
 from lit_opd.testbed.accuracy import accuracy
 from lit_opd.testbed.task import CHAIN_LENGTH, make_automaton, records, sample_problems, write_records
@@ -46,13 +45,9 @@ def build_asset(asset: Asset, root: Path) -> dict[str, Any]:
     """Make one asset; returns the content of its ``asset.json``."""
     name, spec = asset
     folder = folder_of(asset, root)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as temporary:
-        draft = Path(temporary) / "new"
-        draft.mkdir()
+    with whole_folder(folder) as draft:
         about = (write_model if "hidden_size" in spec else write_data)(name, spec, draft)
         (draft / "asset.json").write_text(json.dumps({"name": name, "specification": spec} | about, indent=2) + "\n")
-        os.rename(draft, folder)
     return dict(json.loads((folder / "asset.json").read_text()))
 
 

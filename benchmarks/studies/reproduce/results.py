@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import subprocess
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from benchmarks.studies.cells import machine
 from benchmarks.studies.reproduce.plan import Job
 from benchmarks.studies.run_folder import BANDS, column, metrics, summary, write_record
 from lit_opd.compare.statistics import mean_height
-from lit_opd.files import append_lines, read_lines
+from lit_opd.files import append_lines, as_lines, read_lines, replace_whole
 
 RECORD, LINES = "reproduce.json", "results.jsonl"
 CURVES = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
@@ -115,8 +114,5 @@ def mended(root: Path) -> dict[str, Record]:
     """``read_results``, and the file without a cut last line, which the next one would be appended to."""
     path = root / LINES
     if path.is_file() and not path.read_bytes().endswith(b"\n"):
-        draft = path.with_name(f".{LINES}")
-        draft.unlink(missing_ok=True)
-        append_lines(draft, read_lines(path))
-        os.replace(draft, path)
+        replace_whole(path, as_lines(read_lines(path)))
     return read_results(root)
