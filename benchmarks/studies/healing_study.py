@@ -112,20 +112,10 @@ def train(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     config, log = beside_run(folder, ".yaml"), beside_run(folder, ".log")
     config.write_text(yaml.safe_dump(own_settings(variant, seed, extra)))
-    words = [
-        sys.executable,
-        "train.py",
-        "fit",
-        "--config",
-        str(CONFIG),
-        "--config",
-        str(config),
-        "--wandb.mode",
-        "disabled",
-    ]
+    words = [sys.executable, "train.py", "fit", "--config", str(CONFIG), "--config", str(config)]
     going_on = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").exists() else ["--overwrite", "true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words += ["--run_dir", str(folder), *going_on, *extra]
+    words += ["--wandb.mode", "disabled", "--run_dir", str(folder), *going_on, *extra]
     with log.open("a") as file:
         done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False)
     if done.returncode:

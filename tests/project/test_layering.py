@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "distributed": {"errors"},
     "prompts": {"types", "errors", "streams", "distributed"},
-    "models": {"errors"},
+    "models": {"errors", "files"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
     "rollout": {"types", "errors", "masked", "streams", "distributed", "servers"},
@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "weighting": {"types", "errors", "masked", "streams", "distributed"},
     "objective": {"types", "errors", "masked", "scoring"},
     "step": {
-        "types", "errors", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
+        "types", "errors", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
     },
     "evaluation": {"types", "errors", "masked", "streams", "distributed", "prompts", "rollout"},
     "run": {"errors", "files", "distributed"},
@@ -41,10 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"types", "errors", "files", "masked"},
     "compare": {
-        "types", "errors", "masked", "models", "scoring", "teacher", "weighting", "objective", "step", "evaluation",
+        "types", "errors", "files", "masked", "models", "scoring", "teacher", "weighting", "objective", "step", "evaluation",
         "preflight", "report",
     },
-    "testbed": {"errors"},
+    "testbed": {"errors", "files"},
     "cli": {"errors", "files", "distributed", "prompts", "run", "preflight", "module", "compare"},
     "callbacks": {"types", "errors", "files", "distributed", "prompts", "evaluation", "run", "report"},
 }  # fmt: skip
