@@ -232,6 +232,7 @@ class Scripted(Sampler):
     def __init__(self, train: list[Rollout], **settings: Any) -> None:
         super().__init__(**settings)
         self.train, self.evaluated = train, {draw: evaluated(draw) for draw in range(GREEDY, 4)}
+        self.calls = 0
 
     def sample(self, model: Any, prompts: PromptBatch, settings: Any) -> Rollout:
         """The rows of the keys that were asked for."""
@@ -243,6 +244,7 @@ class Scripted(Sampler):
             whole = self.train[settings.step // UPDATES]
         rows = {int(key): row for row, key in enumerate(whole.prompts.row_keys)}
         chosen = whole.rows(torch.tensor([rows[int(key)] for key in prompts.row_keys]))
+        self.calls += 1
         with torch.no_grad():
             model.head(chosen)
         return replace(chosen, prompts=prompts)
@@ -305,6 +307,7 @@ class Report:
         marks: (name, seconds) of what happened, in order: the start of training, of a batch and of its first backward, the
             ends of phases, batches and validations.
         seconds: ``StepRecord.seconds`` of each batch.
+        samplings: calls of the sampler.
         wall: seconds of the whole run.
         memory: peak resident memory of this process in MiB before and after.
         warnings: everything that was warned of.
@@ -315,6 +318,7 @@ class Report:
     told: dict[int, dict[str, float]] = field(default_factory=dict)
     marks: list[tuple[str, float]] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
+    samplings: int = 0
     wall: float = 0.0
     memory: tuple[float, float] = (0.0, 0.0)
     warnings: list[str] = field(default_factory=list)
@@ -411,10 +415,10 @@ def run(folders: tuple[str, str], folder: Path, case: Case, *, rank: int = 0, ra
     callbacks = [watch, QuickProfile(every=case.window), Throughput(every=case.window), Summary()]
     before, start = peak_mib(), time.perf_counter()
     with kept_warnings(report.warnings):
-        fitted = L.Trainer(**(settings | trainer), callbacks=callbacks)
-        fitted.fit(module(folders, case), *loaders(case, rank=rank, ranks=ranks))
+        trained = module(folders, case)
+        L.Trainer(**(settings | trainer), callbacks=callbacks).fit(trained, *loaders(case, rank=rank, ranks=ranks))
     report.wall, report.memory = time.perf_counter() - start, (before, peak_mib())
-    report.logged = dict(numbers.rows)
+    report.logged, report.samplings = dict(numbers.rows), trained.sampler.calls  # type: ignore[attr-defined]
     report.summary = json.loads((folder / "summary.json").read_text()) if rank == 0 else None
     return report
 

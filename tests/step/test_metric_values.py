@@ -368,6 +368,19 @@ def test_lightning_advises_nothing_about_what_is_logged_on_two_ranks(reports):
             assert not [line for line in report.warnings if "sync_dist" in line or "self.log(" in line]
 
 
+def test_a_rank_whose_batch_has_no_answers_samples_as_often_as_the_other(reports):
+    """Under FSDP2 every sampling gathers weights: a rank that left one out ended the run with mismatched collectives."""
+    answered = [
+        [any(metric_runs.QUESTIONS[row][0] is not None for row in rows) for rows in ranks]
+        for ranks in metric_runs.RANK_QUESTIONS
+    ]
+    assert [True, False] in answered and [False, False] in answered
+    for (name, _), ranks in reports.items():
+        case, greedy = CASES[name], sum(map(any, answered))
+        evaluation = greedy + sum(case.samples if any(batch) else 1 for batch in answered[: metric_runs.BATCH_LIMIT])
+        assert {report.samplings for report in ranks} == {len(case.batches) + 2 * evaluation}
+
+
 def test_a_validation_is_logged_from_the_device_of_the_strategy(folders):
     """NCCL reduces nothing that is on the CPU; "meta" stands for a device that is not here."""
     trained = metric_runs.module(folders, CASES["kept"])
