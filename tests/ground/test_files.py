@@ -21,8 +21,8 @@ from lit_opd.models.export import export_folder
 from lit_opd.report import profile_pictures
 from lit_opd.report.replay import save_record
 from lit_opd.testbed.task import write_records
+from tests.callbacks.test_position_profile import record
 from tests.helpers import tiny
-from tests.test_position_profile import record
 
 NAME = "l\u00e4nge 10 % \u4e2d\u6587.txt"
 
