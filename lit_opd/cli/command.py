@@ -70,6 +70,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "model.weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting"},
     "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
 }
+HOW_STARTED: dict[str, Any] = {"ckpt_path": None, "overwrite": False}  # of one command line, not of the run
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 _MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
 PARSERS = ("argparse", "jsonargparse", "omegaconf", "yaml")
@@ -87,7 +88,11 @@ NOISE = (  # other people's warnings that say nothing about a run of ours
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved config to ``config.yaml`` of the run folder once the run is really starting."""
+    """Writes the resolved config to ``config.yaml`` of the run folder once the run is really starting.
+
+    It says what the run is. What a command line did once, going on from a checkpoint or emptying a folder, is not in it: a run
+    made from this file would do it again, unasked.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: a later check may still refuse the run."""
@@ -97,7 +102,11 @@ class RunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_none=False)
+            config = self.config.clone()
+            for name, value in HOW_STARTED.items():
+                if name in config:
+                    config[name] = value
+            text = self.parser.dump(config, skip_none=False)
             replace_or_refuse(folder / "config.yaml", with_references(text).encode())
 
 

@@ -116,6 +116,24 @@ def test_a_stopped_run_goes_on_to_the_same_weights(finished, world):
     assert len(lines) == len((finished / "metrics.csv").read_text().splitlines())
 
 
+def test_the_config_of_a_continued_run_starts_a_run_of_its_own(world, capsys):
+    """A run's file says what the run is: neither the checkpoint it went on from nor the leave to empty its folder."""
+    folder, other = world / "goes-on", world / "goes-on-uniform"
+    run(world, folder, "--trainer.max_steps", "2", "--overwrite", "true")
+    run(world, folder, "--ckpt_path", "last")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["ckpt_path"] is None and saved["overwrite"] is False
+    again = ["fit", "--config", str(folder / "config.yaml"), "--model.weighting", "Uniform", "--run_dir", str(other)]
+    main(default_callbacks, again)
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (other, folder))
+    assert ours["strategy"] == "Uniform" and ours["steps"] == STEPS and ours["tokens"] > 0
+    assert ours["reverse_kl_start"] == theirs["reverse_kl_start"]  # from the first student, not from the finished one
+    before = (other / "summary.json").read_bytes()
+    with pytest.raises(SystemExit):
+        main(default_callbacks, again)  # the folder is not emptied unasked
+    assert "--overwrite" in capsys.readouterr().err and (other / "summary.json").read_bytes() == before
+
+
 def test_the_exported_student_answers_as_the_module_does(finished, world):
     """Plain transformers on student/ gives the greedy accuracy of summary.json, and the module's own texts."""
     model = AutoModelForCausalLM.from_pretrained(finished / "student")
