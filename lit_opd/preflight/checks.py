@@ -46,6 +46,7 @@ from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
 from lit_opd.run.lightning import callbacks_of
+from lit_opd.servers.client import Servers
 
 Status = Literal["ok", "warning", "error"]
 _STATES: tuple[Status, ...] = ("ok", "warning", "error")
@@ -220,8 +221,8 @@ def servers(run: PlannedRun) -> Finding:
     """Servers answer, with the right model and room for the longest row."""
     check_servers(run.module, run.data)
     parts = [run.module.sampler, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
-    urls = [url for part in parts for url in getattr(getattr(part, "servers", None), "urls", ())]
-    return Finding("ok", f"answering: {', '.join(map(str, urls))}" if urls else "none is used")
+    urls = [url for part in parts if isinstance(found := getattr(part, "servers", None), Servers) for url in found.urls]
+    return Finding("ok", f"answering: {', '.join(urls)}" if urls else "none is used")
 
 
 def memory(run: PlannedRun) -> Finding:

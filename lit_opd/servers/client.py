@@ -144,6 +144,11 @@ class Servers:
 
     # -- before a run ------------------------------------------------------------------------------------------------
 
+    @property
+    def urls(self) -> list[str]:
+        """Their addresses."""
+        return [server.url for server in self.servers]
+
     def check(self, *, tokens: int | None, seconds: float | None = None) -> None:
         """Every server answers, serves the expected model, and its context holds ``tokens``.
 
@@ -355,7 +360,7 @@ class Servers:
 
     def error(self, what: str) -> ServerError:
         """The error for something that went wrong beside the requests themselves."""
-        urls = ", ".join(server.url for server in self.servers)
+        urls = ", ".join(self.urls)
         return ServerError(
             f"`{self.field}.urls`: {urls} {what}; look at the servers' logs, then go on with --ckpt_path last"
         )

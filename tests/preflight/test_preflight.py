@@ -24,6 +24,7 @@ from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.rollout import RatioStop, SamplingSettings
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch
+from tests.helpers import fake_vllm as fake
 from tests.helpers import tiny
 from tests.helpers.memory_fit import Shape, build
 
@@ -299,6 +300,17 @@ def test_a_server_that_does_not_answer_is_one_row(world, tmp_path, capsys):
     rows = rows_of(capsys.readouterr().out)
     assert rows["servers"].startswith("error") and "127.0.0.1:9" in rows["servers"].replace(" ", "")
     assert rows["memory"].startswith("ok")
+
+
+def test_servers_that_answer_are_named(world, tmp_path, capsys):
+    with fake.serving(str(world / "teacher")) as server:
+        teacher = {"urls": [server.url], "tokenizer_path": str(world / "teacher"), "retry_seconds": 0.1}
+        remote = {"class_path": "lit_opd.teacher.RemoteTeacher", "init_args": teacher}
+        overlay = tmp_path / "remote.yaml"
+        overlay.write_text(yaml.safe_dump({"model": {"teacher": remote}}))
+        assert preflight(world / "base.yaml", "--config", str(overlay), "--run_dir", str(tmp_path / "run")) == 0
+    row = rows_of(capsys.readouterr().out)["servers"]
+    assert row.startswith("ok") and server.url.replace(" ", "") in row.replace(" ", "")
 
 
 def instruct_teacher(folder: Path) -> str:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"types", "errors", "masked", "streams", "distributed", "prompts", "rollout"},
     "run": {"errors", "files", "distributed"},
     "preflight": {
-        "types", "errors", "distributed", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "step",
+        "types", "errors", "distributed", "servers", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "step",
         "evaluation", "run",
     },
     "module": {
@@ -154,3 +154,16 @@ def test_writing_a_checkpoint_loads_no_client_of_servers():
             seen.add(name)
             waiting += [*GRAPH[name], name.rpartition(".")[0]]
     assert not any(room(name) in ("servers", "teacher", "module") for name in seen)
+
+
+def test_only_the_client_of_servers_speaks_http():
+    """Nothing else opens a connection of its own: one place decides on time, size and redirects."""
+    for name, path in MODULES.items():
+        named = {
+            node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        }
+        named |= {
+            a.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for a in node.names
+        }
+        roots = {module.split(".")[0] for module in named} | {module for module in named if module.startswith("http.")}
+        assert not roots & {"httpx", "requests", "http.client", "urllib3"} or room(name) == "servers", path
