@@ -42,6 +42,14 @@ def grader():
     made.close()
 
 
+@pytest.fixture(scope="module")
+def patient():
+    """The time that answers have in a run: a busy machine is no reason for another verdict."""
+    made = Grader(num_workers=2)
+    yield made
+    made.close()
+
+
 # -- one process: integers and text ------------------------------------------------------------------------------------
 
 # response, reference, outcome; decided without math-verify
@@ -145,14 +153,9 @@ MATHEMATICS = [
 
 
 @needs_math_verify
-def test_latex_goes_to_math_verify():
-    """With the time that answers really have: a busy machine is no reason for another verdict."""
-    patient = Grader(num_workers=2)
+def test_latex_goes_to_math_verify(patient):
     responses, references, outcomes = zip(*MATHEMATICS, strict=True)
-    try:
-        assert [grade.outcome for grade in patient.grade(responses, references)] == list(outcomes)
-    finally:
-        patient.close()
+    assert [grade.outcome for grade in patient.grade(responses, references)] == list(outcomes)
 
 
 HOSTILE = [
@@ -268,15 +271,15 @@ def test_gsm8k_solutions_grade_as_their_own_answers():
 
 @needs_data
 @needs_math_verify
-def test_math500_answers_grade_as_themselves(grader):
+def test_math500_answers_grade_as_themselves(patient):
     """The whole solutions by text; and 100 answers through math-verify itself, against themselves and their neighbour."""
     references, solutions = answers("math500.jsonl"), answers("math500.jsonl", "solution")
-    assert all(grade.correct for grade in grader.grade(solutions, references))
+    assert all(grade.correct for grade in patient.grade(solutions, references))
     latex = [reference for reference in references if "\\" in reference][:100]
     assert all(isinstance(extracted(f"\\boxed{{{answer}}}"), str) for answer in latex)
-    assert grader.compare([(answer, answer) for answer in latex]) == ["correct"] * len(latex)
+    assert patient.compare([(answer, answer) for answer in latex]) == ["correct"] * len(latex)
     different = [(a, b) for a, b in zip(latex, latex[1:], strict=False) if a != b]
-    assert grader.compare(different).count(Outcome.CORRECT) <= 2
+    assert patient.compare(different).count(Outcome.CORRECT) <= 2
 
 
 @needs_math_verify

@@ -9,10 +9,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from benchmarks.reproduce.results import LINES, mended
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
+from benchmarks.studies.reproduce.results import LINES, mended
 from lit_opd.compare import pictures
 from lit_opd.compare.document import Document
 from lit_opd.errors import InputError
