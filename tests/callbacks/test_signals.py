@@ -184,7 +184,7 @@ def processes(whole, forked, tmp_path_factory) -> tuple[Path, list[dict[str, Any
     scontrol.chmod(0o755)
     slurm = SLURM | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     often = ["--trainer.callbacks", json.dumps(with_checkpoints(config, every=2))]
-    imported = "__import__('tests.callbacks.test_signals').test_signals"
+    imported = "__import__('tests.callbacks.test_signals').callbacks.test_signals"
     jobs = [
         job(config, folder / "impatient", callbacks=f"[{imported}.Impatient()]"),
         job(config, folder / "slurm", callbacks=f"[{imported}.Sends(10, 'on_before_backward', 3)]", env=slurm),

@@ -13,6 +13,7 @@ import signal
 import struct
 import sys
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ def child(job: dict[str, Any], memory: mmap.mmap) -> None:
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
+    except BaseException:  # the child never returns, so nothing else would print it
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)
