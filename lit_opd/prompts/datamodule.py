@@ -14,7 +14,7 @@ from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
     PromptEncoder,
-    SpecialTokens,
+    SpecialTokensInText,
     encode_rows,
     pad_token_id,
 )
@@ -88,7 +88,7 @@ class PromptDataModule(LightningDataModule):
         val_limit: int | None = None,
         seed: int = 42,
         too_long: Literal["filter", "error"] = "filter",
-        special_tokens_in_text: SpecialTokens = "escape",
+        special_tokens_in_text: SpecialTokensInText = "escape",
         tokenizer: str | None = None,
         pad_token: str | None = None,
     ) -> None:
@@ -192,7 +192,7 @@ class PromptDataModule(LightningDataModule):
             InputError: for every setting or row that is wrong, before anything is trained.
         """
         self._check_settings()
-        pad_token_id(self.encoder.tokenizer, self.pad_token)
+        pad_token_id(self.encoder.tokenizer, self.pad_token, field="PromptDataModule.pad_token")
         if stage in ("fit", None) and self._train_prompts is None:
             self._check_ranks()
             self._train_prompts, self._order = self._ordered_train()
@@ -330,7 +330,7 @@ class PromptDataModule(LightningDataModule):
     def _shared_options(self) -> dict[str, Any]:
         teacher = self.teacher_encoder.tokenizer if self.teacher_encoder else None
         return {
-            "pad_id": pad_token_id(self.encoder.tokenizer, self.pad_token),
+            "pad_id": pad_token_id(self.encoder.tokenizer, self.pad_token, field="PromptDataModule.pad_token"),
             "teacher_pad_id": getattr(teacher, "pad_token_id", None),
             "rank": distributed.rank(),
             "world": distributed.world_size(),
