@@ -169,7 +169,9 @@ class OPDModule(L.LightningModule):
     def vocabulary(self) -> int:
         """Leading vocabulary entries up to the tokenizer's last id, which is student's and teacher's; checked token by token."""
         rows = self.student_config.get_text_config().vocab_size
-        used = agree_vocabularies(self.tokenizer, self.tokenizer, student_rows=rows, teacher_rows=rows, field="model.student.path")
+        used = agree_vocabularies(
+            self.tokenizer, self.tokenizer, student_rows=rows, teacher_rows=rows, field="model.student.path"
+        )
         for role, scorer in self.scorers.items():
             for tokenizer, scorer_rows in self.scorer_tokenizers[role]:
                 named = {"student_rows": rows, "teacher_rows": scorer_rows, "field": f"{scorer.field}.path"}

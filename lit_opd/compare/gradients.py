@@ -84,9 +84,7 @@ class ReplayModels:
         for field, path in (("--student", student), ("--teacher", teacher)):
             tokenizers.append(load_tokenizer(path, field, pads=False))
             rows.append(load_config(path, field).get_text_config().vocab_size)
-        self.vocabulary = agree_vocabularies(
-            *tokenizers, student_rows=rows[0], teacher_rows=rows[1], field="--teacher"
-        )
+        self.vocabulary = agree_vocabularies(*tokenizers, student_rows=rows[0], teacher_rows=rows[1], field="--teacher")
         model, unused = build_student(StudentSettings(student, dtype=dtype)), unused_ids(tokenizers[0])
         self.student = ScoringModel(model, vocabulary=self.vocabulary, unused=unused)
         self.student.choose_path("student")

@@ -38,9 +38,11 @@ class PromptDataModule(LightningDataModule):
         prompt_batch: prompts a step over all ranks, a multiple of the number of ranks.
         samples_per_prompt: responses sampled a prompt, in adjacent rows on one rank.
         max_prompt_tokens: longest rendered prompt, in the student's tokens.
-        prompt_column: column of the prompt, text or chat messages (a trailing assistant turn is dropped); None: the
-            first usual name (prompt, problem, question, ...).
-        answer_column: column of the reference answer; None: the first usual name, or no answers.
+        prompt_column: column of the prompt, text or chat messages (a trailing assistant turn is dropped); with dots inside an
+            object. None: the first usual name (prompt, problem, question, ...), together with what belongs to it there
+            (Alpaca's input, a system column); see docs/data.md.
+        answer_column: column of the reference answer, such as reward_model.ground_truth; None: the first usual name, or no
+            answers.
         id_column: column of unique row ids; None: "id" where present, else "<file stem>-<row>"; "#": always the latter.
         teacher_column: column that names the teacher of a row; None: one teacher.
         filter: ``column op value``, or several that must all hold, on ``train``; see ``RowFilter``. A validation
@@ -59,7 +61,7 @@ class PromptDataModule(LightningDataModule):
         seed: of order and split.
         too_long: what happens to prompts above ``max_prompt_tokens``: "filter" (counted) or "error".
         special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "refuse": they are an error;
-            "allow": they become control tokens.
+            "allow": they become control tokens, and prompts that are rendered already are taken as they are.
         tokenizer: folder or hub id; None: the tokenizer of the trainer's module.
         pad_token: where the tokenizer has no pad token.
     """

@@ -13,9 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from lit_opd.errors import InputError
+from lit_opd.prompts.layouts import Message
 from lit_opd.prompts.special_tokens import Part, SpecialTokens
 
-Message = dict[str, str]
 _SHIFT = 0xF0000  # to the private-use plane: a character that is moved there is the prompt's
 _SHIFTED = re.compile("[\U000f0000-\U000fffff]")
 _MARKS = range(0xE000, 0xF8FF)  # private-use characters, of which one that occurs nowhere marks those of the prompt

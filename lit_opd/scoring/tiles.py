@@ -173,7 +173,13 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, counts: _Counts, term: TokenTerm, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        counts: _Counts,
+        term: TokenTerm,
+        temperature: float,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             out = term.values(Head(hidden, weight, bias, *counts), temperature)

@@ -104,9 +104,9 @@ class RemoteTeacher(Teacher):
         rows = self._config.get_text_config().vocab_size
         if rows > vocabulary:
             warnings.warn(
-                f"`{self.field}`: the servers' softmax runs over all {rows} embedding rows of the teacher, while its tokenizer has "
-                f"{vocabulary} ids; log-probs are lower by what lies on the other {rows - vocabulary}, which is next to nothing "
-                "in a trained model",
+                f"`{self.field}`: the servers' softmax runs over all {rows} embedding rows of the teacher, while its tokenizer "
+                f"has {vocabulary} ids; log-probs are lower by what lies on the other {rows - vocabulary}, next to nothing in a "
+                "trained model",
                 stacklevel=2,
             )
         if self.servers.model is None:
