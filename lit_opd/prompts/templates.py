@@ -168,7 +168,17 @@ class Template:
                 parts = [Part(unmark(part.text), part.special) for part in self.special.parts(marked)]
                 kept, all_of = count(marked), sum(count(mark(content)) for content in contents)
                 return Traced([part for part in parts if part.text], max(0, all_of - kept) if whole else None)
-        return None
+        return self._located(contents, text)
+
+    def _located(self, contents: Sequence[str], text: str) -> Traced | None:
+        """For a template that looks at the strings: contents that hold some are looked for as they are, and must be there once."""
+        if _SHIFTED.search(text):
+            return None
+        for content in (content.strip() for content in contents if self.special.pattern.search(content)):
+            if text.count(content) != 1:
+                return None
+            text = text.replace(content, _shifted(content))
+        return Traced([Part(_unshifted(part.text), part.special) for part in self.special.parts(text)], None)
 
     def require_prompt(self, messages: Sequence[Message], text: str, where: str) -> str | None:
         """Whether ``text`` holds the contents of ``messages``, but for white space around them.
