@@ -120,7 +120,7 @@ def test_the_system_prompt_is_trusted_beside_a_hostile_text() -> None:
 @pytest.mark.parametrize(
     ("template", "settings", "message"),
     [
-        (BEFORE + "{% for part in m.content %}{{ part.text }}{% endfor %}" + AFTER, {}, r"does not render message 0 \(role user\)"),
+        (BEFORE + "{% for part in m.content %}{{ part.text }}{% endfor %}" + AFTER, {}, r"does not render message 0 \(role"),
         (BEFORE.replace("in messages", "in messages if m.role == 'user'") + "{{ m.content }}" + AFTER,
          {"system_prompt": "Be brief."}, "does not render the configured system prompt"),
         (BEFORE + "{{ m.content }}<|im_end|>\n{% endfor %}", {}, "adds no generation prompt"),
