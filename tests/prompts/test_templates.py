@@ -182,6 +182,12 @@ def test_rendered_prompts_are_taken_as_they_are_where_control_tokens_are_allowed
     assert plain == ids
 
 
+def test_a_rendered_prompt_gets_no_begin_token_that_the_template_has_not() -> None:
+    made = tokenizer(template=BEFORE.removeprefix("{{ bos_token }}") + "{{ m.content }}" + AFTER)
+    ids = PromptEncoder(made, special_tokens_in_text="allow").encode(RENDERED)
+    assert ids == PromptEncoder(made).encode("hello") and made.bos_token_id not in ids
+
+
 @pytest.mark.parametrize("settings", [{}, {"chat_template": False}])
 def test_rendered_prompts_that_are_escaped_are_named_with_the_setting(
     monkeypatch: pytest.MonkeyPatch, settings: dict
