@@ -45,6 +45,7 @@ from lit_opd.preflight import (
     require_machine,
     require_memory,
 )
+from lit_opd.preflight.callback_checks import check_callbacks
 from lit_opd.preflight.module_checks import check_before
 from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
@@ -54,8 +55,8 @@ from lit_opd.run.lightning_cli import PlainCLI
 from lit_opd.run.loggers import chosen_loggers, describe, own_loggers
 from lit_opd.run.replaced_folder import ReplacedFolder
 from lit_opd.run.trained_settings import (
-    ASKED,
     FREE,
+    Group,
     Settings,
     TrainedSettings,
     require_unchanged,
@@ -138,8 +139,10 @@ class OPDCLI(PlainCLI):
         self._default_callbacks = default_callbacks
         self._new_folder = False
         self._changed: list[str] = []  # groups of settings that differ from those of the checkpoint
-        self._words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        self._words = [str(word) for word in (sys.argv[1:] if args is None else args) or ()]  # type: ignore[union-attr]
         self._replaced: ReplacedFolder | None = None
+        if os.getcwd() not in sys.path:  # a class in a file of the folder one runs from is found while the config is parsed
+            sys.path.insert(0, os.getcwd())
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             model_class=OPDModule,
@@ -172,7 +175,7 @@ class OPDCLI(PlainCLI):
             "--overwrite", type=bool, default=False, help="replace the run in the folder; not from a config"
         )
         parser.add_argument(
-            "--allow_change", nargs="+", choices=ASKED, default=[], help="what may differ from the checkpoint's"
+            "--allow_change", nargs="+", type=Group, default=[], help="what may differ from the checkpoint's"
         )
         parser.add_argument("--num_threads", type=int | None, default=None, help="torch threads; default torch's own")
         parser.add_argument("--wandb.mode", type=Literal["offline", "online", "disabled"], default="offline")
@@ -242,7 +245,6 @@ class OPDCLI(PlainCLI):
         """Threads, run folder and checkpoint path, before anything is built."""
         if self.settings.get("num_threads") is not None:
             torch.set_num_threads(self.settings["num_threads"])
-        sys.path.insert(0, os.getcwd())
         if not self.subcommand:
             return
         precision = str(self.settings["trainer"].get("precision"))
@@ -331,6 +333,7 @@ class OPDCLI(PlainCLI):
     def fit(self, **arguments: Any) -> None:
         """The trainer's fit; a run that is refused or stopped while it loads leaves everything as it was."""
         self.model.state.trained = TrainedSettings(self._trained_settings())
+        self.datamodule.may_differ = bool({"data", "seed"} & {*self._changed})
         try:
             self.trainer.fit(**arguments)
         except (Exception, Stopped) as error:
@@ -353,6 +356,9 @@ class OPDCLI(PlainCLI):
     def _check_all(self) -> None:
         """The module's checks, then those of callbacks that have some."""
         path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
+        if training:
+            own_code = (self.model.weighting, self.model.objective, *self.model.advantage)
+            check_callbacks(self.trainer, self.datamodule, own_code=own_code)
         check_before(self.model, self.trainer, self.datamodule, ckpt_path=path, training=training)
         for callback in callbacks_of(self.trainer):
             check = getattr(callback, "check", None)
@@ -407,19 +413,22 @@ class OPDCLI(PlainCLI):
             kwargs.setdefault("logger", self._loggers(self.given("trainer.logger")))
         elif self.given("trainer.logger") in (None, True):
             kwargs.setdefault("logger", [])
+        given = self.given("trainer.callbacks") or ()
+        users = list(
+            given if isinstance(given, list | tuple) else [given]
+        )  # a copy: the trainer adds its own to the list
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             if isinstance(_input_error(error), InputError | ServerError):
                 raise
             raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
-        given = {type(callback) for callback in callbacks_of(trainer)}
-        extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
+        extra = [own for own in self._default_callbacks() if not any(isinstance(user, type(own)) for user in users)]
         for callback in extra:
             every = self.settings.get("checkpoint_every")
             if hasattr(callback, "use_run_dir") and every:
                 callback.use_run_dir(self.run_dir, every)
-        _attach(trainer, extra)
+        _attach(trainer, extra, users)
         return trainer
 
     def _loggers(self, given: Any) -> list[Logger]:
@@ -437,14 +446,17 @@ class OPDCLI(PlainCLI):
         return {} if path is None else counters(Path(path))
 
 
-def _attach(trainer: Trainer, extra: list[Callback]) -> None:
-    """Add callbacks to a built trainer; progress bars and checkpoints take the place of Lightning's own."""
+def _attach(trainer: Trainer, extra: list[Callback], users: list[Callback]) -> None:
+    """Add callbacks to a built trainer. Progress bar and checkpoints take the place of those that Lightning adds by itself; the
+    user's are all kept, and a progress bar of theirs is the only one."""
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-    kept = list(callbacks_of(trainer))
-    for kind in (ProgressBar, Checkpoint):
-        if any(isinstance(callback, kind) for callback in extra):
-            kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]
+    if any(isinstance(user, ProgressBar) for user in users) or not trainer.progress_bar_callback:
+        extra = [own for own in extra if not isinstance(own, ProgressBar)]
+    if not trainer.checkpoint_callbacks:  # enable_checkpointing is false
+        extra = [own for own in extra if not isinstance(own, Checkpoint)]
+    replaced = tuple(kind for kind in (ProgressBar, Checkpoint) if any(isinstance(own, kind) for own in extra))
+    kept = [found for found in callbacks_of(trainer) if found in users or not isinstance(found, replaced)]
     set_callbacks(trainer, kept + extra)
 
 

@@ -38,7 +38,8 @@ def chosen_loggers(run_dir: Path, settings: Mapping[str, Any], saved: Mapping[st
     Raises:
         InputError: TensorBoard's package is missing.
     """
-    wandb, found = settings["wandb"], []
+    wandb = settings["wandb"]
+    found: list[Logger] = []
     if wandb["mode"] != "disabled":
         named = {name: wandb[name] for name in ("project", "entity", "group", "tags") if wandb.get(name)}
         identity = run_id(run_dir) if saved else None

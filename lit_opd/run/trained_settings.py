@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # name for `--allow_change` -> settings
     "optimizer": ("model.optimizer", "model.lr_scheduler", "model.gradient_clip_norm"),
 }
 FREE = frozenset({"optimizer"})  # may change unasked: the run warns of each option, see `changed_options`
-ASKED = tuple(group for group in GROUPS if group not in FREE)
+Group = Literal["weighting", "objective", "models", "data", "sampler", "seed"]  # what may change by name
 # speed, memory, addresses and limits of servers: the same tokens train the same weights whatever they are
 WITHOUT_EFFECT = frozenset(
     """gradient_checkpointing compile lazy attn_implementation offload trust_remote_code val_batch
