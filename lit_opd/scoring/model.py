@@ -112,6 +112,10 @@ class ScoringModel(nn.Module):
         get_base_model = getattr(self.model, "get_base_model", None)
         return get_base_model() if get_base_model is not None else self.model
 
+    def __call__(self, *inputs: Any, **settings: Any) -> TokenScores:
+        """``forward`` with its hooks, as a record."""
+        return _record(super().__call__(*inputs, **settings))
+
     def forward(
         self,
         rollout: Rollout,
@@ -122,8 +126,11 @@ class ScoringModel(nn.Module):
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
         head: Head | None = None,
-    ) -> TokenScores:
+    ) -> dict[str, Tensor]:
         """Score the sampled tokens of ``rollout``.
+
+        A plain dictionary leaves it and not the record: FSDP2 gathers a unit's weights for the backward pass by hooks on
+        the tensors it finds in the output, and torch before 2.13 does not look into a dataclass.
 
         Args:
             rollout: B rows; only valid tokens are scored.
@@ -134,7 +141,8 @@ class ScoringModel(nn.Module):
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
         Returns:
-            [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
+            [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
+            The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
         """
         places = Places.of(rollout, own_template=own_template)
         head = self._head(rollout, places, own_template=own_template) if head is None else head
@@ -148,11 +156,10 @@ class ScoringModel(nn.Module):
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
             found["divergence"] = divergence(head, against, temperature=temperature)
-        topk = None
         if "topk" in wants:
-            ids, logprobs = token_topk(head, k=TOP_K, temperature=temperature)
-            topk = TopK(ids=places.scatter(ids), logprobs=places.scatter(logprobs))
-        return TokenScores(**{name: places.scatter(value) for name, value in found.items()}, topk=topk)
+            found["topk.ids"], found["topk.logprobs"] = token_topk(head, k=TOP_K, temperature=temperature)
+        # no views: what changes a view in place takes the hook off it
+        return {name: places.scatter(value).clone() for name, value in found.items()}
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
@@ -276,6 +283,13 @@ class ScoringModel(nn.Module):
     def generate(self, **arguments: Any) -> Any:
         """transformers' ``generate`` of the wrapped model, through this module so that FSDP's hooks see it."""
         return self.model.generate(**arguments)  # type: ignore[operator]
+
+
+def _record(found: dict[str, Tensor]) -> TokenScores:
+    """What ``ScoringModel.forward`` returned."""
+    topk = {name.removeprefix("topk."): value for name, value in found.items() if name.startswith("topk.")}
+    rest = {name: value for name, value in found.items() if not name.startswith("topk.")}
+    return TokenScores(**rest, topk=TopK(**topk) if topk else None)
 
 
 def _is_slow_head(weight: Tensor) -> bool:
