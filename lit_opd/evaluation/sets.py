@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lit_opd.answers import BOX
 from lit_opd.errors import InputError
-from lit_opd.evaluation.grading import BOX, boxed_answer, is_integer, math_verify_available
+from lit_opd.evaluation.grading import is_integer, math_verify_available
 from lit_opd.prompts.encoding import EncodedPrompt, PromptEncoder, encode_rows
 from lit_opd.prompts.sources import DataSource, NotLoaded, PromptRow, read_prompts
 from lit_opd.streams import stable_hash
@@ -125,11 +126,9 @@ def _rows(source: DataSource) -> list[PromptRow]:
 
 
 def _reference(row: PromptRow) -> str:
-    """The answer of a row; of a whole solution, what is in its last box."""
+    """The answer of a row, which must not be empty or an unfinished solution."""
     answer = (row.answer or "").strip()
-    if BOX in answer:
-        answer = (boxed_answer(answer) or "").strip()
-    if not answer:
+    if not answer or BOX in answer:
         raise InputError(f"{row.where}: the answer is missing; give every problem of an evaluation set one")
     return answer
 
