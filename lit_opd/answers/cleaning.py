@@ -186,6 +186,7 @@ def _one_name(text: str) -> str:
     text = _SIZED.sub(" ", _DROPPED.sub(" ", _COLOURED.sub(" ", text)))
     for pattern, name in _ALIASES:
         text = pattern.sub(name, text)
+    text = re.sub(r"\{\s*([:=<>])\s*\}", r"\1", text)
     text = text.replace("<=", "\\le ").replace(">=", "\\ge ").replace("\\%", "%").replace("=<", "\\le ")
     return _EMPTY_SET.sub(r"\\emptyset", _DEGREE.sub(r"^\\circ ", text))
 
@@ -215,7 +216,7 @@ def _unwrapped(text: str) -> str:
         elif re.search(r"[\^_]\s*$", text[: found.start()]):
             inner = f"{{{inner}}}"
         text = text[: found.start()] + inner + text[end + 1 :]
-    return text.replace("\x02", "\\text{").replace("\x03", "}")
+    return re.sub("\x03\\s+(?=\\^)", "\x03", text).replace("\x02", "\\text{").replace("\x03", "}")
 
 
 def _words_of_text(text: str) -> str:
@@ -264,7 +265,7 @@ def _depths(text: str) -> list[int]:
 
 
 def _spaces(text: str) -> str:
-    text = re.sub(r"\\!", "", text)
+    text = re.sub(r"\s*([\^_])\s*", r"\1", re.sub(r"\\!", "", text))
     return re.sub(r" +", " ", _SPACES.sub(" ", text.replace("\\,", " "))).strip()
 
 
@@ -283,7 +284,7 @@ def _bare_words(text: str) -> str:
         else:
             out.append(text[place : found.start()] + _bare(word, text[: found.start()], text[end:]))
         place = end
-    return re.sub(r" +", " ", "".join(out) + text[place:]).strip()
+    return re.sub(r" +(?=[\^_])", "", re.sub(r" +", " ", "".join(out) + text[place:])).strip()
 
 
 def _bare(word: str, before: str, behind: str) -> str:

@@ -90,7 +90,7 @@ class _Comparison:
             return self._choices(ours, theirs, answer, reference)
         if isinstance(ours, Equation) or isinstance(theirs, Equation):
             return self._equations(ours, theirs, answer, reference)
-        if isinstance(ours, Region) or isinstance(theirs, Region):
+        if isinstance(ours, Region) or isinstance(theirs, Region) or _to_solve(ours, theirs) or _to_solve(theirs, ours):
             return self._regions(ours, theirs, answer, reference)
         for kind, compare in self._kinds().items():
             if isinstance(ours, kind) or isinstance(theirs, kind):
@@ -138,15 +138,11 @@ class _Comparison:
             return False
         return self._matched(one.intervals, two.intervals, self._intervals)
 
-    @staticmethod
-    def _relation(text: str) -> bool:
-        return re.search(r"[<>=]|\\[lg]e(?![a-zA-Z])|\\ne(?![a-zA-Z])", text) is not None
-
     def _solved(self, ours: Region | str, theirs: Region | str) -> bool:
         """An inequality that has to be solved, |x| < 2, against one interval or another inequality."""
         names = [name for side in (ours, theirs) if isinstance(side, str) for name in _VARIABLE.findall(side)]
         texts = [side if isinstance(side, str) else _as_inequality(side, names[0] if names else "x") for side in (ours, theirs)]
-        return all(self._relation(text) for text in texts) and self._asked(*texts)
+        return all(map(_is_relation, texts)) and self._asked(*texts)
 
     def _intervals(self, ours: Interval, theirs: Interval) -> bool:
         closed = (ours.closed_low, ours.closed_high) == (theirs.closed_low, theirs.closed_high)
@@ -313,6 +309,15 @@ def _states(equation: Equation) -> bool:
     if left is not None and right is not None:
         return left == right
     return right != 0 or not (re.search(r"[0-9]", equation.left) and re.search(r"[-+]", equation.left))
+
+
+def _is_relation(text: str) -> bool:
+    return re.search(r"[<>=]|\\[lg]e(?![a-zA-Z])|\\ne(?![a-zA-Z])", text) is not None
+
+
+def _to_solve(one: Shape, other: Shape) -> bool:
+    """An inequality without a bound to read off, |x| < 2, beside a part of the line."""
+    return isinstance(one, Expression) and _is_relation(one.text) and reading.region(other) is not None
 
 
 def _as_inequality(region: Region, name: str) -> str:

@@ -264,7 +264,10 @@ def _bracketed(text: str) -> Shape | None:
         return Listing(tuple(split(inner, _SEPARATOR)[0]), "{", "}")
     if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and _closes(text[1:-1]):
         items = split(text[1:-1], _SEPARATOR)[0]
-        return Listing(tuple(items), text[0], text[-1]) if len(items) > 1 else None
+        opening, closing = text[0], text[-1]
+        if len(items) == 2:  # no interval is closed at infinity
+            opening, closing = "(" if INFINITY in items[0] else opening, ")" if INFINITY in items[1] else closing
+        return Listing(tuple(items), opening, closing) if len(items) > 1 else None
     return None
 
 

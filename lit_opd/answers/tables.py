@@ -18,7 +18,7 @@ SIGNS = {
     "\u2026": "\\ldots ", "\u22ef": "\\ldots ", "\u3001": ",", "\u3002": ".", "\u060c": ",", "\u2261\u0338": "\\ne ",
     "\u00b5": "\\mu ", "\u0131": "i", "\u2113": "l", "\u2228": "\\lor ", "\u2227": "\\land ", "\u2223": "|",
 }  # fmt: skip
-INVISIBLE = dict.fromkeys([0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD, 0x200E, 0x200F], "")
+INVISIBLE = dict.fromkeys([*range(9), *range(0x0E, 0x20), 0x7F, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD, 0x200E, 0x200F], "")
 GREEK = dict(
     zip(
         "\u03b1\u03b2\u03b3\u03b4\u03b5\u03b6\u03b7\u03b8\u03b9\u03ba\u03bb\u03bc\u03bd\u03be\u03c0\u03c1\u03c3\u03c4\u03c5\u03c6\u03c7\u03c8\u03c9"

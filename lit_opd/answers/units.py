@@ -24,6 +24,7 @@ _TOKEN = re.compile(
 )
 _NUMBER_LIKE = re.compile(r"(?=.*(?:[0-9]|\\pi))(?:[0-9\s.,+\-/*^(){}\[\]!]|\\(?:frac|sqrt|pi|cdot|times|div|binom|pm|mp)(?![a-zA-Z]))+")
 _ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the scale may go without saying
 _PER_CENT = re.compile(r"\\text\{[pP]er\}\s*\\text\{cent\}")
 _CURRENCY = re.compile(r"^(?P<sign>-?\s*)(?P<mark>\\\$|[\u20ac\u00a3\u00a5\u20b9]|(?:\\text\{(?:Rs|USD|EUR|GBP|INR)\}\.?))\s*(?=[0-9.\\(-])")
 
@@ -48,7 +49,9 @@ class Quantity:
 
     def agrees_with(self, other: Quantity) -> bool:
         """False where both name a measure and not the same; units are not converted."""
-        return not (self.unit and other.unit and self.unit != other.unit) or self.counted or other.counted
+        if self.counted or other.counted or not self.unit or not other.unit or self.unit == other.unit:
+            return True
+        return {name for name, _ in self.unit | other.unit} in _DEGREES
 
 
 def quantity(text: str) -> Quantity:
@@ -135,8 +138,9 @@ class _Suffix:
             self._sign = -1
         elif lower in tables.POWERS_BEFORE:
             self._power = tables.POWERS_BEFORE[lower]
-        elif lower in tables.POWERS_BEHIND and self._last:
-            self.names[self._last] *= tables.POWERS_BEHIND[lower]
+        elif lower in tables.POWERS_BEHIND:
+            self.unit = self.unit and bool(self._last)  # "3 squared" is 9
+            self.names[self._last] = self.names.get(self._last, 0) * tables.POWERS_BEHIND[lower]
         elif word in tables.SPEEDS:
             self.names.update(zip(tables.SPEEDS[word], (1, -1), strict=True))
         elif unit is not None:
