@@ -16,7 +16,7 @@ from lit_opd.answers import tables
 
 MAX_WRAPPERS = 40  # nested commands around an answer that are taken off
 
-_TEXT_COMMANDS = "text|textrm|textbf|textit|textsf|texttt|textnormal|textup|textsc|textmd|emph|mbox|hbox|mathrm|operatorname"
+_TEXT_COMMANDS = "text|textrm|textbf|textit|textsf|texttt|textnormal|textup|textsc|textmd|textsl|emph|mbox|hbox|mathrm|operatorname"
 _MATH_COMMANDS = (
     "boldsymbol|bm|pmb|mathbf|mathit|mathsf|mathtt|mathnormal|boxed|fbox|framebox|underline|ensuremath|mathop|mathord|mathstrut|"
     "smash|cancel|uline|textcolor|colorbox|color|bf|rm|it"
@@ -31,25 +31,29 @@ _DROPPED = re.compile(
 _SWITCHED = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt|bfseries)(?![a-zA-Z])\s*([^{}]*)\}")
 _SIZED = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*(\.(?![0-9]))?")
 _SPACES = re.compile(r"(?<!\\)\\(?:[;:> ]|quad(?![a-zA-Z])|qquad(?![a-zA-Z])|enspace(?![a-zA-Z])|thinspace(?![a-zA-Z]))|~|\s")
-_ALIASES = [
-    (re.compile(rf"\\(?:{names})(?![a-zA-Z])"), to)
+_ALIASES = {
+    name: to
     for names, to in (
-        ("dfrac|tfrac|cfrac", r"\\frac"), ("dbinom|tbinom", r"\\binom"), ("leq|leqslant|leqq", r"\\le"),
-        ("geq|geqslant|geqq", r"\\ge"), ("neq", r"\\ne"), ("lt", "<"), ("gt", ">"), ("lbrace", r"\\{"), ("rbrace", r"\\}"),
-        ("lbrack|lbracket", "["), ("rbrack|rbracket", "]"), ("langle", "("), ("rangle", ")"), ("lvert|rvert|vert|mid", "|"),
-        ("varnothing|O", r"\\emptyset"), ("degree|textdegree", r"^\\circ"), ("dots|cdots|ldots|dotsc|dotsb", r"\\ldots"),
-        ("infin", r"\\infty"), ("ast", r"\\cdot"), ("lor|vee", r" \\text{or} "), ("land|wedge", r" \\text{and} "),
-        ("R|Reals|reals", r"\\mathbb{R}"), ("textdollar", r"\\$"), ("backslash|smallsetminus", r"\\setminus"),
-        ("overset\\s*\\{\\.\\}|overset\\s*\\{\\\\cdot\\}", r"\\dot"), ("ge\\s*slant", r"\\ge"), ("colon", ":"),
+        ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("leq leqslant leqq", r"\le"), ("geq geqslant geqq", r"\ge"),
+        ("neq", r"\ne"), ("lt", "<"), ("gt", ">"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack lbracket", "["),
+        ("rbrack rbracket", "]"), ("langle", "("), ("rangle", ")"), ("lvert rvert vert mid", "|"), ("varnothing O", r"\emptyset"),
+        ("degree textdegree", r"^\circ"), ("dots cdots ldots dotsc dotsb", r"\ldots"), ("infin", r"\infty"), ("ast", r"\cdot"),
+        ("lor vee", r" \text{or} "), ("land wedge", r" \text{and} "), ("R Reals reals", r"\mathbb{R}"), ("textdollar", r"\$"),
+        ("backslash smallsetminus", r"\setminus"), ("colon", ":"), ("lg", r"\log"),
     )
-]  # fmt: skip
+    for name in names.split()
+}  # fmt: skip
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
+_DOT_OVER = re.compile(r"\\overset\s*\{\s*(?:\.|\\cdot)\s*\}")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered|split|center|displaymath|math)\*?\}")
+_CASES = re.compile(r"\\begin\{cases\}([^&]*?)\\end\{cases\}")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\^?\s*\\circ\s*\}|\^?\s*\\circ(?![a-zA-Z]))\s*")
 _EMPTY_SET = re.compile(r"\\\{\s*\\\}")
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\]]*\])?\s*([0-9a-zA-Z])")
 
 # a comma, thin space or space between groups of three digits
 _THOUSANDS = re.compile(
-    r"(?<![0-9.,_^{}])[1-9][0-9]{0,2}(?P<gap>\{,\}|,?\\!,?|,|\\[,; ]|~|[ ])[0-9]{3}(?:(?P=gap)[0-9]{3})*(?![0-9]|,[0-9]|\{,\}|[ ][0-9])"
+    r"(?<![0-9.,_^])(?<![_^]\{)[1-9][0-9]{0,2}(?P<gap>\{,\}|,?\\!,?|,|\\[,; ]|~|[ ])[0-9]{3}(?:(?P=gap)[0-9]{3})*(?![0-9]|,[0-9]|\{,\}|[ ][0-9])"
 )
 _DECIMAL_COMMA = re.compile(r"(?<![0-9.,])([0-9]+)\{,\}(?=[0-9]+(?![0-9,{]))")
 _BAR = r"\\(?:overline|bar|overbar)\s*\{?\s*(?P<bar>[0-9]+)\s*\}?"
@@ -63,8 +67,8 @@ _MIXED_SLASH = re.compile(
 )
 _GAP = r"(?:\s|\\[ ,;:]|~)*"
 _CHOICE_IN_TEXT = re.compile(
-    rf"^\s*\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{{{_GAP}(?:\((?P<a>[A-J])\)|(?P<b>[A-J])[.):]){_GAP}[.:]?\s*\}}{_GAP}"
-    r"(?=[^}]*[0-9a-zA-Z])"
+    rf"^\s*\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{{{_GAP}(?:\((?P<a>[A-J])\)|(?P<b>[A-J])[.):])(?P<in>{_GAP})[.:]?\s*"
+    rf"\}}(?P<out>{_GAP})(?P<minus>-?)(?=[^}}]*[0-9a-zA-Z])(?![+*/^_=,;)<>&])"
 )
 _NO_OPERATOR = r"(?!\\(?:cup|cap|in|le|ge|ne|to|subset|times|cdot|pm|mp|setminus|text\{(?:and|or))(?![a-zA-Z]))"
 _CHOICE = re.compile(rf"^\s*(?:\((?P<a>[A-J])\)[.:]?|(?P<b>[A-J])[.):]){_GAP}(?<=[ ,;:~]){_NO_OPERATOR}(?=[0-9\\$.]|[a-zA-Z]{{2}})")
@@ -184,8 +188,10 @@ def _one_name(text: str) -> str:
     """One command for one meaning; spacing and sizing commands dropped."""
     text = _SWITCHED.sub(r"\\mathrm{\1}", text)
     text = _SIZED.sub(" ", _DROPPED.sub(" ", _COLOURED.sub(" ", text)))
-    for pattern, name in _ALIASES:
-        text = pattern.sub(name, text)
+    text = _COMMAND.sub(lambda found: _ALIASES.get(found[1], found[0]), _DOT_OVER.sub(r"\\dot", text))
+    text = _CASES.sub(lambda found: found[1].replace("\\\\", ", "), text)
+    if _ENVIRONMENT.search(text):
+        text = _ENVIRONMENT.sub(" ", text).replace("&", " ")
     text = re.sub(r"\{\s*([:=<>])\s*\}", r"\1", text)
     text = text.replace("<=", "\\le ").replace(">=", "\\ge ").replace("\\%", "%").replace("=<", "\\le ")
     return _EMPTY_SET.sub(r"\\emptyset", _DEGREE.sub(r"^\\circ ", text))
@@ -195,10 +201,10 @@ def _choices(text: str) -> str:
     r"""A choice's letter in front of its content becomes ``\choice{C}``."""
     text = text.strip()
     found = _CHOICE_IN_TEXT.match(text) or _CHOICE.match(text)
-    if found is None:
+    if found is None or found.groupdict().get("minus") and not (found["in"] or found["out"]):  # (C)-1 is a difference
         return text
     letter = found["a"] or found["b"]
-    return f"\\choice{{{letter}}} {text[found.end() :]}"
+    return f"\\choice{{{letter}}} {found.groupdict().get('minus') or ''}{text[found.end() :]}"
 
 
 def _unwrapped(text: str) -> str:
@@ -304,7 +310,7 @@ def _bare(word: str, before: str, behind: str) -> str:
         return f" \\text{{{word}}} "
     if len(word) >= 3 and lower in _KNOWN_WORDS:
         return f" \\text{{{word}}} "
-    if lower in _SHORT_WORDS and re.search(r"(^|\s)$", before) and re.match(r"\s|$", behind):
+    if lower in _SHORT_WORDS and re.search(r"(^|\s)$", before) and re.match(r"[\s:]|$", behind):
         return f" \\text{{{word}}} "
     looks_plain = len(word) >= 4 and _VOWEL.search(lower) and (word.islower() or word.istitle() or word.isupper())
     return f" \\text{{{word}}} " if looks_plain else word

@@ -31,8 +31,7 @@ from lit_opd.answers.units import Quantity, quantity
 
 Ask = Callable[[str, str], bool]
 MAX_ITEMS = 60  # of a list that is compared in any order
-_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
-_LESS = {False: "<", True: "\\le"}
+_SPACED_COMMA = re.compile(r"(?<=[0-9])\s+,\s*(?=(?:\\!)?\s*[0-9]{3}(?![0-9]))")
 _LETTER = re.compile(r"[A-J]")
 
 
@@ -55,7 +54,10 @@ def same(answer: str, reference: str, ask: Ask) -> bool:
     """
     if canonical(answer) == canonical(reference):
         return True
-    return _Comparison(ask).same(cleaned(answer), cleaned(reference))
+    if _Comparison(ask).same(cleaned(answer), cleaned(reference)):
+        return True
+    joined = _SPACED_COMMA.sub(",", answer)  # "58 , 500" may be either, "58, 500" is a list
+    return joined != answer and same(joined, reference, ask)
 
 
 def exact_value(answer: str) -> Fraction | None:
@@ -139,10 +141,9 @@ class _Comparison:
         return self._matched(one.intervals, two.intervals, self._intervals)
 
     def _solved(self, ours: Region | str, theirs: Region | str) -> bool:
-        """An inequality that has to be solved, |x| < 2, against one interval or another inequality."""
-        names = [name for side in (ours, theirs) if isinstance(side, str) for name in _VARIABLE.findall(side)]
-        texts = [side if isinstance(side, str) else _as_inequality(side, names[0] if names else "x") for side in (ours, theirs)]
-        return all(map(_is_relation, texts)) and self._asked(*texts)
+        """An inequality that has to be solved, |x| < 2, against intervals or another inequality."""
+        sides = [side if isinstance(side, str) else _as_set(side) for side in (ours, theirs)]
+        return any(_is_relation(side) for side in sides) and self._asked(*sides)
 
     def _intervals(self, ours: Interval, theirs: Interval) -> bool:
         closed = (ours.closed_low, ours.closed_high) == (theirs.closed_low, theirs.closed_high)
@@ -320,14 +321,11 @@ def _to_solve(one: Shape, other: Shape) -> bool:
     return isinstance(one, Expression) and _is_relation(one.text) and reading.region(other) is not None
 
 
-def _as_inequality(region: Region, name: str) -> str:
-    """One interval as a chain; "" for a union."""
-    if len(region.intervals) != 1:
-        return ""
-    (interval,) = region.intervals
-    low = "" if reading.INFINITY in interval.low else f"{interval.low} {_LESS[interval.closed_low]} "
-    high = "" if reading.INFINITY in interval.high else f" {_LESS[interval.closed_high]} {interval.high}"
-    return f"{low}{name}{high}" if low or high else ""
+def _as_set(region: Region) -> str:
+    """Intervals as mathematics writes them."""
+    return " \\cup ".join(
+        f"{'[' if part.closed_low else '('}{part.low},{part.high}{']' if part.closed_high else ')'}" for part in region.intervals
+    )
 
 
 def _names_on_one_side(ours: Listing, theirs: Listing) -> bool:

@@ -48,6 +48,9 @@ def equal(answer: str, reference: str) -> bool:
         return _equations(ours, theirs)
     if _is_relation(ours) and _is_relation(theirs):
         return _inequalities(ours, theirs)
+    for relation, other in ((ours, theirs), (theirs, ours)):
+        if _is_relation(relation) and isinstance(other, sympy.Set):
+            return bool(len(relation.free_symbols) == 1 and _solved(relation) == other)
     return bool(verify(theirs, ours, timeout_seconds=None, raise_on_error=True))
 
 

@@ -154,7 +154,7 @@ def region(shape: Shape) -> Region | None:
     if isinstance(shape, Listing):
         if shape.opening in ("(", "[") and len(shape.items) == 2:
             return Region((_interval(shape.items[0], shape.items[1], shape.opening == "[", shape.closing == "]"),))
-        if shape.opening == "{":
+        if shape.opening in ("{", ""):
             return Region(tuple(_point(item) for item in shape.items))
     if isinstance(shape, Expression):
         if shape.text == "\\mathbb{R}":
@@ -199,12 +199,13 @@ def _bare(text: str) -> str:
 # -- readers, in the order in which they are asked ---------------------------------------------------------------------
 
 
-def _grid(text: str) -> Grid | None:
+def _grid(text: str) -> Shape | None:
     found = _MATRIX.fullmatch(text)
     if found is None or found[1].startswith("v"):
         return None
     rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", found[2].replace("\\hline", "")) if row.strip()]
-    return Grid(tuple(tuple(cell.strip() for cell in row.split("&")) for row in rows))
+    cells = tuple(tuple(cell.strip() for cell in row.split("&")) for row in rows)
+    return read(cells[0][0]) if [len(row) for row in cells] == [1] else Grid(cells)
 
 
 def _choice(text: str) -> Choice | None:

@@ -38,7 +38,7 @@ COMMAND_WORDS |= {"sqrt": "\\sqrt", "infinity": "\\infty ", "inf": "\\infty ", "
 
 # what may be dropped in front of the answer
 LEADING_WORDS = frozenset(
-    "the a an final answer answers solution solutions result is are therefore thus hence so value equals equal to we get have "
+    "the a an ans final answer answers solution solutions result is are therefore thus hence so value equals equal to we get have "
     "our required correct option choice there total of number".split()
 )
 

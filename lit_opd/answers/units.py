@@ -49,6 +49,8 @@ class Quantity:
 
     def agrees_with(self, other: Quantity) -> bool:
         """False where both name a measure and not the same; units are not converted."""
+        if self.percent and other.unit or self.unit and other.percent:
+            return False
         if self.counted or other.counted or not self.unit or not other.unit or self.unit == other.unit:
             return True
         return {name for name, _ in self.unit | other.unit} in _DEGREES
