@@ -18,13 +18,13 @@ from lit_opd.preflight.plan import GIB, Plan, host_memory
 from lit_opd.preflight.sizes import NotEstimated, model_size
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
+from lit_opd.models.agreement import gap_bound
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import Rollout
 
 ROWS, TOKENS = 4, 16  # responses and their length
 LARGEST = 2 * GIB  # bytes of weights that are loaded without being asked to: seconds on a CPU
 MEMORY_SHARE = 0.7  # of this machine's memory that the weights may take
-GAP, HALF_GAP = 1e-3, 0.05  # nats a token between sampler and scorer, in float32 and in half precision
 OWN, HALF_OWN = 1e-4, 0.05  # nats: largest |A| of a student that is its own teacher, scored row by row
 
 
@@ -134,7 +134,7 @@ def _probed(module: Subject, data: PromptDataModule) -> Probe:
     return Probe(
         tokens=int(rollout.mask.sum()),
         gap=_mean((student - rollout.sampler_logprobs).abs(), rollout.mask),
-        gap_bound=module.sampler.max_logprob_gap or (HALF_GAP if half else GAP),
+        gap_bound=module.sampler.max_logprob_gap or gap_bound(half=half),
         disagreement=_mean((teacher - student).abs(), rollout.mask),
         own=_own_signal(module, rollout, student) if _local(module) else None,
         own_bound=HALF_OWN if half else OWN,

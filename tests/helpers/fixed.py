@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -26,6 +28,8 @@ NUM_LETTERS = 40
 
 class FixedSampler(Sampler):
     """Returns the same responses whatever the student is; engine "fixed"."""
+
+    max_logprob_gap = math.inf  # whoever sampled them is not compared with the student
 
     def __init__(self, rollout: Rollout | None = None, **settings: Any) -> None:
         super().__init__(**settings)
