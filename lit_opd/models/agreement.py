@@ -28,7 +28,7 @@ def gap_bound(*, half: bool) -> float:
 
 
 def verdict(gap: float, bound: float) -> Verdict:
-    """"differ" above the bound, "contradict" above ten times as much, and for NaN."""
+    """ "differ" above the bound, "contradict" above ten times as much, and for NaN."""
     if gap <= bound:
         return "agree"
     return "differ" if gap <= FATAL * bound else "contradict"

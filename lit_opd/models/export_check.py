@@ -72,7 +72,9 @@ class ExportCheck:
             try:
                 logits = self._exported(str(folder))
             except InputError as error:
-                raise InputError(f"the exported student cannot be loaded again: {error}; nothing was exported") from error
+                raise InputError(
+                    f"the exported student cannot be loaded again: {error}; nothing was exported"
+                ) from error
         there = logits[0].float().log_softmax(-1)
         gap = float((there[:, : self.logprobs.shape[1]] - self.logprobs).abs().mean())
         bound = gap_bound(half=self.half)
@@ -114,7 +116,9 @@ def _ids(tokenizer: Any, vocabulary: int) -> Tensor:
     return torch.tensor([found])
 
 
-def unsharded(student: Any, settings: StudentSettings, state: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+def unsharded(
+    student: Any, settings: StudentSettings, state: dict[str, Any] | None
+) -> tuple[Any, dict[str, Any] | None]:
     """The model to export and its full weights: adapters are merged in a new copy, which holds them, where it was sharded.
 
     Args:

@@ -27,7 +27,9 @@ from lit_opd.types import Rollout, TokenScores, TopK
 
 PROBE_TOKENS = 4
 PROBE_SIZES = (None, 1.0, 1e2, 1e4)  # spread of the logits; a soft cap of 30 moves those of size 1 by 4e-4 only
-PROBE_TOLERANCE = 1e-3  # nats, as a share of the largest log-prob where that is above 1; bf16 models get the looser bound
+PROBE_TOLERANCE = (
+    1e-3  # nats, as a share of the largest log-prob where that is above 1; bf16 models get the looser bound
+)
 PROBE_TOLERANCE_HALF = 0.1
 
 _ONE_OF_MANY = re.compile(r"experts?\.\d+\.")  # an expert that these tokens did not choose; others may

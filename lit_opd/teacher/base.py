@@ -24,7 +24,9 @@ class Teacher(nn.Module, ABC):
     """Scores tokens it did not sample. Frozen; in neither the optimizer nor the checkpoint."""
 
     field = "model.teacher"  # what errors call it; the module renames a reference model
-    longest_row: int | None = None  # tokens of a prompt and response, which the module knows before ``load``; None for unknown
+    longest_row: int | None = (
+        None  # tokens of a prompt and response, which the module knows before ``load``; None for unknown
+    )
 
     @property
     @abstractmethod

@@ -5,9 +5,9 @@ Both what is run on one process and on two and what ``metric_truth`` computes sl
 
 from __future__ import annotations
 
-import math
 import csv
 import json
+import math
 import resource
 import time
 import warnings
