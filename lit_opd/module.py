@@ -26,7 +26,7 @@ from lit_opd.models.sharding import compile_layers, full_state, gathered, is_sha
 from lit_opd.models.student import StudentSettings, build_student
 from lit_opd.models.vocabulary import agree_vocabularies, configured_stops
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
-from lit_opd.preflight.module_checks import check_run, check_settings, longest_row
+from lit_opd.preflight.module_checks import check_run, check_settings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
 from lit_opd.run.lightning import attached_trainer, device_mesh, log_agreed, log_now, validate_now
 from lit_opd.run.module_state import ModuleState, trained_modules
@@ -129,6 +129,7 @@ class OPDModule(L.LightningModule):
         self.seed, self.length_budget, self.rollout_stop = seed, length_budget, rollout_stop
         self.skips, self.budget, self.state = Skips(max_skipped_steps), TokenBudget(), ModuleState()
         self.gap = self._new_gap()
+        self.longest_row: int | None = None  # tokens of a prompt and response, once the data is known
         check_settings(self, max_skipped_steps=max_skipped_steps)
 
     # -- what is known without weights -------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class OPDModule(L.LightningModule):
             return
         mesh, trainer, settings = device_mesh(self), attached_trainer(self), self.student_settings
         lazy = mesh is not None and settings.lazy and settings.lora is None
-        longest = None if trainer is None else longest_row(self, getattr(trainer, "datamodule", None))
+        longest = self.longest_row
         student = ScoringModel(build_student(settings, empty=lazy, longest=longest), vocabulary=self.vocabulary)
         student.choose_path("student")
         student.freeze_unused()

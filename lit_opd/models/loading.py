@@ -18,9 +18,7 @@ from lit_opd.models.plain_outputs import switch_off
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 NAMED_WEIGHTS = 5
 ADAPTER = "adapter_config.json"
-_ATTENTION = re.compile(
-    r"attn_implementation|scaled_dot_product_attention|flash[ _-]?attn|flash[ _]?attention|flex_?attention", re.I
-)
+_ATTENTION = re.compile(r"attn_implementation|scaled_dot_product|(flash|flex|paged)[ _-]?att", re.IGNORECASE)
 _LONGEST_REASON = 300  # characters of what a library says
 
 

@@ -77,6 +77,7 @@ def check_before(
 
 def check_run(module: Subject, data: PromptDataModule | None) -> None:
     """The checks of a module that has its trainer; ``data`` is set up."""
+    module.longest_row = longest_row(module, data)
     check_trainer(module)
     check_scorers(module)
     check_batch(module, data, ranks=module.trainer.world_size)

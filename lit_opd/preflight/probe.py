@@ -14,11 +14,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_opd.errors import InputError, first_line
+from lit_opd.models.agreement import gap_bound
+from lit_opd.preflight.module_checks import longest_row
 from lit_opd.preflight.plan import GIB, Plan, host_memory
 from lit_opd.preflight.sizes import NotEstimated, model_size
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
-from lit_opd.models.agreement import gap_bound
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import Rollout
 
@@ -117,6 +118,7 @@ def _bytes(module: Subject, path: str) -> int:
 
 
 def _probed(module: Subject, data: PromptDataModule) -> Probe:
+    module.longest_row = longest_row(module, data)
     module.configure_model()
     batch = next(iter(data.train_dataloader()))
     settings = module.sampling_settings(max_new_tokens=min(TOKENS, module.sampler.max_new_tokens))

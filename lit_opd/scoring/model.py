@@ -231,9 +231,10 @@ class ScoringModel(nn.Module):
         if decoder is lm:
             return "transformers names no decoder inside it"
         ids = torch.arange(PROBE_TOKENS, device=linear.weight.device).unsqueeze(0) % self.vocabulary
-        states = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        if states is None:
-            return f"its decoder {type(decoder).__name__} returns no last_hidden_state"
+        try:
+            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        except Exception as error:  # code of any model, called in a way that it may not know
+            return f"its decoder {type(decoder).__name__} does not run by itself ({type(error).__name__}: {error})"
         half = linear.weight.dtype in (torch.bfloat16, torch.float16)
         for size in PROBE_SIZES:
             gap = self._probe_gap(ids, states, size)

@@ -181,6 +181,16 @@ def test_a_row_has_its_log_probs_whatever_the_length_of_its_neighbours(tmp_path,
     torch.testing.assert_close(model(grown).logprobs, grown.sampler_logprobs * grown.mask, rtol=0, atol=1e-4)
 
 
+def test_angles_that_stretch_with_the_longest_row_do_not(tmp_path):
+    """Dynamic NTK, behind the window of 16 that a fit refuses to pass."""
+    stretched = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = policy(saved(tmp_path / "m", "llama", max_position_embeddings=16, rope_parameters=stretched))
+    rollout = fixed.rollout(lengths=[5, 20], prompt_lengths=[4, 4], truncated=set())
+    with torch.no_grad():
+        together, alone = model(rollout).logprobs[:1, :5], model(rollout.rows(torch.tensor([0])).trimmed()).logprobs
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
 def test_short_rows_keep_the_positions_that_transformers_gives_them(tmp_path):
     folder = saved(tmp_path / "m", "phi3", original_max_position_embeddings=16, rope_parameters=LONG)
     ids = torch.arange(10).unsqueeze(0) + 5
