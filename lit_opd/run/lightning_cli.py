@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 
 class PlainCLI(LightningCLI):
@@ -16,6 +16,10 @@ class PlainCLI(LightningCLI):
     def given(self, name: str) -> Any:
         """What the config gives for ``name``: an object for a class, after classes were built."""
         return self._get(self.config_init, name)
+
+    def command_parser(self) -> LightningArgumentParser:
+        """The parser of the chosen subcommand."""
+        return self._parser(self.subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""
