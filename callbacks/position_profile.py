@@ -182,10 +182,16 @@ class PositionProfile(Callback):
         return self.pictures_every is not None and len(self.history) - self._drawn >= self.pictures_every
 
     def _show(self, trainer: Trainer) -> None:
+        """Charts and pictures; their failure must not cost the training."""
         assert self._now is not None
         self._drawn = len(self.history)
-        with self._drawing:
-            self._show_now(trainer)
+        try:
+            with self._drawing:
+                self._show_now(trainer)
+        except Exception as error:  # whatever a drawing library or a logger's upload raises
+            rank_zero_warn(
+                f"the profile's pictures could not be made: {type(error).__name__}: {error}; {FILE} has their numbers"
+            )
 
     def _show_now(self, trainer: Trainer) -> None:
         assert self._now is not None

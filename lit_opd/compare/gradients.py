@@ -87,7 +87,6 @@ class ReplayModels:
         self.student = ScoringModel(build_student(StudentSettings(student, dtype=dtype)), vocabulary=self.vocabulary)
         self.student.choose_path("student")
         self.teacher.load(vocabulary=self.vocabulary)
-        self.student.train()
 
     def replay(self, record: StepRecord, weighting: WeightingStrategy | None = None) -> tuple[StepRecord, Gradient]:
         """One step on the record's responses.

@@ -78,6 +78,7 @@ def check_before(
 
 def check_run(module: Subject, data: PromptDataModule | None) -> None:
     """The checks of a module that has its trainer; ``data`` is set up."""
+    module.longest_row = longest_row(module, data)
     check_trainer(module)
     check_scorers(module)
     check_batch(module, data, ranks=module.trainer.world_size)
@@ -247,11 +248,16 @@ def _longest_prompt(data: PromptDataModule | None) -> int | None:
     return None if limit is None else max(limit, getattr(data, "longest_prompt", limit))
 
 
-def check_servers(module: Subject, data: PromptDataModule | None) -> None:
-    """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
+def longest_row(module: Subject, data: PromptDataModule | None) -> int | None:
+    """Tokens that a prompt and response may have together, validation included; None where the data sets no limit."""
     limit = _longest_prompt(data)
     response = max(module.sampler.max_new_tokens, module.validation.max_new_tokens or 0)
-    tokens = None if limit is None else limit + response
+    return None if limit is None else limit + response
+
+
+def check_servers(module: Subject, data: PromptDataModule | None) -> None:
+    """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
+    tokens = longest_row(module, data)
     with shared_failure():
         for scorer in module.scorers.values():
             scorer.check_student(module.student_settings)
