@@ -181,7 +181,12 @@ def _factorial(number: Fraction) -> int:
 
 
 def _binomial(above: Fraction, below: Fraction) -> Fraction:
-    if above.denominator != 1 or below.denominator != 1 or not 0 <= below <= MAX_FACTORIAL or not 0 <= above <= MAX_FACTORIAL:
+    if (
+        above.denominator != 1
+        or below.denominator != 1
+        or not 0 <= below <= MAX_FACTORIAL
+        or not 0 <= above <= MAX_FACTORIAL
+    ):
         raise NotArithmetic("binomial")
     return Fraction(math.comb(int(above), int(below)))
 

@@ -115,7 +115,7 @@ def _rounded(decimal: str, exact: sympy.Expr) -> bool:
     return rounds_to(decimal.strip(), _Irrational(str(exact.evalf(DIGITS))))
 
 
-def _Irrational(digits: str) -> Any:  # noqa: N802
+def _Irrational(digits: str) -> Any:
     from fractions import Fraction
 
     return Fraction(digits) + Fraction(1, 3 * 10**DIGITS)  # never a finite decimal

@@ -18,7 +18,9 @@ SIGNS = {
     "\u2026": "\\ldots ", "\u22ef": "\\ldots ", "\u3001": ",", "\u3002": ".", "\u060c": ",", "\u2261\u0338": "\\ne ",
     "\u00b5": "\\mu ", "\u0131": "i", "\u2113": "l", "\u2228": "\\lor ", "\u2227": "\\land ", "\u2223": "|",
 }  # fmt: skip
-INVISIBLE = dict.fromkeys([*range(9), *range(0x0E, 0x20), 0x7F, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD, 0x200E, 0x200F], "")
+INVISIBLE = dict.fromkeys(
+    [*range(9), *range(0x0E, 0x20), 0x7F, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD, 0x200E, 0x200F], ""
+)
 GREEK = dict(
     zip(
         "\u03b1\u03b2\u03b3\u03b4\u03b5\u03b6\u03b7\u03b8\u03b9\u03ba\u03bb\u03bc\u03bd\u03be\u03c0\u03c1\u03c3\u03c4\u03c5\u03c6\u03c7\u03c8\u03c9"
@@ -28,12 +30,18 @@ GREEK = dict(
         strict=True,
     )
 )
-RAISED = dict(zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207f\u2071", "0123456789-ni", strict=True))
+RAISED = dict(
+    zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207f\u2071", "0123456789-ni", strict=True)
+)
 LOWERED = dict(zip("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089\u2099", "0123456789n", strict=True))
 
 # names that people write without a backslash
-COMMAND_WORDS = {name: f"\\{name} " for name in "sin cos tan cot csc sinh cosh tanh arcsin arccos arctan log ln exp gcd".split()}
-COMMAND_WORDS |= {name: f"\\{name} " for name in "lim max min sec alpha beta gamma delta theta lambda sigma omega phi pi".split()}
+COMMAND_WORDS = {
+    name: f"\\{name} " for name in "sin cos tan cot csc sinh cosh tanh arcsin arccos arctan log ln exp gcd".split()
+}
+COMMAND_WORDS |= {
+    name: f"\\{name} " for name in "lim max min sec alpha beta gamma delta theta lambda sigma omega phi pi".split()
+}
 COMMAND_WORDS |= {"sqrt": "\\sqrt", "infinity": "\\infty ", "inf": "\\infty ", "oo": "\\infty ", "infty": "\\infty "}
 
 # what may be dropped in front of the answer
@@ -58,7 +66,21 @@ NOT_IN_UNITS = frozenset(
     "nineteen twenty thirty forty fifty sixty seventy eighty ninety than but else otherwise only if undefined wrong false "
     "percentile imaginary prime noon midnight negative positive infinite infinity repeating".split()
     + list(MAGNITUDES)
-    + ["alpha", "beta", "gamma", "delta", "theta", "lambda", "sigma", "omega", "phi", "epsilon", "kappa", "zeta", "iota"]
+    + [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "theta",
+        "lambda",
+        "sigma",
+        "omega",
+        "phi",
+        "epsilon",
+        "kappa",
+        "zeta",
+        "iota",
+    ]
 )
 SMALL_WORDS = frozenset("of in on at an per sq cu each".split())
 
@@ -85,7 +107,12 @@ UNIT_NAMES = {
     for name, words in [entry.split(":")]
     for word in words.split()
 }
-SPEEDS = {"mph": ("mile", "hour"), "kph": ("kilometer", "hour"), "kmh": ("kilometer", "hour"), "kmph": ("kilometer", "hour")}
+SPEEDS = {
+    "mph": ("mile", "hour"),
+    "kph": ("kilometer", "hour"),
+    "kmh": ("kilometer", "hour"),
+    "kmph": ("kilometer", "hour"),
+}
 NO_MEASURE = frozenset("unit units st nd rd th".split())  # words that stand where a unit stands and measure nothing
 POWERS_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 POWERS_BEHIND = {"squared": 2, "cubed": 3}

@@ -141,7 +141,9 @@ class OPDCLI(PlainCLI):
         self._changed: list[str] = []  # groups of settings that differ from those of the checkpoint
         self._words = [str(word) for word in (sys.argv[1:] if args is None else args) or ()]  # type: ignore[union-attr]
         self._replaced: ReplacedFolder | None = None
-        if os.getcwd() not in sys.path:  # a class in a file of the folder one runs from is found while the config is parsed
+        if (
+            os.getcwd() not in sys.path
+        ):  # a class in a file of the folder one runs from is found while the config is parsed
             sys.path.insert(0, os.getcwd())
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(

@@ -16,7 +16,7 @@ from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
     PromptEncoder,
-    SpecialTokens,
+    SpecialTokensInText,
     encode_rows,
     pad_token_id,
 )
@@ -41,9 +41,11 @@ class PromptDataModule(LightningDataModule):
         prompt_batch: prompts a step over all ranks, a multiple of the number of ranks.
         samples_per_prompt: responses sampled a prompt, in adjacent rows on one rank.
         max_prompt_tokens: longest rendered prompt, in the student's tokens.
-        prompt_column: column of the prompt, text or chat messages (a trailing assistant turn is dropped); None: the
-            first usual name (prompt, problem, question, ...).
-        answer_column: column of the reference answer; None: the first usual name, or no answers.
+        prompt_column: column of the prompt, text or chat messages (a trailing assistant turn is dropped); with dots inside an
+            object. None: the first usual name (prompt, problem, question, ...), together with what belongs to it there
+            (Alpaca's input, a system column); see docs/data.md.
+        answer_column: column of the reference answer, such as reward_model.ground_truth; None: the first usual name, or no
+            answers.
         id_column: column of unique row ids; None: "id" where present, else "<file stem>-<row>"; "#": always the latter.
         teacher_column: column that names the teacher of a row; None: one teacher.
         filter: ``column op value``, or several that must all hold, on ``train``; see ``RowFilter``. A validation
@@ -64,7 +66,7 @@ class PromptDataModule(LightningDataModule):
             the same rows.
         too_long: what happens to prompts above ``max_prompt_tokens``: "filter" (counted) or "error".
         special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "refuse": they are an error;
-            "allow": they become control tokens.
+            "allow": they become control tokens, and prompts that are rendered already are taken as they are.
         tokenizer: folder or hub id; None: the tokenizer of the trainer's module.
         pad_token: where the tokenizer has no pad token.
     """
@@ -93,7 +95,7 @@ class PromptDataModule(LightningDataModule):
         val_limit: int | None = None,
         seed: int | None = None,
         too_long: Literal["filter", "error"] = "filter",
-        special_tokens_in_text: SpecialTokens = "escape",
+        special_tokens_in_text: SpecialTokensInText = "escape",
         tokenizer: str | None = None,
         pad_token: str | None = None,
         split_seed: int | None = None,
@@ -199,7 +201,7 @@ class PromptDataModule(LightningDataModule):
             InputError: for every setting or row that is wrong, before anything is trained.
         """
         self._check_settings()
-        pad_token_id(self.encoder.tokenizer, self.pad_token)
+        pad_token_id(self.encoder.tokenizer, self.pad_token, field="PromptDataModule.pad_token")
         if stage in ("fit", None) and self._train_prompts is None:
             self._check_ranks()
             self._train_prompts, self._order = self._ordered_train()
@@ -355,7 +357,7 @@ class PromptDataModule(LightningDataModule):
     def _shared_options(self) -> dict[str, Any]:
         teacher = self.teacher_encoder.tokenizer if self.teacher_encoder else None
         return {
-            "pad_id": pad_token_id(self.encoder.tokenizer, self.pad_token),
+            "pad_id": pad_token_id(self.encoder.tokenizer, self.pad_token, field="PromptDataModule.pad_token"),
             "teacher_pad_id": getattr(teacher, "pad_token_id", None),
             "rank": distributed.rank(),
             "world": distributed.world_size(),

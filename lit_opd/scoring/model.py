@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -103,12 +103,14 @@ class ScoringModel(nn.Module):
         model: a transformers causal language model (or a PEFT wrapper of one).
         vocabulary: number of leading vocabulary entries that count; later rows of the head (padding of the
             embedding) are cut, in sampling as in scoring.
+        unused: ids below ``vocabulary`` that name no token; they have no mass either.
     """
 
-    def __init__(self, model: nn.Module, *, vocabulary: int) -> None:
+    def __init__(self, model: nn.Module, *, vocabulary: int, unused: Sequence[int] = ()) -> None:
         super().__init__()
         self.model = model
-        self.vocabulary = vocabulary
+        self.vocabulary, self.unused = vocabulary, tuple(unused)
+        self.register_buffer("_unused", torch.tensor(self.unused) if self.unused else None, persistent=False)
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
         self.eval()
@@ -197,7 +199,7 @@ class ScoringModel(nn.Module):
         packed = torch.cat([prompts.ids if own is None else own, rollout.response_ids], -1).gather(-1, places.order)
         if self.full_logits:
             logits = self.causal_lm(input_ids=packed, use_cache=False).logits
-            return Head(places.pick(logits)[:, : self.vocabulary], weight=None)
+            return self._plain_head(places.pick(logits))
         states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
         return self.linear_head(places.pick(states))
 
@@ -207,9 +209,15 @@ class ScoringModel(nn.Module):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # as the model's own head would compute
-        whole = self.vocabulary == len(linear.weight)  # a slice would copy the gradient
-        weight = (linear.weight if whole else linear.weight[: self.vocabulary]).to(hidden.dtype)
-        return Head(hidden, weight, None if linear.bias is None else linear.bias[: self.vocabulary])
+        return Head(hidden, linear.weight.to(hidden.dtype), linear.bias, self.vocabulary, self._unused)
+
+    def _plain_head(self, logits: Tensor) -> Head:
+        """The model's own logits [N, rows] as a head."""
+        return Head(logits[:, : self.vocabulary], None, unused=self._unused)
+
+    def without_unused(self, logits: Tensor) -> Tensor:
+        """Logits [..., V], -inf where an entry names no token; themselves where all do."""
+        return logits if self._unused is None else logits.index_fill(-1, self._unused, -torch.inf)
 
     @torch.no_grad()
     def choose_path(self, name: str) -> None:
@@ -271,14 +279,16 @@ class ScoringModel(nn.Module):
 
         handle = self.causal_lm.get_decoder().register_forward_hook(replaced)
         try:
-            own = at_least_float32(self.causal_lm(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary])
+            own = self._plain_head(self.causal_lm(input_ids=ids, use_cache=False).logits[0]).logits(slice(None), 1.0)
         finally:
             handle.remove()
         if not shown:
             return None
         hidden = states[0] if size is None else shown[-1][0]
         ours = self.linear_head(hidden).logits(slice(None), 1.0).log_softmax(-1)
-        return float((ours - own.log_softmax(-1)).abs().max() / ours.abs().max().clamp(min=1))
+        counted = ours[0].isfinite()  # not the entries that name no token
+        ours, own = ours[:, counted], own.log_softmax(-1)[:, counted]
+        return float((ours - own).abs().max() / ours.abs().max().clamp(min=1))
 
     def freeze_unused(self) -> None:
         """Freeze what a text never reaches, such as a tower for pictures, or a bias that only chooses experts: it would never
@@ -340,7 +350,7 @@ class ScoringModel(nn.Module):
         """
         behind = self._next_columns(ids, mask, positions, cache, keep=0)
         before = torch.cat([states.unsqueeze(1), behind[:, :-1]], 1).flatten(0, 1)
-        head = Head(before[:, : self.vocabulary], weight=None) if self.full_logits else self.linear_head(before)
+        head = self._plain_head(before) if self.full_logits else self.linear_head(before)
         return token_logprobs(head, ids.flatten(), temperature=temperature).view(ids.shape), behind[:, -1]
 
     def _next_columns(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, keep: int) -> Tensor:
@@ -355,7 +365,10 @@ class ScoringModel(nn.Module):
         return lm.get_decoder()(**inputs, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
 
     def next_logits(self, states: Tensor) -> Tensor:
-        """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32."""
+        """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32; -inf where none may come."""
+        return self.without_unused(self._next_logits(states))
+
+    def _next_logits(self, states: Tensor) -> Tensor:
         if self.full_logits:
             return at_least_float32(states[:, : self.vocabulary])
         linear = self.causal_lm.get_output_embeddings()
