@@ -1,4 +1,4 @@
-"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``.
+"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``; ``export``.
 
 ``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
 one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
@@ -65,7 +65,7 @@ from lit_opd.run.trained_settings import (
 )
 
 LARGEST_SEED = 2**32 - 1
-COMPARE = "compare"  # a command of its own beside Lightning's, which all need the config of a model
+COMPARE, EXPORT = "compare", "export"  # commands of their own beside Lightning's, which all need the config of a run
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -156,7 +156,8 @@ class OPDCLI(PlainCLI):
             parser_class=OneLineParser,
             parser_kwargs={
                 "parser_mode": "omegaconf+",
-                "epilog": "finished runs side by side: train.py compare --help",
+                "epilog": "finished runs side by side: train.py compare --help; "
+                "a checkpoint as a Hugging Face folder: train.py export --help",
             },
             auto_configure_optimizers=False,
             args=args,
@@ -510,6 +511,10 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
             from lit_opd.compare.command import run as compare
 
             compare(words[1:])
+        elif words[:1] == [EXPORT]:
+            from lit_opd.cli.export import run as export
+
+            export(words[1:])
         else:
             OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:
