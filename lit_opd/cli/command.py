@@ -139,6 +139,7 @@ class OPDCLI(PlainCLI):
         self._default_callbacks = default_callbacks
         self._new_folder = False
         self._changed: list[str] = []  # groups of settings that differ from those of the checkpoint
+        self._before: Settings | None = None  # what the checkpoint was trained with
         self._words = [str(word) for word in (sys.argv[1:] if args is None else args) or ()]  # type: ignore[union-attr]
         self._replaced: ReplacedFolder | None = None
         if (
@@ -293,7 +294,7 @@ class OPDCLI(PlainCLI):
     def _require_same_run(self, saved: dict[str, Any]) -> None:
         """A run that goes on has the settings that its checkpoint was trained with, or those that may change by name."""
         checkpoint = Path(self.settings["ckpt_path"])
-        before = settings_of(checkpoint, saved)
+        self._before = before = settings_of(checkpoint, saved)
         if before is None:
             rank_zero_warn(
                 f"`--ckpt_path` {checkpoint} does not say what it was trained with: see that the config is its run's"
@@ -335,7 +336,7 @@ class OPDCLI(PlainCLI):
 
     def fit(self, **arguments: Any) -> None:
         """The trainer's fit; a run that is refused or stopped while it loads leaves everything as it was."""
-        self.model.state.trained = TrainedSettings(self._trained_settings())
+        self.model.state.trained = TrainedSettings(self._trained_settings(), self._before)
         self.datamodule.may_differ = bool({"data", "seed"} & {*self._changed})
         try:
             self.trainer.fit(**arguments)

@@ -92,8 +92,8 @@ def student_weights(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]
     wrong = sorted([*(like.keys() ^ found.keys()), *differing])
     if wrong:
         raise InputError(
-            f"`--ckpt_path` must be a checkpoint of the config's student, but {len(wrong)} weights of {path} are missing, extra or "
-            f"of another shape: {', '.join(wrong[:5])}; give the run folder it was made in"
+            f"`--ckpt_path` must be a checkpoint of the config's student, but {len(wrong)} weights of {path} are missing, extra "
+            f"or of another shape: {', '.join(wrong[:5])}; give the run folder it was made in"
         )
     return found
 
