@@ -52,7 +52,7 @@ from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued
 from lit_opd.run.lightning import callbacks_of, set_callbacks
 from lit_opd.run.lightning_cli import PlainCLI
-from lit_opd.run.loggers import chosen_loggers, describe, own_loggers
+from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers
 from lit_opd.run.replaced_folder import ReplacedFolder
 from lit_opd.run.trained_settings import (
     FREE,
@@ -86,6 +86,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
 HOW_STARTED: dict[str, Any] = {"ckpt_path": None, "overwrite": False, "allow_change": []}
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 _MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
+_NOT_MADE = re.compile(r"Problem with given class_path '(?P<name>lightning\.[^']*)':\s*(?P<reason>.*)")
 PARSERS = ("argparse", "jsonargparse", "omegaconf", "yaml")
 NOISE = (  # other people's warnings that say nothing about a run of ours
     "LightningCLI's args parameter",  # ours are meant for callers in Python too, and it repeats them, secrets included
@@ -286,10 +287,10 @@ class OPDCLI(PlainCLI):
             return newest(self.run_dir)
         return best(self.run_dir) if path == "best" else intact(Path(path))
 
-    def _trained_settings(self) -> Settings:
-        """What of the config decides the weights, secrets left out."""
-        text = with_references(self.command_parser().dump(self.settings, skip_none=False))
-        return trained_settings(yaml.safe_load(text))
+    def _plain_config(self) -> dict[str, Any]:
+        """The config as plain values, secrets left out."""
+        text = self.command_parser().dump(self.settings, skip_none=False)
+        return dict(yaml.safe_load(with_references(text)))
 
     def _require_same_run(self, saved: dict[str, Any]) -> None:
         """A run that goes on has the settings that its checkpoint was trained with, or those that may change by name."""
@@ -300,7 +301,7 @@ class OPDCLI(PlainCLI):
                 f"`--ckpt_path` {checkpoint} does not say what it was trained with: see that the config is its run's"
             )
             return
-        now, allowed = self._trained_settings(), self.settings.get("allow_change") or []
+        now, allowed = trained_settings(self._plain_config()), self.settings.get("allow_change") or []
         self._changed = require_unchanged(before, now, allowed=allowed, checkpoint=checkpoint)
         limit, step = self.settings["trainer"].get("max_steps") or -1, saved["global_step"]
         if set(self._changed) - FREE and 0 < limit <= step:
@@ -336,7 +337,7 @@ class OPDCLI(PlainCLI):
 
     def fit(self, **arguments: Any) -> None:
         """The trainer's fit; a run that is refused or stopped while it loads leaves everything as it was."""
-        self.model.state.trained = TrainedSettings(self._trained_settings(), self._before)
+        self.model.state.trained = TrainedSettings(trained_settings(self._plain_config()), self._before)
         self.datamodule.may_differ = bool({"data", "seed"} & {*self._changed})
         try:
             self.trainer.fit(**arguments)
@@ -409,6 +410,18 @@ class OPDCLI(PlainCLI):
 
     # -- the trainer -------------------------------------------------------------------------------------------------
 
+    def instantiate_classes(self) -> None:
+        """As Lightning does; one of its classes that refuses its settings, or whose package is missing, is one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            found = _NOT_MADE.search(str(error))
+            if found is None or isinstance(_input_error(error), InputError | ServerError):
+                raise
+            raise InputError(
+                f"`{found['name']}` cannot be made with these settings: {found['reason']}; correct them, or install what is missing"
+            ) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and the default callbacks."""
         if self.subcommand == "preflight":  # checks the plan from wherever it is asked to
@@ -442,6 +455,7 @@ class OPDCLI(PlainCLI):
         saved = self._saved_counters()
         users = given if isinstance(given, list | tuple) else [given]
         chosen = chosen_loggers(self.run_dir, self.settings, saved) if given in (None, True) else users
+        label(chosen, self._plain_config())
         return [*own_loggers(self.run_dir, saved), *chosen]
 
     def _saved_counters(self) -> dict[str, Any]:

@@ -331,10 +331,11 @@ class PromptDataModule(LightningDataModule):
                 samples_per_prompt=self.samples_per_prompt,
                 processed=self._num_processed if self.trainer is not None else None,
                 repeated=self._num_repeated(),
+                may_differ=self.may_differ,
                 **self._shared_options(),
             )
         if self._state_to_load is not None:
-            self._loader.load_state_dict(self._state_to_load, may_differ=self.may_differ)
+            self._loader.load_state_dict(self._state_to_load)
             self._state_to_load = None
         return self._loader
 

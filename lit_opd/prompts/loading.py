@@ -105,6 +105,7 @@ class PromptLoader:
         world: int = 1,
         processed: Callable[[], int] | None = None,
         repeated: int | None = None,
+        may_differ: bool = False,
     ) -> None:
         if prompt_batch < 1 or prompt_batch % world:
             raise InputError(
@@ -115,7 +116,7 @@ class PromptLoader:
         self.prompt_batch, self.samples_per_prompt = prompt_batch, samples_per_prompt
         self.pad_id, self.teacher_pad_id = pad_id, teacher_pad_id
         self.rank, self.world = rank, world
-        self._processed, self.repeated = processed, repeated
+        self._processed, self.repeated, self.may_differ = processed, repeated, may_differ
         self._handed_out = 0  # batches
         self._processed_before: int | None = None  # the trainer's count when the last batch was handed out
         self._fingerprint = stable_hash("\0".join([*(p.row_id for p in prompts), *map(str, order.quotas)]))
@@ -165,12 +166,10 @@ class PromptLoader:
         """Position and identity of the data, whole numbers only."""
         return {"batches": self.num_finished, **self._identity()}
 
-    def load_state_dict(self, state_dict: dict[str, int], *, may_differ: bool = False) -> None:
-        """Continue after ``state_dict``'s last finished batch; another number of ranks is fine.
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue after ``state_dict``'s last finished batch; another number of ranks is fine. Where the run was told that its
+        data may differ, another order is walked from its start.
 
-        Args:
-            state_dict: of ``state_dict``.
-            may_differ: other data, seed or batch size is asked for: the new order is walked from its start.
         Raises:
             InputError: when the data, the seed or the batch size is another.
         """
@@ -181,7 +180,7 @@ class PromptLoader:
             "prompt_batch": "`PromptDataModule.prompt_batch` must be the checkpoint's",
         }
         for name, value in self._identity().items():
-            if state_dict.get(name) != value and may_differ:
+            if state_dict.get(name) != value and self.may_differ:
                 rank_zero_warn(
                     "the training prompts, their order or the batch are not the checkpoint's: from the first one on"
                 )

@@ -30,7 +30,9 @@ def test_it_is_deleted_at_the_first_checkpoint_and_not_before(tmp_path):
     replaced.move()
     folder.mkdir()
     replaced.on_train_batch_end(*NOBODY)
-    assert (tmp_path / "run.replaced" / "config.yaml").read_text() == "former" and str(tmp_path / "run.replaced") in replaced.note()
+    assert (tmp_path / "run.replaced" / "config.yaml").read_text() == "former" and str(
+        tmp_path / "run.replaced"
+    ) in replaced.note()
     checkpoint(folder)
     replaced.on_train_batch_end(*NOBODY)
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and replaced.note() == ""

@@ -111,7 +111,9 @@ def test_the_line_names_setting_both_values_and_remedies():
     with pytest.raises(InputError) as caught:
         require_unchanged(before, after, allowed=[], checkpoint=Path("runs/x/step-2.ckpt"))
     said = str(caught.value)
-    assert all(part in said for part in ("`model.weighting`", "ImportanceWeighting(w_max=1.5)", "Uniform()", "step-2.ckpt"))
+    assert all(
+        part in said for part in ("`model.weighting`", "ImportanceWeighting(w_max=1.5)", "Uniform()", "step-2.ckpt")
+    )
 
 
 # -- spans -------------------------------------------------------------------------------------------------------------
@@ -155,13 +157,17 @@ def test_an_older_checkpoint_was_trained_with_the_config_beside_it(tmp_path):
     spans = TrainedSettings(trained_settings(changed(seed_everything=9)))
     spans.begin(0)
     saved = {"trained_settings": spans.state()}
-    assert settings_of(checkpoint, saved) == trained_settings(changed(seed_everything=9))  # the checkpoint's own word first
+    assert settings_of(checkpoint, saved) == trained_settings(
+        changed(seed_everything=9)
+    )  # the checkpoint's own word first
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------
 
 
-def run_folder(path: Path, *, strategy: str, trained: list[dict[str, Any]], config: dict[str, Any] | None = None) -> Path:
+def run_folder(
+    path: Path, *, strategy: str, trained: list[dict[str, Any]], config: dict[str, Any] | None = None
+) -> Path:
     """A finished run of two evaluations."""
     path.mkdir()
     summary = {"steps": 2, "tokens": 20, "seconds": 1.0, "seed": 7, "strategy": strategy, "trained": trained}
@@ -176,7 +182,9 @@ def test_a_run_of_two_settings_is_no_run_of_either(tmp_path):
     spans = resumed_spans()
     mixed = read_run(run_folder(tmp_path / "mixed", strategy="Uniform", trained=spans))
     pure = read_run(run_folder(tmp_path / "pure", strategy="Uniform", trained=spans[:1]))
-    assert pure.variant == "Uniform" and mixed.variant.startswith("Uniform [steps 1-1 ImportanceWeighting; steps 2-2 Uniform")
+    assert pure.variant == "Uniform" and mixed.variant.startswith(
+        "Uniform [steps 1-1 ImportanceWeighting; steps 2-2 Uniform"
+    )
     with pytest.raises(InputError, match="--baseline"):
         compare_runs([mixed], baseline="Uniform")
     named = read_run(tmp_path / "mixed", variant="named")
