@@ -16,7 +16,9 @@ from lit_opd.answers import tables
 
 MAX_WRAPPERS = 40  # nested commands around an answer that are taken off
 
-_TEXT_COMMANDS = "text|textrm|textbf|textit|textsf|texttt|textnormal|textup|textsc|textmd|textsl|emph|mbox|hbox|mathrm|operatorname"
+_TEXT_COMMANDS = (
+    "text|textrm|textbf|textit|textsf|texttt|textnormal|textup|textsc|textmd|textsl|emph|mbox|hbox|mathrm|operatorname"
+)
 _MATH_COMMANDS = (
     "boldsymbol|bm|pmb|mathbf|mathit|mathsf|mathtt|mathnormal|boxed|fbox|framebox|underline|ensuremath|mathop|mathord|mathstrut|"
     "smash|cancel|uline|textcolor|colorbox|color|bf|rm|it"
@@ -30,12 +32,15 @@ _DROPPED = re.compile(
 )
 _SWITCHED = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt|bfseries)(?![a-zA-Z])\s*([^{}]*)\}")
 _SIZED = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*(\.(?![0-9]))?")
-_SPACES = re.compile(r"(?<!\\)\\(?:[;:> ]|quad(?![a-zA-Z])|qquad(?![a-zA-Z])|enspace(?![a-zA-Z])|thinspace(?![a-zA-Z]))|~|\s")
+_SPACES = re.compile(
+    r"(?<!\\)\\(?:[;:> ]|quad(?![a-zA-Z])|qquad(?![a-zA-Z])|enspace(?![a-zA-Z])|thinspace(?![a-zA-Z]))|~|\s"
+)
 _ALIASES = {
     name: to
     for names, to in (
-        ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("leq leqslant leqq", r"\le"), ("geq geqslant geqq", r"\ge"),
-        ("neq", r"\ne"), ("lt", "<"), ("gt", ">"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack lbracket", "["),
+        ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("leq leqslant leqq", r"\le"),
+        ("geq geqslant geqq", r"\ge"), ("neq", r"\ne"), ("lt", "<"), ("gt", ">"),
+        ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack lbracket", "["),
         ("rbrack rbracket", "]"), ("langle", "("), ("rangle", ")"), ("lvert rvert vert mid", "|"), ("varnothing O", r"\emptyset"),
         ("degree textdegree", r"^\circ"), ("dots cdots ldots dotsc dotsb", r"\ldots"), ("infin", r"\infty"), ("ast", r"\cdot"),
         ("lor vee", r" \text{or} "), ("land wedge", r" \text{and} "), ("R Reals reals", r"\mathbb{R}"), ("textdollar", r"\$"),
@@ -45,7 +50,9 @@ _ALIASES = {
 }  # fmt: skip
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _DOT_OVER = re.compile(r"\\overset\s*\{\s*(?:\.|\\cdot)\s*\}")
-_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered|split|center|displaymath|math)\*?\}")
+_ENVIRONMENT = re.compile(
+    r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered|split|center|displaymath|math)\*?\}"
+)
 _CASES = re.compile(r"\\begin\{cases\}([^&]*?)\\end\{cases\}")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\^?\s*\\circ\s*\}|\^?\s*\\circ(?![a-zA-Z]))\s*")
 _EMPTY_SET = re.compile(r"\\\{\s*\\\}")
@@ -53,15 +60,20 @@ _ROOT = re.compile(r"\\sqrt\s*(\[[^\]]*\])?\s*([0-9a-zA-Z])")
 
 # a comma, thin space or space between groups of three digits
 _THOUSANDS = re.compile(
-    r"(?<![0-9.,_^])(?<![_^]\{)[1-9][0-9]{0,2}(?P<gap>\{,\}|,?\\!,?|,|\\[,; ]|~|[ ])[0-9]{3}(?:(?P=gap)[0-9]{3})*(?![0-9]|,[0-9]|\{,\}|[ ][0-9])"
+    r"(?<![0-9.,_^])(?<![_^]\{)[1-9][0-9]{0,2}"
+    r"(?P<gap>\{,\}|,?\\!,?|,|\\[,; ]|~|[ ])[0-9]{3}(?:(?P=gap)[0-9]{3})*(?![0-9]|,[0-9]|\{,\}|[ ][0-9])"
 )
 _DECIMAL_COMMA = re.compile(r"(?<![0-9.,])([0-9]+)\{,\}(?=[0-9]+(?![0-9,{]))")
 _BAR = r"\\(?:overline|bar|overbar)\s*\{?\s*(?P<bar>[0-9]+)\s*\}?"
 _DOTS = r"(?P<dots>\\dot\s*\{?[0-9]\}?(?:\s*[0-9]*\s*\\dot\s*\{?[0-9]\}?)?)"
 _REPEATING = re.compile(rf"(?P<whole>[0-9]*)\.(?P<start>[0-9]*)\s*(?:{_BAR}|{_DOTS}|\((?P<round>[0-9]+)\))")
-_TRAILING_REPEAT = re.compile(r"(?P<whole>[0-9]*)\.(?P<start>[0-9]*?)(?P<bar>[0-9]+?)(?P=bar){2,}\s*(?:\.\.\.|\\ldots(?![a-zA-Z]))")
+_TRAILING_REPEAT = re.compile(
+    r"(?P<whole>[0-9]*)\.(?P<start>[0-9]*?)(?P<bar>[0-9]+?)(?P=bar){2,}\s*(?:\.\.\.|\\ldots(?![a-zA-Z]))"
+)
 _COMBINING = re.compile(r"((?:[0-9]\u0305)+)")
-_MIXED = re.compile(r"(?<![0-9.^_/a-zA-Z)}])(?P<whole>[0-9]+)\s*\\frac\{(?P<over>[0-9]+)\}\{(?P<under>[0-9]+)\}(?!\s*\^)")
+_MIXED = re.compile(
+    r"(?<![0-9.^_/a-zA-Z)}])(?P<whole>[0-9]+)\s*\\frac\{(?P<over>[0-9]+)\}\{(?P<under>[0-9]+)\}(?!\s*\^)"
+)
 _MIXED_SLASH = re.compile(
     r"(?<![0-9.^_/a-zA-Z)}])(?P<whole>[0-9]+)(?:\s+|\s*\\,\s*)(?P<over>[0-9]+)\s*/\s*(?P<under>[0-9]+)(?![0-9.^/])"
 )
@@ -71,7 +83,9 @@ _CHOICE_IN_TEXT = re.compile(
     rf"\}}(?P<out>{_GAP})(?P<minus>-?)(?=[^}}]*[0-9a-zA-Z])(?![+*/^_=,;)<>&])"
 )
 _NO_OPERATOR = r"(?!\\(?:cup|cap|in|le|ge|ne|to|subset|times|cdot|pm|mp|setminus|text\{(?:and|or))(?![a-zA-Z]))"
-_CHOICE = re.compile(rf"^\s*(?:\((?P<a>[A-J])\)[.:]?|(?P<b>[A-J])[.):]){_GAP}(?<=[ ,;:~]){_NO_OPERATOR}(?=[0-9\\$.]|[a-zA-Z]{{2}})")
+_CHOICE = re.compile(
+    rf"^\s*(?:\((?P<a>[A-J])\)[.:]?|(?P<b>[A-J])[.):]){_GAP}(?<=[ ,;:~]){_NO_OPERATOR}(?=[0-9\\$.]|[a-zA-Z]{{2}})"
+)
 _HALF_DAY = re.compile(r"(?<![a-zA-Z\\])([aApP])\s*\.?\s*[mM](?![a-zA-Z])\.?")
 _HALF_DAY_BEHIND = re.compile(r"(?<=[0-9])\s*([aApP])\s*\.?\s*[mM](?![a-zA-Z0-9^_])\.?")
 _WORD = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]+")
@@ -141,7 +155,11 @@ def _from_unicode(text: str) -> str:
     text = _COMBINING.sub(lambda found: "\\overline{" + found[1].replace("\u0305", "") + "}", text)
     text = _script(text, tables.RAISED, "^")
     text = _script(text, tables.LOWERED, "_")
-    text = re.sub("[\u221a\u221b\u221c]", lambda sign: {"\u221a": "\\sqrt ", "\u221b": "\\sqrt[3] "}.get(sign[0], "\\sqrt[4] "), text)
+    text = re.sub(
+        "[\u221a\u221b\u221c]",
+        lambda sign: {"\u221a": "\\sqrt ", "\u221b": "\\sqrt[3] "}.get(sign[0], "\\sqrt[4] "),
+        text,
+    )
     text = re.sub(r"(\\sqrt(?:\[[34]\])?) *([0-9.]{2,})", r"\1{\2}", text)
     out = []
     for sign in text:
@@ -162,7 +180,9 @@ def _plain(sign: str) -> str:
         return f"\\frac{{{over}}}{{{under}}}" if over and under else plain
     if plain == sign:
         return sign
-    return "".join(tables.SIGNS.get(one) or (f"\\{tables.GREEK[one]} " if one in tables.GREEK else one) for one in plain)
+    return "".join(
+        tables.SIGNS.get(one) or (f"\\{tables.GREEK[one]} " if one in tables.GREEK else one) for one in plain
+    )
 
 
 def _script(text: str, table: dict[str, str], mark: str) -> str:
@@ -227,7 +247,11 @@ def _unwrapped(text: str) -> str:
 
 def _words_of_text(text: str) -> str:
     """The content of a text command: words are marked, for now by control signs; single letters are symbols."""
-    text = _HALF_DAY.sub(lambda found: f" \x02{found[1].lower()}m\x03 ", text) if re.search(r"[aApP]\s*\.?\s*[mM]", text) else text
+    text = (
+        _HALF_DAY.sub(lambda found: f" \x02{found[1].lower()}m\x03 ", text)
+        if re.search(r"[aApP]\s*\.?\s*[mM]", text)
+        else text
+    )
     return _WORD_OUTSIDE.sub(_marked, text)
 
 
@@ -303,7 +327,9 @@ def _bare(word: str, before: str, behind: str) -> str:
         return tables.COMMAND_WORDS[word]
     lower = word.lower()
     behind_number = re.search(r"[0-9}).]\s*$|\\text\{[^}]*\}\s*$|/\s*$|\\pi\s*$", before) is not None
-    known = word in tables.UNIT_NAMES or word in tables.SPEEDS or word in tables.NO_MEASURE or lower in tables.PERCENT_WORDS
+    known = (
+        word in tables.UNIT_NAMES or word in tables.SPEEDS or word in tables.NO_MEASURE or lower in tables.PERCENT_WORDS
+    )
     if (known and word != "in" and behind_number) or lower in ("and", "or"):
         return f" \\text{{{word}}} "
     if re.match(r"\s*\\text\{", behind) and lower in tables.SMALL_WORDS | tables.LEADING_WORDS:
@@ -333,7 +359,9 @@ def _with_braces(text: str) -> str:
     text = _ROOT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
     text = re.sub(r"\\sqrt\s*(\[[^\]]*\])?\s*(\\pi|\\[a-z]+(?![a-zA-Z{]))", r"\\sqrt\1{\2}", text)
     text = re.sub(r"\\sqrt\s*(\[[^\]]*\])?\s+\{", r"\\sqrt\1{", text)
-    while (found := re.search(r"\\sqrt(?:\[[^\]]*\])?\s*\(", text)) and (end := enclosed(text, found.end() - 1, "(", ")")) > 0:
+    while (found := re.search(r"\\sqrt(?:\[[^\]]*\])?\s*\(", text)) and (
+        end := enclosed(text, found.end() - 1, "(", ")")
+    ) > 0:
         text = f"{text[: found.end() - 1].rstrip()}{{{text[found.end() : end]}}}{text[end + 1 :]}"
     return text
 

@@ -172,9 +172,9 @@ class _Comparison:
         """Sets in braces may name an element twice."""
         if ours.opening != "{" or theirs.opening != "{":
             return False
-        return all(
-            any(self.same(one, two) for two in theirs.items) for one in ours.items
-        ) and all(any(self.same(one, two) for one in ours.items) for two in theirs.items)
+        return all(any(self.same(one, two) for two in theirs.items) for one in ours.items) and all(
+            any(self.same(one, two) for one in ours.items) for two in theirs.items
+        )
 
     def _single(self, ours: Shape, theirs: Shape) -> bool:
         """A set of one element is that element; a whole line or nothing may be written as an interval."""
@@ -229,7 +229,9 @@ class _Comparison:
         if not isinstance(other, Ratio) or len(other.parts) != 2:
             return False
         hour, minute = (int(part) if part.isdigit() and len(part) <= 2 else -1 for part in other.parts)
-        return hour > 12 and 60 * hour + minute == clock.minutes  # 17:30; a plain 5:30 does not say which half of the day
+        return (
+            hour > 12 and 60 * hour + minute == clock.minutes
+        )  # 17:30; a plain 5:30 does not say which half of the day
 
     def _based(self, ours: Shape, theirs: Shape) -> bool:
         if isinstance(ours, Based) and isinstance(theirs, Based):
@@ -324,7 +326,8 @@ def _to_solve(one: Shape, other: Shape) -> bool:
 def _as_set(region: Region) -> str:
     """Intervals as mathematics writes them."""
     return " \\cup ".join(
-        f"{'[' if part.closed_low else '('}{part.low},{part.high}{']' if part.closed_high else ')'}" for part in region.intervals
+        f"{'[' if part.closed_low else '('}{part.low},{part.high}{']' if part.closed_high else ')'}"
+        for part in region.intervals
     )
 
 

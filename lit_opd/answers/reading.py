@@ -26,7 +26,9 @@ _NAME = re.compile(
 _VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?(?:\([a-zA-Z]\))?")
 _CLOCK = re.compile(r"(?P<hour>[0-9]{1,2})(?:\s*:\s*(?P<minute>[0-9]{2}))?\s*\\text\{(?P<half>am|pm)\}")
 _CLOCK_PLAIN = re.compile(r"(?P<hour>[0-9]{1,2})\s*:\s*(?P<minute>[0-9]{2})")
-_MODULUS = re.compile(r"(?P<residue>.*?)\s*(?:\(\s*)?(?:\\p?mod(?![a-zA-Z])|\\bmod(?![a-zA-Z])|\\text\{mod(?:ulo)?\})\s*(?P<modulus>[^()]*?)\s*\)?")
+_MODULUS = re.compile(
+    r"(?P<residue>.*?)\s*(?:\(\s*)?(?:\\p?mod(?![a-zA-Z])|\\bmod(?![a-zA-Z])|\\text\{mod(?:ulo)?\})\s*(?P<modulus>[^()]*?)\s*\)?"
+)
 _BASE = re.compile(
     r"\(?(?P<sign>-?)(?P<digits>[0-9][0-9A-F]*|[A-F]+[0-9][0-9A-F]*|[A-F]+)\)?\s*_\s*\{?\s*\(?\s*(?:\\text\{base\}\s*)?"
     r"(?P<base>[0-9]{1,2}|\\text\{[a-zA-Z]+\})\s*\)?\s*\}?|(?P<sign2>-?)(?P<digits2>[0-9][0-9A-F]*)\s*\(?\s*(?:\\text\{in\}\s*)?"
@@ -189,7 +191,11 @@ def _bare(text: str) -> str:
     while text:
         if text[0] == "{" and enclosed(text, 0) == len(text) - 1:
             text = text[1:-1].strip()
-        elif text[0] == "(" and enclosed(text, 0, "(", ")") == len(text) - 1 and len(split(text[1:-1], _SEPARATOR)[0]) == 1:
+        elif (
+            text[0] == "("
+            and enclosed(text, 0, "(", ")") == len(text) - 1
+            and len(split(text[1:-1], _SEPARATOR)[0]) == 1
+        ):
             text = text[1:-1].strip()
         else:
             break
@@ -310,7 +316,9 @@ def _line_without(points: list[str], name: str = "") -> Region | None:
     if len(points) > 1:
         if any(point is None for point in exact):
             return None
-        points = [point for _, point in sorted(zip(exact, points, strict=True), key=lambda pair: pair[0] or Fraction(0))]
+        points = [
+            point for _, point in sorted(zip(exact, points, strict=True), key=lambda pair: pair[0] or Fraction(0))
+        ]
     ends = ["-" + INFINITY, *points, INFINITY]
     return Region(tuple(Interval(low, high) for low, high in zip(ends, ends[1:], strict=False)), name)
 

@@ -18,7 +18,9 @@ SIGNS = {
     "\u2026": "\\ldots ", "\u22ef": "\\ldots ", "\u3001": ",", "\u3002": ".", "\u060c": ",", "\u2261\u0338": "\\ne ",
     "\u00b5": "\\mu ", "\u0131": "i", "\u2113": "l", "\u2228": "\\lor ", "\u2227": "\\land ", "\u2223": "|",
 }  # fmt: skip
-INVISIBLE = dict.fromkeys([*range(9), *range(0x0E, 0x20), 0x7F, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD, 0x200E, 0x200F], "")
+INVISIBLE = dict.fromkeys(
+    [*range(9), *range(0x0E, 0x20), 0x7F, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD, 0x200E, 0x200F], ""
+)
 GREEK = dict(
     zip(
         "\u03b1\u03b2\u03b3\u03b4\u03b5\u03b6\u03b7\u03b8\u03b9\u03ba\u03bb\u03bc\u03bd\u03be\u03c0\u03c1\u03c3\u03c4\u03c5\u03c6\u03c7\u03c8\u03c9"
@@ -28,18 +30,24 @@ GREEK = dict(
         strict=True,
     )
 )
-RAISED = dict(zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207f\u2071", "0123456789-ni", strict=True))
+RAISED = dict(
+    zip("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207f\u2071", "0123456789-ni", strict=True)
+)
 LOWERED = dict(zip("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089\u2099", "0123456789n", strict=True))
 
 # names that people write without a backslash
-COMMAND_WORDS = {name: f"\\{name} " for name in "sin cos tan cot csc sinh cosh tanh arcsin arccos arctan log ln exp gcd".split()}
-COMMAND_WORDS |= {name: f"\\{name} " for name in "lim max min sec alpha beta gamma delta theta lambda sigma omega phi pi".split()}
+COMMAND_WORDS = {
+    name: f"\\{name} " for name in "sin cos tan cot csc sinh cosh tanh arcsin arccos arctan log ln exp gcd".split()
+}
+COMMAND_WORDS |= {
+    name: f"\\{name} " for name in "lim max min sec alpha beta gamma delta theta lambda sigma omega phi pi".split()
+}
 COMMAND_WORDS |= {"sqrt": "\\sqrt", "infinity": "\\infty ", "inf": "\\infty ", "oo": "\\infty ", "infty": "\\infty "}
 
 # what may be dropped in front of the answer
 LEADING_WORDS = frozenset(
-    "the a an ans final answer answers solution solutions result is are therefore thus hence so value equals equal to we get have "
-    "our required correct option choice there total of number".split()
+    "the a an ans final answer answers solution solutions result is are therefore thus hence so value equals equal to we get "
+    "have our required correct option choice there total of number".split()
 )
 
 MAGNITUDES = {
@@ -58,7 +66,21 @@ NOT_IN_UNITS = frozenset(
     "nineteen twenty thirty forty fifty sixty seventy eighty ninety than but else otherwise only if undefined wrong false "
     "percentile imaginary prime noon midnight negative positive infinite infinity repeating".split()
     + list(MAGNITUDES)
-    + ["alpha", "beta", "gamma", "delta", "theta", "lambda", "sigma", "omega", "phi", "epsilon", "kappa", "zeta", "iota"]
+    + [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "theta",
+        "lambda",
+        "sigma",
+        "omega",
+        "phi",
+        "epsilon",
+        "kappa",
+        "zeta",
+        "iota",
+    ]
 )
 SMALL_WORDS = frozenset("of in on at an per sq cu each".split())
 
@@ -71,11 +93,14 @@ pound: lb lbs pound pounds | ounce: oz ounce ounces
 second: s sec secs second seconds | minute: min mins minute minutes | hour: h hr hrs hour hours | day: day days
 week: week weeks | month: month months | year: yr yrs year years
 liter: L l liter liters litre litres | milliliter: ml mL milliliter milliliters millilitre millilitres
-gallon: gal gallon gallons | quart: qt quart quarts | pint: pint pints | cup: cup cups | acre: acre acres | hectare: ha hectare hectares
+gallon: gal gallon gallons | quart: qt quart quarts | pint: pint pints | cup: cup cups
+acre: acre acres | hectare: ha hectare hectares
 degree: deg degs degree degrees | radian: rad rads radian radians
-dollar: dollar dollars usd USD | cent: cent cents | euro: euro euros eur EUR | sterling: gbp GBP | yen: yen JPY | rupee: rs Rs rupee rupees INR
+dollar: dollar dollars usd USD | cent: cent cents | euro: euro euros eur EUR
+sterling: gbp GBP | yen: yen JPY | rupee: rs Rs rupee rupees INR
 newton: N newton newtons | joule: J joule joules | kilojoule: kJ | watt: W watt watts | kilowatt: kW | volt: V volt volts
-ohm: ohm ohms | hertz: Hz hertz | pascal: Pa pascal pascals | mole: mol mole moles | kelvin: kelvin | calorie: cal calorie calories
+ohm: ohm ohms | hertz: Hz hertz | pascal: Pa pascal pascals | mole: mol mole moles | kelvin: kelvin
+calorie: cal calorie calories
 celsius: celsius Celsius | fahrenheit: fahrenheit Fahrenheit
 """
 UNIT_NAMES = {
@@ -85,7 +110,12 @@ UNIT_NAMES = {
     for name, words in [entry.split(":")]
     for word in words.split()
 }
-SPEEDS = {"mph": ("mile", "hour"), "kph": ("kilometer", "hour"), "kmh": ("kilometer", "hour"), "kmph": ("kilometer", "hour")}
+SPEEDS = {
+    "mph": ("mile", "hour"),
+    "kph": ("kilometer", "hour"),
+    "kmh": ("kilometer", "hour"),
+    "kmph": ("kilometer", "hour"),
+}
 NO_MEASURE = frozenset("unit units st nd rd th".split())  # words that stand where a unit stands and measure nothing
 POWERS_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 POWERS_BEHIND = {"squared": 2, "cubed": 3}

@@ -17,16 +17,22 @@ _POWER = r"(?:\^(?:\{?-?[0-9]\}?))?"
 _RAISED_WORD = rf"\^\{{?\s*{_MARKED}\s*\}}?"
 _PIECES = rf"(?:\s|\\cdot|{_RAISED_WORD}|{_MARKED}{_POWER}|/\s*[smhgL](?![a-zA-Z]){_POWER}|/)"
 _FRACTION = rf"\\frac\{{(?:\s|\\cdot|{_MARKED}{_POWER})+\}}\{{(?:\s|\\cdot|{_MARKED}{_POWER})+\}}"
-_SUFFIX = re.compile(rf"(?P<percent>\s*%)?(?:\s*\^\\circ\s*[CF]?(?![a-zA-Z])|{_PIECES}|{_FRACTION})*(?P<late>\s*%)?\s*$")
+_SUFFIX = re.compile(
+    rf"(?P<percent>\s*%)?(?:\s*\^\\circ\s*[CF]?(?![a-zA-Z])|{_PIECES}|{_FRACTION})*(?P<late>\s*%)?\s*$"
+)
 _TOKEN = re.compile(
     rf"\\text\{{(?P<word>[a-zA-Z]+)\}}(?P<power>{_POWER})|(?P<circle>\^\\circ\s*(?P<scale>[CF])?)|/\s*(?P<short>[smhgL])(?P<spow>{_POWER})"
     r"|(?P<over>/)|(?P<frac>\\frac\{)|(?P<under>\}\{)"
 )
-_NUMBER_LIKE = re.compile(r"(?=.*(?:[0-9]|\\pi))(?:[0-9\s.,+\-/*^(){}\[\]!]|\\(?:frac|sqrt|pi|cdot|times|div|binom|pm|mp)(?![a-zA-Z]))+")
+_NUMBER_LIKE = re.compile(
+    r"(?=.*(?:[0-9]|\\pi))(?:[0-9\s.,+\-/*^(){}\[\]!]|\\(?:frac|sqrt|pi|cdot|times|div|binom|pm|mp)(?![a-zA-Z]))+"
+)
 _ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the scale may go without saying
 _PER_CENT = re.compile(r"\\text\{[pP]er\}\s*\\text\{cent\}")
-_CURRENCY = re.compile(r"^(?P<sign>-?\s*)(?P<mark>\\\$|[\u20ac\u00a3\u00a5\u20b9]|(?:\\text\{(?:Rs|USD|EUR|GBP|INR)\}\.?))\s*(?=[0-9.\\(-])")
+_CURRENCY = re.compile(
+    r"^(?P<sign>-?\s*)(?P<mark>\\\$|[\u20ac\u00a3\u00a5\u20b9]|(?:\\text\{(?:Rs|USD|EUR|GBP|INR)\}\.?))\s*(?=[0-9.\\(-])"
+)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,9 @@ def _verifier() -> Callable[[str, str], bool]:
     """The comparison of two answers, with mathematics to decide expressions."""
     import logging
 
-    sys.path.append(str(Path(__file__).resolve().parents[2]))  # this project's folder; the script's own is not on the path
+    sys.path.append(
+        str(Path(__file__).resolve().parents[2])
+    )  # this project's folder; the script's own is not on the path
     from lit_opd.answers import same
     from lit_opd.answers.mathematics import equal
 
