@@ -150,14 +150,14 @@ def test_names_and_units_are_left_aside_and_equal_numbers_vote_together():
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 PIECES = (
-    "{ } ( ) [ ] \\{ \\} \\text{ \\text{a} \\text{cm} ^ _ \\frac \\frac{ 1 1, 1,234 . ... \\, $ ** a and \\pm \\le < > = x= \\in \\cup : % "
-    "\\circ \\sqrt( \\mathbf{ \\left( \\begin{pmatrix} \\\\ & 0.1 \\overline{ \\dot{1} a.m. 1_8 \\text{and} | \\textbf{(C)} - / ! 1/2 \u221a \u00bd "
-    "\u00b0 word the 9"
+    "{ } ( ) [ ] \\{ \\} \\text{ \\text{a} \\text{cm} ^ _ \\frac \\frac{ 1 1, 1,234 . ... \\, $ ** a and \\pm \\le < > = x= \\in \\cup : "
+    "% \\circ \\sqrt( \\mathbf{ \\left( \\begin{pmatrix} \\\\ & 0.1 \\overline{ \\dot{1} a.m. 1_8 \\text{and} | \\textbf{(C)} - / ! 1/2 "
+    "\u221a \u00bd \u00b0 word the 9"
 ).split(" ")
 
 
 def test_no_text_holds_the_training_process_up():
-    """A thousand characters of every kind, alone and mixed: an answer is compared in the process that trains, which has no limit."""
+    """A thousand characters of every kind, alone and mixed: the process that trains compares them, and has no limit."""
     draw = random.Random(0)
     texts = [(piece * MAX_ANSWER_CHARS)[:MAX_ANSWER_CHARS] for piece in PIECES]
     texts += ["".join(draw.choices(draw.sample(PIECES, 3), k=300))[:MAX_ANSWER_CHARS] for _ in range(40)]
