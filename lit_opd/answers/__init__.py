@@ -10,5 +10,14 @@ from lit_opd.answers.cleaning import canonical, cleaned
 from lit_opd.answers.comparing import NeedsMathematics, exact_value, same, undecided
 
 __all__ = [
-    "BOX", "NeedsMathematics", "behind_hashes", "boxed_answer", "canonical", "cleaned", "exact_value", "last_box", "same", "undecided",
-]  # fmt: skip
+    "BOX",
+    "NeedsMathematics",
+    "behind_hashes",
+    "boxed_answer",
+    "canonical",
+    "cleaned",
+    "exact_value",
+    "last_box",
+    "same",
+    "undecided",
+]

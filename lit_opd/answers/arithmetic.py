@@ -46,12 +46,17 @@ def rounds_to(decimal: str, exact: Fraction) -> bool:
     >>> rounds_to("0.333333", Fraction(1, 3)), rounds_to("0.33", Fraction(1, 3)), rounds_to("0.499999", Fraction(1, 2))
     (True, False, False)
     """
-    if not _DECIMAL.fullmatch(decimal) or ends(exact):
+    return not ends(exact) and is_rounding(decimal, exact)
+
+
+def is_rounding(decimal: str, near: Fraction) -> bool:
+    """The same of an irrational number, given to more digits than the decimal has."""
+    if not _DECIMAL.fullmatch(decimal):
         return False
     digits = decimal.split(".")[1]
     if len(decimal.lstrip("+-").replace(".", "").lstrip("0")) < ROUNDED_DIGITS:
         return False
-    return abs(Fraction(decimal) - exact) * 2 * 10 ** len(digits) <= 1
+    return abs(Fraction(decimal) - near) * 2 * 10 ** len(digits) <= 1
 
 
 def ends(exact: Fraction) -> bool:

@@ -38,8 +38,9 @@ _SPACES = re.compile(
 _ALIASES = {
     name: to
     for names, to in (
-        ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("leq leqslant leqq", r"\le"), ("geq geqslant geqq", r"\ge"),
-        ("neq", r"\ne"), ("lt", "<"), ("gt", ">"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack lbracket", "["),
+        ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("leq leqslant leqq", r"\le"),
+        ("geq geqslant geqq", r"\ge"), ("neq", r"\ne"), ("lt", "<"), ("gt", ">"),
+        ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack lbracket", "["),
         ("rbrack rbracket", "]"), ("langle", "("), ("rangle", ")"), ("lvert rvert vert mid", "|"), ("varnothing O", r"\emptyset"),
         ("degree textdegree", r"^\circ"), ("dots cdots ldots dotsc dotsb", r"\ldots"), ("infin", r"\infty"), ("ast", r"\cdot"),
         ("lor vee", r" \text{or} "), ("land wedge", r" \text{and} "), ("R Reals reals", r"\mathbb{R}"), ("textdollar", r"\$"),
@@ -59,7 +60,8 @@ _ROOT = re.compile(r"\\sqrt\s*(\[[^\]]*\])?\s*([0-9a-zA-Z])")
 
 # a comma, thin space or space between groups of three digits
 _THOUSANDS = re.compile(
-    r"(?<![0-9.,_^])(?<![_^]\{)[1-9][0-9]{0,2}(?P<gap>\{,\}|,?\\!,?|,|\\[,; ]|~|[ ])[0-9]{3}(?:(?P=gap)[0-9]{3})*(?![0-9]|,[0-9]|\{,\}|[ ][0-9])"
+    r"(?<![0-9.,_^])(?<![_^]\{)[1-9][0-9]{0,2}"
+    r"(?P<gap>\{,\}|,?\\!,?|,|\\[,; ]|~|[ ])[0-9]{3}(?:(?P=gap)[0-9]{3})*(?![0-9]|,[0-9]|\{,\}|[ ][0-9])"
 )
 _DECIMAL_COMMA = re.compile(r"(?<![0-9.,])([0-9]+)\{,\}(?=[0-9]+(?![0-9,{]))")
 _BAR = r"\\(?:overline|bar|overbar)\s*\{?\s*(?P<bar>[0-9]+)\s*\}?"

@@ -8,7 +8,7 @@ expression nor a relation, sets in particular.
 from __future__ import annotations
 
 import re
-from itertools import count, islice
+from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -17,14 +17,14 @@ from math_verify import verify
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from lit_opd.answers.arithmetic import rounds_to
+from lit_opd.answers.arithmetic import is_rounding
 from lit_opd.answers.reading import based
 
 DIGITS = 60  # of numeric comparison; it can only tell apart, exact algebra must agree
 NEAR = sympy.Rational(1, 10**45)  # relative
 POINTS = 4  # at which expressions in letters are compared
 
-_BASED = re.compile(r"(?<![a-zA-Z0-9.}])[0-9][0-9A-F]*_(?:[0-9]{1,2}|\{[0-9]{1,2}\})(?![0-9])")
+_BASED = re.compile(r"(?<![a-zA-Z0-9.}])[0-9]+_(?:[0-9]{1,2}|\{[0-9]{1,2}\})(?![0-9])")
 _PRIMED = re.compile(r"([a-zA-Z])('+)")
 _DEGREES = re.compile(r"([0-9.]+|\\?[a-zA-Z]+)\s*\^\\circ")
 _ANGLES = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
@@ -56,12 +56,20 @@ def equal(answer: str, reference: str) -> bool:
 
 def parsed(text: str) -> Any:
     """What math-verify's parser makes of a cleaned text, with exact numbers and the imaginary unit."""
-    text = _BASED.sub(lambda found: f"({based(found[0]).value})" if based(found[0]) else "\\nothing", text)
+    text = _BASED.sub(_in_base_ten, text)
     text = _PRIMED.sub(lambda found: f"{found[1]}_{{{'p' * len(found[2])}}}", text)
     if _ANGLES.search(text):
         text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     text = text.replace("^\\circ", "").replace("%", "\\%")
     return _exact(latex2sympy(text, is_real=True, normalization_config=None, conversion_config=_CONFIG))
+
+
+def _in_base_ten(found: re.Match[str]) -> str:
+    """The value of digits with their base, which the parser would drop."""
+    number = based(found[0])
+    if number is None:
+        raise ValueError(f"{found[0]}: no digits of this base")
+    return f"({number.value})"
 
 
 def _exact(expression: Any) -> Any:
@@ -87,17 +95,21 @@ def _expressions(ours: sympy.Expr, theirs: sympy.Expr) -> bool:
 
 
 def _near_everywhere(ours: sympy.Expr, theirs: sympy.Expr) -> bool:
-    """False where the values differ at one of some points, of both signs; letters get unrelated fractions."""
+    """False where the values differ at one of some points; letters get unrelated fractions of both signs."""
     letters = sorted(ours.free_symbols | theirs.free_symbols, key=str)
     for point in range(POINTS if letters else 1):
-        primes = islice((sympy.prime(n) for n in count(5 + 7 * point)), len(letters))
-        values = {letter: sympy.Rational((-1) ** (n * point + point) * p, 7 + point) for n, (letter, p) in enumerate(zip(letters, primes))}  # fmt: skip # noqa: B905,E501
+        values = {letter: _coordinate(point, place) for place, letter in enumerate(letters)}
         one, two = (expression.subs(values).evalf(DIGITS) for expression in (ours, theirs))
         if not (one.is_number and two.is_number) or any(value.has(sympy.nan, sympy.zoo) for value in (one, two)):
             continue
         if abs(one - two) > NEAR * max(abs(one), abs(two)):
             return False
     return True
+
+
+def _coordinate(point: int, place: int) -> sympy.Rational:
+    sign = -1 if (place + 1) * point % 2 else 1
+    return sign * sympy.Rational(sympy.prime(5 + 7 * point + place), 7 + point)
 
 
 def _algebra_agrees(ours: sympy.Expr, theirs: sympy.Expr) -> bool:
@@ -109,16 +121,10 @@ def _algebra_agrees(ours: sympy.Expr, theirs: sympy.Expr) -> bool:
 
 
 def _rounded(decimal: str, exact: sympy.Expr) -> bool:
-    """A decimal of enough digits for a number that has no end."""
+    """A decimal of enough digits for an irrational number."""
     if exact.free_symbols or exact.is_Rational or not exact.is_real:
         return False
-    return rounds_to(decimal.strip(), _Irrational(str(exact.evalf(DIGITS))))
-
-
-def _Irrational(digits: str) -> Any:
-    from fractions import Fraction
-
-    return Fraction(digits) + Fraction(1, 3 * 10**DIGITS)  # never a finite decimal
+    return is_rounding(decimal.strip(), Fraction(str(exact.evalf(DIGITS))))
 
 
 def _is_relation(value: Any) -> bool:

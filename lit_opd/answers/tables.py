@@ -46,8 +46,8 @@ COMMAND_WORDS |= {"sqrt": "\\sqrt", "infinity": "\\infty ", "inf": "\\infty ", "
 
 # what may be dropped in front of the answer
 LEADING_WORDS = frozenset(
-    "the a an ans final answer answers solution solutions result is are therefore thus hence so value equals equal to we get have "
-    "our required correct option choice there total of number".split()
+    "the a an ans final answer answers solution solutions result is are therefore thus hence so value equals equal to we get "
+    "have our required correct option choice there total of number".split()
 )
 
 MAGNITUDES = {
@@ -93,11 +93,14 @@ pound: lb lbs pound pounds | ounce: oz ounce ounces
 second: s sec secs second seconds | minute: min mins minute minutes | hour: h hr hrs hour hours | day: day days
 week: week weeks | month: month months | year: yr yrs year years
 liter: L l liter liters litre litres | milliliter: ml mL milliliter milliliters millilitre millilitres
-gallon: gal gallon gallons | quart: qt quart quarts | pint: pint pints | cup: cup cups | acre: acre acres | hectare: ha hectare hectares
+gallon: gal gallon gallons | quart: qt quart quarts | pint: pint pints | cup: cup cups
+acre: acre acres | hectare: ha hectare hectares
 degree: deg degs degree degrees | radian: rad rads radian radians
-dollar: dollar dollars usd USD | cent: cent cents | euro: euro euros eur EUR | sterling: gbp GBP | yen: yen JPY | rupee: rs Rs rupee rupees INR
+dollar: dollar dollars usd USD | cent: cent cents | euro: euro euros eur EUR
+sterling: gbp GBP | yen: yen JPY | rupee: rs Rs rupee rupees INR
 newton: N newton newtons | joule: J joule joules | kilojoule: kJ | watt: W watt watts | kilowatt: kW | volt: V volt volts
-ohm: ohm ohms | hertz: Hz hertz | pascal: Pa pascal pascals | mole: mol mole moles | kelvin: kelvin | calorie: cal calorie calories
+ohm: ohm ohms | hertz: Hz hertz | pascal: Pa pascal pascals | mole: mol mole moles | kelvin: kelvin
+calorie: cal calorie calories
 celsius: celsius Celsius | fahrenheit: fahrenheit Fahrenheit
 """
 UNIT_NAMES = {

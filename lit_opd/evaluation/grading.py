@@ -1,9 +1,10 @@
 """Answers cut out of responses and compared with references. No code in an answer is ever run here.
 
-What an answer says is read by ``lit_opd.answers``; numbers, lists, intervals and equal texts are decided in this process. What
-needs mathematics goes to the same function in worker processes, which have math-verify (extra ``eval``), because its own time limits need the main thread and ``9^{9^{9^9}}`` holds the interpreter lock. A
-worker imports math-verify once and forks; the fork answers question after question under a limit on processor time and
-on memory until one of them ends it, and the next fork takes milliseconds. A worker that dies itself is replaced.
+What an answer says is read by ``lit_opd.answers``: numbers, lists, intervals and equal texts are decided in this process. What
+needs mathematics goes to worker processes, which run the same function with math-verify (extra ``eval``): its own time limits
+need the main thread, and ``9^{9^{9^9}}`` holds the interpreter lock. A worker imports math-verify once and forks; the fork
+answers question after question under a limit on processor time and on memory until one of them ends it, and the next fork
+takes milliseconds. A worker that dies itself is replaced.
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def _load(source: DataSource, encoder: PromptEncoder, *, suffix: str, seed: int)
 def _tell_repeats(name: str, rows: int, different: int) -> None:
     if different < rows:
         rank_zero_info(
-            f"evaluation set {name}: {different} different problems in {rows} rows; a repeated problem counts once, with the samples "
-            f"of all its rows, and intervals are over the {different}"
+            f"evaluation set {name}: {different} different problems in {rows} rows; a repeated problem counts once, with the "
+            f"samples of all its rows, and intervals are over the {different}"
         )
 
 
