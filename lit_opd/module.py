@@ -306,9 +306,8 @@ class OPDModule(L.LightningModule):
         )
 
     def _new_gap(self) -> SamplerGap:
-        sampler = self.sampler
-        shape = {"top_p": sampler.top_p, "top_k": sampler.top_k, "in_process": sampler.in_process}
-        return SamplerGap(sampler.max_logprob_gap, **shape)
+        own = self.sampler
+        return SamplerGap(own.max_logprob_gap, top_p=own.top_p, top_k=own.top_k, in_process=own.in_process)
 
     def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings) -> None:
         values = logged(
