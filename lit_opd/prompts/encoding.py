@@ -189,29 +189,34 @@ class PromptEncoder:
 
     def _as_it_is(self, text: str) -> list[int]:
         """Control tokens in ``text`` count; the begin token is added where the tokenizer adds one and the text has none."""
-        ids, begin = list(self.tokenizer(text, add_special_tokens=False)["input_ids"]), self._special.begin
+        ids, begin = self._with_control(text), self._special.begin
         return ids if not ids or ids[: len(begin)] == begin else [*begin, *ids]
+
+    def _with_control(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # -- with a template ---------------------------------------------------------------------------------------------
 
     def _rendered(self, prompt: str | Sequence[Message], where: str) -> list[int]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if isinstance(prompt, str) and self._is_rendered(prompt, where):
-            return self._as_it_is(prompt)
+        skeleton = self._template.skeleton(("user",))
+        if isinstance(prompt, str) and skeleton is not None and self._is_rendered(prompt, skeleton, where):
+            begins = self._with_control(skeleton.text)[: len(self._special.begin)] == self._special.begin
+            return self._as_it_is(prompt) if begins else self._with_control(prompt)
         text = self._apply_template(messages, where)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._with_control(text)
         if not ids:
             return []
         skeleton = self._template.check(messages, where)
         if warning := self._template.require_prompt(messages, text, where):
             self._warn_once("words", warning)
         if self.special_tokens_in_text == "allow":
-            return list(ids)
+            return ids
         hostile = any(self._special.pattern.search(message["content"]) for message in messages)
         own = None if skeleton is None else self._special.sequence(skeleton.text)
         if hostile or (own is not None and len(own) != sum(token in self._special.ids for token in ids)):
             return self._escaped(messages, text, own, where)
-        return list(ids)
+        return ids
 
     def _apply_template(self, messages: Sequence[Message], where: str) -> str:
         try:
@@ -234,10 +239,9 @@ class PromptEncoder:
             )
         return self._special.encode(self._special.parts(text), where)
 
-    def _is_rendered(self, prompt: str, where: str) -> bool:
+    def _is_rendered(self, prompt: str, skeleton: Skeleton, where: str) -> bool:
         """Whether the template need not be applied, because the data did; only where the data may write control tokens."""
-        skeleton = self._template.skeleton(("user",))
-        if skeleton is None or not self._looks_rendered(prompt, skeleton):
+        if not self._looks_rendered(prompt, skeleton):
             return False
         if self.special_tokens_in_text == "allow":
             self._warn_once(

@@ -43,8 +43,16 @@ class SpecialTokens:
     def found(self) -> dict[str, Any]:
         """Special token string -> its ``AddedToken``, longest first, so that no token hides a longer one."""
         tokens = {str(t): t for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        tokens |= {text: None for text in self.tokenizer.all_special_tokens if text not in tokens}
+        tokens |= {
+            text: None for text in self.tokenizer.all_special_tokens if text not in tokens and self._is_one(text)
+        }
         return {text: tokens[text] for text in sorted(tokens, key=len, reverse=True) if text}
+
+    def _is_one(self, text: str) -> bool:
+        """The tokenizer finds the token in a text; it may be named and not added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) == [
+            self.tokenizer.convert_tokens_to_ids(text)
+        ]
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -120,7 +128,9 @@ class SpecialTokens:
         for text, token in self.found.items():
             copied = {name: getattr(token, name, False) for name in ("single_word", "lstrip", "rstrip", "normalized")}
             copy.add_tokens([AddedToken(names[text], special=False, **copied)])
-        ids = {copy.token_to_id(name): self.tokenizer.convert_tokens_to_ids(text) for text, name in names.items()}
+        vocabulary = copy.get_vocab()
+        own: dict[str, int] = {text: self.tokenizer.convert_tokens_to_ids(text) for text in names}
+        ids = {vocabulary[name]: own[text] for text, name in names.items()}
         return copy, names, ids
 
     def _piecewise(self, parts: Sequence[Part], where: str) -> list[int]:

@@ -171,7 +171,7 @@ class Template:
         return self._located(contents, text)
 
     def _located(self, contents: Sequence[str], text: str) -> Traced | None:
-        """For a template that looks at the strings: contents that hold some are looked for as they are, and must be there once."""
+        """For a template that looks at the strings: contents that hold some are looked for as they are, each there once."""
         if _SHIFTED.search(text):
             return None
         for content in (content.strip() for content in contents if self.special.pattern.search(content)):

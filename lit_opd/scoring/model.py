@@ -106,6 +106,8 @@ class ScoringModel(nn.Module):
         unused: ids below ``vocabulary`` that name no token; they have no mass either.
     """
 
+    _unused: Tensor | None  # int64 [U]
+
     def __init__(self, model: nn.Module, *, vocabulary: int, unused: Sequence[int] = ()) -> None:
         super().__init__()
         self.model = model

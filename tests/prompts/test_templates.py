@@ -120,7 +120,7 @@ def test_the_system_prompt_is_trusted_beside_a_hostile_text() -> None:
 @pytest.mark.parametrize(
     ("template", "settings", "message"),
     [
-        (BEFORE + "{% for part in m.content %}{{ part.text }}{% endfor %}" + AFTER, {}, r"does not render message 0 \(role user\)"),
+        (BEFORE + "{% for part in m.content %}{{ part.text }}{% endfor %}" + AFTER, {}, r"does not render message 0 \(role"),
         (BEFORE.replace("in messages", "in messages if m.role == 'user'") + "{{ m.content }}" + AFTER,
          {"system_prompt": "Be brief."}, "does not render the configured system prompt"),
         (BEFORE + "{{ m.content }}<|im_end|>\n{% endfor %}", {}, "adds no generation prompt"),
@@ -180,6 +180,12 @@ def test_rendered_prompts_are_taken_as_they_are_where_control_tokens_are_allowed
     )
     plain = PromptEncoder(made, chat_template=False, special_tokens_in_text="allow").encode(begin + RENDERED + prefill)
     assert plain == ids
+
+
+def test_a_rendered_prompt_gets_no_begin_token_that_the_template_has_not() -> None:
+    made = tokenizer(template=BEFORE.removeprefix("{{ bos_token }}") + "{{ m.content }}" + AFTER)
+    ids = PromptEncoder(made, special_tokens_in_text="allow").encode(RENDERED)
+    assert ids == PromptEncoder(made).encode("hello") and made.bos_token_id not in ids
 
 
 @pytest.mark.parametrize("settings", [{}, {"chat_template": False}])
