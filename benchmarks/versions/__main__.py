@@ -55,18 +55,7 @@ def build(wanted: Set, base: str) -> tuple[Path, str]:
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
     listed = folder / "requirements.txt"
     listed.write_text("\n".join(wanted.lines) + "\n")
-    command = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--upgrade",
-        "--upgrade-strategy",
-        "eager",
-        "-r",
-        str(listed),
-    ]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--upgrade", "-r", str(listed)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     return python, "" if done.returncode == 0 else done.stderr.strip()[-2000:]
 

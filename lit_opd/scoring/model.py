@@ -9,6 +9,8 @@ then gather the head's weight, and generation goes through the wrapper for the s
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -361,10 +363,12 @@ class ScoringModel(nn.Module):
         one_query = ids.shape[1] == 1 and lm.config._attn_implementation == "sdpa"
         if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        reader = lm if self.full_logits else lm.get_decoder()
+        inputs[_name_of_cache(type(reader))] = cache
         if self.full_logits:
-            return lm(**inputs, use_cache=True, logits_to_keep=keep).logits  # type: ignore[no-any-return]
-        return lm.get_decoder()(**inputs, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+            return reader(**inputs, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+        return reader(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32; -inf where none may come."""
@@ -386,6 +390,12 @@ class ScoringModel(nn.Module):
     def generate(self, **arguments: Any) -> Any:
         """transformers' ``generate`` of the wrapped model, through this module so that FSDP's hooks see it."""
         return self.model.generate(**arguments)  # type: ignore[operator]
+
+
+@functools.cache
+def _name_of_cache(model: type) -> str:
+    """The argument of a model's forward that is the key-value cache: "cache" in transformers' own from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _record(found: dict[str, Tensor]) -> TokenScores:

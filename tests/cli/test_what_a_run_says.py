@@ -87,7 +87,10 @@ def test_a_change_by_name_trains_and_is_said(half, world):
     assert [span["steps"] for span in spans] == [[1, 2], [3, 3]]
     assert [span["strategy"] for span in spans] == ["ImportanceWeighting", "Uniform"]
     assert spans[1]["changed"] == ["weighting", "data", "seed"]
-    assert shown(summary(world / "branch")) == "steps 1-2 ImportanceWeighting; 3-3 Uniform (changed: weighting, data, seed)"
+    assert (
+        shown(summary(world / "branch"))
+        == "steps 1-2 ImportanceWeighting; 3-3 Uniform (changed: weighting, data, seed)"
+    )
     assert yaml.safe_load((world / "branch" / "config.yaml").read_text())["allow_change"] == []
 
 
