@@ -419,7 +419,7 @@ class OPDCLI(PlainCLI):
             if found is None or isinstance(_input_error(error), InputError | ServerError):
                 raise
             raise InputError(
-                f"`{found['name']}` cannot be made with these settings: {found['reason']}; correct them, or install what is missing"
+                f"`{found['name']}` cannot be made with its settings: {found['reason']}; correct them, or install what is missing"
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -73,10 +73,10 @@ def _found(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
         return (newest if ckpt_path == "last" else best)(folder), folder
     checkpoint = intact(Path(ckpt_path))
     places = [Path(run_dir)] if run_dir else list(checkpoint.resolve().parents[:2])
-    folder = next((place for place in places if (place / CONFIG).is_file()), None)
-    if folder is None:
+    found = next((place for place in places if (place / CONFIG).is_file()), None)
+    if found is None:
         raise InputError(f"`--run_dir` must hold the {CONFIG} that {checkpoint} was trained with; give the run folder")
-    return checkpoint, folder
+    return checkpoint, found
 
 
 def _settings(path: Path) -> tuple[StudentSettings, list[int] | None]:

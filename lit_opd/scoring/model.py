@@ -393,7 +393,7 @@ class ScoringModel(nn.Module):
 
 
 @functools.cache
-def _name_of_cache(model: type) -> str:
+def _name_of_cache(model: Any) -> str:
     """The argument of a model's forward that is the key-value cache: "cache" in transformers' own from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

@@ -1,4 +1,4 @@
-"""The command line in the hands of users: runs that go on, folders that are replaced, their own loggers, callbacks and classes."""
+"""The command line in the hands of users: runs that go on, replaced folders, their own loggers, callbacks and classes."""
 
 from __future__ import annotations
 
