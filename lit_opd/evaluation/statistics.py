@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -9,7 +11,18 @@ from torchmetrics import Metric
 from lit_opd.masked import positions
 
 
-class WeightedMean(Metric):
+class ExactMetric(Metric):
+    """A metric whose sums keep their dtype where the module around it is cast: in bfloat16 a count ends at 256."""
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        def moved(value: Tensor) -> Tensor:
+            there: Tensor = fn(value)
+            return there if there.dtype == value.dtype else value.to(there.device)
+
+        return super()._apply(moved, *args, **kwargs)
+
+
+class WeightedMean(ExactMetric):
     """Mean of values with weights; NaN where nothing was counted."""
 
     full_state_update = False
@@ -32,7 +45,7 @@ class WeightedMean(Metric):
         return self.total / self.count
 
 
-class PositionBands(Metric):
+class PositionBands(ExactMetric):
     """Means of a per-token quantity in equal bands of the relative position (i - 0.5) / n.
 
     Args:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from functools import reduce
+from operator import or_
+from typing import Any, Union, get_args, get_origin
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+
+def whole_numbers_first(annotations: dict[str, Any]) -> None:
+    """Put int before float in every union, in place: a parser takes the first that fits, and 1 batch is not 1.0, all of them.
+
+    ``typing`` keeps one union for all that are equal, in the order of whoever wrote it first: another package's
+    ``Optional[Union[float, int]]`` turned Lightning's ``Optional[Union[int, float]]`` around.
+    """
+    for name, kind in annotations.items():
+        parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+        if int in parts and float in parts:
+            annotations[name] = reduce(or_, [int, *(part for part in parts if part is not int)])
 
 
 class PlainCLI(LightningCLI):
     """Lightning's command line; a checkpoint does not change the config, and options can be checked before the seed is set."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        whole_numbers_first(Trainer.__init__.__annotations__)
+        super().__init__(*args, **settings)
 
     def check_options(self) -> None:
         """Called once the command line is parsed, before anything is set or built."""
@@ -16,6 +36,10 @@ class PlainCLI(LightningCLI):
     def given(self, name: str) -> Any:
         """What the config gives for ``name``: an object for a class, after classes were built."""
         return self._get(self.config_init, name)
+
+    def command_parser(self) -> LightningArgumentParser:
+        """The parser of the chosen subcommand."""
+        return self._parser(self.subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""

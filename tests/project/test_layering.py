@@ -46,7 +46,9 @@ ALLOWED: dict[str, set[str]] = {
         "preflight", "report",
     },
     "testbed": {"errors", "files"},
-    "cli": {"errors", "files", "distributed", "prompts", "run", "preflight", "module", "compare"},
+    "cli": {
+        "errors", "files", "distributed", "prompts", "models", "scoring", "run", "preflight", "module", "compare",
+    },
     "callbacks": {"types", "errors", "files", "distributed", "prompts", "evaluation", "run", "report"},
 }  # fmt: skip
 
