@@ -26,7 +26,7 @@ from lit_opd.report.profile_sums import (
     ProfileTables,
     token_quantities,
 )
-from lit_opd.run.tracking import crossed, log_media, log_numbers, wandb_runs
+from lit_opd.run.tracking import crossed, log_media, log_numbers, log_pictures, wandb_runs
 from lit_opd.types import StepRecord
 
 FILE = "profile.jsonl"
@@ -197,11 +197,7 @@ class PositionProfile(Callback):
         assert self._now is not None
         self._chart(trainer)
         pictures = self._draw(trainer)
-        if wandb_runs(trainer):
-            import wandb
-
-            media = {f"profile_pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
-            log_media(trainer, media, self._now.step)
+        log_pictures(trainer, {f"profile_pictures/{name}": path for name, path in pictures.items()}, self._now.step)
 
     def _draw(self, trainer: Trainer) -> dict[str, Path]:
         from lit_opd.report.profile_pictures import draw_all

@@ -24,7 +24,7 @@ from lit_opd.models.lazy import fill
 from lit_opd.models.loading import load_config, load_generation_config, load_tokenizer
 from lit_opd.models.sharding import compile_layers, full_state, gathered, is_sharded, placement
 from lit_opd.models.student import StudentSettings, build_student
-from lit_opd.models.vocabulary import agree_vocabularies, configured_stops
+from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, unused_ids
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.preflight.module_checks import check_run, check_settings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
@@ -171,14 +171,22 @@ class OPDModule(L.LightningModule):
 
     @cached_property
     def vocabulary(self) -> int:
-        """Leading vocabulary entries that student and teacher share; checked token by token."""
+        """Leading vocabulary entries up to the tokenizer's last id, which is student's and teacher's; checked token by token."""
         rows = self.student_config.get_text_config().vocab_size
-        shared = rows
+        used = agree_vocabularies(
+            self.tokenizer, self.tokenizer, student_rows=rows, teacher_rows=rows, field="model.student.path"
+        )
         for role, scorer in self.scorers.items():
             for tokenizer, scorer_rows in self.scorer_tokenizers[role]:
                 named = {"student_rows": rows, "teacher_rows": scorer_rows, "field": f"{scorer.field}.path"}
-                shared = min(shared, agree_vocabularies(self.tokenizer, tokenizer, **named))
-        return shared
+                agree_vocabularies(self.tokenizer, tokenizer, **named)
+        return used
+
+    @cached_property
+    def unused_ids(self) -> tuple[int, ...]:
+        """Rows of the student's embedding that name no token: holes in the numbering, and padding behind the last id."""
+        rows = self.student_config.get_text_config().vocab_size
+        return (*unused_ids(self.tokenizer), *range(self.vocabulary, rows))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -186,7 +194,7 @@ class OPDModule(L.LightningModule):
         configured = self.sampler.stop_token_ids
         found = configured_stops(self.student_settings.path, self.tokenizer) if configured is None else set(configured)
         if not found or not all(0 <= stop < self.vocabulary for stop in found):
-            source = "the model's generation config and tokenizer" if configured is None else "the setting"
+            source = "the model's generation config, config.json and tokenizer" if configured is None else "the setting"
             raise InputError(
                 f"`model.sampler.stop_token_ids` must name ids in [0, {self.vocabulary}), got {sorted(found)} from {source}; "
                 "name the ids that end a response"
@@ -225,8 +233,10 @@ class OPDModule(L.LightningModule):
             return
         mesh, trainer, settings = device_mesh(self), attached_trainer(self), self.student_settings
         lazy = mesh is not None and settings.lazy and settings.lora is None
+        holes = tuple(number for number in self.unused_ids if number < self.vocabulary)
         longest = self.longest_row
-        student = ScoringModel(build_student(settings, empty=lazy, longest=longest), vocabulary=self.vocabulary)
+        loaded = build_student(settings, empty=lazy, longest=longest)
+        student = ScoringModel(loaded, vocabulary=self.vocabulary, unused=holes)
         student.choose_path("student")
         student.freeze_unused()
         self.student = student
@@ -351,6 +361,7 @@ class OPDModule(L.LightningModule):
             "stop_ids": self.stop_ids,
             "pad_id": self.tokenizer.pad_token_id,
             "vocabulary": self.vocabulary,
+            "unused_ids": self.unused_ids,
             "temperature": self.sampler.temperature,
             "top_p": self.sampler.top_p,
             "top_k": self.sampler.top_k,
@@ -470,6 +481,7 @@ class OPDModule(L.LightningModule):
         with shared_failure():
             if is_rank_zero():
                 generation = load_generation_config(settings.path)
+                generation.eos_token_id = self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)
                 model, state = unsharded(self.student, settings, state)
                 export_folder(model, self.tokenizer, path, state=state, generation=generation, check=check)
         self.trainer.strategy.barrier("export_student")

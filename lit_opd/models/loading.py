@@ -19,6 +19,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 NAMED_WEIGHTS = 5
 ADAPTER = "adapter_config.json"
 _ATTENTION = re.compile(r"attn_implementation|scaled_dot_product|(flash|flex|paged)[ _-]?att", re.IGNORECASE)
+_TEXT_CONFIGS = ("text_config", "decoder", "generator", "llm_config", "language_config")  # parts of composed models
 _LONGEST_REASON = 300  # characters of what a library says
 
 
@@ -97,9 +98,32 @@ def load_generation_config(path: str) -> Any:
         raise InputError(f"{file}: not a generation config ({_reason(error)}); correct or delete it") from error
 
 
-def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust_remote_code: bool = False) -> Any:
+def named_ends(path: str) -> list[Any]:
+    """What config.json of ``path`` names as ``eos_token_id``, for the model and its text model; empty where it names none.
+
+    The file itself is read: a configuration class has defaults that the model's author never wrote.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return []  # ``load_config`` says what is wrong with it
+    parts = [raw, *(raw.get(name) for name in _TEXT_CONFIGS)]
+    return [part["eos_token_id"] for part in parts if isinstance(part, dict) and part.get("eos_token_id") is not None]
+
+
+def load_tokenizer(
+    path: str, field: str, *, pad_token: str | None = None, trust_remote_code: bool = False, pads: bool = True
+) -> Any:
     """The tokenizer of ``path``, left-padding.
 
+    Args:
+        path: a Hugging Face folder or hub id.
+        field: names the setting of the path in errors; the remedies name its neighbour ``pad_token``.
+        pad_token: the pad token where it has none of its own.
+        trust_remote_code: run the tokenizer's own Python code.
+        pads: False where nothing is padded with it, so that it needs no pad token.
     Raises:
         InputError: it cannot be loaded, or has no pad token and none is configured.
     """
@@ -114,14 +138,18 @@ def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust
         raise InputError(
             f"`{field}` must hold a tokenizer, got {path!r} without a vocabulary; copy tokenizer.json there too"
         )
+    setting = f"{field.rpartition('.')[0]}.pad_token"  # of the role whose path it is
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise InputError(f"`pad_token` must be a token of the tokenizer at {path!r}, got {pad_token!r}")
+            raise InputError(
+                f"`{setting}` must be a token of the tokenizer at {path!r}, got {pad_token!r}; e.g. its end token "
+                f"{tokenizer.eos_token!r}"
+            )
         tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
+    if pads and tokenizer.pad_token_id is None:
         raise InputError(
             f"`{field}`: the tokenizer at {path!r} has no pad token and none is configured; set "
-            "`model.student.pad_token` to one of its tokens (one that never occurs in a response is best)"
+            f"`{setting}` to one of its tokens (one that never occurs in a response is best)"
         )
     tokenizer.padding_side = "left"
     return tokenizer

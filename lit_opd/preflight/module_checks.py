@@ -19,6 +19,7 @@ from lit_opd.distributed import check_master_port, shared_failure
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import shards
 from lit_opd.models.vocabulary import stop_warning
+from lit_opd.preflight.callback_checks import check_batches
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
@@ -105,9 +106,11 @@ def check_trainer(module: Subject) -> None:
     if trainer.max_steps == 0 or trainer.max_epochs == 0:
         raise InputError("`trainer.max_steps` must be >= 1, or -1 for no bound, got 0: nothing would be trained")
     if trainer.max_steps > 0 and trainer.max_steps % updates:
+        by = f", which `trainer.fast_dev_run` set; give {updates} batches" if trainer.fast_dev_run else ""  # type: ignore[attr-defined]
         raise InputError(
-            f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {trainer.max_steps}"
+            f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {trainer.max_steps}{by}"
         )
+    check_batches(trainer)
     if str(trainer.precision).startswith("16"):
         raise InputError(f"`trainer.precision` must be 32-true, 64-true or bf16, got {trainer.precision}")
     if trainer.gradient_clip_val is not None:

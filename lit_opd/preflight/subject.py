@@ -55,7 +55,7 @@ class Subject(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """Leading vocabulary entries that student and teacher share."""
+        """Leading vocabulary entries, up to the tokenizer's last id."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -9,9 +9,11 @@ then gather the head's weight, and generation goes through the wrapper for the s
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -103,12 +105,16 @@ class ScoringModel(nn.Module):
         model: a transformers causal language model (or a PEFT wrapper of one).
         vocabulary: number of leading vocabulary entries that count; later rows of the head (padding of the
             embedding) are cut, in sampling as in scoring.
+        unused: ids below ``vocabulary`` that name no token; they have no mass either.
     """
 
-    def __init__(self, model: nn.Module, *, vocabulary: int) -> None:
+    _unused: Tensor | None  # int64 [U]
+
+    def __init__(self, model: nn.Module, *, vocabulary: int, unused: Sequence[int] = ()) -> None:
         super().__init__()
         self.model = model
-        self.vocabulary = vocabulary
+        self.vocabulary, self.unused = vocabulary, tuple(unused)
+        self.register_buffer("_unused", torch.tensor(self.unused) if self.unused else None, persistent=False)
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
         self.eval()
@@ -135,6 +141,10 @@ class ScoringModel(nn.Module):
         get_base_model = getattr(self.model, "get_base_model", None)
         return get_base_model() if get_base_model is not None else self.model
 
+    def __call__(self, *inputs: Any, **settings: Any) -> TokenScores:
+        """``forward`` with its hooks, as a record."""
+        return _record(super().__call__(*inputs, **settings))
+
     def forward(
         self,
         rollout: Rollout,
@@ -145,8 +155,11 @@ class ScoringModel(nn.Module):
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
         head: Head | None = None,
-    ) -> TokenScores:
+    ) -> dict[str, Tensor]:
         """Score the sampled tokens of ``rollout``.
+
+        A plain dictionary leaves it and not the record: FSDP2 gathers a unit's weights for the backward pass by hooks on
+        the tensors it finds in the output, and torch before 2.13 does not look into a dataclass.
 
         Args:
             rollout: B rows; only valid tokens are scored.
@@ -157,7 +170,8 @@ class ScoringModel(nn.Module):
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
         Returns:
-            [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
+            [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
+            The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
         """
         places = Places.of(rollout, own_template=own_template)
         head = self._head(rollout, places, own_template=own_template) if head is None else head
@@ -171,11 +185,10 @@ class ScoringModel(nn.Module):
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
             found["divergence"] = divergence(head, against, temperature=temperature)
-        topk = None
         if "topk" in wants:
-            ids, logprobs = token_topk(head, k=TOP_K, temperature=temperature)
-            topk = TopK(ids=places.scatter(ids), logprobs=places.scatter(logprobs))
-        return TokenScores(**{name: places.scatter(value) for name, value in found.items()}, topk=topk)
+            found["topk.ids"], found["topk.logprobs"] = token_topk(head, k=TOP_K, temperature=temperature)
+        # no views: what changes a view in place takes the hook off it
+        return {name: places.scatter(value).clone() for name, value in found.items()}
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
@@ -190,7 +203,7 @@ class ScoringModel(nn.Module):
         packed = torch.cat([prompts.ids if own is None else own, rollout.response_ids], -1).gather(-1, places.order)
         if self.full_logits:
             logits = self.causal_lm(input_ids=packed, use_cache=False).logits
-            return Head(places.pick(logits)[:, : self.vocabulary], weight=None)
+            return self._plain_head(places.pick(logits))
         states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
         return self.linear_head(places.pick(states))
 
@@ -200,9 +213,15 @@ class ScoringModel(nn.Module):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # as the model's own head would compute
-        whole = self.vocabulary == len(linear.weight)  # a slice would copy the gradient
-        weight = (linear.weight if whole else linear.weight[: self.vocabulary]).to(hidden.dtype)
-        return Head(hidden, weight, None if linear.bias is None else linear.bias[: self.vocabulary])
+        return Head(hidden, linear.weight.to(hidden.dtype), linear.bias, self.vocabulary, self._unused)
+
+    def _plain_head(self, logits: Tensor) -> Head:
+        """The model's own logits [N, rows] as a head."""
+        return Head(logits[:, : self.vocabulary], None, unused=self._unused)
+
+    def without_unused(self, logits: Tensor) -> Tensor:
+        """Logits [..., V], -inf where an entry names no token; themselves where all do."""
+        return logits if self._unused is None else logits.index_fill(-1, self._unused, -torch.inf)
 
     @torch.no_grad()
     def choose_path(self, name: str) -> None:
@@ -264,14 +283,16 @@ class ScoringModel(nn.Module):
 
         handle = self.causal_lm.get_decoder().register_forward_hook(replaced)
         try:
-            own = at_least_float32(self.causal_lm(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary])
+            own = self._plain_head(self.causal_lm(input_ids=ids, use_cache=False).logits[0]).logits(slice(None), 1.0)
         finally:
             handle.remove()
         if not shown:
             return None
         hidden = states[0] if size is None else shown[-1][0]
         ours = self.linear_head(hidden).logits(slice(None), 1.0).log_softmax(-1)
-        return float((ours - own.log_softmax(-1)).abs().max() / ours.abs().max().clamp(min=1))
+        counted = ours[0].isfinite()  # not the entries that name no token
+        ours, own = ours[:, counted], own.log_softmax(-1)[:, counted]
+        return float((ours - own).abs().max() / ours.abs().max().clamp(min=1))
 
     def freeze_unused(self) -> None:
         """Freeze what a text never reaches, such as a tower for pictures, or a bias that only chooses experts: it would never
@@ -333,7 +354,7 @@ class ScoringModel(nn.Module):
         """
         behind = self._next_columns(ids, mask, positions, cache, keep=0)
         before = torch.cat([states.unsqueeze(1), behind[:, :-1]], 1).flatten(0, 1)
-        head = Head(before[:, : self.vocabulary], weight=None) if self.full_logits else self.linear_head(before)
+        head = self._plain_head(before) if self.full_logits else self.linear_head(before)
         return token_logprobs(head, ids.flatten(), temperature=temperature).view(ids.shape), behind[:, -1]
 
     def _next_columns(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, keep: int) -> Tensor:
@@ -342,13 +363,18 @@ class ScoringModel(nn.Module):
         one_query = ids.shape[1] == 1 and lm.config._attn_implementation == "sdpa"
         if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        reader = lm if self.full_logits else lm.get_decoder()
+        inputs[_name_of_cache(type(reader))] = cache
         if self.full_logits:
-            return lm(**inputs, use_cache=True, logits_to_keep=keep).logits  # type: ignore[no-any-return]
-        return lm.get_decoder()(**inputs, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+            return reader(**inputs, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+        return reader(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def next_logits(self, states: Tensor) -> Tensor:
-        """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32."""
+        """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32; -inf where none may come."""
+        return self.without_unused(self._next_logits(states))
+
+    def _next_logits(self, states: Tensor) -> Tensor:
         if self.full_logits:
             return at_least_float32(states[:, : self.vocabulary])
         linear = self.causal_lm.get_output_embeddings()
@@ -364,6 +390,19 @@ class ScoringModel(nn.Module):
     def generate(self, **arguments: Any) -> Any:
         """transformers' ``generate`` of the wrapped model, through this module so that FSDP's hooks see it."""
         return self.model.generate(**arguments)  # type: ignore[operator]
+
+
+@functools.cache
+def _name_of_cache(model: Any) -> str:
+    """The argument of a model's forward that is the key-value cache: "cache" in transformers' own from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _record(found: dict[str, Tensor]) -> TokenScores:
+    """What ``ScoringModel.forward`` returned."""
+    topk = {name.removeprefix("topk."): value for name, value in found.items() if name.startswith("topk.")}
+    rest = {name: value for name, value in found.items() if not name.startswith("topk.")}
+    return TokenScores(**rest, topk=TopK(**topk) if topk else None)
 
 
 def _scaled(states: Tensor, head: Head, size: float) -> Tensor:

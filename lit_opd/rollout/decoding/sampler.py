@@ -130,7 +130,10 @@ class _Batch(CachedRows):
 
     def logits(self) -> Tensor:
         """[B, V] of the coming token, at least float32."""
-        logits = self.model.next_logits(self.states) if self.decoder is None else self.decoder.logits(self.states)
+        if self.decoder is None:
+            logits = self.model.next_logits(self.states)
+        else:
+            logits = self.model.without_unused(self.decoder.logits(self.states)[:, : self.model.vocabulary])
         return logits[:, : self.vocabulary]  # type: ignore[no-any-return]
 
     def append(self, token: Tensor) -> None:
