@@ -68,6 +68,7 @@ class Summary(Callback):
 
     def values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The content of ``summary.json``."""
+        trained = getattr(getattr(pl_module, "state", None), "trained", None)
         measured = {
             f"{name}_{when}": values.get(name)
             for name in SUMMARISED
@@ -79,6 +80,7 @@ class Summary(Callback):
             "seconds": round(self._elapsed(), 3),
             "seed": getattr(pl_module, "seed", None),
             "strategy": type(getattr(pl_module, "weighting", None)).__name__,
+            "trained": trained.summary(trainer.global_step) if trained is not None else [],
         }
 
 
@@ -92,8 +94,18 @@ def table(summary: dict[str, Any], folder: Path) -> str:
         if end is not None:
             rows.append(f"{label:26}{'-' if start is None else f'{start:.3f}':>9}{end:>9.3f}")
     rows += [
-        f"{summary['strategy']}, {summary['steps']} steps, {summary['tokens']:,} sampled tokens, {summary['seconds']:.0f} s",
+        f"{spans(summary)}, {summary['tokens']:,} sampled tokens, {summary['seconds']:.0f} s",
         f"run folder: {folder} (summary.json, metrics.csv, checkpoints/, student/)",
         f"next: python train.py fit --config {folder}/config.yaml --model.weighting {other} --run_dir {folder}-{other.lower()}",
     ]
     return "\n".join(["", *rows])
+
+
+def spans(summary: dict[str, Any]) -> str:
+    """The strategy and its steps; every span of a run that went on with other settings."""
+    parts = summary["trained"]
+    if len(parts) < 2:
+        return f"{summary['strategy']}, {summary['steps']} steps"
+    first = f"steps {parts[0]['steps'][0]}-{parts[0]['steps'][1]} {parts[0]['strategy']}"
+    later = [f"{p['steps'][0]}-{p['steps'][1]} {p['strategy']} (changed: {', '.join(p['changed'])})" for p in parts[1:]]
+    return "; ".join([first, *later])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_opd.models.loading import load_causal_lm, load_generation_config
+from lit_opd.models.loading import load_causal_lm, load_tokenizer
+from lit_opd.models.vocabulary import configured_stops, num_used, unused_ids
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import SamplingSettings, TransformersSampler
 from lit_opd.scoring.model import ScoringModel
@@ -14,8 +15,9 @@ from lit_opd.types import PromptBatch, Rollout
 def load_policy(path: str) -> ScoringModel:
     """A frozen float32 policy of a Hugging Face folder."""
     model = load_causal_lm(path, "path", dtype="float32")
-    rows = model.config.get_text_config().vocab_size
-    return ScoringModel(model, vocabulary=rows).requires_grad_(False).eval()
+    tokenizer = load_tokenizer(path, "path", pads=False)
+    policy = ScoringModel(model, vocabulary=num_used(tokenizer), unused=unused_ids(tokenizer))
+    return policy.requires_grad_(False).eval()
 
 
 def held_out(settings: dict[str, Any], tokenizer: Any) -> PromptBatch:
@@ -39,10 +41,9 @@ def sample(
         new_tokens: longest response.
         seed: of the streams.
     """
-    stops = load_generation_config(path).eos_token_id
     settings = SamplingSettings(
         max_new_tokens=new_tokens,
-        stop_ids=tuple(stops if isinstance(stops, list) else [stops]),
+        stop_ids=tuple(sorted(configured_stops(path, tokenizer))),
         pad_id=tokenizer.pad_token_id,
         vocabulary=policy.vocabulary,
         seed=seed,

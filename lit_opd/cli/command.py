@@ -1,4 +1,4 @@
-"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``.
+"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``; ``export``.
 
 ``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
 one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -43,17 +45,27 @@ from lit_opd.preflight import (
     require_machine,
     require_memory,
 )
+from lit_opd.preflight.callback_checks import check_callbacks
 from lit_opd.preflight.module_checks import check_before
 from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
-from lit_opd.run.checkpoint_files import counters, intact, newest, requeued
-from lit_opd.run.csv_logger import RunCSVLogger, run_id
+from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued
 from lit_opd.run.lightning import callbacks_of, set_callbacks
 from lit_opd.run.lightning_cli import PlainCLI
-from lit_opd.run.wandb_logger import RunWandbLogger
+from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers
+from lit_opd.run.replaced_folder import ReplacedFolder
+from lit_opd.run.trained_settings import (
+    FREE,
+    Group,
+    Settings,
+    TrainedSettings,
+    require_unchanged,
+    settings_of,
+    trained_settings,
+)
 
 LARGEST_SEED = 2**32 - 1
-COMPARE = "compare"  # a command of its own beside Lightning's, which all need the config of a model
+COMPARE, EXPORT = "compare", "export"  # commands of their own beside Lightning's, which all need the config of a run
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -70,9 +82,11 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "model.weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting"},
     "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
 }
-HOW_STARTED: dict[str, Any] = {"ckpt_path": None, "overwrite": False}  # of one command line, not of the run
+# of one command line, not of the run
+HOW_STARTED: dict[str, Any] = {"ckpt_path": None, "overwrite": False, "allow_change": []}
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 _MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
+_NOT_MADE = re.compile(r"Problem with given class_path '(?P<name>lightning\.[^']*)':\s*(?P<reason>.*)")
 PARSERS = ("argparse", "jsonargparse", "omegaconf", "yaml")
 NOISE = (  # other people's warnings that say nothing about a run of ours
     "LightningCLI's args parameter",  # ours are meant for callers in Python too, and it repeats them, secrets included
@@ -88,7 +102,7 @@ NOISE = (  # other people's warnings that say nothing about a run of ours
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved config to ``config.yaml`` of the run folder once the run is really starting.
+    """Writes the resolved config to ``config.yaml`` of the run folder, and to the loggers, once the run is really starting.
 
     It says what the run is. What a command line did once, going on from a checkpoint or emptying a folder, is not in it: a run
     made from this file would do it again, unasked.
@@ -106,8 +120,9 @@ class RunConfig(SaveConfigCallback):
             for name, value in HOW_STARTED.items():
                 if name in config:
                     config[name] = value
-            text = self.parser.dump(config, skip_none=False)
-            replace_or_refuse(folder / "config.yaml", with_references(text).encode())
+            text = with_references(self.parser.dump(config, skip_none=False))
+            replace_or_refuse(folder / "config.yaml", text.encode())
+            describe(trainer.loggers, yaml.safe_load(text), seed=getattr(pl_module, "seed", None))
 
 
 class OPDCLI(PlainCLI):
@@ -124,6 +139,14 @@ class OPDCLI(PlainCLI):
     ) -> None:
         self._default_callbacks = default_callbacks
         self._new_folder = False
+        self._changed: list[str] = []  # groups of settings that differ from those of the checkpoint
+        self._before: Settings | None = None  # what the checkpoint was trained with
+        self._words = [str(word) for word in (sys.argv[1:] if args is None else args) or ()]  # type: ignore[union-attr]
+        self._replaced: ReplacedFolder | None = None
+        if (
+            os.getcwd() not in sys.path
+        ):  # a class in a file of the folder one runs from is found while the config is parsed
+            sys.path.insert(0, os.getcwd())
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             model_class=OPDModule,
@@ -135,7 +158,8 @@ class OPDCLI(PlainCLI):
             parser_class=OneLineParser,
             parser_kwargs={
                 "parser_mode": "omegaconf+",
-                "epilog": "finished runs side by side: train.py compare --help",
+                "epilog": "finished runs side by side: train.py compare --help; "
+                "a checkpoint as a Hugging Face folder: train.py export --help",
             },
             auto_configure_optimizers=False,
             args=args,
@@ -152,10 +176,19 @@ class OPDCLI(PlainCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run that belong to neither trainer, model nor data."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="run folder; default runs/<first config>")
-        parser.add_argument("--overwrite", type=bool, default=False, help="delete what is in the run folder")
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="replace the run in the folder; not from a config"
+        )
+        parser.add_argument(
+            "--allow_change", nargs="+", type=Group, default=[], help="what may differ from the checkpoint's"
+        )
         parser.add_argument("--num_threads", type=int | None, default=None, help="torch threads; default torch's own")
         parser.add_argument("--wandb.mode", type=Literal["offline", "online", "disabled"], default="offline")
         parser.add_argument("--wandb.project", type=str, default="lit-opd")
+        parser.add_argument("--wandb.entity", type=str | None, default=None, help="account or team")
+        parser.add_argument("--wandb.group", type=str | None, default=None, help="default the weighting's class")
+        parser.add_argument("--wandb.tags", type=list[str] | None, default=None, help="default weighting and objective")
+        parser.add_argument("--tensorboard", type=bool, default=False, help="log to tensorboard/ in the run folder too")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between checkpoints")
         parser.add_argument("--memory_check", type=bool, default=True, help="refuse a fit that cannot fit into memory")
         parser.add_argument(
@@ -217,7 +250,6 @@ class OPDCLI(PlainCLI):
         """Threads, run folder and checkpoint path, before anything is built."""
         if self.settings.get("num_threads") is not None:
             torch.set_num_threads(self.settings["num_threads"])
-        sys.path.insert(0, os.getcwd())
         if not self.subcommand:
             return
         precision = str(self.settings["trainer"].get("precision"))
@@ -225,20 +257,58 @@ class OPDCLI(PlainCLI):
             raise InputError(
                 f"`trainer.precision` must be 32-true, 64-true or a bf16 one, got {precision}: float16 overflows"
             )
+        self._count_overwrite()
         self._resolve_checkpoint()
         if self.subcommand == "fit" and is_rank_zero():
             require_free(self.run_dir, self.settings)
         self.settings["trainer"]["default_root_dir"] = str(self.run_dir)
 
+    def _count_overwrite(self) -> None:
+        """Only the command line may ask for it: what a config says would empty a folder whenever the config is used."""
+        asked = any(word == "--overwrite" or word.startswith("--overwrite=") for word in self._words)
+        if "overwrite" in self.settings and not asked:
+            self.settings["overwrite"] = False
+
     def _resolve_checkpoint(self) -> None:
-        path = self.settings.get("ckpt_path")
-        if path is None and self.subcommand == "fit" and not self.settings.get("overwrite") and requeued(self.run_dir):
+        path, overwrites = self.settings.get("ckpt_path"), bool(self.settings.get("overwrite"))
+        if path is None and self.subcommand == "fit" and requeued(self.run_dir, overwrites=overwrites):
             path = "last"
         if path is not None:
-            self.settings["ckpt_path"] = str(newest(self.run_dir) if path == "last" else intact(Path(path)))
-            self._saved_counters()  # a file that cannot be read is an error now
+            self.settings["ckpt_path"] = str(self._named_checkpoint(str(path)))
+            saved = self._saved_counters()  # a file that cannot be read is an error now
+            if self.subcommand == "fit":
+                self._require_same_run(saved)
             if "weights_only" in self.settings:
                 self.settings["weights_only"] = True
+
+    def _named_checkpoint(self, path: str) -> Path:
+        """``last``, ``best``, or a path."""
+        if path == "last":
+            return newest(self.run_dir)
+        return best(self.run_dir) if path == "best" else intact(Path(path))
+
+    def _plain_config(self) -> dict[str, Any]:
+        """The config as plain values, secrets left out."""
+        text = self.command_parser().dump(self.settings, skip_none=False)
+        return dict(yaml.safe_load(with_references(text)))
+
+    def _require_same_run(self, saved: dict[str, Any]) -> None:
+        """A run that goes on has the settings that its checkpoint was trained with, or those that may change by name."""
+        checkpoint = Path(self.settings["ckpt_path"])
+        self._before = before = settings_of(checkpoint, saved)
+        if before is None:
+            rank_zero_warn(
+                f"`--ckpt_path` {checkpoint} does not say what it was trained with: see that the config is its run's"
+            )
+            return
+        now, allowed = trained_settings(self._plain_config()), self.settings.get("allow_change") or []
+        self._changed = require_unchanged(before, now, allowed=allowed, checkpoint=checkpoint)
+        limit, step = self.settings["trainer"].get("max_steps") or -1, saved["global_step"]
+        if set(self._changed) - FREE and 0 < limit <= step:
+            raise InputError(
+                f"`trainer.max_steps` must be above the checkpoint's step {step} to train with another "
+                f"{', '.join(self._changed)}, got {limit}"
+            )
 
     def before_fit(self) -> None:
         """Every check that needs no weights, then the folder."""
@@ -248,7 +318,7 @@ class OPDCLI(PlainCLI):
             return
         require_machine(self._run())
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
-            _empty(self.run_dir)
+            self._move_aside()
         self._new_folder = not self.run_dir.exists()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -259,15 +329,27 @@ class OPDCLI(PlainCLI):
                 f"`--run_dir` must be writable, got {self.run_dir}: {error.strerror}; give another folder"
             ) from error
 
+    def _move_aside(self) -> None:
+        """The run that is replaced, until there is a checkpoint of the new one."""
+        self._replaced = ReplacedFolder(self.run_dir)
+        self._replaced.move()
+        set_callbacks(self.trainer, [*callbacks_of(self.trainer), self._replaced])
+
     def fit(self, **arguments: Any) -> None:
-        """The trainer's fit; a run that is refused or stopped while it loads leaves no folder behind."""
+        """The trainer's fit; a run that is refused or stopped while it loads leaves everything as it was."""
+        self.model.state.trained = TrainedSettings(trained_settings(self._plain_config()), self._before)
+        self.datamodule.may_differ = bool({"data", "seed"} & {*self._changed})
         try:
             self.trainer.fit(**arguments)
-        except (Exception, Stopped):
+        except (Exception, Stopped) as error:
             started = (self.run_dir / "config.yaml").exists()
             if self._new_folder and not started and is_rank_zero():
                 _finish_wandb()
                 _remove(self.run_dir)
+                if self._replaced is not None:
+                    self._replaced.put_back()
+            if self._replaced is not None and self._replaced.note():
+                error.add_note(self._replaced.note())
             raise
 
     def before_validate(self) -> None:
@@ -279,6 +361,9 @@ class OPDCLI(PlainCLI):
     def _check_all(self) -> None:
         """The module's checks, then those of callbacks that have some."""
         path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
+        if training:
+            own_code = (self.model.weighting, self.model.objective, *self.model.advantage)
+            check_callbacks(self.trainer, self.datamodule, own_code=own_code)
         check_before(self.model, self.trainer, self.datamodule, ckpt_path=path, training=training)
         for callback in callbacks_of(self.trainer):
             check = getattr(callback, "check", None)
@@ -325,40 +410,53 @@ class OPDCLI(PlainCLI):
 
     # -- the trainer -------------------------------------------------------------------------------------------------
 
+    def instantiate_classes(self) -> None:
+        """As Lightning does; one of its classes that refuses its settings, or whose package is missing, is one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            found = _NOT_MADE.search(str(error))
+            if found is None or isinstance(_input_error(error), InputError | ServerError):
+                raise
+            raise InputError(
+                f"`{found['name']}` cannot be made with its settings: {found['reason']}; correct them, or install what is missing"
+            ) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and the default callbacks."""
         if self.subcommand == "preflight":  # checks the plan from wherever it is asked to
             kwargs |= ONE_PROCESS
+        elif self.subcommand in (None, "fit") and self.given("trainer.logger") is not False:
+            kwargs.setdefault("logger", self._loggers(self.given("trainer.logger")))
         elif self.given("trainer.logger") in (None, True):
-            kwargs.setdefault("logger", self._loggers())
+            kwargs.setdefault("logger", [])
+        given = self.given("trainer.callbacks") or ()
+        users = list(
+            given if isinstance(given, list | tuple) else [given]
+        )  # a copy: the trainer adds its own to the list
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             if isinstance(_input_error(error), InputError | ServerError):
                 raise
             raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
-        given = {type(callback) for callback in callbacks_of(trainer)}
-        extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
+        extra = [own for own in self._default_callbacks() if not any(isinstance(user, type(own)) for user in users)]
         for callback in extra:
             every = self.settings.get("checkpoint_every")
             if hasattr(callback, "use_run_dir") and every:
                 callback.use_run_dir(self.run_dir, every)
-        _attach(trainer, extra)
+        _attach(trainer, extra, users)
         return trainer
 
-    def _loggers(self) -> list[Logger]:
+    def _loggers(self, given: Any) -> list[Logger]:
+        """The user's in place of W&B and TensorBoard; ``metrics.csv`` is written in any case."""
         if self.subcommand != "fit":
             return []
-        folder, wandb = str(self.run_dir), self.settings["wandb"]
         saved = self._saved_counters()
-        validated = not saved.get("validation_due", False)
-        loggers: list[Logger] = [RunCSVLogger(folder, continued_from=saved.get("global_step"), validated=validated)]
-        if wandb["mode"] != "disabled":
-            offline = wandb["mode"] == "offline"
-            named = {"project": wandb["project"], "name": self.run_dir.name, "save_dir": folder}
-            identity = run_id(self.run_dir) if saved else None
-            loggers.append(RunWandbLogger(**named, id=identity, offline=offline))
-        return loggers
+        users = given if isinstance(given, list | tuple) else [given]
+        chosen = chosen_loggers(self.run_dir, self.settings, saved) if given in (None, True) else users
+        label(chosen, self._plain_config())
+        return [*own_loggers(self.run_dir, saved), *chosen]
 
     def _saved_counters(self) -> dict[str, Any]:
         """What the checkpoint says that the run goes on from; empty for a new run."""
@@ -366,14 +464,17 @@ class OPDCLI(PlainCLI):
         return {} if path is None else counters(Path(path))
 
 
-def _attach(trainer: Trainer, extra: list[Callback]) -> None:
-    """Add callbacks to a built trainer; progress bars and checkpoints take the place of Lightning's own."""
+def _attach(trainer: Trainer, extra: list[Callback], users: list[Callback]) -> None:
+    """Add callbacks to a built trainer. Progress bar and checkpoints take the place of those that Lightning adds by itself; the
+    user's are all kept, and a progress bar of theirs is the only one."""
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-    kept = list(callbacks_of(trainer))
-    for kind in (ProgressBar, Checkpoint):
-        if any(isinstance(callback, kind) for callback in extra):
-            kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]
+    if any(isinstance(user, ProgressBar) for user in users) or not trainer.progress_bar_callback:
+        extra = [own for own in extra if not isinstance(own, ProgressBar)]
+    if not trainer.checkpoint_callbacks:  # enable_checkpointing is false
+        extra = [own for own in extra if not isinstance(own, Checkpoint)]
+    replaced = tuple(kind for kind in (ProgressBar, Checkpoint) if any(isinstance(own, kind) for own in extra))
+    kept = [found for found in callbacks_of(trainer) if found in users or not isinstance(found, replaced)]
     set_callbacks(trainer, kept + extra)
 
 
@@ -381,12 +482,6 @@ def _raised_by_a_parser(error: BaseException) -> bool:
     """True where the innermost frame reads settings; an error in a file of the user's own keeps its traceback."""
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return str(innermost.f_globals.get("__name__")).partition(".")[0] in PARSERS
-
-
-def _empty(folder: Path) -> None:
-    """Delete the contents of a run folder that is to be overwritten."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _remove(folder: Path) -> None:
@@ -431,6 +526,10 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
             from lit_opd.compare.command import run as compare
 
             compare(words[1:])
+        elif words[:1] == [EXPORT]:
+            from lit_opd.cli.export import run as export
+
+            export(words[1:])
         else:
             OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:

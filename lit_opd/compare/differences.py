@@ -20,7 +20,9 @@ RISING = {"greedy": True, "avg_at_4": True, "reverse_kl": False}
 DEFAULT_TARGET = 0.8  # of the way that the baseline goes on average
 LIKE_COUNTS = {"steps": 1.0, "tokens": 1.5}  # most over least; beyond that the report says so
 # settings that may differ between like runs
-_OF_THE_RUN = ("run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "wandb")
+_OF_THE_RUN = (
+    "run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "allow_change", "wandb", "tensorboard"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,8 @@ def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
 
 def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
     base = {run.seed: run for run in variants[baseline]}
+    for run in (run for runs in variants.values() for run in runs if run.mixture):
+        yield f"{run.variant}, seed {run.seed}: not trained with one setting from start to end ({run.mixture})."
     for variant in [name for name in variants if name != baseline]:
         own = {run.seed: run for run in variants[variant]}
         common = [seed for seed in own if seed in base]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_opd.errors import InputError
 from lit_opd.models.loading import load_config, load_tokenizer
 from lit_opd.models.student import StudentSettings, build_student
-from lit_opd.models.vocabulary import agree_vocabularies
+from lit_opd.models.vocabulary import agree_vocabularies, unused_ids
 from lit_opd.objective import Aggregation, Divergence, PolicyLoss
 from lit_opd.preflight.module_checks import require_scored
 from lit_opd.scoring.model import ScoringModel
@@ -80,14 +80,16 @@ class ReplayModels:
         self, student: str, teacher: str, *, dtype: Dtype = "float32", aggregation: Aggregation = "sequence-mean"
     ) -> None:
         self.teacher, self.aggregation = LocalTeacher(teacher, dtype=dtype), aggregation
-        tokenizer = load_tokenizer(student, "model.student.path")
-        rows = load_config(student, "model.student.path").get_text_config().vocab_size
-        (theirs,) = self.teacher.tokenizers()
-        self.vocabulary = agree_vocabularies(tokenizer, theirs[0], student_rows=rows, teacher_rows=theirs[1])
-        self.student = ScoringModel(build_student(StudentSettings(student, dtype=dtype)), vocabulary=self.vocabulary)
+        tokenizers, rows = [], []
+        for field, path in (("--student", student), ("--teacher", teacher)):
+            tokenizers.append(load_tokenizer(path, field, pads=False))
+            rows.append(load_config(path, field).get_text_config().vocab_size)
+        self.vocabulary = agree_vocabularies(*tokenizers, student_rows=rows[0], teacher_rows=rows[1], field="--teacher")
+        model, unused = build_student(StudentSettings(student, dtype=dtype)), unused_ids(tokenizers[0])
+        self.student = ScoringModel(model, vocabulary=self.vocabulary, unused=unused)
         self.student.choose_path("student")
+        self.teacher.attach(self.student)
         self.teacher.load(vocabulary=self.vocabulary)
-        self.student.train()
 
     def replay(self, record: StepRecord, weighting: WeightingStrategy | None = None) -> tuple[StepRecord, Gradient]:
         """One step on the record's responses.

@@ -60,6 +60,7 @@ class Run:
         config: ``config.yaml``, empty where there is none.
         curves: by metric (greedy, avg_at_4, reverse_kl), those that were measured.
         evaluations: complete evaluations of ``EarlyAIMEEvaluation``.
+        mixture: which settings trained which steps, where not all were trained with the same ones; else empty.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Run:
     config: dict[str, Any]
     curves: dict[str, Curve]
     evaluations: Comparison
+    mixture: str = ""
 
     @property
     def seed(self) -> Any:
@@ -90,9 +92,28 @@ def read_run(folder: str | Path, *, variant: str | None = None, group_by: Sequen
         raise InputError(f"`--runs` must name run folders, got {str(folder)!r}, which is none")
     summary = _summary(folder)
     config = _config(folder / "config.yaml")
-    name = variant or ", ".join(_setting(config, key, folder) for key in group_by) or summary["strategy"]
+    name, mixture = variant, _mixture(folder, summary, config)
+    if name is None:
+        name = ", ".join(_setting(config, key, folder) for key in group_by) or summary["strategy"]
+        name += f" [{mixture}]" if mixture else ""  # never the variant of runs that had one setting from start to end
     past = past_evaluations(EvaluationFile(folder / FILE_NAME).rows())
-    return Run(folder, name, summary, config, _curves(folder, summary), Comparison.of(past))
+    return Run(folder, name, summary, config, _curves(folder, summary), Comparison.of(past), mixture)
+
+
+def _mixture(folder: Path, summary: dict[str, Any], config: dict[str, Any]) -> str:
+    """The spans of a run that went on with other settings; of an older run folder, where it was begun."""
+    spans = summary.get("trained") or []
+    if len(spans) > 1:
+        return "; ".join(
+            f"steps {first}-{last} {span['strategy']}"
+            + (f", other {', '.join(span['changed'])}" if span["changed"] else "")
+            for span in spans
+            for first, last in [span["steps"]]
+        )
+    begun = config.get("ckpt_path")  # saved configs held it once
+    if spans or begun is None or Path(begun).resolve().is_relative_to(folder.resolve()):
+        return ""
+    return f"went on from {begun}"
 
 
 def read_runs(words: Sequence[str], *, group_by: Sequence[str] = ()) -> list[Run]:

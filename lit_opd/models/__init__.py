@@ -11,7 +11,7 @@ from lit_opd.models.loading import (
     quantization_config,
 )
 from lit_opd.models.student import LoraSettings, StudentSettings, build_student
-from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, stop_warning
+from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, num_used, stop_warning, unused_ids
 
 __all__ = [
     "Dtype",
@@ -26,6 +26,8 @@ __all__ = [
     "load_config",
     "load_generation_config",
     "load_tokenizer",
+    "num_used",
     "quantization_config",
     "stop_warning",
+    "unused_ids",
 ]

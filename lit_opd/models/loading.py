@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,19 +13,40 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lit_opd.errors import InputError
+from lit_opd.models.plain_outputs import switch_off
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 NAMED_WEIGHTS = 5
+ADAPTER = "adapter_config.json"
+_ATTENTION = re.compile(r"attn_implementation|scaled_dot_product|(flash|flex|paged)[ _-]?att", re.IGNORECASE)
+_TEXT_CONFIGS = ("text_config", "decoder", "generator", "llm_config", "language_config")  # parts of composed models
 _LONGEST_REASON = 300  # characters of what a library says
 
 
 def _require_reachable(path: str, field: str) -> None:
+    _refuse_adapter(Path(path).expanduser(), field)
     looks_local = not path.strip() or path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.isdir(path)
     if looks_local and not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
         raise InputError(
             f"`{field}` must be a Hugging Face folder with a config.json, or a hub id, got {path!r}; "
             "check the path (relative paths start at the current folder)"
         )
+
+
+def _refuse_adapter(folder: Path, field: str) -> None:
+    """transformers would load an adapter's base model from elsewhere, put the adapter on it, and freeze the base."""
+    if not (folder / ADAPTER).is_file():
+        return
+    if any(folder.glob("model*.safetensors")):
+        raise InputError(
+            f"`{field}` must hold one model, got {str(folder)!r} with whole weights and an adapter beside them; delete or move "
+            f"{ADAPTER} and adapter_model.* to train the whole weights, or merge the adapter (peft's merge_and_unload) and "
+            "give the merged folder"
+        )
+    raise InputError(
+        f"`{field}` must hold a whole model, got the adapter {str(folder)!r}; merge it into its base model (peft's "
+        "merge_and_unload), save that with the tokenizer, and give the merged folder"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -35,7 +57,10 @@ def _reason(error: Exception) -> str:
 
 def _hub_error(field: str, path: str, error: Exception) -> InputError:
     """What a loader of transformers raised; it may be anything."""
-    if os.path.isdir(os.path.expanduser(path)):
+    if _ATTENTION.search(str(error)):
+        setting = f"{field.removesuffix('.path')}.attn_implementation"
+        remedy = f"set `{setting}` to one that this model and machine have, such as eager"
+    elif os.path.isdir(os.path.expanduser(path)):
         remedy = "correct that file, or copy the folder again"
     else:
         remedy = "without a network, download the model elsewhere and give its local folder"
@@ -73,9 +98,32 @@ def load_generation_config(path: str) -> Any:
         raise InputError(f"{file}: not a generation config ({_reason(error)}); correct or delete it") from error
 
 
-def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust_remote_code: bool = False) -> Any:
+def named_ends(path: str) -> list[Any]:
+    """What config.json of ``path`` names as ``eos_token_id``, for the model and its text model; empty where it names none.
+
+    The file itself is read: a configuration class has defaults that the model's author never wrote.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return []  # ``load_config`` says what is wrong with it
+    parts = [raw, *(raw.get(name) for name in _TEXT_CONFIGS)]
+    return [part["eos_token_id"] for part in parts if isinstance(part, dict) and part.get("eos_token_id") is not None]
+
+
+def load_tokenizer(
+    path: str, field: str, *, pad_token: str | None = None, trust_remote_code: bool = False, pads: bool = True
+) -> Any:
     """The tokenizer of ``path``, left-padding.
 
+    Args:
+        path: a Hugging Face folder or hub id.
+        field: names the setting of the path in errors; the remedies name its neighbour ``pad_token``.
+        pad_token: the pad token where it has none of its own.
+        trust_remote_code: run the tokenizer's own Python code.
+        pads: False where nothing is padded with it, so that it needs no pad token.
     Raises:
         InputError: it cannot be loaded, or has no pad token and none is configured.
     """
@@ -90,14 +138,18 @@ def load_tokenizer(path: str, field: str, *, pad_token: str | None = None, trust
         raise InputError(
             f"`{field}` must hold a tokenizer, got {path!r} without a vocabulary; copy tokenizer.json there too"
         )
+    setting = f"{field.rpartition('.')[0]}.pad_token"  # of the role whose path it is
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise InputError(f"`pad_token` must be a token of the tokenizer at {path!r}, got {pad_token!r}")
+            raise InputError(
+                f"`{setting}` must be a token of the tokenizer at {path!r}, got {pad_token!r}; e.g. its end token "
+                f"{tokenizer.eos_token!r}"
+            )
         tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
+    if pads and tokenizer.pad_token_id is None:
         raise InputError(
             f"`{field}`: the tokenizer at {path!r} has no pad token and none is configured; set "
-            "`model.student.pad_token` to one of its tokens (one that never occurs in a response is best)"
+            f"`{setting}` to one of its tokens (one that never occurs in a response is best)"
         )
     tokenizer.padding_side = "left"
     return tokenizer
@@ -118,10 +170,12 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    _require_reachable(path, field)
+    config = load_config(path, field, trust_remote_code=trust_remote_code)
+    switched_off = switch_off(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             os.path.expanduser(path),
+            config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -136,6 +190,7 @@ def load_causal_lm(
         raise _hub_error(field, path, error) from error
     model, report = loaded
     _require_complete(report, field, path)
+    model.switched_off = switched_off  # for its export
     return model
 
 
@@ -178,6 +233,7 @@ def empty_causal_lm(
             f"`{field}` must not be a quantised checkpoint when weights are sharded, got {path!r}; use its unquantised "
             "version or `RemoteTeacher`"
         )
+    switched_off = switch_off(config)
     handle = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]  # may return another
     try:
         model = AutoModelForCausalLM.from_config(
@@ -191,6 +247,7 @@ def empty_causal_lm(
     finally:
         handle.remove()
     _keep_float32(model, getattr(torch, dtype))
+    model.switched_off = switched_off
     return model.eval()
 
 

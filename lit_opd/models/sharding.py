@@ -104,7 +104,7 @@ def _wrap(policy: Any, strategy: FSDPStrategy, *, half: bool, offload: bool) -> 
     """
     if offload:
         raise InputError(
-            "`model.teacher.offload` must be false under FSDPStrategy (FSDP1), got true; use ModelParallelStrategy (FSDP2) "
+            "`LocalTeacher.offload` must be false under FSDPStrategy (FSDP1), got true; use ModelParallelStrategy (FSDP2) "
             f"{FSDP2_FLAGS}"
         )
     precision = strategy.mixed_precision

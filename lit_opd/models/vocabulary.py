@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lit_opd.errors import InputError
-from lit_opd.models.loading import load_generation_config
+from lit_opd.models.loading import load_generation_config, named_ends
 
 NAMED_DIFFERENCES = 10  # differing tokens listed in an error
 
@@ -22,7 +23,7 @@ def agree_vocabularies(
         teacher_rows: rows of the teacher's embedding.
         field: names the teacher's setting in errors.
     Returns:
-        number of leading vocabulary entries both models share; rows beyond are padding and are cut.
+        number of leading vocabulary entries that count: up to the tokenizer's last id. Embedding rows beyond are padding.
     Raises:
         InputError: naming the first ten tokens that differ.
     """
@@ -37,24 +38,53 @@ def agree_vocabularies(
             f"`{field}` must share the student's vocabulary, but {len(differing)} tokens differ: {shown}; "
             "choose a teacher of the same tokenizer family"
         )
-    used = max(ours.values(), default=-1) + 1
-    shared = min(student_rows, teacher_rows)
-    if shared < used:
+    used = num_used(student)
+    if min(student_rows, teacher_rows) < used:
         raise InputError(
-            f"the embeddings must cover the tokenizer's {used} ids, got student {student_rows} and teacher {teacher_rows} rows"
+            f"`{field}`: the embeddings must cover the tokenizer's {used} ids, got student {student_rows} and teacher "
+            f"{teacher_rows} rows; give models and tokenizers that were saved together"
         )
-    return shared
+    return used
+
+
+def num_used(tokenizer: Any) -> int:
+    """Leading vocabulary entries up to the tokenizer's last id; embeddings are often padded beyond them."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def unused_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids below the last one that name no token: holes in the numbering, ascending."""
+    used = set(tokenizer.get_vocab().values())
+    return tuple(number for number in range(num_used(tokenizer)) if number not in used)
 
 
 def configured_stops(path: str, tokenizer: Any) -> set[int]:
-    """Token ids at which the model of ``path`` ends a response: its generation config's, and the tokenizer's."""
-    configured = load_generation_config(path).eos_token_id
-    found = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
-    if not all(stop is None or isinstance(stop, int) for stop in found):
-        raise InputError(
-            f"`eos_token_id` in generation_config.json of {path!r} must be token ids, got {found[:-1]}; correct it"
+    """Token ids at which the model of ``path`` ends a response.
+
+    All that its generation config, its config.json and the tokenizer name; transformers and servers differ in which of the
+    three they read. Ids that the tokenizer does not have cannot be sampled; they are left out with a warning.
+
+    Raises:
+        InputError: an end token that is no id.
+    """
+    named = [
+        ("generation_config.json", load_generation_config(path).eos_token_id),
+        *(("config.json", ends) for ends in named_ends(path)),
+        ("the tokenizer", tokenizer.eos_token_id),
+    ]
+    found: set[int] = set()
+    for source, ends in named:
+        ids = ends if isinstance(ends, list) else [ends]
+        if not all(end is None or type(end) is int for end in ids):
+            raise InputError(f"`eos_token_id` in {source} of {path!r} must be token ids, got {ids}; correct it")
+        found |= set(ids) - {None}
+    unknown = found - set(tokenizer.get_vocab().values())
+    if unknown:
+        warnings.warn(
+            f"{path}: the end tokens {sorted(unknown)} are ids that its tokenizer does not have; no response ends there",
+            stacklevel=2,
         )
-    return set(found) - {None}
+    return found - unknown
 
 
 def stop_warning(student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role: str = "teacher") -> str | None:

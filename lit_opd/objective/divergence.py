@@ -68,7 +68,7 @@ class Divergence(Objective):
 
     def token_divergence(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
         """D_t, [N] nats, differentiable in the student's head and hidden states."""
-        cut = self.top_k is not None and self.top_k < student.vocabulary
+        cut = self.top_k is not None and self.top_k < student.num_tokens
         term = _TopKTerm(self, teacher, temperature) if cut else _FULL[self.kind](self, teacher, temperature)
         return per_token(student, term, temperature=temperature)
 

@@ -40,7 +40,7 @@ from lit_opd.preflight.module_checks import (
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
 from lit_opd.preflight.run_folder import freed_bytes, require_free
-from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
+from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.strategy_checks import check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
@@ -313,6 +313,9 @@ def disk(run: PlannedRun) -> Finding:
         also = f" and {freed / GIB:.2f} more once former ones go" if freed else ""
         found.append(f"checkpoints and student take {need / GIB:.2f} GiB, {free / GIB:.1f} are free in {place}{also}")
         status = "error" if need > free + freed else status
+    if status == "ok" and _crowded(run):
+        found.append("the run that is replaced stays until the new one has a checkpoint, for which there is no room")
+        return Finding("error", ", ".join(found), f"delete {run.run_dir} by hand, or give another --run_dir")
     if status == "error":
         remedy = "give a --run_dir (or RunCheckpoint.dirpath) on another disk, or keep fewer checkpoints (RunCheckpoint.keep)"
         return Finding("error", ", ".join(found), remedy)
@@ -403,17 +406,35 @@ def _split(status: Status, message: str) -> Finding:
 
 def _written(run: PlannedRun) -> dict[Path, float]:
     """Bytes that the run keeps, by folder."""
-    settings = run.module.student_settings
-    size = model_size(run.module.student_config, lora=settings.lora, trust_remote_code=settings.trust_remote_code)
-    dtype = getattr(torch, settings.dtype)
-    weights = size.parameters * dtype.itemsize
-    checkpoint = weights + optimizer_bytes(run.module.optimizer_factory, size.trainable, dtype)
-    written = {run.run_dir: float(weights)}  # the exported student
+    checkpoint, weights = _checkpoint_bytes(run), _weight_bytes(run)
+    written = {run.run_dir: weights}  # the exported student
     for callback in (callback for callback in callbacks_of(run.trainer) if isinstance(callback, ModelCheckpoint)):
         folder = Path(callback.dirpath or run.run_dir / CHECKPOINTS)
         count = max(callback.save_top_k, 0) + bool(callback.save_last) + 1  # one is written before one goes
-        written[folder] = written.get(folder, 0.0) + float(checkpoint * count)
+        written[folder] = written.get(folder, 0.0) + checkpoint * count
     return written
+
+
+def _crowded(run: PlannedRun) -> bool:
+    """True where the first checkpoint has no room beside the run that is overwritten."""
+    replaces = run.settings.get("overwrite") and not run.settings.get("ckpt_path")
+    return bool(replaces) and _checkpoint_bytes(run) > shutil.disk_usage(_existing(run.run_dir)).free
+
+
+def _weight_bytes(run: PlannedRun) -> float:
+    """Of the exported student."""
+    return float(_size(run).parameters * getattr(torch, run.module.student_settings.dtype).itemsize)
+
+
+def _checkpoint_bytes(run: PlannedRun) -> float:
+    """Of one checkpoint: the weights and the optimizer's state."""
+    dtype = getattr(torch, run.module.student_settings.dtype)
+    return _weight_bytes(run) + float(optimizer_bytes(run.module.optimizer_factory, _size(run).trainable, dtype))
+
+
+def _size(run: PlannedRun) -> ModelSize:
+    settings = run.module.student_settings
+    return model_size(run.module.student_config, lora=settings.lora, trust_remote_code=settings.trust_remote_code)
 
 
 def _existing(folder: Path) -> Path:

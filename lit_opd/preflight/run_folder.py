@@ -29,7 +29,7 @@ def require_free(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     reason = _must_stay(folder, settings)
     if not settings.get("overwrite"):
-        deleting = "" if reason else ", or delete what is there with --overwrite true"
+        deleting = "" if reason else ", or replace what is there with --overwrite true on the command line"
         raise InputError(
             f"`--run_dir` must be empty or new, but {folder} has files in it; give another --run_dir, go on with "
             f"--ckpt_path last{deleting}"

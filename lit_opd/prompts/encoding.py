@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +14,14 @@ from torch import Tensor
 from lit_opd.errors import InputError
 from lit_opd.prompts.filters import shown
 from lit_opd.prompts.sources import Message, PromptRow
+from lit_opd.prompts.special_tokens import SpecialTokens
+from lit_opd.prompts.templates import Skeleton, Template
 from lit_opd.streams import stable_hash
 from lit_opd.types import PromptBatch
 
 ChatTemplate = bool | Literal["auto"]
-SpecialTokens = Literal["escape", "refuse", "allow"]
+SpecialTokensInText = Literal["escape", "refuse", "allow"]
 _OURS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
-_MASK_OPEN, _MASK_CLOSE = "\ue0f0", "\ue0f1"  # private-use characters around the number of a masked special token
 
 
 def row_key(row_id: str, sample: int) -> int:
@@ -56,12 +56,12 @@ class EncodedPrompt:
 class PromptEncoder:
     """Renders a prompt the way one model expects it and tokenises it.
 
-    With a chat template, ordinary prompts give exactly ``tokenizer.apply_chat_template(messages,
-    add_generation_prompt=True, **template_options)``. A text in the data that contains a special token's string takes
-    a careful path: the string is masked while the template is rendered, and the text between the template's own
-    special tokens is tokenised with ``split_special_tokens=True``, so it stays ordinary text. Added tokens that the
-    tokenizer does not declare special (``<think>`` in Qwen3) are ordinary vocabulary and stay tokens. Control and
-    bidirectional characters pass through unchanged.
+    With a chat template, the ids are those of ``tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+    **template_options)``. A text in the data that spells a special token's string changes none of the template's own tokens:
+    it is rendered again with its characters marked (``Template.traced``), and what is the prompt's is encoded as text
+    (``SpecialTokens.encode``). A rendering that lacks a message, the system prompt or the generation prompt is an error.
+    Without a template the ids are the text's, behind the begin token where the tokenizer adds one; an end or separator that
+    it adds is left out. Control and bidirectional characters pass through unchanged.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -69,7 +69,8 @@ class PromptEncoder:
         template_options: variables of the template, e.g. {"enable_thinking": False}.
         system_prompt: put before conversations that have no system message of their own; it is trusted, special
             tokens in it stay control tokens.
-        special_tokens_in_text: "escape"; "refuse" to make such a text an error; "allow" to let the data write control tokens.
+        special_tokens_in_text: "escape"; "refuse" to make such a text an error; "allow" to let the data write control tokens,
+            and to take texts that are rendered already as they are.
         owner: "Class" or "Class.teacher", put before field names in messages.
     """
 
@@ -77,15 +78,16 @@ class PromptEncoder:
     chat_template: ChatTemplate = "auto"
     template_options: Mapping[str, Any] | None = None
     system_prompt: str | None = None
-    special_tokens_in_text: SpecialTokens = "escape"
+    special_tokens_in_text: SpecialTokensInText = "escape"
     owner: str = field(default="PromptEncoder.", repr=False)
+    _said: set[str] = field(default_factory=set, init=False, repr=False)  # warnings that were given
 
     def __post_init__(self) -> None:
         if self.chat_template not in (True, False, "auto"):
             raise self._error("chat_template", "True, False or 'auto'", self.chat_template)
-        if self.special_tokens_in_text not in get_args(SpecialTokens):
+        if self.special_tokens_in_text not in get_args(SpecialTokensInText):
             raise self._error("special_tokens_in_text", "'escape', 'refuse' or 'allow'", self.special_tokens_in_text)
-        if self.chat_template is True and not self._template:
+        if self.chat_template is True and not self._source:
             raise self._error(
                 "chat_template",
                 "False or 'auto' for a tokenizer without a chat template",
@@ -99,7 +101,7 @@ class PromptEncoder:
         if reserved := sorted(set(options) & set(_OURS)):
             raise self._error("template_options", "variables of the template", reserved, "these are set by the encoder")
         if self.renders:
-            unknown = sorted(name for name in options if name != "chat_template" and name not in self._template)
+            unknown = sorted(name for name in options if name != "chat_template" and name not in self._source)
             if unknown:
                 rank_zero_warn(f"`{self.owner}template_options`: the chat template never reads {', '.join(unknown)}")
         elif self.system_prompt is not None:
@@ -113,8 +115,13 @@ class PromptEncoder:
         end = f"; {remedy}" if remedy else ""
         return InputError(f"`{self.owner}{name}` must be {wanted}, got {shown(value)}{end}")
 
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            rank_zero_warn(message)
+
     @cached_property
-    def _template(self) -> str:
+    def _source(self) -> str:
         """The template's source, empty without one."""
         template = (self.template_options or {}).get("chat_template") or getattr(self.tokenizer, "chat_template", None)
         return str(template or "")
@@ -122,18 +129,19 @@ class PromptEncoder:
     @property
     def renders(self) -> bool:
         """Whether a chat template is used."""
-        return self.chat_template is not False and bool(self._template)
+        return self.chat_template is not False and bool(self._source)
 
     @cached_property
-    def _special(self) -> dict[str, Any]:
-        """Special token string -> its ``AddedToken``, longest first, so that no token hides a longer one."""
-        tokens = {str(t): t for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        tokens |= {text: None for text in self.tokenizer.all_special_tokens if text not in tokens}
-        return {text: tokens[text] for text in sorted(tokens, key=len, reverse=True) if text}
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens(self.tokenizer)
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+    def _template(self) -> Template:
+        if (self.template_options or {}).get("chat_template"):
+            name = f"the chat template of `{self.owner}template_options`"
+        else:
+            name = f"the chat template of {getattr(self.tokenizer, 'name_or_path', '') or 'the tokenizer'}"
+        return Template(self.tokenizer, self.template_options, self.system_prompt, special=self._special, name=name)
 
     def encode(self, prompt: str | Sequence[Message], where: str = "prompt") -> list[int]:
         """Token ids of one prompt, ready for generation.
@@ -142,7 +150,8 @@ class PromptEncoder:
             prompt: plain text, or chat messages that end with a user turn.
             where: "FILE:LINE" for messages.
         Raises:
-            InputError: when the template raises, nothing is left to encode, or a special token's string is to be refused.
+            InputError: the template raises or leaves a part of the prompt out, nothing is left to encode, or a special token's
+                string is to be refused.
         """
         if self.special_tokens_in_text == "refuse":
             self._refuse_special(prompt, where)
@@ -153,11 +162,13 @@ class PromptEncoder:
 
     def _refuse_special(self, prompt: str | Sequence[Message], where: str) -> None:
         for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
-            if match := self._special_pattern.search(text):
+            if match := self._special.pattern.search(text):
                 raise InputError(
                     f"{where}: the prompt must not hold a special token's string, got {match[0]!r}; remove it, or set "
                     "`special_tokens_in_text: escape` to keep it as ordinary text"
                 )
+
+    # -- without a template ------------------------------------------------------------------------------------------
 
     def _plain(self, prompt: str | Sequence[Message], where: str) -> list[int]:
         if not isinstance(prompt, str):
@@ -165,87 +176,111 @@ class PromptEncoder:
                 f"{where}: chat messages need a chat template, and the tokenizer has none (or `chat_template` is "
                 "False); give plain text or another tokenizer"
             )
-        escape = self.special_tokens_in_text == "escape" and bool(self._special_pattern.search(prompt))
-        return (
-            self.tokenizer(prompt, split_special_tokens=True)["input_ids"]
-            if escape
-            else self.tokenizer(prompt)["input_ids"]
-        )
+        if self.special_tokens_in_text == "allow":
+            return self._as_it_is(prompt)
+        if match := self._special.pattern.match(prompt.lstrip()):
+            self._warn_once(
+                "plain",
+                f"{where}: the prompt begins with {match[0]!r}, which is kept as text; if it is rendered already, set "
+                "`special_tokens_in_text: allow`",
+            )
+        ids = self._special.ordinary(prompt)
+        return [*self._special.begin, *ids] if ids else []
+
+    def _as_it_is(self, text: str) -> list[int]:
+        """Control tokens in ``text`` count; the begin token is added where the tokenizer adds one and the text has none."""
+        ids, begin = self._with_control(text), self._special.begin
+        return ids if not ids or ids[: len(begin)] == begin else [*begin, *ids]
+
+    def _with_control(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # -- with a template ---------------------------------------------------------------------------------------------
 
     def _rendered(self, prompt: str | Sequence[Message], where: str) -> list[int]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        hostile = any(self._special_pattern.search(message["content"]) for message in messages)
-        masked: list[str] = []
-        if hostile and self.special_tokens_in_text == "escape":
-            messages = [{**m, "content": self._masked(m["content"], masked, where)} for m in messages]
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        skeleton = self._template.skeleton(("user",))
+        if isinstance(prompt, str) and skeleton is not None and self._is_rendered(prompt, skeleton, where):
+            begins = self._with_control(skeleton.text)[: len(self._special.begin)] == self._special.begin
+            return self._as_it_is(prompt) if begins else self._with_control(prompt)
         text = self._apply_template(messages, where)
-        if masked:
-            return self._encode_masked(text, masked, where)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._with_control(text)
+        if not ids:
+            return []
+        skeleton = self._template.check(messages, where)
+        if warning := self._template.require_prompt(messages, text, where):
+            self._warn_once("words", warning)
+        if self.special_tokens_in_text == "allow":
+            return ids
+        hostile = any(self._special.pattern.search(message["content"]) for message in messages)
+        own = None if skeleton is None else self._special.sequence(skeleton.text)
+        if hostile or (own is not None and len(own) != sum(token in self._special.ids for token in ids)):
+            return self._escaped(messages, text, own, where)
+        return ids
 
-    def _apply_template(self, messages: list[Message], where: str) -> str:
-        options = dict(self.template_options or {})
+    def _apply_template(self, messages: Sequence[Message], where: str) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+            return self._template.render(messages)
         except Exception as error:  # a template is a program of the tokenizer's author and may raise anything
             raise InputError(
                 f"{where}: the chat template failed ({type(error).__name__}: {error}); "
                 "change the row, `template_options`, or set `chat_template: false`"
             ) from error
 
-    def _masked(self, content: str, masked: list[str], where: str) -> str:
-        """``content`` with each special token string replaced by a numbered mask; the strings go to ``masked``."""
-        if _MASK_OPEN in content or _MASK_CLOSE in content:
-            raise InputError(f"{where}: private-use characters U+E0F0/U+E0F1 beside a special token string; remove one")
-
-        def mask(match: re.Match[str]) -> str:
-            masked.append(match[0])
-            return f"{_MASK_OPEN}{len(masked) - 1}{_MASK_CLOSE}"
-
-        return self._special_pattern.sub(mask, content)
-
-    def _encode_masked(self, text: str, masked: list[str], where: str) -> list[int]:
-        """Special tokens that are visible in ``text`` are the template's; what is masked becomes text again."""
-        ids: list[int] = []
-        position, strip_left = 0, False
-        for match in [*self._special_pattern.finditer(text), None]:
-            between = text[position : match.start() if match else len(text)]
-            token = self._special[match[0]] if match else None
-            between = between.lstrip() if strip_left else between
-            between = between.rstrip() if getattr(token, "lstrip", False) else between
-            ids += self._encode_text(between, masked, where)
-            if match:
-                ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
-                position, strip_left = match.end(), getattr(token, "rstrip", False)
-        return ids
-
-    def _encode_text(self, text: str, masked: list[str], where: str) -> list[int]:
-        text = re.sub(f"{_MASK_OPEN}([0-9]+){_MASK_CLOSE}", lambda match: masked[int(match[1])], text)
-        if _MASK_OPEN in text or _MASK_CLOSE in text:
+    def _escaped(self, messages: Sequence[Message], text: str, own: list[str] | None, where: str) -> list[int]:
+        """Ids of ``text`` in which only the template's own special tokens count; ``own`` are those it has for other prompts."""
+        traced = self._template.traced(messages, text)
+        if traced is not None:
+            return self._special.encode(traced.parts, where)
+        if self._special.sequence(text) != own:
             raise InputError(
-                f"{where}: the chat template cuts the text, so its special token strings can't be escaped; "
-                "remove them from the row or set `special_tokens_in_text: allow`"
+                f"{where}: {self._template.name} changes the text, so that its special token strings can't be told from the "
+                "template's; remove them from the row or set `special_tokens_in_text: allow`"
             )
-        if not text:
-            return []
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._special.encode(self._special.parts(text), where)
+
+    def _is_rendered(self, prompt: str, skeleton: Skeleton, where: str) -> bool:
+        """Whether the template need not be applied, because the data did; only where the data may write control tokens."""
+        if not self._looks_rendered(prompt, skeleton):
+            return False
+        if self.special_tokens_in_text == "allow":
+            self._warn_once(
+                "rendered", f"{where}: the prompt is rendered already and taken as it is, without the chat template"
+            )
+            return True
+        self._warn_once(
+            "rendered",
+            f"{where}: the prompt looks rendered already; it is kept as the text of one user turn, its special tokens too. If "
+            "it is meant as it is, set `special_tokens_in_text: allow`",
+        )
+        return False
+
+    def _looks_rendered(self, prompt: str, skeleton: Skeleton) -> bool:
+        """It begins as the template does, begin token aside, and ends with what the template begins an answer with."""
+        begin = str(self.tokenizer.bos_token or "")
+        text, head = (part.strip().removeprefix(begin).lstrip() for part in (prompt, skeleton.head))
+        special = self._special.pattern.match(head)
+        first = special[0] if special else head.strip()
+        if not first or not text.startswith(first):
+            return False
+        opening = next(iter(skeleton.opening.splitlines()), "")
+        at = text.rfind(opening) if opening else 0
+        return not opening or (at > 0 and not self._special.pattern.search(text, at + len(opening)))
 
 
-def pad_token_id(tokenizer: Any, pad_token: str | None = None) -> int:
-    """The id that fills the left of short prompts.
+def pad_token_id(tokenizer: Any, pad_token: str | None = None, *, field: str = "pad_token") -> int:
+    """The id that fills the left of short prompts; ``field`` names the setting in errors.
 
     Raises:
         InputError: when there is no pad token and none was given, or the given one is not in the vocabulary.
     """
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise InputError(f"`pad_token` must be in the student's vocabulary, got {pad_token!r}; e.g. its end token")
+            raise InputError(f"`{field}` must be in the student's vocabulary, got {pad_token!r}; e.g. its end token")
         return int(tokenizer.convert_tokens_to_ids(pad_token))
     if tokenizer.pad_token_id is None:
         raise InputError(
-            "the student tokenizer has no pad token; set one in its folder or pass `pad_token` "
+            f"the student tokenizer has no pad token; set one in its folder or pass `{field}` "
             f"(its end token is {tokenizer.eos_token!r})"
         )
     return int(tokenizer.pad_token_id)

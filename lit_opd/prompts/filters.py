@@ -11,6 +11,7 @@ from typing import Any
 
 from lit_opd.errors import InputError
 
+MISSING = object()  # no such column in this row
 _SHOWN = 80  # characters of a value in a message
 _FILTER = re.compile(
     r"""\s*(?P<column>"(?:[^"\\]|\\.)*"|[^\s<>=!"]+)
@@ -30,7 +31,8 @@ _ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
 class RowFilter:
     """One condition on a row, data and not code: ``column op literal``.
 
-    op is >=, <=, >, <, ==, !=, in, not in. The column may be quoted ("Problem Type"). The literal is JSON (6, 1.5,
+    op is >=, <=, >, <, ==, !=, in, not in. The column may be quoted ("Problem Type") and have dots
+    (extra_info.level). The literal is JSON (6, 1.5,
     "x", true, null, [1, 2]) or bare words (algebra; [algebra, geometry]). A null in the data equals only null, and has
     no order: put ``column != null`` before an ordering. Several filters are and-ed in order, the first that fails
     decides.
@@ -61,9 +63,13 @@ class RowFilter:
 
     def keeps(self, values: dict[str, Any], where: str, columns: Sequence[str]) -> bool:
         """Whether a row stays. ``columns``: all that the data has, for the message when ours is not among them."""
-        if self.column not in columns:
-            raise _bad_filter(self.text, f"no column {self.column!r} in {where}; columns found: {', '.join(columns)}")
-        value = values.get(self.column)
+        value = value_at(values, self.column)
+        if value is MISSING:
+            if self.column not in columns:
+                raise _bad_filter(
+                    self.text, f"no column {self.column!r} in {where}; columns found: {', '.join(columns)}"
+                )
+            value = None
         if self.op in _ORDERINGS:
             if not _same_kind(value, self.literal) or value is None:
                 raise self._mismatch(value, self.literal, where)
@@ -79,6 +85,34 @@ class RowFilter:
         return _bad_filter(
             self.text, f"{where} has {shown(value)}, which does not compare with {shown(literal)}; {remedy}"
         )
+
+
+def value_at(values: Any, name: str) -> Any:
+    """The value of a column, or of a part of one.
+
+    Args:
+        values: a row; objects inside may be JSON text.
+        name: a column, or with dots a key of the object in it, or a number of the list in it.
+    Returns:
+        ``MISSING`` where there is none.
+
+    >>> value_at({"reward_model": {"ground_truth": "4"}}, "reward_model.ground_truth")
+    '4'
+    """
+    if isinstance(values, str) and values.lstrip()[:1] in ("{", "["):
+        values = _json_or(values, None)
+    if isinstance(values, list):
+        first, _, rest = name.partition(".")
+        values, name = {str(at): value for at, value in enumerate(values)}, f"{first}.{rest}" if rest else first
+    if not isinstance(values, dict):
+        return MISSING
+    if name in values:
+        return values[name]
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):  # a key may have dots of its own
+        if (key := ".".join(parts[:count])) in values:
+            return value_at(values[key], ".".join(parts[count:]))
+    return MISSING
 
 
 def _bad_filter(text: object, reason: str) -> InputError:

@@ -15,8 +15,10 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lit_opd.answers import boxed_answer
 from lit_opd.errors import InputError, first_line
-from lit_opd.prompts.filters import RowFilter, shown
+from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
+from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -26,10 +28,24 @@ PROMPT_COLUMNS = (
     "Question",
     "instruction",
     "messages",
+    "conversations",
+    "conversation",
     "input",
     "query",
 )
-ANSWER_COLUMNS = ("answer", "Answer", "solution", "Solution", "ground_truth", "expected_answer", "final_answer")
+ANSWER_COLUMNS = (
+    "answer",
+    "Answer",
+    "ground_truth",
+    "expected_answer",
+    "final_answer",
+    "reward_model.ground_truth",  # verl
+    "reward_spec.ground_truth",
+    "extra_info.answer",
+    "extra_info.ground_truth",
+    "solution",
+    "Solution",
+)
 ID_COLUMNS = ("id",)
 ROW_NUMBER = "#"  # as `id_column`: name rows by their number even where the data has an id column
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -40,7 +56,6 @@ _GSM8K_MARK = "####"
 # control characters but tab and line ends; bidirectional embeddings, overrides and isolates
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-Message = dict[str, str]
 Filters = str | list[str] | None
 
 
@@ -74,7 +89,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """The columns to read; None is looked for among the usual names (``teacher``: there is none)."""
+    """The columns to read, inside objects with dots; None is looked for among the usual names (``teacher``: there is none)."""
 
     prompt: str | None = None
     answer: str | None = None
@@ -126,14 +141,17 @@ def read_prompts(
     raw = list(_read_raw(source))
     if not raw:
         raise InputError(f"{source.path}: the data is empty; give a file with at least one row")
-    found = list(dict.fromkeys(name for row in raw for name in row.values))
-    names = _resolved_columns(source, columns or ColumnNames(), found)
+    found = column_names([row.values for row in raw])
+    columns = columns or ColumnNames()
+    names = _resolved_columns(source, columns, raw, found)
+    joins = source.prompt_column is None and columns.prompt is None
     tests = [RowFilter.parse(text) for text in _as_list(filters) + _as_list(source.filter)]
     kept = [row for row in raw if all(test.keeps(row.values, row.where, found) for test in tests)]
     _report(source, names, tests, kept=len(kept), total=len(raw))
-    rows = [_prompt_row(row, names, source) for row in kept]
+    rows = [_prompt_row(row, names, source, joins=joins) for row in kept]
     require_unique_ids(rows)
     _warn_of_invisible(source, rows)
+    _warn_of_left_out(source, kept, names, joins=joins)
     return rows
 
 
@@ -157,6 +175,22 @@ def _warn_of_invisible(source: DataSource, rows: Sequence[PromptRow]) -> None:
         rank_zero_warn(
             f"{source.path}: {len(found)} of {len(rows)} prompts hold control or bidirectional characters, kept as they are "
             f"(first: {row.where}, U+{ord(invisible):04X})"
+        )
+
+
+def _warn_of_left_out(source: DataSource, rows: Sequence[_RawRow], names: ColumnNames, *, joins: bool) -> None:
+    """A prompt without its passage, choices or input cannot be answered, and looks like one."""
+    assert names.prompt is not None
+    first: dict[str, str] = {}
+    for row in rows:
+        for column in left_out(row.values, names.prompt, joins=joins):
+            if column != names.answer:
+                first.setdefault(column, row.where)
+    if first:
+        listed = ", ".join(f"{column!r} (first: {where})" for column, where in first.items())
+        rank_zero_warn(
+            f"{source.path}: the prompt is column {names.prompt!r} alone; it holds nothing of {listed}. Write what belongs "
+            "to the prompt into that column, or name another `prompt_column`"
         )
 
 
@@ -294,15 +328,18 @@ def _read_table(source: DataSource, data: Any) -> Iterator[_RawRow]:
 # ---------------------------------------------------------------------------------------------------------- columns
 
 
-def _resolved_columns(source: DataSource, configured: ColumnNames, found: list[str]) -> ColumnNames:
-    prompt = source.prompt_column or configured.prompt
+def _resolved_columns(
+    source: DataSource, configured: ColumnNames, raw: Sequence[_RawRow], found: list[str]
+) -> ColumnNames:
+    def column(field: str, wanted: str | None, usual: Sequence[str]) -> str | None:
+        return _column(source, field, wanted, usual, raw, found)
+
     wanted_id = source.id_column or configured.id
-    identity = None if wanted_id == ROW_NUMBER else _column(source, "id_column", wanted_id, ID_COLUMNS, found)
     names = ColumnNames(
-        prompt=_column(source, "prompt_column", prompt, PROMPT_COLUMNS, found),
-        answer=_column(source, "answer_column", source.answer_column or configured.answer, ANSWER_COLUMNS, found),
-        id=identity,
-        teacher=_column(source, "teacher_column", configured.teacher, (), found),
+        prompt=column("prompt_column", source.prompt_column or configured.prompt, PROMPT_COLUMNS),
+        answer=column("answer_column", source.answer_column or configured.answer, ANSWER_COLUMNS),
+        id=None if wanted_id == ROW_NUMBER else column("id_column", wanted_id, ID_COLUMNS),
+        teacher=column("teacher_column", configured.teacher, ()),
     )
     if names.prompt is None:
         raise InputError(
@@ -312,10 +349,19 @@ def _resolved_columns(source: DataSource, configured: ColumnNames, found: list[s
     return names
 
 
-def _column(source: DataSource, field: str, wanted: str | None, usual: Sequence[str], found: list[str]) -> str | None:
+def _column(
+    source: DataSource,
+    field: str,
+    wanted: str | None,
+    usual: Sequence[str],
+    raw: Sequence[_RawRow],
+    found: list[str],
+) -> str | None:
+    """``wanted``, checked; or the first usual name under which some row holds something, else that is there at all."""
     if wanted is None:
-        return next((name for name in usual if name in found), None)
-    if wanted not in found:
+        filled = (name for name in usual if any(holds(value_at(row.values, name)) for row in raw))
+        return next(filled, next((name for name in usual if name in found), None))
+    if wanted not in found and all(value_at(row.values, wanted) is MISSING for row in raw):
         raise InputError(
             f"{source.path}: `PromptDataModule.{field}` must be a column of the data, got {wanted!r}; "
             f"columns found: {', '.join(found) or 'none'}"
@@ -323,17 +369,19 @@ def _column(source: DataSource, field: str, wanted: str | None, usual: Sequence[
     return wanted
 
 
-def _prompt_row(row: _RawRow, names: ColumnNames, source: DataSource) -> PromptRow:
+def _prompt_row(row: _RawRow, names: ColumnNames, source: DataSource, *, joins: bool) -> PromptRow:
     assert names.prompt is not None  # _resolved_columns raised otherwise
-    if names.prompt not in row.values:
+    if value_at(row.values, names.prompt) is MISSING:
         raise InputError(f"{row.where}: column {names.prompt!r} is missing; columns found: {', '.join(row.values)}")
-    teacher = row.values.get(names.teacher) if names.teacher else None
+    teacher = value_at(row.values, names.teacher) if names.teacher else None
     if names.teacher and not isinstance(teacher, str):
-        raise InputError(f"{row.where}: {names.teacher!r} must name a teacher, got {shown(teacher)}")
+        wrong = None if teacher is MISSING else teacher
+        raise InputError(f"{row.where}: {names.teacher!r} must name a teacher, got {shown(wrong)}")
+    prompt = prompt_of(row.values, names.prompt, row.where, joins=joins)
     return PromptRow(
         row_id=_row_id(row, names.id, source),
-        prompt=checked_prompt(row.values[names.prompt], row.where, names.prompt),
-        answer=_answer(row.values.get(names.answer), row.where, names.answer) if names.answer else None,
+        prompt=checked_prompt(prompt, row.where, names.prompt),
+        answer=_answer(value_at(row.values, names.answer), row.where, names.answer) if names.answer else None,
         teacher=teacher,
         where=row.where,
     )
@@ -343,7 +391,8 @@ def _row_id(row: _RawRow, column: str | None, source: DataSource) -> str:
     prefix = f"{source.id_prefix}/" if source.id_prefix else ""
     if column is None:
         return f"{prefix}{Path(source.path).stem}-{row.index}"
-    value = row.values.get(column)
+    value = value_at(row.values, column)
+    value = None if value is MISSING else value
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise InputError(
             f"{row.where}: id column {column!r} must hold text or a whole number, got {shown(value)}; "
@@ -353,15 +402,20 @@ def _row_id(row: _RawRow, column: str | None, source: DataSource) -> str:
 
 
 def _answer(value: Any, where: str, column: str) -> str | None:
-    if value is None:
+    if value is None or value is MISSING:
         return None
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise InputError(f"{where}: answer column {column!r} must hold text or a number, got {shown(value)}")
+        raise InputError(
+            f"{where}: answer column {column!r} must hold text or a number, got {shown(value)}; name another `answer_column`, "
+            f"or a part of it with a dot (reward_model.ground_truth, {column}.0)"
+        )
     text = _checked_text(value, where, column)
+    if (boxed := boxed_answer(text)) is not None:  # a worked solution: the grader wants what it ends in
+        return boxed.strip()
     return text.rsplit(_GSM8K_MARK, 1)[-1].strip() if _GSM8K_MARK in text else text
 
 

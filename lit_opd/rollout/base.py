@@ -58,6 +58,8 @@ class SamplingSettings:
         weights_version: optimizer steps the weights have seen, recorded on the rollout.
         budgeted: ``max_new_tokens`` is a length budget, and rows that reach it are marked as cut by it.
         stop: makes, of the prompts and these settings, what may end a row early; see ``RatioStop``. None for nothing.
+        unused_ids: rows of the student's embedding that name no token, ascending, for engines with weights of their own;
+            the student's ``ScoringModel`` knows them itself.
     """
 
     max_new_tokens: int
@@ -74,6 +76,7 @@ class SamplingSettings:
     weights_version: int = 0
     budgeted: bool = False
     stop: Callable[[PromptBatch, SamplingSettings], EarlyStop] | None = None
+    unused_ids: tuple[int, ...] = ()
 
     def provenance(self, engine: str) -> Provenance:
         """The record of how a rollout came about."""

@@ -15,7 +15,7 @@ import torch
 from lit_opd.distributed import shared_failure
 from lit_opd.errors import InputError, ServerError, first_line, require
 from lit_opd.rollout.base import Sampler, SamplingSettings
-from lit_opd.rollout.vllm import as_rollout, row_seeds, row_texts, sampled_tokens
+from lit_opd.rollout.vllm import as_rollout, only_tokens, row_seeds, row_texts, sampled_tokens
 from lit_opd.servers.client import Malformed
 from lit_opd.types import PromptBatch, Rollout
 
@@ -143,6 +143,7 @@ class VLLMEngine(Sampler):
             "ignore_eos": True,
             "logprobs": 0,
             "detokenize": False,
+            **_with_whole_numbers(only_tokens(settings)),
         }
         make = importlib.import_module(PACKAGE).SamplingParams
         return [make(**common, seed=seed) for seed in row_seeds(prompts, settings)]
@@ -168,6 +169,12 @@ class VLLMEngine(Sampler):
                 f"`model.sampler`: the vLLM engine {what}: {first_line(error)}; see vLLM's messages above, then go on with "
                 "--ckpt_path last"
             ) from error
+
+
+def _with_whole_numbers(only: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no numbers as keys, ``SamplingParams`` wants them."""
+    bias = only.get("logit_bias")
+    return only if bias is None else {"logit_bias": {int(token): value for token, value in bias.items()}}
 
 
 def _choice(answer: Any) -> dict[str, Any]:

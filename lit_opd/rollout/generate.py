@@ -26,12 +26,13 @@ ENGINE = "transformers"
 class _Draw(LogitsProcessor):
     """Draws and records one token a row; ``generate`` then takes the only finite score."""
 
-    def __init__(self, uniforms: Tensor, settings: SamplingSettings) -> None:
-        self.uniforms, self.settings = uniforms, settings
+    def __init__(self, model: Any, uniforms: Tensor, settings: SamplingSettings) -> None:
+        self.model, self.uniforms, self.settings = model, uniforms, settings
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = at_least_float32(scores[:, : self.settings.vocabulary])
+        logits = self.model.without_unused(at_least_float32(scores[:, : self.model.vocabulary]))
+        logits = logits[:, : self.settings.vocabulary]
         token, logprob = choose(logits, self.uniforms[:, len(self.logprobs)], self.settings)
         self.logprobs.append(logprob)
         forced = torch.full_like(scores, -torch.inf)
@@ -49,20 +50,15 @@ class TransformersSampler(Sampler):
         uniforms = row_uniforms(
             settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
         )
-        draw = _Draw(uniforms, settings)
-        training = model.training
-        model.eval()  # no dropout, and gradient checkpointing would switch the cache off
-        try:
-            with cached_casts(prompts.ids.device):
-                ids = model.generate(
-                    input_ids=prompts.ids,
-                    attention_mask=prompts.mask.long(),
-                    generation_config=_generation_config(settings),
-                    logits_processor=LogitsProcessorList([draw]),
-                    synced_gpus=False,  # sharded weights are gathered for the whole rollout
-                )
-        finally:
-            model.train(training)
+        draw = _Draw(model, uniforms, settings)
+        with cached_casts(prompts.ids.device):
+            ids = model.generate(
+                input_ids=prompts.ids,
+                attention_mask=prompts.mask.long(),
+                generation_config=_generation_config(settings),
+                logits_processor=LogitsProcessorList([draw]),
+                synced_gpus=False,  # sharded weights are gathered for the whole rollout
+            )
         response = ids[:, prompts.ids.shape[1] :]
         logprobs = torch.stack(draw.logprobs[: response.shape[1]], -1)
         return finish(prompts, response, logprobs, settings, engine=ENGINE)

@@ -21,6 +21,7 @@ from lit_opd.types import PromptBatch, Rollout
 
 ENGINE = "vllm"
 STARTED_WITH = 0  # version of the student the run starts from
+LEAST_BIAS = -100.0  # nats, the least that servers take as a bias of a logit
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 _TRIES = 3  # samplings of one batch whose servers went away
 
@@ -201,7 +202,7 @@ def as_rollout(
     """
     columns = max(len(tokens) for tokens, _ in rows)
     ids = torch.full((len(rows), columns), settings.pad_id, dtype=torch.int64)
-    logprobs = torch.zeros(len(rows), columns)
+    logprobs = torch.zeros(len(rows), columns, dtype=torch.float32)
     for row, (tokens, values) in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         logprobs[row, : len(values)] = torch.tensor(values)
@@ -225,7 +226,22 @@ def _request(settings: SamplingSettings) -> dict[str, Any]:
         "ignore_eos": True,
         "logprobs": 0,
         "return_token_ids": True,
+        **only_tokens(settings),
     }
+
+
+def only_tokens(settings: SamplingSettings) -> dict[str, Any]:
+    """What keeps vLLM from sampling embedding rows that name no token: the shorter of two lists; nothing where all do.
+
+    Processed log-probs are those of the distribution that remains. Raw ones still count the mass of those rows.
+    """
+    unused = settings.unused_ids
+    if not unused:
+        return {}
+    tokens = set(range(settings.vocabulary)) - set(unused)
+    if len(tokens) < len(unused):
+        return {"allowed_token_ids": sorted(tokens)}
+    return {"logit_bias": {str(token): LEAST_BIAS for token in unused}}
 
 
 def sampled_tokens(
@@ -252,6 +268,8 @@ def sampled_tokens(
         )
     if not all(type(token) is int and 0 <= token < settings.vocabulary for token in tokens):
         raise Malformed(f"has token ids outside [0, {settings.vocabulary}), which student and teacher share")
+    if unused := sorted(set(tokens).intersection(settings.unused_ids)):
+        raise Malformed(f"has token ids that the tokenizer does not have, {unused}; does the server heed logit_bias?")
     stopped = tokens[-1] in settings.stop_ids
     if any(token in settings.stop_ids for token in tokens[:-1]) or not (
         stopped or len(tokens) == settings.max_new_tokens

@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -291,10 +291,17 @@ def counters(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def requeued(run_dir: Path) -> bool:
-    """True in a SLURM job that was queued again and has a checkpoint to go on from."""
-    saved = any(run_dir.glob(f"{REQUEUE}*.ckpt"))
+def requeued(run_dir: Path, *, overwrites: bool = False) -> bool:
+    """True in a SLURM job that was queued again and has a checkpoint to go on from.
+
+    Args:
+        run_dir: the run folder.
+        overwrites: the command line replaces the folder, which a job does at its first start only.
+    """
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
+    if overwrites and not restarted:
+        return False
+    saved = any(run_dir.glob(f"{REQUEUE}*.ckpt"))
     return SLURMEnvironment.detect() and (saved or (restarted and bool(numbered(run_dir / FOLDER))))
 
 
@@ -319,6 +326,34 @@ def newest(run_dir: Path) -> Path:
     raise InputError(
         f"`--ckpt_path last` must find a whole checkpoint, but none is ({damage}); start anew with --overwrite"
     )
+
+
+def best(run_dir: Path) -> Path:
+    """The checkpoint of a run where the metric that a checkpoint callback monitors was best, as its newest checkpoint says.
+
+    Raises:
+        InputError: no callback monitors one, or the file is gone.
+    """
+    last = newest(run_dir)
+    folders, states = (run_dir / FOLDER, run_dir), counters(last).get("callbacks", {})
+    found = [path for state in states.values() if isinstance(state, dict) for path in _best_of(state, folders)]
+    whole = [path for path in found if problem(path) is None]
+    if not whole:
+        gone = f"; {found[0]} is not whole or not there" if found else ""
+        raise InputError(
+            f"`--ckpt_path best` must find a best checkpoint, but {last} names none{gone}; train with "
+            "`RunCheckpoint.monitor` (or a ModelCheckpoint with `monitor`), or give a checkpoint's path"
+        )
+    return whole[0]
+
+
+def _best_of(state: dict[str, Any], folders: Sequence[Path]) -> Iterator[Path]:
+    """Of RunCheckpoint's state (value and name) or Lightning's ModelCheckpoint's (a path, where it monitors something)."""
+    own, theirs = state.get("best"), state.get("best_model_path")
+    if isinstance(own, list | tuple) and len(own) == 2:
+        yield from (folder / str(own[1]) for folder in folders if (folder / str(own[1])).exists())
+    if theirs and state.get("monitor"):
+        yield Path(str(theirs))
 
 
 def _by_age(run_dir: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from operator import or_
 from typing import Any, Union, get_args, get_origin
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 
 def whole_numbers_first(annotations: dict[str, Any]) -> None:
@@ -36,6 +36,10 @@ class PlainCLI(LightningCLI):
     def given(self, name: str) -> Any:
         """What the config gives for ``name``: an object for a class, after classes were built."""
         return self._get(self.config_init, name)
+
+    def command_parser(self) -> LightningArgumentParser:
+        """The parser of the chosen subcommand."""
+        return self._parser(self.subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint holds weights and counters; Lightning would let it change the config, class paths included."""

@@ -16,6 +16,7 @@ from lit_opd.run.changed_options import apply_changes, configured
 from lit_opd.run.checkpoint_kinds import from_consolidated
 from lit_opd.run.lightning import at_batch_end, count_epoch, validation_due
 from lit_opd.run.optimizer_state import by_name
+from lit_opd.run.trained_settings import TrainedSettings
 
 FROZEN = ("teacher", "reference")  # loaded from their own folders, in no checkpoint
 
@@ -29,6 +30,7 @@ class ModuleState:
         self._options: dict[str, Any] = {}  # the optimizer's as configured, and those of the checkpoint
         self._saved_options: dict[str, Any] | None = None
         self.shapes: dict[str, torch.Size] = {}
+        self.trained = TrainedSettings()
 
     def note_options(self, optimizer: Optimizer, scheduler: Any | None) -> None:
         """Remember what was configured."""
@@ -43,6 +45,7 @@ class ModuleState:
             at_start: a new run measures its start.
         """
         due, self._due = self._due, None
+        self.trained.begin(module.global_step)
         if due is None:
             return module.global_step == 0 and at_start
         count_epoch(module.trainer)
@@ -65,6 +68,7 @@ class ModuleState:
         checkpoint["validation_due"] = validation_due(trainer, validated_at=self.validated_at, at_start=at_start)
         checkpoint["validated_at"], checkpoint["optimizer_options"] = self.validated_at, self._options
         at_batch_end(checkpoint["loops"], validating=trainer.validating)
+        checkpoint["trained_settings"] = self.trained.state()
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
 
     def load(self, checkpoint: dict[str, Any]) -> None:
@@ -78,6 +82,7 @@ class ModuleState:
         self._due = checkpoint.get("validation_due", False)
         self.validated_at = checkpoint.get("validated_at")
         self._saved_options = checkpoint.get("optimizer_options")
+        self.trained.restore(checkpoint.get("trained_settings", ()))
         if "student_shapes" in checkpoint and self.shapes:
             self.require_same(checkpoint["student_shapes"])
 

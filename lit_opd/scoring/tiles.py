@@ -26,7 +26,10 @@ DEVICE_TILE_ELEMENTS = 2**25
 DEVICE_TILE_TOKENS = 4096
 WHOLE_ELEMENTS = 2**23  # logits in a block of whole rows, which a ``WholeTerm`` reads; it holds about eight such blocks
 
+NEVER = -1e30  # the logit of an entry that names no token: no mass in any dtype, and differences of two stay finite
+
 ALL = slice(None)
+_Counts = tuple[int | None, Tensor | None]  # ``Head.limit`` and ``Head.unused``
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +38,29 @@ class Head:
 
     Args:
         hidden: [N, H] hidden states of the valid tokens, in row-major order of the mask.
-        weight: [V, H] in the dtype of ``hidden``; None where ``hidden`` holds the logits themselves, [N, V].
-        bias: [V] or None.
+        weight: [V or more, H] in the dtype of ``hidden``; None where ``hidden`` holds the logits themselves, [N, V].
+        bias: [V or more] or None.
+        limit: V, where weight and bias have rows behind it that do not count; None where all count. They are not cut off:
+            the gradient of a slice is a copy of the whole.
+        unused: int64 [U], entries below V that name no token and have no mass; None for none.
     """
 
     hidden: Tensor
     weight: Tensor | None
     bias: Tensor | None = None
+    limit: int | None = None
+    unused: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:
         """V."""
-        return self.hidden.shape[-1] if self.weight is None else len(self.weight)
+        rows = self.hidden.shape[-1] if self.weight is None else len(self.weight)
+        return rows if self.limit is None else self.limit
+
+    @property
+    def num_tokens(self) -> int:
+        """Entries that name a token."""
+        return self.vocabulary - (0 if self.unused is None else len(self.unused))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,13 +69,21 @@ class Head:
 
     def logits(self, rows: slice, temperature: float, columns: slice = ALL) -> Tensor:
         """Temperature-scaled logits of the tokens ``rows`` and the entries ``columns``: a new [n, v], at least float32."""
+        columns = slice(*columns.indices(self.vocabulary))
         if self.weight is None:
             logits = self.hidden[rows, columns].to(self.dtype, copy=True)
         else:
             logits = at_least_float32(_product(self.hidden[rows], self.weight[columns]))
         if self.bias is not None:
             logits += self.bias[columns].to(logits.dtype)
-        return logits.div_(temperature) if temperature != 1.0 else logits
+        logits = logits.div_(temperature) if temperature != 1.0 else logits
+        return logits if self.unused is None else self._without_unused(logits, columns)
+
+    def _without_unused(self, logits: Tensor, columns: slice) -> Tensor:
+        """``logits`` [n, v] of ``columns``, overwritten where an entry names no token."""
+        assert self.unused is not None
+        dead = torch.zeros(self.vocabulary, dtype=torch.bool, device=logits.device).index_fill_(0, self.unused, True)
+        return logits.masked_fill_(dead[columns], NEVER)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -151,22 +173,28 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, term: TokenTerm, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        counts: _Counts,
+        term: TokenTerm,
+        temperature: float,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            out = term.values(Head(hidden, weight, bias), temperature)
+            out = term.values(Head(hidden, weight, bias, *counts), temperature)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.term, ctx.temperature = term, temperature
+        ctx.counts, ctx.term, ctx.temperature = counts, term, temperature
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        head = Head(*ctx.saved_tensors)
+        head = Head(*ctx.saved_tensors, *ctx.counts)
         with torch.autocast(head.hidden.device.type, enabled=False):
             sums = _HeadGradient(head, upstream / ctx.temperature, ctx.needs_input_grad[:3])
             for rows, columns in ctx.term.blocks(head):
                 sums.add(ctx.term.slope(head.logits(rows, ctx.temperature, columns), rows, columns), rows, columns)
-            return (*sums.result(), None, None)
+            return (*sums.result(), None, None, None)
 
 
 class _HeadGradient:
@@ -224,7 +252,8 @@ def per_token(head: Head, term: TokenTerm, *, temperature: float = 1.0) -> Tenso
     Returns:
         [N], at least float32.
     """
-    return _PerToken.apply(head.hidden, head.weight, head.bias, term, temperature)  # type: ignore[no-any-return]
+    counts = (head.limit, head.unused)
+    return _PerToken.apply(head.hidden, head.weight, head.bias, counts, term, temperature)  # type: ignore[no-any-return]
 
 
 # -- sums over the vocabulary ------------------------------------------------------------------------------------------
@@ -369,9 +398,9 @@ def token_topk(head: Head, *, k: int, temperature: float = 1.0) -> tuple[Tensor,
     """The k likeliest entries at each token, likeliest first, no gradient.
 
     Returns:
-        ids int64 [N, K] and log-probs [N, K] nats, K the smaller of k and V.
+        ids int64 [N, K] and log-probs [N, K] nats, K the smaller of k and the number of tokens.
     """
-    k = min(k, head.vocabulary)
+    k = min(k, head.num_tokens)
     ids = torch.zeros(len(head.hidden), k, dtype=torch.int64, device=head.hidden.device)
     logprobs = head.hidden.new_zeros(ids.shape, dtype=head.dtype)
     for rows in _whole_rows(head):  # joining the lists of tiles took 1.7 times as long

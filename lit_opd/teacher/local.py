@@ -20,6 +20,7 @@ from lit_opd.models.loading import (
     load_tokenizer,
     quantization_config,
 )
+from lit_opd.models.positions import fix_positions
 from lit_opd.models.sharding import Placement, gathered, is_sharded
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.tiles import Head
@@ -72,6 +73,7 @@ class LocalTeacher(Teacher):
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
         self.policy: ScoringModel | None = None
+        self._unused: tuple[int, ...] = ()  # ids that name no token, told by ``attach``
 
     @property
     def provides(self) -> frozenset[str]:
@@ -94,6 +96,10 @@ class LocalTeacher(Teacher):
     def reader(self) -> ScoringModel:
         """This model."""
         return self._loaded()
+
+    def attach(self, student: ScoringModel) -> None:
+        """The student's tokenizer is the teacher's: what it has no token for has no mass here either."""
+        self._unused = student.unused
 
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """The quantisation is one that transformers can apply here."""
@@ -142,7 +148,8 @@ class LocalTeacher(Teacher):
         }
 
     def _hold(self, model: Any, vocabulary: int) -> ScoringModel:
-        policy = ScoringModel(model, vocabulary=vocabulary)
+        fix_positions(model, field=self.field, longest=self.longest_row)
+        policy = ScoringModel(model, vocabulary=vocabulary, unused=self._unused)
         policy.choose_path(self.field.removeprefix("model."))
         policy.requires_grad_(False)
         policy.eval()

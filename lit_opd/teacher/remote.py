@@ -104,8 +104,9 @@ class RemoteTeacher(Teacher):
         rows = self._config.get_text_config().vocab_size
         if rows > vocabulary:
             warnings.warn(
-                f"`{self.field}`: the servers' softmax runs over all {rows} embedding rows of the teacher, while student and "
-                f"teacher share {vocabulary}; log-probs are lower by what lies on the other {rows - vocabulary}",
+                f"`{self.field}`: the servers' softmax runs over all {rows} embedding rows of the teacher, while its tokenizer "
+                f"has {vocabulary} ids; log-probs are lower by what lies on the other {rows - vocabulary}, next to nothing in a "
+                "trained model",
                 stacklevel=2,
             )
         if self.servers.model is None:
@@ -138,7 +139,7 @@ class RemoteTeacher(Teacher):
             for chunk in chunks
         ]
         answers = self.servers.complete(bodies, parse)
-        out = torch.zeros(rollout.mask.shape)
+        out = torch.zeros(rollout.mask.shape, dtype=torch.float32)
         for chunk, found in zip(chunks, answers, strict=True):
             for row, logprobs in zip(chunk, found, strict=True):
                 out[row, rollout.mask[row].cpu()] = torch.tensor(logprobs)

@@ -213,7 +213,11 @@ def data_modules() -> Cases:
     yield "template reaching for code", encode("a", "{{ ''.__class__.__mro__ }}"), ["F:7", "SecurityError"]
     yield "template with an unknown filter", encode("a", "{{ messages | nope }}"), ["F:7", "nope"]
     yield "template that renders nothing", encode("a", "{% if false %}{% endif %}"), ["F:7", "no tokens"]
-    yield "template that cuts", encode("<|im_end|>" * 3, "{{ messages[0].content[:2] }}"), ["F:7", "cuts the text"]
+    yield (
+        "template that cuts",
+        encode("<|im_end|>" * 3, "{{ messages[0].content[:2] }}"),
+        ["F:7", "does not render message 0"],
+    )
     yield "private-use masks", encode("\ue0f0 <|im_end|>"), ["F:7", "private-use"]
     yield (
         "special token refused",

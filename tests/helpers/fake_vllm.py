@@ -60,7 +60,7 @@ class FakeServer(ThreadingHTTPServer):
         generator = torch.Generator().manual_seed(body.get("seed", 0) % 2**32)
         values: list[float] = []
         while len(values) < body["max_tokens"] and not (values and ids[-1] in body.get("stop_token_ids", [EOS])):
-            logprobs = self.logprobs(ids)[-1]
+            logprobs = _allowed(self.logprobs(ids)[-1], body)
             greedy = body["temperature"] == 0
             token = int(logprobs.argmax() if greedy else torch.multinomial(logprobs.exp(), 1, generator=generator))
             ids.append(token)
@@ -76,6 +76,16 @@ class FakeServer(ThreadingHTTPServer):
 
     def logprobs(self, ids: list[int]) -> torch.Tensor:
         return self.causal_lm(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def _allowed(logprobs: torch.Tensor, body: dict[str, Any]) -> torch.Tensor:
+    """Processed as vLLM does: a bias on some logits, or some tokens only."""
+    bias = torch.zeros_like(logprobs)
+    for token, value in (body.get("logit_bias") or {}).items():
+        bias[int(token)] = max(-100.0, min(100.0, value))
+    if (only := body.get("allowed_token_ids")) is not None:
+        bias[[token for token in range(len(bias)) if token not in only]] = -torch.inf
+    return (logprobs + bias).log_softmax(-1)
 
 
 class _Handler(BaseHTTPRequestHandler):

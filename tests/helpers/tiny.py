@@ -23,9 +23,11 @@ TEMPLATE = (
 )
 
 
-def tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:
-    """One token a character."""
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, USER, ASSISTANT, *letters])}
+def tokenizer(letters: str = LETTERS, *, rows: int = 0) -> PreTrainedTokenizerFast:
+    """One token a character, and tokens that no text becomes up to ``rows``, so that no row of an embedding is padding."""
+    words = [PAD, EOS, USER, ASSISTANT, *letters]
+    words += [f"<{number}>" for number in range(len(words), rows)]
+    vocabulary = {token: index for index, token in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     built = PreTrainedTokenizerFast(
@@ -77,10 +79,10 @@ def llama(*, seed: int, hidden: int = 16, layers: int = 2, rows: int = 64) -> Ll
 
 
 def save(model: torch.nn.Module, folder: Path, *, with_tokenizer: PreTrainedTokenizerFast | None = None) -> str:
-    """Write model, tokenizer and generation config; returns the folder as text."""
+    """Write model, generation config and a tokenizer as large as the embedding; returns the folder as text."""
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
     model.save_pretrained(folder)
-    (with_tokenizer or tokenizer()).save_pretrained(folder)
+    (with_tokenizer or tokenizer(rows=model.config.vocab_size)).save_pretrained(folder)
     return str(folder)
 
 

@@ -28,9 +28,10 @@ def test_a_token_one_side_lacks_is_a_difference():
         agree_vocabularies(tiny.tokenizer("abcd"), tiny.tokenizer("abc"), student_rows=64, teacher_rows=64)
 
 
-def test_extra_rows_are_cut_to_what_both_have():
+def test_rows_behind_the_last_token_are_cut():
     same = tiny.tokenizer("abcd")
-    assert agree_vocabularies(same, tiny.tokenizer("abcd"), student_rows=64, teacher_rows=80) == 64
+    assert agree_vocabularies(same, tiny.tokenizer("abcd"), student_rows=64, teacher_rows=80) == 8
+    assert agree_vocabularies(same, same, student_rows=8, teacher_rows=8) == 8
     with pytest.raises(InputError, match="8 ids.*student 6"):
         agree_vocabularies(same, same, student_rows=6, teacher_rows=80)
 

@@ -368,9 +368,11 @@ def test_the_careful_path_respects_tokens_that_swallow_spaces() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>\n hello{% endfor %}"
-    encoder = PromptEncoder(tokenizer)
-    careful = encoder._encode_masked("a<|end|>\n hello", [], "here")
-    assert careful == encoder.encode("a") and tokenizer.decode(careful) == "a<|end|>hello"
+    encoder, hello = PromptEncoder(tokenizer), tokenizer("hello", add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    ordinary, careful = encoder.encode("a"), encoder.encode("a<|end|>\n hello")
+    assert ordinary[-len(hello) - 1 :] == careful[-len(hello) - 1 :] == [end, *hello]
+    assert careful.count(end) == 1 and tokenizer.decode(careful) == "a<|end|>\n hello<|end|>hello"
 
 
 def test_plain_text_keeps_the_tokenizers_own_bos_and_escapes() -> None:
@@ -419,10 +421,14 @@ def test_bad_template_settings_are_errors(template: str | None, settings: dict, 
     [
         ("{{ raise_exception('no way') }}", "hello", r"F:7: the chat template failed \(TemplateError: no way\)"),
         ("{% if %}", "hello", r"F:7: the chat template failed \(TemplateSyntaxError"),
-        ("{{ messages[0].content[:2] }}", "<|im_end|>" * 3, r"F:7: the chat template cuts the text"),
+        ("{{ messages[0].content[:2] }}", "<|im_end|>" * 3, r"F:7: the chat template of .* does not render message 0"),
         ("", "", r"F:7: the prompt has no tokens"),
+        (
+            TEMPLATE.replace("trim", "truncate(20)"),
+            "hello <|im_end|> hello hello",
+            r"F:7: the chat .* drops 10 characters",
+        ),
         (None, [{"role": "user", "content": "a"}], r"F:7: chat messages need a chat template"),
-        (TEMPLATE, "\ue0f0 <|im_end|>", r"F:7: private-use characters"),
     ],
 )
 def test_a_prompt_that_can_not_be_rendered_names_its_row(template: str | None, prompt: object, message: str) -> None:
@@ -464,9 +470,13 @@ def test_row_keys_are_fixed_for_ever() -> None:
 def test_no_pad_token_is_an_error_and_end_is_never_taken_silently(tmp_path: Path) -> None:
     unpadded = make_tokenizer(pad=False)
     path = problems(tmp_path, 4)
-    with pytest.raises(InputError, match=r"student tokenizer has no pad token; set one .* pass `pad_token`"):
+    with pytest.raises(
+        InputError, match=r"student tokenizer has no pad token; set one .* pass `PromptDataModule.pad_token`"
+    ):
         module_of(unpadded, path, prompt_batch=2).setup("fit")
-    with pytest.raises(InputError, match=r"`pad_token` must be in the student's vocabulary, got '<nope>'"):
+    with pytest.raises(
+        InputError, match=r"`PromptDataModule.pad_token` must be in the student's vocabulary, got '<nope>'"
+    ):
         module_of(unpadded, path, prompt_batch=2, pad_token="<nope>").setup("fit")
     batch = module_of(unpadded, path, prompt_batch=4, pad_token=END).train_dataloader().batch(0)
     assert (batch.ids[~batch.mask] == unpadded.eos_token_id).all() and not batch.mask.all()

@@ -126,7 +126,7 @@ def test_a_lasting_fault_is_one_clear_error_in_bounded_time(folders, server, row
 
 
 def test_embedding_rows_beyond_the_shared_vocabulary_are_named(folders, server):
-    with pytest.warns(UserWarning, match="all 64 embedding rows.*share 43"):
+    with pytest.warns(UserWarning, match="all 64 embedding rows.*has 43 ids"):
         remote(folders, server).load(vocabulary=43)
 
 

@@ -88,16 +88,18 @@ def write_pair(setting: Setting, folder: Path) -> tuple[str, str]:
         model = Qwen3ForCausalLM(config)
         model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
         model.save_pretrained(folder / name)
-        _tokenizer().save_pretrained(folder / name)
+        _tokenizer(config.vocab_size).save_pretrained(folder / name)
     return str(folder / "student"), str(folder / "teacher")
 
 
-def _tokenizer() -> object:
-    """One token a character."""
+def _tokenizer(size: int) -> object:
+    """One token a character, and tokens that no text becomes up to ``size``: ids without a token are neither sampled nor
+    scored, and a side that cut them would have less to do."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, USER, ASSISTANT, *LETTERS])}
+    words = [PAD, EOS, USER, ASSISTANT, *LETTERS]
+    vocabulary = {token: index for index, token in enumerate([*words, *(f"<{n}>" for n in range(len(words), size))])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     built = PreTrainedTokenizerFast(
