@@ -364,7 +364,7 @@ class ScoringModel(nn.Module):
         if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-        reader: nn.Module = lm if self.full_logits else lm.get_decoder()
+        reader = lm if self.full_logits else lm.get_decoder()
         inputs[_name_of_cache(type(reader))] = cache
         if self.full_logits:
             return reader(**inputs, logits_to_keep=keep).logits  # type: ignore[no-any-return]
