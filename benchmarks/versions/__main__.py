@@ -2,7 +2,8 @@
 
 For each set of ``sets.py`` builds ``.venv-versions/NAME`` (about 5 GB, a CUDA build of torch also runs on a CPU), runs every
 check of ``checks.py`` in it, prints a table, and writes it with date and versions to ``verified.md`` and
-``benchmarks/versions.json``. A set that is not named keeps what was written before. Exit status 1: something failed.
+``benchmarks/versions.json``. A set that is not named keeps what was written before, and with ``--checks`` a set keeps its
+other rows as long as its versions are the same. Exit status 1: something failed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from packaging.utils import canonicalize_name
 
 from benchmarks.pages import part
-from benchmarks.versions.checks import CHECKS, run
+from benchmarks.versions.checks import CHECKS, Check, run
 from benchmarks.versions.sets import Set, above_bounds, sets
 from lit_opd.files import replace_whole
 
@@ -66,14 +68,12 @@ def installed(python: Path) -> dict[str, str]:
     return {canonicalize_name(item["name"]): item["version"] for item in json.loads(done.stdout)}
 
 
-def prove(wanted: Set) -> dict[str, Any]:
-    """Build a set and run every check in it: what the report says of it."""
-    entry: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "python": wanted.python,
-        "versions": {},
-        "checks": {},
-    }
+Entry = dict[str, Any]  # of a set: date, python, versions, above, checks by name, a reason where it could not be built
+
+
+def prepared(wanted: Set) -> Entry:
+    """What the report says of a set that was built, or that could not be, before any check."""
+    entry: Entry = {"date": datetime.date.today().isoformat(), "python": wanted.python, "versions": {}, "checks": {}}
     base = interpreter(wanted.python)
     if base is None:
         return entry | {"reason": f"no Python {wanted.python} was found"}
@@ -81,16 +81,32 @@ def prove(wanted: Set) -> dict[str, Any]:
     if problem:
         print(problem, file=sys.stderr)
         return entry | {"reason": "pip could not install the set", "checks": {"installation": [False, "pip failed"]}}
-    entry["versions"] = versions = installed(python)
-    entry["above"] = above_bounds(SETUP, versions)
+    versions = installed(python)
+    return entry | {"versions": versions, "above": above_bounds(SETUP, versions)}
+
+
+def prove(wanted: Set, before: Entry, checks: Sequence[Check], note: Callable[[Entry], None]) -> None:
+    """Build a set and run checks in it.
+
+    Args:
+        wanted: the set.
+        before: what the report says of it; checks that are not run again stay where the versions are the same.
+        checks: to run.
+        note: told what the report now says, after every check.
+    """
+    entry = prepared(wanted)
+    note(entry)
+    if "reason" in entry:
+        return
+    if before.get("versions") == entry["versions"]:
+        entry["checks"] = dict(before["checks"])
     folder = ENVIRONMENTS / wanted.name / "runs"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for check in CHECKS:
-        result = run(check, python, folder, ROOT)
+    folder.mkdir(exist_ok=True)
+    for check in checks:
+        result = run(check, ENVIRONMENTS / wanted.name / "bin" / "python", folder, ROOT)
         entry["checks"][check.name] = [result.passed, result.said]
+        note(entry)
         print(f"{wanted.name}: {check.name}: {OK if result.passed else FAILED} ({result.said})", flush=True)
-    return entry
 
 
 def failed(report: dict[str, Any]) -> list[str]:
@@ -109,7 +125,8 @@ def body_of(report: dict[str, Any]) -> str:
     head = ["| | " + " | ".join(f"{name}" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     rows = [("date", [report[name]["date"] for name in names]), ("Python", [_python(report[name]) for name in names])]
     rows += [(package, [report[name]["versions"].get(package, "") for name in names]) for package in SHOWN]
-    checks = dict.fromkeys(check for name in names for check in report[name]["checks"])
+    found = {check for name in names for check in report[name]["checks"]}
+    checks = [check for check in ("installation", *(check.name for check in CHECKS)) if check in found]
     rows += [(check, [_cell(report[name], check) for name in names]) for check in checks]
     lines = head + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]
     above = [f"{name}: {', '.join(report[name]['above'])}" for name in names if report[name].get("above")]
@@ -131,20 +148,25 @@ def _cell(entry: dict[str, Any], check: str) -> str:
 
 def main() -> int:
     """The exit status."""
-    known = sets(SETUP)
+    known, named = sets(SETUP), {check.name: check for check in CHECKS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="*", default=list(known), choices=list(known), help="which ones; default all")
+    parser.add_argument("sets", nargs="+", choices=list(known), help="which ones")
+    parser.add_argument("--checks", nargs="+", choices=list(named), default=list(named), help="rows; default all")
     parser.add_argument("--out", type=PART.in_folder(PAGE), default=ROOT / "docs", help="folder of verified.md")
     options = parser.parse_args()
     path = options.out / "benchmarks" / "versions.json"
-    report = json.loads(path.read_text()) if path.is_file() else {}
+    report: dict[str, Entry] = json.loads(path.read_text()) if path.is_file() else {}
     ENVIRONMENTS.mkdir(exist_ok=True)
     for name in options.sets:
-        report[name] = prove(known[name])
-        report = {key: report[key] for key in known if key in report}
-        replace_whole(path, (json.dumps(report, indent=1) + "\n").encode())
-        PART.write(options.out / PAGE, body_of(report))
-    print(body_of(report), end="")
+
+        def note(entry: Entry, name: str = name) -> None:
+            report[name] = entry
+            ordered = {key: report[key] for key in known if key in report}
+            replace_whole(path, (json.dumps(ordered, indent=1) + "\n").encode())
+            PART.write(options.out / PAGE, body_of(ordered))
+
+        prove(known[name], report.get(name, {}), [named[check] for check in options.checks], note)
+    print(body_of({key: report[key] for key in known if key in report}), end="")
     return 1 if failed({name: report[name] for name in options.sets}) else 0
 
 

@@ -58,6 +58,7 @@ CHECKS = (
     Check("FSDP1, 2 ranks", (pytest(DISTRIBUTED, "-k", "fsdp1"),)),
     Check("lazy loading", (pytest("tests/models/test_lazy.py"),)),
     Check("scoring and sampling", (pytest("tests/scoring", "tests/rollout/test_decode.py"),)),
+    Check("prompts and data", (pytest("tests/prompts/test_prompts.py"),)),
     Check("strategy contract", (pytest("tests/weighting"),)),
     Check("command line", (pytest("tests/cli"),)),
     Check("checkpoints and resume", (pytest("tests/run"),)),

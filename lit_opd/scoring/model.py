@@ -365,7 +365,8 @@ class ScoringModel(nn.Module):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
         reader = lm if self.full_logits else lm.get_decoder()
-        inputs[_name_of_cache(reader.__class__)] = cache  # type: ignore[arg-type]
+        kind: Any = type(reader)
+        inputs[_name_of_cache(kind)] = cache
         if self.full_logits:
             return reader(**inputs, logits_to_keep=keep).logits  # type: ignore[no-any-return]
         return reader(**inputs).last_hidden_state  # type: ignore[no-any-return]

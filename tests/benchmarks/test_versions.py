@@ -145,16 +145,16 @@ def test_the_page_names_what_failed_and_what_did_not_run():
     report = {
         "lowest": {
             "date": "2026-01-02", "python": "3.11", "versions": {"torch": "2.9.0"}, "above": [],
-            "checks": {"a": [True, "3 passed"], "b": [False, "status 1"]},
+            "checks": {"lazy loading": [True, "3 passed"], "command line": [False, "status 1"]},
         },
         "newest": {
             "date": "2026-01-03", "python": "3.13", "reason": "no Python 3.13 was found", "versions": {}, "checks": {},
         },
     }  # fmt: skip
     body = versions.body_of(report)
-    assert "| a | ok (3 passed) | not run |" in body and "| b | FAILED | not run |" in body
+    assert "| lazy loading | ok (3 passed) | not run |" in body and "| command line | FAILED | not run |" in body
     assert "| Python | 3.11 | 3.13 (no Python 3.13 was found) |" in body
-    assert versions.failed(report) == ["lowest: b"]
+    assert versions.failed(report) == ["lowest: command line"]
 
 
 def test_the_page_is_what_the_command_writes_of_the_report_beside_it():
@@ -163,5 +163,5 @@ def test_the_page_is_what_the_command_writes_of_the_report_beside_it():
         f"<!-- versions -->\n{versions.body_of(report)}<!-- /versions -->\n"
         in (ROOT / "docs" / "verified.md").read_text()
     )
-    assert set(report) == set(sets(ROOT / "setup.cfg"))
+    assert set(report) <= set(sets(ROOT / "setup.cfg"))
     assert versions.failed(report) == []
