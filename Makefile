@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check test-slow soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
+.PHONY: quickstart test check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,6 +21,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Environments of their own at the lowest and the newest versions, about 5 GB and half an hour or more each; Python 3.11 to 3.13
+VERSIONS ?= lowest measured newest
+test-versions: $(STAMP)
+	$(BIN)/python -m benchmarks.versions $(VERSIONS) --out docs
 
 # 2000 quickstart steps, about half an hour: memory, files, threads and step time must stay as they were
 soak: $(STAMP)

@@ -17,6 +17,16 @@ from lit_opd.run.tracking import crossed
 SAVED_AFTER = (InputError, ServerError, Stopped, OSError)  # what leaves models and optimizer as they were
 
 
+def save_first(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Write the run's last checkpoint now, where it is not written yet: what comes at the end and fails then costs no training.
+
+    Lightning runs checkpoints behind all other callbacks. Call it first in an ``on_train_end`` that may fail.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, RunCheckpoint):
+            callback.on_train_end(trainer, pl_module)
+
+
 class RunCheckpoint(ModelCheckpoint):
     """``checkpoints/step-N.ckpt`` every N optimizer steps and at the end, and ``last.ckpt``, a link to the newest.
 

@@ -250,7 +250,7 @@ class EarlyAIMEEvaluation(Callback):
         if trainer.state.fn == "fit":
             log_numbers(trainer, values, step)
         for run in runs:
-            rank_zero_info(_line(run.problems.name, self.samples, step, values))
+            rank_zero_info(_line(run.problems, self.samples, step, values))
         return values
 
     def _runs(self, pl_module: Answering, file: EvaluationFile) -> list[SetEvaluation]:
@@ -384,10 +384,13 @@ def _set_aside(path: Path) -> None:
         rank_zero_warn(f"{path} was another run's; it is now {path.name}.previous")
 
 
-def _line(name: str, samples: int, step: int, values: dict[str, float]) -> str:
+def _line(problems: EvaluationSet, samples: int, step: int, values: dict[str, float]) -> str:
     """One line for the log."""
+    name = problems.name
     mean, low, high = (values[f"eval/{name}/avg_at_k{end}"] for end in ("", "_low", "_high"))
     text = f"evaluation at step {step}: {name} avg@{samples} {mean:.3f} [{low:.3f}, {high:.3f}]"
+    if problems.repeats:
+        text += f" over {values[f'eval/{name}/problems']:.0f} different problems, repeated in the set"
     for key, label in (("delta_start", "step 0"), ("delta_run", "the other run")):
         if f"eval/{name}/{key}" in values:
             text += f", {values[f'eval/{name}/{key}']:+.3f} to {label}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.checkpoint import save_first
 from lit_opd.errors import InputError
 from lit_opd.run.tracking import crossed
 
@@ -45,5 +46,7 @@ class ExportStudent(Callback):
             pl_module.export_student(folder.with_name(f"{folder.name}-step-{step}"))  # type: ignore[operator]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export the final student."""
+        """Export the final student, behind the last checkpoint: an export that fails loses nothing, and the run that goes on
+        from there exports again."""
+        save_first(trainer, pl_module)
         pl_module.export_student(self._folder(trainer))  # type: ignore[operator]

@@ -26,7 +26,7 @@ from lit_opd.report.profile_sums import (
     ProfileTables,
     token_quantities,
 )
-from lit_opd.run.tracking import crossed, log_media, log_numbers, wandb_runs
+from lit_opd.run.tracking import crossed, log_media, log_numbers, log_pictures, wandb_runs
 from lit_opd.types import StepRecord
 
 FILE = "profile.jsonl"
@@ -182,20 +182,22 @@ class PositionProfile(Callback):
         return self.pictures_every is not None and len(self.history) - self._drawn >= self.pictures_every
 
     def _show(self, trainer: Trainer) -> None:
+        """Charts and pictures; their failure must not cost the training."""
         assert self._now is not None
         self._drawn = len(self.history)
-        with self._drawing:
-            self._show_now(trainer)
+        try:
+            with self._drawing:
+                self._show_now(trainer)
+        except Exception as error:  # whatever a drawing library or a logger's upload raises
+            rank_zero_warn(
+                f"the profile's pictures could not be made: {type(error).__name__}: {error}; {FILE} has their numbers"
+            )
 
     def _show_now(self, trainer: Trainer) -> None:
         assert self._now is not None
         self._chart(trainer)
         pictures = self._draw(trainer)
-        if wandb_runs(trainer):
-            import wandb
-
-            media = {f"profile_pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
-            log_media(trainer, media, self._now.step)
+        log_pictures(trainer, {f"profile_pictures/{name}": path for name, path in pictures.items()}, self._now.step)
 
     def _draw(self, trainer: Trainer) -> dict[str, Path]:
         from lit_opd.report.profile_pictures import draw_all

@@ -68,6 +68,7 @@ class Summary(Callback):
 
     def values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The content of ``summary.json``."""
+        trained = getattr(getattr(pl_module, "state", None), "trained", None)
         measured = {
             f"{name}_{when}": values.get(name)
             for name in SUMMARISED
@@ -79,7 +80,7 @@ class Summary(Callback):
             "seconds": round(self._elapsed(), 3),
             "seed": getattr(pl_module, "seed", None),
             "strategy": type(getattr(pl_module, "weighting", None)).__name__,
-            "trained": pl_module.state.trained.summary(trainer.global_step),  # type: ignore[union-attr]
+            "trained": trained.summary(trainer.global_step) if trained is not None else [],
         }
 
 

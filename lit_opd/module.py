@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_opd.advantage import AdvantageTransform
-from lit_opd.distributed import is_rank_zero
+from lit_opd.distributed import is_rank_zero, shared_failure
 from lit_opd.errors import InputError, memory_for
 from lit_opd.evaluation import Evaluator, ValidationSettings
 from lit_opd.models.export import export_folder
+from lit_opd.models.export_check import ExportCheck, unsharded
 from lit_opd.models.lazy import fill
 from lit_opd.models.loading import load_config, load_generation_config, load_tokenizer
 from lit_opd.models.sharding import compile_layers, full_state, gathered, is_sharded, placement
@@ -34,6 +35,7 @@ from lit_opd.scoring.model import ScoringModel
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.optimisation import LightningOptimisation
 from lit_opd.step.recipe import Recipe, Truncated, apply_truncated, progress
+from lit_opd.step.sampler_gap import SamplerGap
 from lit_opd.step.scalars import logged
 from lit_opd.step.scores import Scores, student_signal
 from lit_opd.step.skips import FOLDER, Skips
@@ -126,6 +128,8 @@ class OPDModule(L.LightningModule):
         self.evaluator = Evaluator(self.validation)
         self.seed, self.length_budget, self.rollout_stop = seed, length_budget, rollout_stop
         self.skips, self.budget, self.state = Skips(max_skipped_steps), TokenBudget(), ModuleState()
+        self.gap = self._new_gap()
+        self.longest_row: int | None = None  # tokens of a prompt and response, once the data is known
         check_settings(self, max_skipped_steps=max_skipped_steps)
 
     # -- what is known without weights -------------------------------------------------------------------------------
@@ -230,8 +234,11 @@ class OPDModule(L.LightningModule):
         mesh, trainer, settings = device_mesh(self), attached_trainer(self), self.student_settings
         lazy = mesh is not None and settings.lazy and settings.lora is None
         holes = tuple(number for number in self.unused_ids if number < self.vocabulary)
-        student = ScoringModel(build_student(settings, empty=lazy), vocabulary=self.vocabulary, unused=holes)
+        longest = self.longest_row
+        loaded = build_student(settings, empty=lazy, longest=longest)
+        student = ScoringModel(loaded, vocabulary=self.vocabulary, unused=holes)
         student.choose_path("student")
+        student.freeze_unused()
         self.student = student
         self.state.shapes = {name: value.shape for name, value in self.state_dict().items()}
         if settings.compile:
@@ -243,13 +250,14 @@ class OPDModule(L.LightningModule):
             fill(student, student.causal_lm, path=settings.path, setting="model.student.path")
         for scorer in self.scorers.values():
             scorer.attach(student)
+            scorer.know_longest_row(longest)
             if place is not None and mesh is not None:
                 scorer.load_sharded(place, vocabulary=self.vocabulary)
                 continue
             scorer.load(vocabulary=self.vocabulary)
             if place is not None:
                 scorer.shard(place)
-        student.train()
+        student.eval()
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over trainable parameters, and its schedule."""
@@ -294,8 +302,12 @@ class OPDModule(L.LightningModule):
             self.phase,
             skips=self.skips,
             progress=self.progress,
-            max_logprob_gap=self.sampler.max_logprob_gap,
+            gap=self.gap,
         )
+
+    def _new_gap(self) -> SamplerGap:
+        own = self.sampler
+        return SamplerGap(own.max_logprob_gap, top_p=own.top_p, top_k=own.top_k, in_process=own.in_process)
 
     def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings) -> None:
         values = logged(
@@ -328,7 +340,7 @@ class OPDModule(L.LightningModule):
         """
         assert self.student is not None
         settings = settings or self.sampling_settings()
-        self.sampler.prepare(self.export_student, settings.weights_version)
+        self.sampler.prepare(self._push, settings.weights_version)
         with gathered(self.student) if is_sharded(self.student) else nullcontext():
             return self.sampler.sample(self.student, prompts, settings)
 
@@ -363,6 +375,7 @@ class OPDModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Measure the start of a new run; of one that goes on, make the validation that its checkpoint was saved before."""
+        self.gap = self._new_gap()
         if self.state.take_due(self, at_start=self.validation.before_training):
             validate_now(self.trainer)
 
@@ -448,13 +461,28 @@ class OPDModule(L.LightningModule):
     def export_student(self, path: str | Path) -> Path:
         """Write the student as a Hugging Face folder (safetensors, tokenizer, generation config; LoRA merged).
 
-        Called on every rank; rank 0 writes. The folder appears whole or not at all.
+        Called on every rank; rank 0 writes, loads the folder again on the CPU and compares its log-probs on a few tokens with
+        the student's. The folder appears whole or not at all.
+
+        Raises:
+            InputError: on every rank, the folder is not the student.
         """
+        return self._export(path, compared=True)
+
+    def _push(self, path: str | Path) -> Path:
+        """``export_student`` for a sampler's engine, whose samples are compared with the student anyway."""
+        return self._export(path, compared=False)
+
+    def _export(self, path: str | Path, *, compared: bool) -> Path:
         assert self.student is not None
+        settings = self.student_settings
+        check = ExportCheck.of(self.student, self.tokenizer, settings) if compared else None
         state = full_state(self.student) if is_sharded(self.student) else None
-        if is_rank_zero():
-            generation = load_generation_config(self.student_settings.path)
-            generation.eos_token_id = self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)
-            export_folder(self.student.model, self.tokenizer, path, state=state, generation=generation)
+        with shared_failure():
+            if is_rank_zero():
+                generation = load_generation_config(settings.path)
+                generation.eos_token_id = self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)
+                model, state = unsharded(self.student, settings, state)
+                export_folder(model, self.tokenizer, path, state=state, generation=generation, check=check)
         self.trainer.strategy.barrier("export_student")
         return Path(path)

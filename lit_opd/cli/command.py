@@ -1,4 +1,4 @@
-"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``.
+"""``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``; ``export``.
 
 ``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
 one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
@@ -45,17 +45,18 @@ from lit_opd.preflight import (
     require_machine,
     require_memory,
 )
+from lit_opd.preflight.callback_checks import check_callbacks
 from lit_opd.preflight.module_checks import check_before
 from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued
 from lit_opd.run.lightning import callbacks_of, set_callbacks
 from lit_opd.run.lightning_cli import PlainCLI
-from lit_opd.run.loggers import chosen_loggers, describe, own_loggers
+from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers
 from lit_opd.run.replaced_folder import ReplacedFolder
 from lit_opd.run.trained_settings import (
-    ASKED,
     FREE,
+    Group,
     Settings,
     TrainedSettings,
     require_unchanged,
@@ -64,7 +65,7 @@ from lit_opd.run.trained_settings import (
 )
 
 LARGEST_SEED = 2**32 - 1
-COMPARE = "compare"  # a command of its own beside Lightning's, which all need the config of a model
+COMPARE, EXPORT = "compare", "export"  # commands of their own beside Lightning's, which all need the config of a run
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -85,6 +86,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
 HOW_STARTED: dict[str, Any] = {"ckpt_path": None, "overwrite": False, "allow_change": []}
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 _MISSING_KEY = re.compile(r"Interpolation key '\.*([^']*)' not found.*")
+_NOT_MADE = re.compile(r"Problem with given class_path '(?P<name>lightning\.[^']*)':\s*(?P<reason>.*)")
 PARSERS = ("argparse", "jsonargparse", "omegaconf", "yaml")
 NOISE = (  # other people's warnings that say nothing about a run of ours
     "LightningCLI's args parameter",  # ours are meant for callers in Python too, and it repeats them, secrets included
@@ -138,8 +140,13 @@ class OPDCLI(PlainCLI):
         self._default_callbacks = default_callbacks
         self._new_folder = False
         self._changed: list[str] = []  # groups of settings that differ from those of the checkpoint
-        self._words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        self._before: Settings | None = None  # what the checkpoint was trained with
+        self._words = [str(word) for word in (sys.argv[1:] if args is None else args) or ()]  # type: ignore[union-attr]
         self._replaced: ReplacedFolder | None = None
+        if (
+            os.getcwd() not in sys.path
+        ):  # a class in a file of the folder one runs from is found while the config is parsed
+            sys.path.insert(0, os.getcwd())
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             model_class=OPDModule,
@@ -151,7 +158,8 @@ class OPDCLI(PlainCLI):
             parser_class=OneLineParser,
             parser_kwargs={
                 "parser_mode": "omegaconf+",
-                "epilog": "finished runs side by side: train.py compare --help",
+                "epilog": "finished runs side by side: train.py compare --help; "
+                "a checkpoint as a Hugging Face folder: train.py export --help",
             },
             auto_configure_optimizers=False,
             args=args,
@@ -172,7 +180,7 @@ class OPDCLI(PlainCLI):
             "--overwrite", type=bool, default=False, help="replace the run in the folder; not from a config"
         )
         parser.add_argument(
-            "--allow_change", nargs="+", choices=ASKED, default=[], help="what may differ from the checkpoint's"
+            "--allow_change", nargs="+", type=Group, default=[], help="what may differ from the checkpoint's"
         )
         parser.add_argument("--num_threads", type=int | None, default=None, help="torch threads; default torch's own")
         parser.add_argument("--wandb.mode", type=Literal["offline", "online", "disabled"], default="offline")
@@ -242,7 +250,6 @@ class OPDCLI(PlainCLI):
         """Threads, run folder and checkpoint path, before anything is built."""
         if self.settings.get("num_threads") is not None:
             torch.set_num_threads(self.settings["num_threads"])
-        sys.path.insert(0, os.getcwd())
         if not self.subcommand:
             return
         precision = str(self.settings["trainer"].get("precision"))
@@ -280,21 +287,21 @@ class OPDCLI(PlainCLI):
             return newest(self.run_dir)
         return best(self.run_dir) if path == "best" else intact(Path(path))
 
-    def _trained_settings(self) -> Settings:
-        """What of the config decides the weights, secrets left out."""
-        text = with_references(self.command_parser().dump(self.settings, skip_none=False))
-        return trained_settings(yaml.safe_load(text))
+    def _plain_config(self) -> dict[str, Any]:
+        """The config as plain values, secrets left out."""
+        text = self.command_parser().dump(self.settings, skip_none=False)
+        return dict(yaml.safe_load(with_references(text)))
 
     def _require_same_run(self, saved: dict[str, Any]) -> None:
         """A run that goes on has the settings that its checkpoint was trained with, or those that may change by name."""
         checkpoint = Path(self.settings["ckpt_path"])
-        before = settings_of(checkpoint, saved)
+        self._before = before = settings_of(checkpoint, saved)
         if before is None:
             rank_zero_warn(
                 f"`--ckpt_path` {checkpoint} does not say what it was trained with: see that the config is its run's"
             )
             return
-        now, allowed = self._trained_settings(), self.settings.get("allow_change") or []
+        now, allowed = trained_settings(self._plain_config()), self.settings.get("allow_change") or []
         self._changed = require_unchanged(before, now, allowed=allowed, checkpoint=checkpoint)
         limit, step = self.settings["trainer"].get("max_steps") or -1, saved["global_step"]
         if set(self._changed) - FREE and 0 < limit <= step:
@@ -330,7 +337,8 @@ class OPDCLI(PlainCLI):
 
     def fit(self, **arguments: Any) -> None:
         """The trainer's fit; a run that is refused or stopped while it loads leaves everything as it was."""
-        self.model.state.trained = TrainedSettings(self._trained_settings())
+        self.model.state.trained = TrainedSettings(trained_settings(self._plain_config()), self._before)
+        self.datamodule.may_differ = bool({"data", "seed"} & {*self._changed})
         try:
             self.trainer.fit(**arguments)
         except (Exception, Stopped) as error:
@@ -353,6 +361,9 @@ class OPDCLI(PlainCLI):
     def _check_all(self) -> None:
         """The module's checks, then those of callbacks that have some."""
         path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
+        if training:
+            own_code = (self.model.weighting, self.model.objective, *self.model.advantage)
+            check_callbacks(self.trainer, self.datamodule, own_code=own_code)
         check_before(self.model, self.trainer, self.datamodule, ckpt_path=path, training=training)
         for callback in callbacks_of(self.trainer):
             check = getattr(callback, "check", None)
@@ -399,6 +410,18 @@ class OPDCLI(PlainCLI):
 
     # -- the trainer -------------------------------------------------------------------------------------------------
 
+    def instantiate_classes(self) -> None:
+        """As Lightning does; one of its classes that refuses its settings, or whose package is missing, is one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            found = _NOT_MADE.search(str(error))
+            if found is None or isinstance(_input_error(error), InputError | ServerError):
+                raise
+            raise InputError(
+                f"`{found['name']}` cannot be made with its settings: {found['reason']}; correct them, or install what is missing"
+            ) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and the default callbacks."""
         if self.subcommand == "preflight":  # checks the plan from wherever it is asked to
@@ -407,19 +430,22 @@ class OPDCLI(PlainCLI):
             kwargs.setdefault("logger", self._loggers(self.given("trainer.logger")))
         elif self.given("trainer.logger") in (None, True):
             kwargs.setdefault("logger", [])
+        given = self.given("trainer.callbacks") or ()
+        users = list(
+            given if isinstance(given, list | tuple) else [given]
+        )  # a copy: the trainer adds its own to the list
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             if isinstance(_input_error(error), InputError | ServerError):
                 raise
             raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
-        given = {type(callback) for callback in callbacks_of(trainer)}
-        extra = [callback for callback in self._default_callbacks() if type(callback) not in given]
+        extra = [own for own in self._default_callbacks() if not any(isinstance(user, type(own)) for user in users)]
         for callback in extra:
             every = self.settings.get("checkpoint_every")
             if hasattr(callback, "use_run_dir") and every:
                 callback.use_run_dir(self.run_dir, every)
-        _attach(trainer, extra)
+        _attach(trainer, extra, users)
         return trainer
 
     def _loggers(self, given: Any) -> list[Logger]:
@@ -429,6 +455,7 @@ class OPDCLI(PlainCLI):
         saved = self._saved_counters()
         users = given if isinstance(given, list | tuple) else [given]
         chosen = chosen_loggers(self.run_dir, self.settings, saved) if given in (None, True) else users
+        label(chosen, self._plain_config())
         return [*own_loggers(self.run_dir, saved), *chosen]
 
     def _saved_counters(self) -> dict[str, Any]:
@@ -437,14 +464,17 @@ class OPDCLI(PlainCLI):
         return {} if path is None else counters(Path(path))
 
 
-def _attach(trainer: Trainer, extra: list[Callback]) -> None:
-    """Add callbacks to a built trainer; progress bars and checkpoints take the place of Lightning's own."""
+def _attach(trainer: Trainer, extra: list[Callback], users: list[Callback]) -> None:
+    """Add callbacks to a built trainer. Progress bar and checkpoints take the place of those that Lightning adds by itself; the
+    user's are all kept, and a progress bar of theirs is the only one."""
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-    kept = list(callbacks_of(trainer))
-    for kind in (ProgressBar, Checkpoint):
-        if any(isinstance(callback, kind) for callback in extra):
-            kept = [c for c in kept if not (isinstance(c, kind) and type(c).__module__.startswith("lightning."))]
+    if any(isinstance(user, ProgressBar) for user in users) or not trainer.progress_bar_callback:
+        extra = [own for own in extra if not isinstance(own, ProgressBar)]
+    if not trainer.checkpoint_callbacks:  # enable_checkpointing is false
+        extra = [own for own in extra if not isinstance(own, Checkpoint)]
+    replaced = tuple(kind for kind in (ProgressBar, Checkpoint) if any(isinstance(own, kind) for own in extra))
+    kept = [found for found in callbacks_of(trainer) if found in users or not isinstance(found, replaced)]
     set_callbacks(trainer, kept + extra)
 
 
@@ -496,6 +526,10 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
             from lit_opd.compare.command import run as compare
 
             compare(words[1:])
+        elif words[:1] == [EXPORT]:
+            from lit_opd.cli.export import run as export
+
+            export(words[1:])
         else:
             OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:

@@ -90,7 +90,6 @@ class ReplayModels:
         self.student.choose_path("student")
         self.teacher.attach(self.student)
         self.teacher.load(vocabulary=self.vocabulary)
-        self.student.train()
 
     def replay(self, record: StepRecord, weighting: WeightingStrategy | None = None) -> tuple[StepRecord, Gradient]:
         """One step on the record's responses.

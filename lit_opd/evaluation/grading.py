@@ -1,9 +1,10 @@
 """Answers cut out of responses and compared with references. No code in an answer is ever run here.
 
-Integers, decimals and equal texts are decided in this process. What is left (LaTeX) goes to math-verify (extra ``eval``)
-in worker processes, because its own time limits need the main thread and ``9^{9^{9^9}}`` holds the interpreter lock. A
-worker imports math-verify once and forks; the fork answers question after question under a limit on processor time and
-on memory until one of them ends it, and the next fork takes milliseconds. A worker that dies itself is replaced.
+What an answer says is read by ``lit_opd.answers``: numbers, lists, intervals and equal texts are decided in this process. What
+needs mathematics goes to worker processes, which run the same function with math-verify (extra ``eval``): its own time limits
+need the main thread, and ``9^{9^{9^9}}`` holds the interpreter lock. A worker imports math-verify once and forks; the fork
+answers question after question under a limit on processor time and on memory until one of them ends it, and the next fork
+takes milliseconds. A worker that dies itself is replaced.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from lit_opd.answers import (
+    NeedsMathematics,
+    behind_hashes,
+    canonical,
+    exact_value,
+    last_box,
+    same,
+    undecided,
+)
 from lit_opd.errors import InputError
 
-BOX = "\\boxed{"
 MAX_ANSWER_CHARS = 1000  # a longer answer is wrong; the longest reference of MATH-500 has 53
-MAX_INTEGER_DIGITS = 100
 WALL_FACTOR = 6  # wall seconds allowed per second of processor time, for busy machines
 START_SECONDS = 180.0  # to import math-verify
 ATTEMPTS = 2  # a question whose worker was killed from outside is asked again
@@ -66,46 +74,14 @@ class Grade:
 
 # -- cutting the answer out --------------------------------------------------------------------------------------------
 
-_BOX_START = re.compile(r"\\(?:boxed|fbox)\s*(\{|$)")
-_HASHES = re.compile(r"####[ \t]*([^\n]*)")
-
-
-def boxed_answer(text: str) -> str | None:
-    """The content of the last ``\\boxed{...}`` with braces matched; None where there is none or it is not closed.
-
-    >>> boxed_answer(r"so \\boxed{\\frac{1}{2}} and \\boxed{042}.")
-    '042'
-    """
-    return _last_box(text)[0]
-
-
-def _last_box(text: str) -> tuple[str | None, bool]:
-    """Content of the last box, and whether there is one that is not closed. Escaped braces do not count."""
-    start = None
-    for match in _BOX_START.finditer(text):
-        start = match
-    if start is None:
-        return None, False
-    depth, place = 1, start.end()
-    while place < len(text) and start[1]:
-        if text[place] == "\\":
-            place += 1
-        else:
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start.end() : place], False
-        place += 1
-    return None, True
-
 
 def extracted(response: str) -> Grade | str:
     """The answer in a response: its last box, without any box the text after its last "####"; or what became of it."""
-    answer, unclosed = _last_box(response)
+    answer, unclosed = last_box(response)
     if unclosed:
         return Grade(Outcome.TRUNCATED)
     if answer is None:
-        found = _HASHES.findall(response)
-        answer = found[-1] if found else None
+        answer = behind_hashes(response)
     if answer is None or not answer.strip():
         return Grade(Outcome.NO_ANSWER)
     return answer.strip()
@@ -113,65 +89,43 @@ def extracted(response: str) -> Grade | str:
 
 # -- comparing without a worker ----------------------------------------------------------------------------------------
 
-_DROPPED = re.compile(
-    r"\\(?:left|right|displaystyle|bigl|bigr|big|Big)(?![a-zA-Z])|\\[,!;:]|\\ |~|\^\{?\\circ\}?|\\degree|\\%|%|\\\$|\$|\\[()\[\]]"
-)
-_TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
-_SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
-_UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{[^{}]*[a-zA-Z][^{}]*\}(?:\^\{?[0-9]\}?)?\s*$")
-_NAME = re.compile(r"^[a-zA-Z](?:_\{?\w+\}?)?=")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?|[+-]?\.[0-9]+")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 
 
-def canonical(answer: str) -> str:
-    """The answer without what does not change it: spacing, dollar signs, text commands, degrees, percent signs.
+def number(answer: str) -> Fraction | None:
+    """The exact number that an answer says, unit and ``x =`` left aside; None for anything else.
 
-    >>> canonical(r"$\\dfrac{1}{2}\\,\\text{ cm}$"), canonical("3 4")
-    ('\\\\frac{1}{2}cm', '3 4')
+    >>> number("042"), number(r"$1{,}000\\text{ cm}^2$"), number("x = -7."), number("1,2"), number("2x")
+    (Fraction(42, 1), Fraction(1000, 1), Fraction(-7, 1), None, None)
     """
-    text = (
-        answer.strip()
-        .replace("\u2212", "-")
-        .replace("{,}", ",")
-        .replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-    )
-    text = _TEXT.sub(r"\1", _DROPPED.sub("", text))
-    return _SPACE.sub("", text).rstrip(".")
-
-
-def number(answer: str) -> Decimal | None:
-    """The integer or decimal that an answer writes out, unit and ``x =`` left aside; None for anything else.
-
-    >>> number("042"), number(r"$1{,}000\\text{ cm}^2$"), number("x = -7."), number("1,2"), number(r"\\frac{84}{2}")
-    (Decimal('42'), Decimal('1000'), Decimal('-7'), None, None)
-    """
-    text = _NAME.sub("", canonical(_UNIT.sub("", answer.strip().rstrip("$. ")) or answer))
-    if len(text) > MAX_INTEGER_DIGITS or not _NUMBER.fullmatch(text):
+    try:
+        return exact_value(answer) if len(answer) <= MAX_ANSWER_CHARS else None
+    except RecursionError:  # brackets in brackets
         return None
-    return Decimal(text.replace(",", ""))
 
 
 def is_integer(reference: str) -> bool:
     """True when a reference is a whole number, as in AIME and GSM8K."""
     value = number(reference)
-    return value is not None and value == value.to_integral_value()
+    return value is not None and value.denominator == 1
 
 
 def quick_verdict(answer: str, reference: str) -> bool | None:
     """Equal or not where text and numbers decide it exactly; None where mathematics is needed."""
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    ours, theirs = number(answer), number(reference)
-    if ours is not None and theirs is not None:
-        return ours == theirs
-    return True if canonical(answer) == canonical(reference) else None
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(reference):
+        return int(answer) == int(reference)
+    try:
+        return same(answer, reference, undecided)
+    except (NeedsMathematics, RecursionError):
+        return None
 
 
 def vote(answer: str) -> str:
     """The name under which equal wrong answers are counted in a majority vote."""
     value = number(answer)
-    return str(value.normalize()) if value is not None else canonical(answer[:MAX_ANSWER_CHARS])
+    return str(value) if value is not None else canonical(answer[:MAX_ANSWER_CHARS])
 
 
 def math_verify_available() -> bool:
@@ -189,7 +143,7 @@ class Grader:
         num_workers: processes that run math-verify.
         seconds: processor time a comparison may take; six times as much wall time.
         memory_mib: address space of a worker.
-        mathematics: False decides by numbers and text alone.
+        mathematics: False decides by numbers, shapes and text alone.
     """
 
     def __init__(
@@ -207,8 +161,9 @@ class Grader:
         Args:
             responses: N texts.
             references: N reference answers.
-            integers: the set's answers are all whole numbers, so that anything else is wrong without mathematics.
+            integers: the references are whole numbers, which math-verify may be missing for; the verdicts are the same.
         """
+        mathematics = self.mathematics and (not integers or math_verify_available())
         grades: list[Grade | None] = []
         open_pairs: list[tuple[int, str, str]] = []
         for row, (response, reference) in enumerate(zip(responses, references, strict=True)):
@@ -216,7 +171,7 @@ class Grader:
             grades.append(answer if isinstance(answer, Grade) else None)
             if isinstance(answer, str):
                 verdict = quick_verdict(answer, reference)
-                if verdict is None and self.mathematics and not integers:
+                if verdict is None and mathematics:
                     open_pairs.append((row, answer, reference))
                 else:
                     grades[row] = Grade(Outcome.CORRECT if verdict else Outcome.WRONG, answer[:MAX_ANSWER_CHARS])

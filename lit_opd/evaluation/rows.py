@@ -37,6 +37,7 @@ class AnswerRow:
         samples: samples a problem; the evaluation is complete with problems x samples lines.
         tokens: tokens the run had sampled for training.
         settings: fingerprint of sampling settings, seed and rendered prompts.
+        group: problem_id of the first row with the same problem; "" (files of older runs) is its own.
     """
 
     set: str
@@ -54,6 +55,7 @@ class AnswerRow:
     samples: int
     tokens: int
     settings: str
+    group: str = ""
 
     @property
     def truncated(self) -> bool:
@@ -68,7 +70,8 @@ class AnswerRow:
         return RIGHT_VOTE if self.correct else RIGHT_VOTE + 1 + stable_hash(vote(self.answer)) % _VOTES
 
 
-_KEYS = {field.name for field in fields(AnswerRow)}
+_FIELDS = [field.name for field in fields(AnswerRow)]
+_KEYS = set(_FIELDS) - {"group"}
 
 
 class EvaluationFile:
@@ -118,7 +121,7 @@ def _row(line: bytes, where: str) -> AnswerRow:
     if not isinstance(values, dict) or not _KEYS <= values.keys():
         missing = sorted(_KEYS - set(values)) if isinstance(values, dict) else sorted(_KEYS)
         raise InputError(f"{where}: not a line of an evaluation.jsonl, it lacks {', '.join(missing[:5])}")
-    return AnswerRow(**{name: values[name] for name in _KEYS})
+    return AnswerRow(**{name: values[name] for name in _FIELDS if name in values})
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class PastEvaluation:
         step: optimizer steps.
         settings: fingerprint.
         tokens: tokens sampled for training up to then.
-        accuracy: avg@k by problem id.
+        accuracy: avg@k by problem; of repeated problems by the id of the first.
     """
 
     set: str
@@ -147,22 +150,22 @@ class PastEvaluation:
 
 def past_evaluations(rows: Iterable[AnswerRow]) -> list[PastEvaluation]:
     """The complete evaluations, in the order of their first lines; doubled lines count once."""
-    correct: dict[tuple[str, int, str], dict[tuple[str, int], bool]] = defaultdict(dict)
+    correct: dict[tuple[str, int, str], dict[tuple[str, int], tuple[str, bool]]] = defaultdict(dict)
     expected: dict[tuple[str, int, str], tuple[int, int]] = {}
     for row in rows:
         key = (row.set, row.step, row.settings)
-        correct[key].setdefault((row.problem_id, row.sample), row.correct)
+        correct[key].setdefault((row.problem_id, row.sample), (row.group or row.problem_id, row.correct))
         expected[key] = (row.problems * row.samples, row.tokens)
     found = []
     for key, samples in correct.items():
         count, tokens = expected[key]
         if len(samples) >= count:
-            found.append(PastEvaluation(*key, tokens=tokens, accuracy=_by_problem(samples)))
+            found.append(PastEvaluation(*key, tokens=tokens, accuracy=_by_problem(samples.values())))
     return found
 
 
-def _by_problem(samples: dict[tuple[str, int], bool]) -> dict[str, float]:
+def _by_problem(samples: Iterable[tuple[str, bool]]) -> dict[str, float]:
     verdicts: dict[str, list[bool]] = defaultdict(list)
-    for (problem_id, _), correct in samples.items():
-        verdicts[problem_id].append(correct)
-    return {problem_id: sum(values) / len(values) for problem_id, values in verdicts.items()}
+    for problem, correct in samples:
+        verdicts[problem].append(correct)
+    return {problem: sum(values) / len(values) for problem, values in verdicts.items()}

@@ -72,6 +72,8 @@ class SetEvaluation:
     def __init__(self, problems: EvaluationSet, settings: AnswerSettings, grader: Grader, file: EvaluationFile) -> None:
         self.problems, self.settings, self.grader, self.file = problems, settings, grader, file
         self.fingerprint = settings.fingerprint(problems)
+        number = {problem.problem_id: index for index, problem in enumerate(problems.problems)}
+        self._groups = [number[problem.group] for problem in problems.problems]
 
     def run(self, module: Answering, *, step: int, tokens: int, num_problems: int) -> dict[str, float]:
         """Sample and grade what the file does not hold yet; the metrics of the whole evaluation, equal on all ranks.
@@ -85,14 +87,14 @@ class SetEvaluation:
         mine = self._done(step, num_problems) if is_rank_zero() else {}
         done: dict[Pair, AnswerRow] = module.trainer.strategy.broadcast(mine)
         statistics = AnswerStatistics(seed=self.settings.seed).to(module.device)
-        statistics.update(**_columns(done if is_rank_zero() else {}, module.device))
+        statistics.update(**self._columns(done if is_rank_zero() else {}, module.device))
         every = [(problem, sample) for problem in range(num_problems) for sample in range(self.settings.samples)]
         missing = [pair for pair in every if pair not in done]
         batches = list(self._shares(missing))
         for index, share in enumerate(batches):
             grades, rollout, texts = self._answers(module, share)
             rows = self._rows(share, grades, rollout, texts, step=step, tokens=tokens, num_problems=num_problems)
-            statistics.update(**_columns(dict(zip(share, rows, strict=True)), module.device))
+            statistics.update(**self._columns(dict(zip(share, rows, strict=True)), module.device))
             everyones = gather_objects(rows)
             if is_rank_zero():
                 self.file.append(everyones)
@@ -179,23 +181,24 @@ class SetEvaluation:
                     samples=self.settings.samples,
                     tokens=shared["tokens"],
                     settings=self.fingerprint,
+                    group=problem.group,
                 )
             )
         return rows
 
-
-def _columns(rows: dict[Pair, AnswerRow], device: Any) -> dict[str, Tensor]:
-    values = {
-        "problem": [problem for problem, _ in rows],
-        "sample": [sample for _, sample in rows],
-        "correct": [row.correct for row in rows.values()],
-        "truncated": [row.truncated for row in rows.values()],
-        "timeout": [row.category == Outcome.TIMEOUT for row in rows.values()],
-        "no_answer": [row.category == Outcome.NO_ANSWER for row in rows.values()],
-        "length": [row.length for row in rows.values()],
-        "vote": [row.vote for row in rows.values()],
-    }
-    return {name: torch.tensor(column, dtype=torch.int64, device=device) for name, column in values.items()}
+    def _columns(self, rows: dict[Pair, AnswerRow], device: Any) -> dict[str, Tensor]:
+        values = {
+            "problem": [problem for problem, _ in rows],
+            "sample": [sample for _, sample in rows],
+            "group": [self._groups[problem] for problem, _ in rows],
+            "correct": [row.correct for row in rows.values()],
+            "truncated": [row.truncated for row in rows.values()],
+            "timeout": [row.category == Outcome.TIMEOUT for row in rows.values()],
+            "no_answer": [row.category == Outcome.NO_ANSWER for row in rows.values()],
+            "length": [row.length for row in rows.values()],
+            "vote": [row.vote for row in rows.values()],
+        }
+        return {name: torch.tensor(column, dtype=torch.int64, device=device) for name, column in values.items()}
 
 
 @contextmanager

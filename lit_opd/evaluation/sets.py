@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_opd.answers import BOX
 from lit_opd.errors import InputError
-from lit_opd.evaluation.grading import BOX, boxed_answer, is_integer, math_verify_available
+from lit_opd.evaluation.grading import is_integer, math_verify_available
 from lit_opd.prompts.encoding import EncodedPrompt, PromptEncoder, encode_rows
 from lit_opd.prompts.sources import DataSource, NotLoaded, PromptRow, read_prompts
 from lit_opd.streams import stable_hash
@@ -28,12 +31,14 @@ class Problem:
         text: the prompt as given to the student, before the chat template.
         reference: the answer to compare with.
         prompt: its tokens; the row id inside names the random streams.
+        group: id of the first problem with the same tokens, mostly its own: repeats are one problem with more samples.
     """
 
     problem_id: str
     text: str
     reference: str
     prompt: EncodedPrompt
+    group: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,11 @@ class EvaluationSet:
     def integers(self) -> bool:
         """True when every reference is a whole number: then answers are compared as integers only."""
         return all(is_integer(problem.reference) for problem in self.problems)
+
+    @property
+    def repeats(self) -> bool:
+        """True when a problem stands in more than one row."""
+        return len({problem.group for problem in self.problems}) < len(self.problems)
 
     @property
     def longest_prompt(self) -> int:
@@ -101,12 +111,22 @@ def _load(source: DataSource, encoder: PromptEncoder, *, suffix: str, seed: int)
     rows = [_with_suffix(row, suffix) for row in _rows(source)]
     references = [_reference(row) for row in rows]
     streams = [replace(row, row_id=f"{name}/{row.row_id}") for row in rows]
+    first: dict[tuple[int, ...], str] = {}
     problems = [
-        Problem(row.row_id, _text(row), reference, prompt)
+        Problem(row.row_id, _text(row), reference, prompt, first.setdefault(tuple(prompt.ids.tolist()), row.row_id))
         for row, reference, prompt in zip(rows, references, encode_rows(streams, encoder), strict=True)
     ]
+    _tell_repeats(name, len(rows), len(first))
     problems.sort(key=lambda problem: stable_hash(f"evaluation\0{seed}\0{problem.prompt.row_id}"))
     return EvaluationSet(name, tuple(problems))
+
+
+def _tell_repeats(name: str, rows: int, different: int) -> None:
+    if different < rows:
+        rank_zero_info(
+            f"evaluation set {name}: {different} different problems in {rows} rows; a repeated problem counts once, with the "
+            f"samples of all its rows, and intervals are over the {different}"
+        )
 
 
 def _rows(source: DataSource) -> list[PromptRow]:
@@ -125,11 +145,9 @@ def _rows(source: DataSource) -> list[PromptRow]:
 
 
 def _reference(row: PromptRow) -> str:
-    """The answer of a row; of a whole solution, what is in its last box."""
+    """The answer of a row, which must not be empty or an unfinished solution."""
     answer = (row.answer or "").strip()
-    if BOX in answer:
-        answer = (boxed_answer(answer) or "").strip()
-    if not answer:
+    if not answer or BOX in answer:
         raise InputError(f"{row.where}: the answer is missing; give every problem of an evaluation set one")
     return answer
 

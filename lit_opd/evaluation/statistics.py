@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -9,7 +11,18 @@ from torchmetrics import Metric
 from lit_opd.masked import positions
 
 
-class WeightedMean(Metric):
+class ExactMetric(Metric):
+    """A metric whose sums keep their dtype where the module around it is cast: in bfloat16 a count ends at 256."""
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        def moved(value: Tensor) -> Tensor:
+            there: Tensor = fn(value)
+            return there if there.dtype == value.dtype else value.to(there.device)
+
+        return super()._apply(moved, *args, **kwargs)
+
+
+class WeightedMean(ExactMetric):
     """Mean of values with weights; NaN where nothing was counted."""
 
     full_state_update = False
@@ -32,7 +45,7 @@ class WeightedMean(Metric):
         return self.total / self.count
 
 
-class PositionBands(Metric):
+class PositionBands(ExactMetric):
     """Means of a per-token quantity in equal bands of the relative position (i - 0.5) / n.
 
     Args:
@@ -67,7 +80,7 @@ class PositionBands(Metric):
 BOOTSTRAP_DRAWS = 2000
 CONFIDENCE = 0.95
 NO_VOTE, RIGHT_VOTE = 0, 1  # values of `vote`; every other value names one wrong answer
-ANSWER_COLUMNS = ("problem", "sample", "correct", "truncated", "timeout", "no_answer", "length", "vote")
+ANSWER_COLUMNS = ("problem", "sample", "group", "correct", "truncated", "timeout", "no_answer", "length", "vote")
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -146,8 +159,8 @@ def paired_difference(
 class AnswerStatistics(Metric):
     """avg@k, unbiased pass@k, majority@k and more, from graded samples over all ranks.
 
-    Every (problem, sample) counts once, however often it was added. The interval is over problems: the samples of one
-    problem are no independent evidence about the next.
+    Every (problem, sample) counts once, however often it was added. The interval is over groups, which are the different
+    problems: the samples of one problem, and of its repeats in the set, are no independent evidence about the next.
 
     Args:
         seed: of the bootstrap.
@@ -165,8 +178,8 @@ class AnswerStatistics(Metric):
         """Add N samples; call it on every rank, with N = 0 where there are none.
 
         Args:
-            columns: int64 or bool [N] each: problem, sample, correct, truncated, timeout, no_answer, length (tokens) and
-                vote (see ``majority_credit``).
+            columns: int64 or bool [N] each: problem (row of the set), sample, group (number that rows with the same problem
+                share), correct, truncated, timeout, no_answer, length (tokens) and vote (see ``majority_credit``).
         """
         self.rows.append(torch.stack([columns[name].to(torch.int64) for name in ANSWER_COLUMNS], -1))
 
@@ -174,7 +187,7 @@ class AnswerStatistics(Metric):
         """Values by name; fractions in [0, 1], the length in tokens."""
         table = self._unique(torch.cat(self.rows) if isinstance(self.rows, list) else self.rows).cpu()
         column = dict(zip(ANSWER_COLUMNS, table.unbind(-1), strict=True))
-        groups = [table[column["problem"] == problem] for problem in column["problem"].unique().tolist()]
+        groups = [table[column["group"] == group] for group in column["group"].unique().tolist()]
         right = ANSWER_COLUMNS.index("correct")
         counts = [(len(group), int(group[:, right].sum())) for group in groups]
         solved = torch.tensor([correct / samples for samples, correct in counts], dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,20 +13,40 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lit_opd.errors import InputError
+from lit_opd.models.plain_outputs import switch_off
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 NAMED_WEIGHTS = 5
+ADAPTER = "adapter_config.json"
+_ATTENTION = re.compile(r"attn_implementation|scaled_dot_product|(flash|flex|paged)[ _-]?att", re.IGNORECASE)
 _TEXT_CONFIGS = ("text_config", "decoder", "generator", "llm_config", "language_config")  # parts of composed models
 _LONGEST_REASON = 300  # characters of what a library says
 
 
 def _require_reachable(path: str, field: str) -> None:
+    _refuse_adapter(Path(path).expanduser(), field)
     looks_local = not path.strip() or path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.isdir(path)
     if looks_local and not os.path.isfile(os.path.join(os.path.expanduser(path), "config.json")):
         raise InputError(
             f"`{field}` must be a Hugging Face folder with a config.json, or a hub id, got {path!r}; "
             "check the path (relative paths start at the current folder)"
         )
+
+
+def _refuse_adapter(folder: Path, field: str) -> None:
+    """transformers would load an adapter's base model from elsewhere, put the adapter on it, and freeze the base."""
+    if not (folder / ADAPTER).is_file():
+        return
+    if any(folder.glob("model*.safetensors")):
+        raise InputError(
+            f"`{field}` must hold one model, got {str(folder)!r} with whole weights and an adapter beside them; delete or move "
+            f"{ADAPTER} and adapter_model.* to train the whole weights, or merge the adapter (peft's merge_and_unload) and "
+            "give the merged folder"
+        )
+    raise InputError(
+        f"`{field}` must hold a whole model, got the adapter {str(folder)!r}; merge it into its base model (peft's "
+        "merge_and_unload), save that with the tokenizer, and give the merged folder"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -36,7 +57,10 @@ def _reason(error: Exception) -> str:
 
 def _hub_error(field: str, path: str, error: Exception) -> InputError:
     """What a loader of transformers raised; it may be anything."""
-    if os.path.isdir(os.path.expanduser(path)):
+    if _ATTENTION.search(str(error)):
+        setting = f"{field.removesuffix('.path')}.attn_implementation"
+        remedy = f"set `{setting}` to one that this model and machine have, such as eager"
+    elif os.path.isdir(os.path.expanduser(path)):
         remedy = "correct that file, or copy the folder again"
     else:
         remedy = "without a network, download the model elsewhere and give its local folder"
@@ -146,10 +170,12 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    _require_reachable(path, field)
+    config = load_config(path, field, trust_remote_code=trust_remote_code)
+    switched_off = switch_off(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             os.path.expanduser(path),
+            config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -164,6 +190,7 @@ def load_causal_lm(
         raise _hub_error(field, path, error) from error
     model, report = loaded
     _require_complete(report, field, path)
+    model.switched_off = switched_off  # for its export
     return model
 
 
@@ -206,6 +233,7 @@ def empty_causal_lm(
             f"`{field}` must not be a quantised checkpoint when weights are sharded, got {path!r}; use its unquantised "
             "version or `RemoteTeacher`"
         )
+    switched_off = switch_off(config)
     handle = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]  # may return another
     try:
         model = AutoModelForCausalLM.from_config(
@@ -219,6 +247,7 @@ def empty_causal_lm(
     finally:
         handle.remove()
     _keep_float32(model, getattr(torch, dtype))
+    model.switched_off = switched_off
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The student as configured: LoRA, recomputed activations, no dropout."""
+"""The student as configured: LoRA, recomputed activations, always in evaluation mode."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from lit_opd.errors import InputError
 from lit_opd.models.loading import Dtype, _reason, empty_causal_lm, load_causal_lm
+from lit_opd.models.positions import fix_positions
+from lit_opd.models.recomputation import recompute_blocks
 
 
 @dataclass
@@ -20,7 +22,7 @@ class LoraSettings:
     Args:
         rank: rank of the adapters.
         alpha: scale numerator; the update is alpha / rank * B A.
-        dropout: dropout on the adapter's input; anything but 0 makes sampler and scorer differ.
+        dropout: has no effect but a warning: the policy that is scored must be the one that sampled, which has no dropout.
         target_modules: module names to adapt, or "all-linear".
     """
 
@@ -68,10 +70,13 @@ class StudentSettings:
     lazy: bool = True
 
 
-def build_student(settings: StudentSettings, *, empty: bool = False) -> Any:
-    """The student with its options applied: LoRA, gradient checkpointing, frozen or trainable weights, no dropout.
+def build_student(settings: StudentSettings, *, empty: bool = False, longest: int | None = None) -> Any:
+    """The student with its options applied: LoRA, gradient checkpointing, frozen or trainable weights.
 
-    ``empty`` builds it without weights, see ``empty_causal_lm``.
+    Args:
+        settings: see there.
+        empty: without weights, see ``empty_causal_lm``.
+        longest: tokens of the run's longest row, None where it is not known; see ``fix_positions``.
     """
     model = (empty_causal_lm if empty else load_causal_lm)(
         settings.path,
@@ -86,24 +91,13 @@ def build_student(settings: StudentSettings, *, empty: bool = False) -> Any:
             "weights; keep float32 and set --trainer.precision bf16-mixed",
             stacklevel=2,
         )
-    _remove_dropout(model)
     _clear_generation_defaults(model)
+    fix_positions(model, field="model.student", longest=longest)
+    if settings.gradient_checkpointing:
+        recompute_blocks(model)
     if settings.lora is not None:
         model = _with_lora(model, settings.lora)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if settings.lora is not None:
-            model.enable_input_require_grads()
-    return model
-
-
-def _remove_dropout(model: nn.Module) -> None:
-    """Dropout would make the scored policy another than the sampled one."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model.eval()
 
 
 def _clear_generation_defaults(model: Any) -> None:
@@ -120,6 +114,12 @@ def _with_lora(model: nn.Module, settings: LoraSettings) -> Any:
         raise InputError(
             "`model.student.lora` needs the package peft; install the extra: pip install -e '.[lora]'"
         ) from error
+    if settings.dropout:
+        warnings.warn(
+            f"`model.student.lora.dropout` is {settings.dropout} and has no effect: the student is trained as it samples, "
+            "without dropout",
+            stacklevel=3,
+        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it, a float serves

@@ -19,6 +19,7 @@ from lit_opd.distributed import check_master_port, shared_failure
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import shards
 from lit_opd.models.vocabulary import stop_warning
+from lit_opd.preflight.callback_checks import check_batches
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
@@ -77,6 +78,7 @@ def check_before(
 
 def check_run(module: Subject, data: PromptDataModule | None) -> None:
     """The checks of a module that has its trainer; ``data`` is set up."""
+    module.longest_row = longest_row(module, data)
     check_trainer(module)
     check_scorers(module)
     check_batch(module, data, ranks=module.trainer.world_size)
@@ -104,9 +106,11 @@ def check_trainer(module: Subject) -> None:
     if trainer.max_steps == 0 or trainer.max_epochs == 0:
         raise InputError("`trainer.max_steps` must be >= 1, or -1 for no bound, got 0: nothing would be trained")
     if trainer.max_steps > 0 and trainer.max_steps % updates:
+        by = f", which `trainer.fast_dev_run` set; give {updates} batches" if trainer.fast_dev_run else ""  # type: ignore[attr-defined]
         raise InputError(
-            f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {trainer.max_steps}"
+            f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {trainer.max_steps}{by}"
         )
+    check_batches(trainer)
     if str(trainer.precision).startswith("16"):
         raise InputError(f"`trainer.precision` must be 32-true, 64-true or bf16, got {trainer.precision}")
     if trainer.gradient_clip_val is not None:
@@ -244,11 +248,16 @@ def _longest_prompt(data: PromptDataModule | None) -> int | None:
     return None if limit is None else max(limit, getattr(data, "longest_prompt", limit))
 
 
-def check_servers(module: Subject, data: PromptDataModule | None) -> None:
-    """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
+def longest_row(module: Subject, data: PromptDataModule | None) -> int | None:
+    """Tokens that a prompt and response may have together, validation included; None where the data sets no limit."""
     limit = _longest_prompt(data)
     response = max(module.sampler.max_new_tokens, module.validation.max_new_tokens or 0)
-    tokens = None if limit is None else limit + response
+    return None if limit is None else limit + response
+
+
+def check_servers(module: Subject, data: PromptDataModule | None) -> None:
+    """Servers of teacher and sampler answer, serve the right model and hold the longest row."""
+    tokens = longest_row(module, data)
     with shared_failure():
         for scorer in module.scorers.values():
             scorer.check_student(module.student_settings)

@@ -14,6 +14,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_opd.errors import InputError, first_line
+from lit_opd.models.agreement import gap_bound
+from lit_opd.preflight.module_checks import longest_row
 from lit_opd.preflight.plan import GIB, Plan, host_memory
 from lit_opd.preflight.sizes import NotEstimated, model_size
 from lit_opd.preflight.subject import Subject
@@ -24,7 +26,6 @@ from lit_opd.types import Rollout
 ROWS, TOKENS = 4, 16  # responses and their length
 LARGEST = 2 * GIB  # bytes of weights that are loaded without being asked to: seconds on a CPU
 MEMORY_SHARE = 0.7  # of this machine's memory that the weights may take
-GAP, HALF_GAP = 1e-3, 0.05  # nats a token between sampler and scorer, in float32 and in half precision
 OWN, HALF_OWN = 1e-4, 0.05  # nats: largest |A| of a student that is its own teacher, scored row by row
 
 
@@ -117,6 +118,7 @@ def _bytes(module: Subject, path: str) -> int:
 
 
 def _probed(module: Subject, data: PromptDataModule) -> Probe:
+    module.longest_row = longest_row(module, data)
     module.configure_model()
     batch = next(iter(data.train_dataloader()))
     settings = module.sampling_settings(max_new_tokens=min(TOKENS, module.sampler.max_new_tokens))
@@ -134,7 +136,7 @@ def _probed(module: Subject, data: PromptDataModule) -> Probe:
     return Probe(
         tokens=int(rollout.mask.sum()),
         gap=_mean((student - rollout.sampler_logprobs).abs(), rollout.mask),
-        gap_bound=module.sampler.max_logprob_gap or (HALF_GAP if half else GAP),
+        gap_bound=module.sampler.max_logprob_gap or gap_bound(half=half),
         disagreement=_mean((teacher - student).abs(), rollout.mask),
         own=_own_signal(module, rollout, student) if _local(module) else None,
         own_bound=HALF_OWN if half else OWN,

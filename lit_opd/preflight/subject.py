@@ -30,6 +30,7 @@ class Subject(Protocol):
     optimizer_factory: OptimizerFactory
     scheduler_factory: SchedulerFactory | None
     trainer: Trainer
+    longest_row: int | None  # tokens of a prompt and response, noted by the checks
     student: Any  # the ``ScoringModel`` once it is loaded
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_pro
 from lit_opd.streams import stable_hash
 
 _HASH_RANGE = 1 << 63
+DEFAULT_SPLIT_SEED = 42
 _POSITIVE = ("prompt_batch", "samples_per_prompt", "max_prompt_tokens", "val_batch")
 
 
@@ -55,10 +58,12 @@ class PromptDataModule(LightningDataModule):
         teacher_chat_template: None: like the student's.
         teacher_template_options: None: the student's options.
         teacher_system_prompt: None: the student's.
-        val_fraction: share of the training rows held out by a hash of (seed, row id), instead of ``val``.
+        val_fraction: share of the training rows held out by a hash of (split seed, row id), instead of ``val``.
         val_batch: validation prompts a batch over all ranks.
         val_limit: keep the first so many validation prompts.
-        seed: of order and split.
+        seed: of the order of the training prompts; None: the run's (the module's ``seed``, else ``seed_everything``).
+        split_seed: of ``val_fraction``; None: ``seed`` where that is set, else 42, so that runs of other seeds are measured on
+            the same rows.
         too_long: what happens to prompts above ``max_prompt_tokens``: "filter" (counted) or "error".
         special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "refuse": they are an error;
             "allow": they become control tokens, and prompts that are rendered already are taken as they are.
@@ -88,11 +93,12 @@ class PromptDataModule(LightningDataModule):
         val_fraction: float | None = None,
         val_batch: int = 64,
         val_limit: int | None = None,
-        seed: int = 42,
+        seed: int | None = None,
         too_long: Literal["filter", "error"] = "filter",
         special_tokens_in_text: SpecialTokensInText = "escape",
         tokenizer: str | None = None,
         pad_token: str | None = None,
+        split_seed: int | None = None,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
@@ -105,8 +111,9 @@ class PromptDataModule(LightningDataModule):
         self.teacher_chat_template, self.teacher_system_prompt = teacher_chat_template, teacher_system_prompt
         self.teacher_template_options = teacher_template_options
         self.val_fraction, self.val_batch, self.val_limit = val_fraction, val_batch, val_limit
-        self.seed, self.special_tokens_in_text = seed, special_tokens_in_text
+        self.seed, self.split_seed, self.special_tokens_in_text = seed, split_seed, special_tokens_in_text
         self.tokenizer_path, self.pad_token = tokenizer, pad_token
+        self.may_differ = False  # from the checkpoint's data, where a run goes on and was told so
         self._tokenizers: tuple[Any | None, Any | None] = (None, None)  # what `use_tokenizer` was given
         self._forget()
 
@@ -225,13 +232,22 @@ class PromptDataModule(LightningDataModule):
     def _ordered_train(self) -> tuple[list[EncodedPrompt], PromptOrder]:
         sources = [self._encoded(rows, "train") for rows in self._split_train()[0]]
         prompts = self._without_needless_teacher_ids([prompt for source in sources for prompt in source])
-        order = PromptOrder([len(source) for source in sources], _weights(_source_list(self.train)), self.seed)
+        order = PromptOrder([len(source) for source in sources], _weights(_source_list(self.train)), self.order_seed)
         if len(prompts) < self.prompt_batch:
             rank_zero_warn(
                 f"`PromptDataModule.train` has {len(prompts)} prompts, fewer than `prompt_batch` {self.prompt_batch}: "
                 "a batch repeats prompts, with different samples"
             )
         return prompts, order
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of the training prompts: the setting, else the run's seed."""
+        if self.seed is not None:
+            return self.seed
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        given = getattr(module, "seed", None)
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if given is None else int(given)
 
     def _split_train(self) -> tuple[list[list[PromptRow]], list[PromptRow]]:
         """Training rows by source, and the rows held out by ``val_fraction``."""
@@ -242,13 +258,15 @@ class PromptDataModule(LightningDataModule):
         kept = [[row for row in rows if not self._held_out(row)] for rows in self._train_rows]
         held_out = [row for rows in self._train_rows for row in rows if self._held_out(row)]
         field, wanted = f"{type(self).__name__}.val_fraction", "such that train (each source) and validation have rows"
-        remedy = "change it or `seed`, or give a `val` file"
+        remedy = "change it or `split_seed`, or give a `val` file"
         require(bool(held_out) and all(kept), field, wanted, self.val_fraction, remedy)
         return kept, held_out
 
     def _held_out(self, row: PromptRow) -> bool:
         assert self.val_fraction is not None
-        return stable_hash(f"split\0{self.seed}\0{row.row_id}") < self.val_fraction * _HASH_RANGE
+        seeds = (self.split_seed, self.seed, DEFAULT_SPLIT_SEED)
+        seed = next(seed for seed in seeds if seed is not None)
+        return stable_hash(f"split\0{seed}\0{row.row_id}") < self.val_fraction * _HASH_RANGE
 
     def _encoded_val(self) -> list[EncodedPrompt]:
         if self.val is not None:
@@ -312,12 +330,20 @@ class PromptDataModule(LightningDataModule):
                 prompt_batch=self.prompt_batch,
                 samples_per_prompt=self.samples_per_prompt,
                 processed=self._num_processed if self.trainer is not None else None,
+                repeated=self._num_repeated(),
+                may_differ=self.may_differ,
                 **self._shared_options(),
             )
         if self._state_to_load is not None:
             self._loader.load_state_dict(self._state_to_load)
             self._state_to_load = None
         return self._loader
+
+    def _num_repeated(self) -> int | None:
+        """Batches that ``trainer.overfit_batches`` trains on again and again; None for all."""
+        asked = self.trainer.overfit_batches if self.trainer is not None else 0  # type: ignore[attr-defined]
+        epoch = math.ceil(len(self._order) / self.prompt_batch)
+        return None if not asked else max(1, int(asked * epoch)) if isinstance(asked, float) else int(asked)
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Validation prompts in file order; an empty list without validation data."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_opd.errors import InputError
@@ -103,6 +104,8 @@ class PromptLoader:
         rank: int = 0,
         world: int = 1,
         processed: Callable[[], int] | None = None,
+        repeated: int | None = None,
+        may_differ: bool = False,
     ) -> None:
         if prompt_batch < 1 or prompt_batch % world:
             raise InputError(
@@ -113,7 +116,7 @@ class PromptLoader:
         self.prompt_batch, self.samples_per_prompt = prompt_batch, samples_per_prompt
         self.pad_id, self.teacher_pad_id = pad_id, teacher_pad_id
         self.rank, self.world = rank, world
-        self._processed = processed
+        self._processed, self.repeated, self.may_differ = processed, repeated, may_differ
         self._handed_out = 0  # batches
         self._processed_before: int | None = None  # the trainer's count when the last batch was handed out
         self._fingerprint = stable_hash("\0".join([*(p.row_id for p in prompts), *map(str, order.quotas)]))
@@ -125,8 +128,8 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         for _ in range(len(self)):
             self._processed_before = self._processed() if self._processed else None
-            self._handed_out += 1
-            yield self.batch(self._handed_out - 1)
+            index, self._handed_out = self._handed_out, self._handed_out + 1
+            yield self.batch(index if self.repeated is None else index % self.repeated)
 
     @property
     def num_finished(self) -> int:
@@ -164,7 +167,8 @@ class PromptLoader:
         return {"batches": self.num_finished, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue after ``state_dict``'s last finished batch; another number of ranks is fine.
+        """Continue after ``state_dict``'s last finished batch; another number of ranks is fine. Where the run was told that its
+        data may differ, another order is walked from its start.
 
         Raises:
             InputError: when the data, the seed or the batch size is another.
@@ -176,6 +180,11 @@ class PromptLoader:
             "prompt_batch": "`PromptDataModule.prompt_batch` must be the checkpoint's",
         }
         for name, value in self._identity().items():
+            if state_dict.get(name) != value and self.may_differ:
+                rank_zero_warn(
+                    "the training prompts, their order or the batch are not the checkpoint's: from the first one on"
+                )
+                return
             if state_dict.get(name) != value:
                 raise InputError(
                     f"{what[name]}, {state_dict.get(name)}, got {value}; restore the setting, or start a new run from "

@@ -51,19 +51,14 @@ class TransformersSampler(Sampler):
             settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
         )
         draw = _Draw(model, uniforms, settings)
-        training = model.training
-        model.eval()  # no dropout, and gradient checkpointing would switch the cache off
-        try:
-            with cached_casts(prompts.ids.device):
-                ids = model.generate(
-                    input_ids=prompts.ids,
-                    attention_mask=prompts.mask.long(),
-                    generation_config=_generation_config(settings),
-                    logits_processor=LogitsProcessorList([draw]),
-                    synced_gpus=False,  # sharded weights are gathered for the whole rollout
-                )
-        finally:
-            model.train(training)
+        with cached_casts(prompts.ids.device):
+            ids = model.generate(
+                input_ids=prompts.ids,
+                attention_mask=prompts.mask.long(),
+                generation_config=_generation_config(settings),
+                logits_processor=LogitsProcessorList([draw]),
+                synced_gpus=False,  # sharded weights are gathered for the whole rollout
+            )
         response = ids[:, prompts.ids.shape[1] :]
         logprobs = torch.stack(draw.logprobs[: response.shape[1]], -1)
         return finish(prompts, response, logprobs, settings, engine=ENGINE)

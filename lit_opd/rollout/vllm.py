@@ -202,7 +202,7 @@ def as_rollout(
     """
     columns = max(len(tokens) for tokens, _ in rows)
     ids = torch.full((len(rows), columns), settings.pad_id, dtype=torch.int64)
-    logprobs = torch.zeros(len(rows), columns)
+    logprobs = torch.zeros(len(rows), columns, dtype=torch.float32)
     for row, (tokens, values) in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         logprobs[row, : len(values)] = torch.tensor(values)

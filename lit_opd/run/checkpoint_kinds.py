@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
 
 from lit_opd.errors import InputError
 from lit_opd.run.shard_index import read_index
 
 # not the command of the same name in lightning.pytorch, which fails on the shards of FSDP2
+STUDENT = "student.model."  # of the module's weights, those of the transformers model
 CONSOLIDATE = "python -m lightning.fabric.utilities.consolidate_checkpoint"
 
 
@@ -73,3 +76,41 @@ def from_consolidated(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = checkpoint.pop("model")
     if "optimizer_0" in checkpoint:
         checkpoint["optimizer_states"] = [checkpoint.pop("optimizer_0")]
+
+
+def student_weights(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's weights in a checkpoint of any kind: one file, consolidated shards, or a folder of them.
+
+    Args:
+        path: the checkpoint.
+        like: weights by name of the model they are for; only names and shapes are read.
+    Raises:
+        InputError: weights are missing, extra or of another shape.
+    """
+    found = _of_shards(path, like) if path.is_dir() else _of_file(path)
+    differing = [name for name in like.keys() & found.keys() if like[name].shape != found[name].shape]
+    wrong = sorted([*(like.keys() ^ found.keys()), *differing])
+    if wrong:
+        raise InputError(
+            f"`--ckpt_path` must be a checkpoint of the config's student, but {len(wrong)} weights of {path} are missing, extra "
+            f"or of another shape: {', '.join(wrong[:5])}; give the run folder it was made in"
+        )
+    return found
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    from_consolidated(checkpoint)
+    weights = checkpoint.get("state_dict", {})
+    return {name.removeprefix(STUDENT): value for name, value in weights.items() if name.startswith(STUDENT)}
+
+
+def _of_shards(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from torch.distributed import checkpoint as dcp
+
+    saved = read_index(path).state_dict_metadata  # before torch reads the folder, see there
+    prefixes = [prefix + STUDENT for prefix in ("state_dict.", "model.")]
+    names = {name: prefix for prefix in prefixes for name in saved if name.startswith(prefix)}
+    state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(names[name]): value for name, value in state.items()}

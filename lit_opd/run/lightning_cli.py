@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from functools import reduce
+from operator import or_
+from typing import Any, Union, get_args, get_origin
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+
+def whole_numbers_first(annotations: dict[str, Any]) -> None:
+    """Put int before float in every union, in place: a parser takes the first that fits, and 1 batch is not 1.0, all of them.
+
+    ``typing`` keeps one union for all that are equal, in the order of whoever wrote it first: another package's
+    ``Optional[Union[float, int]]`` turned Lightning's ``Optional[Union[int, float]]`` around.
+    """
+    for name, kind in annotations.items():
+        parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+        if int in parts and float in parts:
+            annotations[name] = reduce(or_, [int, *(part for part in parts if part is not int)])
 
 
 class PlainCLI(LightningCLI):
     """Lightning's command line; a checkpoint does not change the config, and options can be checked before the seed is set."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        whole_numbers_first(Trainer.__init__.__annotations__)
+        super().__init__(*args, **settings)
 
     def check_options(self) -> None:
         """Called once the command line is parsed, before anything is set or built."""

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from lit_opd.errors import InputError, first_line
 from lit_opd.run.csv_logger import RunCSVLogger, run_id
-from lit_opd.run.lightning import begun_experiment, wandb_settings
+from lit_opd.run.lightning import wandb_settings
 from lit_opd.run.trained_settings import strategy_name, trained_settings
 from lit_opd.run.wandb_logger import RunWandbLogger
 
@@ -38,7 +38,8 @@ def chosen_loggers(run_dir: Path, settings: Mapping[str, Any], saved: Mapping[st
     Raises:
         InputError: TensorBoard's package is missing.
     """
-    wandb, found = settings["wandb"], []
+    wandb = settings["wandb"]
+    found: list[Logger] = []
     if wandb["mode"] != "disabled":
         named = {name: wandb[name] for name in ("project", "entity", "group", "tags") if wandb.get(name)}
         identity = run_id(run_dir) if saved else None
@@ -46,7 +47,7 @@ def chosen_loggers(run_dir: Path, settings: Mapping[str, Any], saved: Mapping[st
         found.append(RunWandbLogger(name=run_dir.name, save_dir=str(run_dir), id=identity, offline=offline, **named))
     if settings.get("tensorboard"):
         try:
-            found.append(TensorBoardLogger(str(run_dir), name=TENSORBOARD, version="", default_hp_metric=False))
+            found.append(TensorBoardLogger(str(run_dir), name=TENSORBOARD, version=""))
         except ModuleNotFoundError as error:
             raise InputError(
                 f"`--tensorboard` needs the package tensorboard or tensorboardX ({first_line(error)}); "
@@ -58,8 +59,6 @@ def chosen_loggers(run_dir: Path, settings: Mapping[str, Any], saved: Mapping[st
 def describe(loggers: Sequence[Logger], config: Mapping[str, Any], *, seed: int | None) -> None:
     """Tell every logger but the run's own CSV file what the run is; rank 0, before the first number.
 
-    W&B groups runs by the weighting's class, unless a group was given, so that seeds of one strategy stand together.
-
     Args:
         loggers: of the trainer.
         config: the resolved config as plain values without secrets.
@@ -69,13 +68,21 @@ def describe(loggers: Sequence[Logger], config: Mapping[str, Any], *, seed: int 
     strategy, objective = strategy_name(trained), _class_name(config, "objective", "PolicyLoss")
     labels = {"strategy": strategy, "objective": objective, "seed": seed, "learning_rate": _rate(config)}
     for logger in loggers:
-        if isinstance(logger, RunCSVLogger):
-            continue
-        if isinstance(logger, WandbLogger) and begun_experiment(logger) is None:
-            begin = wandb_settings(logger)
-            begin["group"] = begin.get("group") or strategy
-            begin["tags"] = list(begin.get("tags") or (strategy, objective))
-        logger.log_hyperparams({**labels, **config})
+        if not isinstance(logger, RunCSVLogger):
+            logger.log_hyperparams({**labels, **config})
+
+
+def label(loggers: Sequence[Logger], config: Mapping[str, Any]) -> None:
+    """Give W&B's runs group and tags before they begin, unless they have some: seeds of one strategy stand together.
+
+    Args:
+        loggers: W&B's among them.
+        config: as for ``describe``.
+    """
+    strategy = strategy_name(trained_settings(config))
+    for settings in (wandb_settings(logger) for logger in loggers if isinstance(logger, WandbLogger)):
+        settings["group"] = settings.get("group") or strategy
+        settings["tags"] = list(settings.get("tags") or (strategy, _class_name(config, "objective", "PolicyLoss")))
 
 
 def _class_name(config: Mapping[str, Any], name: str, default: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 
 def crossed(step: int, last: int, every: int) -> bool:
@@ -28,3 +30,25 @@ def log_media(trainer: Trainer, media: dict[str, Any], step: int) -> None:
     """To W&B, on the same step axis as the numbers."""
     for run in wandb_runs(trainer):
         run.log({**media, "trainer/global_step": step})
+
+
+def log_pictures(trainer: Trainer, pictures: Mapping[str, Path], step: int) -> None:
+    """PNG files to W&B and TensorBoard.
+
+    Args:
+        trainer: whose loggers.
+        pictures: files by the name they are shown under.
+        step: optimizer step.
+    """
+    if wandb_runs(trainer):
+        import wandb
+
+        log_media(trainer, {name: wandb.Image(str(path)) for name, path in pictures.items()}, step)
+    writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    if writers:
+        from matplotlib.image import imread
+
+        for name, path in pictures.items():
+            pixels = imread(path)  # [height, width, 4], in [0, 1]
+            for writer in writers:
+                writer.add_image(name, pixels[..., :3], step, dataformats="HWC")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # name for `--allow_change` -> settings
     "optimizer": ("model.optimizer", "model.lr_scheduler", "model.gradient_clip_norm"),
 }
 FREE = frozenset({"optimizer"})  # may change unasked: the run warns of each option, see `changed_options`
-ASKED = tuple(group for group in GROUPS if group not in FREE)
+Group = Literal["weighting", "objective", "models", "data", "sampler", "seed"]  # what may change by name
 # speed, memory, addresses and limits of servers: the same tokens train the same weights whatever they are
 WITHOUT_EFFECT = frozenset(
     """gradient_checkpointing compile lazy attn_implementation offload trust_remote_code val_batch
@@ -115,19 +115,21 @@ class TrainedSettings:
 
     Args:
         now: settings of this process; None where no command line gave any.
+        before: of the checkpoint that the run goes on from, where it does not say its spans; None where nothing is known.
     """
 
-    def __init__(self, now: Settings | None = None) -> None:
-        self.now = now
+    def __init__(self, now: Settings | None = None, before: Settings | None = None) -> None:
+        self.now, self.before = now, before
         self.spans: list[Span] = []
 
     def begin(self, step: int) -> None:
         """Training starts at an optimizer step: a new span where the settings are new ones."""
         if self.now is None:
             return
-        self.spans = [span for span in self.spans if span.start < step or span.start == 0 == step]
+        self.spans = [span for span in self.spans if span.start < step]
+        if step and not self.spans:
+            self.spans = [Span(0, self.before or {})]
         if not self.spans or differences(self.spans[-1].settings, self.now):
-            self.spans = [span for span in self.spans if span.start < step]
             self.spans.append(Span(step, self.now))
 
     def state(self) -> list[dict[str, Any]]:
@@ -156,7 +158,9 @@ class TrainedSettings:
 
 
 def strategy_name(settings: Settings) -> str:
-    """The class of the weighting."""
+    """The class of the weighting; "unknown" of steps that nothing is known of."""
+    if not settings:
+        return "unknown"
     given = settings.get("weighting", {}).get("model.weighting") or {}
     return str(given.get("class_path", "ImportanceWeighting")).rsplit(".", 1)[-1]
 

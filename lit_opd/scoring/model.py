@@ -9,6 +9,9 @@ then gather the head's weight, and generation goes through the wrapper for the s
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +28,13 @@ from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs,
 from lit_opd.types import Rollout, TokenScores, TopK
 
 PROBE_TOKENS = 4
-PROBE_TOLERANCE = 1e-3  # nats; bf16 models get the looser bound below
+PROBE_SIZES = (None, 1.0, 1e2, 1e4)  # spread of the logits; a soft cap of 30 moves those of size 1 by 4e-4 only
+PROBE_TOLERANCE = (
+    1e-3  # nats, as a share of the largest log-prob where that is above 1; bf16 models get the looser bound
+)
 PROBE_TOLERANCE_HALF = 0.1
+
+_ONE_OF_MANY = re.compile(r"experts?\.\d+\.")  # an expert that these tokens did not choose; others may
 
 FEW_ROWS = 8  # up to so many, and for a float32 head of so many elements,
 LARGE_HEAD = 2**22  # head @ states.T takes half the time of states @ head.T on the CPU; more than that otherwise
@@ -109,12 +117,33 @@ class ScoringModel(nn.Module):
         self.register_buffer("_unused", torch.tensor(self.unused) if self.unused else None, persistent=False)
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
+        self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScoringModel:
+        """Casts as torch does, but tables that are no weights, such as the angles of rotary positions, lose no bits: in bfloat16
+        the angle of position 4096 would be off by many turns."""
+        tables = {id(value) for value in self.buffers()}
+
+        def cast(value: Tensor) -> Tensor:
+            there = fn(value)
+            narrower = there.is_floating_point() and there.dtype.itemsize < value.dtype.itemsize
+            return value.to(there.device) if narrower and id(value) in tables else there
+
+        return super()._apply(cast, recurse)
+
+    def train(self, mode: bool = True) -> ScoringModel:
+        """Stays in evaluation mode: the policy that is scored, and trained, is the one that sampled."""
+        return super().train(False)
 
     @property
     def causal_lm(self) -> Any:
         """The transformers model itself, without a PEFT wrapper around it."""
         get_base_model = getattr(self.model, "get_base_model", None)
         return get_base_model() if get_base_model is not None else self.model
+
+    def __call__(self, *inputs: Any, **settings: Any) -> TokenScores:
+        """``forward`` with its hooks, as a record."""
+        return _record(super().__call__(*inputs, **settings))
 
     def forward(
         self,
@@ -126,8 +155,11 @@ class ScoringModel(nn.Module):
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
         head: Head | None = None,
-    ) -> TokenScores:
+    ) -> dict[str, Tensor]:
         """Score the sampled tokens of ``rollout``.
+
+        A plain dictionary leaves it and not the record: FSDP2 gathers a unit's weights for the backward pass by hooks on
+        the tensors it finds in the output, and torch before 2.13 does not look into a dataclass.
 
         Args:
             rollout: B rows; only valid tokens are scored.
@@ -138,7 +170,8 @@ class ScoringModel(nn.Module):
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
         Returns:
-            [B, T] in nats, 0 where masked; the log-probs and the divergence carry gradient.
+            [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
+            The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
         """
         places = Places.of(rollout, own_template=own_template)
         head = self._head(rollout, places, own_template=own_template) if head is None else head
@@ -152,11 +185,10 @@ class ScoringModel(nn.Module):
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
             found["divergence"] = divergence(head, against, temperature=temperature)
-        topk = None
         if "topk" in wants:
-            ids, logprobs = token_topk(head, k=TOP_K, temperature=temperature)
-            topk = TopK(ids=places.scatter(ids), logprobs=places.scatter(logprobs))
-        return TokenScores(**{name: places.scatter(value) for name, value in found.items()}, topk=topk)
+            found["topk.ids"], found["topk.logprobs"] = token_topk(head, k=TOP_K, temperature=temperature)
+        # no views: what changes a view in place takes the hook off it
+        return {name: places.scatter(value).clone() for name, value in found.items()}
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
@@ -193,31 +225,98 @@ class ScoringModel(nn.Module):
 
     @torch.no_grad()
     def choose_path(self, name: str) -> None:
-        """Compare the tiled path with the model's own logits on a probe, and use the plain path where they differ.
+        """Compare the tiled path with the model's own logits, and use the plain path where they differ.
 
-        A model without weights yet is compared at its first forward, which every rank of a sharded model runs.
+        Both are compared on a few tokens, and on made-up hidden states from small to very large: a head that bends large
+        logits (a soft cap), scales or shifts them shows there, whatever the weights are at the start of a run. A model without
+        weights yet is compared at its first forward, which every rank of a sharded model runs.
 
         Args:
             name: who this is ("student", "teacher"), for the warning.
         """
-        linear = self.causal_lm.get_output_embeddings()
-        self._unprobed = name if linear.weight.is_meta else None
+        self._unprobed = name if any(value.is_meta for value in self.parameters()) else None
         if self._unprobed:
             return
+        why = self._bent()
+        if why is not None:
+            self._use_plain(name, why)
+
+    def _bent(self) -> str | None:
+        """Why the head is not a plain linear map of the decoder's last hidden states; None where it is one."""
+        lm = self.causal_lm
+        linear, decoder = lm.get_output_embeddings(), lm.get_decoder()
         if type(linear) is not nn.Linear:
-            self._use_plain(name, f"its output head is {type(linear).__name__}, not nn.Linear")
-            return
-        training = self.training
-        self.eval()
+            return f"its output head is {type(linear).__name__}, not nn.Linear"
+        if decoder is lm:
+            return "transformers names no decoder inside it"
         ids = torch.arange(PROBE_TOKENS, device=linear.weight.device).unsqueeze(0) % self.vocabulary
-        own = self._plain_head(self.causal_lm(input_ids=ids, use_cache=False).logits[0]).logits(slice(None), 1.0)
-        hidden = self.causal_lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = self.linear_head(hidden).logits(slice(None), 1.0)
-        gap = float((ours.log_softmax(-1) - own.log_softmax(-1)).abs().max())
+        try:
+            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        except Exception as error:  # code of any model, called in a way that it may not know
+            return f"its decoder {type(decoder).__name__} does not run by itself ({type(error).__name__}: {error})"
         half = linear.weight.dtype in (torch.bfloat16, torch.float16)
-        if not gap <= (PROBE_TOLERANCE_HALF if half else PROBE_TOLERANCE):
-            self._use_plain(name, f"log-probs through the plain linear head differ by {gap:.3g} nats on a probe")
-        self.train(training)
+        for size in PROBE_SIZES:
+            gap = self._probe_gap(ids, states, size)
+            if gap is None:
+                return f"it does not run its decoder {type(decoder).__name__}"
+            if not gap <= (PROBE_TOLERANCE_HALF if half else PROBE_TOLERANCE):
+                on = "its own hidden states" if size is None else f"logits of size {size:g}"
+                return f"log-probs through the plain linear head differ by a share of {gap:.3g} on {on}"
+        return None
+
+    def _probe_gap(self, ids: Tensor, states: Tensor, size: float | None) -> float | None:
+        """Largest difference between log-probs of the model and of the plain head, as a share of the largest one (or of 1);
+        None where the decoder is not run.
+
+        Args:
+            ids: int64 [1, n].
+            states: the decoder's, [1, n, H].
+            size: spread of the logits of hidden states to put in the place of the decoder's; None for its own.
+        """
+        shown: list[Tensor] = []
+
+        def replaced(module: Any, inputs: Any, output: Any) -> Any:
+            if size is not None:
+                output.last_hidden_state = _scaled(states, self.linear_head(states[0]), size)
+            shown.append(output.last_hidden_state)
+            return output
+
+        handle = self.causal_lm.get_decoder().register_forward_hook(replaced)
+        try:
+            own = self._plain_head(self.causal_lm(input_ids=ids, use_cache=False).logits[0]).logits(slice(None), 1.0)
+        finally:
+            handle.remove()
+        if not shown:
+            return None
+        hidden = states[0] if size is None else shown[-1][0]
+        ours = self.linear_head(hidden).logits(slice(None), 1.0).log_softmax(-1)
+        counted = ours[0].isfinite()  # not the entries that name no token
+        ours, own = ours[:, counted], own.log_softmax(-1)[:, counted]
+        return float((ours - own).abs().max() / ours.abs().max().clamp(min=1))
+
+    def freeze_unused(self) -> None:
+        """Freeze what a text never reaches, such as a tower for pictures, or a bias that only chooses experts: it would never
+        have a gradient, which DDP refuses.
+
+        A model without weights yet is left as it is; sharded weights may lack a gradient.
+
+        Raises:
+            InputError: nothing that is trained is reached.
+        """
+        if self._unprobed:
+            return
+        device = next(self.parameters()).device
+        ids = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0) % self.vocabulary
+        with torch.enable_grad():
+            reached = _leaves(self.causal_lm(input_ids=ids, use_cache=False).logits.sum())
+        if not reached:
+            raise InputError(
+                "`model.student.lora.target_modules` must name modules that a text passes through, got none of those; all-linear "
+                "fits every model"
+            )
+        for name, value in self.named_parameters():
+            if id(value) not in reached and not _ONE_OF_MANY.search(name):
+                value.requires_grad_(False)
 
     def _use_plain(self, name: str, why: str) -> None:
         self.full_logits = True
@@ -264,10 +363,13 @@ class ScoringModel(nn.Module):
         one_query = ids.shape[1] == 1 and lm.config._attn_implementation == "sdpa"
         if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):
             mask = mask[:, None, None, :]  # saves transformers the work of making one
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        reader = lm if self.full_logits else lm.get_decoder()
+        kind: Any = type(reader)
+        inputs[_name_of_cache(kind)] = cache
         if self.full_logits:
-            return lm(**inputs, use_cache=True, logits_to_keep=keep).logits  # type: ignore[no-any-return]
-        return lm.get_decoder()(**inputs, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+            return reader(**inputs, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+        return reader(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Logits [B, V] of the coming token from what ``next_states`` gave, at least float32; -inf where none may come."""
@@ -289,6 +391,42 @@ class ScoringModel(nn.Module):
     def generate(self, **arguments: Any) -> Any:
         """transformers' ``generate`` of the wrapped model, through this module so that FSDP's hooks see it."""
         return self.model.generate(**arguments)  # type: ignore[operator]
+
+
+@functools.cache
+def _name_of_cache(model: Any) -> str:
+    """The argument of a model's forward that is the key-value cache: "cache" in transformers' own from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _record(found: dict[str, Tensor]) -> TokenScores:
+    """What ``ScoringModel.forward`` returned."""
+    topk = {name.removeprefix("topk."): value for name, value in found.items() if name.startswith("topk.")}
+    rest = {name: value for name, value in found.items() if not name.startswith("topk.")}
+    return TokenScores(**rest, topk=TopK(**topk) if topk else None)
+
+
+def _scaled(states: Tensor, head: Head, size: float) -> Tensor:
+    """Random hidden states like ``states`` [1, n, H], of which the head makes logits that spread by ``size``."""
+    generator = torch.Generator().manual_seed(0)  # no state of the run's
+    random = torch.randn(states.shape, generator=generator).to(states)
+    spread = at_least_float32(random[0] @ head.weight.T).std() if head.weight is not None else random.new_ones(())
+    return random * (size / spread.clamp(min=torch.finfo(torch.float32).tiny)).to(states.dtype)
+
+
+def _leaves(value: Tensor) -> set[int]:
+    """Ids of the parameters that ``value`` was made from."""
+    found, seen, waiting = set(), set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(id(leaf))
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 def _is_slow_head(weight: Tensor) -> bool:

@@ -115,6 +115,11 @@ class Scores:
         """Whose signal is learned from."""
         return self.scorers["teacher"]
 
+    @property
+    def student_model(self) -> ScoringModel:
+        """Who scores with gradient."""
+        return self._student
+
     # -- the frozen models -------------------------------------------------------------------------------------------
 
     def score_frozen(self, batches: MicroBatches, listener: Listener) -> None:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from lit_opd.distributed import all_max, all_sum, largest, world_size
-from lit_opd.errors import InputError
 from lit_opd.objective import aggregate, denominator
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.optimisation import Optimisation
 from lit_opd.step.recipe import Recipe
+from lit_opd.step.sampler_gap import SamplerGap
 from lit_opd.step.scores import SIGNAL_FIELDS, Listener, Rows, Scores, leading_columns
 from lit_opd.step.skips import GRADIENT, Skips, bad_rows, is_bad
 from lit_opd.types import Rollout, StepRecord, TokenScores, TokenSignal
@@ -57,7 +57,7 @@ class Update:
         listener: told how far each phase is.
         skips: counts the steps that are not made.
         progress: of the training, in [0, 1], for the strategy.
-        max_logprob_gap: bound on the mean |student - sampler log-prob| in nats, None for none.
+        gap: compares the sampler's log-probs with the student's, None for no comparison.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Update:
         *,
         skips: Skips,
         progress: float,
-        max_logprob_gap: float | None = None,
+        gap: SamplerGap | None = None,
     ) -> None:
         self.recipe, self.scores, self.batches = recipe, scores, batches
         self.optimisation, self.listener, self.skips = optimisation, listener, skips
-        self.progress, self.max_logprob_gap = progress, max_logprob_gap
+        self.progress, self.gap = progress, gap
         self.rollout, self.step = scores.rollout, optimisation.step
         self.skipped = False
         self.weights: Tensor | None = None  # of the whole batch, where one scoring pass came first
@@ -209,24 +209,13 @@ class Update:
             self.optimisation.apply()  # of no weight: an optimizer leaves those without a gradient as they are
 
     def _check_sampler_gap(self, rows: Rows) -> None:
-        """The sampler's log-probs are near the student's, where the sampler sets a bound."""
-        bound = self.max_logprob_gap
-        if bound is None:
+        """The sampler's log-probs are near the student's, where that is compared at this step."""
+        if self.gap is None or not self.gap.due:
             return
         index = torch.tensor(rows, device=self.rollout.mask.device)
-        mask = self.rollout.mask[index]
         student, sampler = self.scores.buffer.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
-        gap = torch.where(mask, (student - sampler).abs(), 0.0).sum(dtype=torch.float64)
-        total, tokens = all_sum(torch.stack([gap, mask.sum().double()])).tolist()
-        mean = total / max(tokens, 1.0)
-        if not mean <= bound:
-            error = InputError(
-                f"`model.sampler.max_logprob_gap` must bound the mean |student - sampler log-prob|, got {mean:.3g} nats over "
-                f"{bound} at optimizer step {self.step + 1}; no weight was changed. The servers sample from other weights, "
-                "dtype or temperature: check them and `model.sampler.sync`"
-            )
-            error.on_every_rank = True
-            raise error
+        mask, step = self.rollout.mask[index], self.optimisation.step + 1
+        self.gap.check(student, sampler, mask, step=step, model=self.scores.student_model)
 
     # -- what is left behind -----------------------------------------------------------------------------------------
 

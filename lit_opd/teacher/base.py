@@ -24,6 +24,9 @@ class Teacher(nn.Module, ABC):
     """Scores tokens it did not sample. Frozen; in neither the optimizer nor the checkpoint."""
 
     field = "model.teacher"  # what errors call it; the module renames a reference model
+    longest_row: int | None = (
+        None  # tokens of a prompt and response, which the module knows before ``load``; None for unknown
+    )
 
     @property
     @abstractmethod
@@ -63,6 +66,12 @@ class Teacher(nn.Module, ABC):
 
     def attach(self, student: ScoringModel) -> None:
         """Take note of the student, for a teacher that shares its weights."""
+
+    def know_longest_row(self, tokens: int | None) -> None:
+        """Note, before ``load``, how long a prompt and response may be together; None where that is not known."""
+        for part in self.modules():
+            if isinstance(part, Teacher):
+                part.longest_row = tokens
 
     @abstractmethod
     def load(self, *, vocabulary: int) -> None:

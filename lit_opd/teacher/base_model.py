@@ -84,10 +84,5 @@ class BaseModelTeacher(Teacher):
             raise RuntimeError("BaseModelTeacher.attach has not been called")
         (student,) = self._student
         model: Any = student.model
-        training = student.training
-        student.eval()
-        try:
-            with model.disable_adapter():
-                yield student
-        finally:
-            student.train(training)
+        with model.disable_adapter():
+            yield student

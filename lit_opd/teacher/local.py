@@ -20,6 +20,7 @@ from lit_opd.models.loading import (
     load_tokenizer,
     quantization_config,
 )
+from lit_opd.models.positions import fix_positions
 from lit_opd.models.sharding import Placement, gathered, is_sharded
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.tiles import Head
@@ -147,6 +148,7 @@ class LocalTeacher(Teacher):
         }
 
     def _hold(self, model: Any, vocabulary: int) -> ScoringModel:
+        fix_positions(model, field=self.field, longest=self.longest_row)
         policy = ScoringModel(model, vocabulary=vocabulary, unused=self._unused)
         policy.choose_path(self.field.removeprefix("model."))
         policy.requires_grad_(False)

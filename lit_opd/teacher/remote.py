@@ -139,7 +139,7 @@ class RemoteTeacher(Teacher):
             for chunk in chunks
         ]
         answers = self.servers.complete(bodies, parse)
-        out = torch.zeros(rollout.mask.shape)
+        out = torch.zeros(rollout.mask.shape, dtype=torch.float32)
         for chunk, found in zip(chunks, answers, strict=True):
             for row, logprobs in zip(chunk, found, strict=True):
                 out[row, rollout.mask[row].cpu()] = torch.tensor(logprobs)

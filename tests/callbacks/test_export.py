@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from callbacks import ExportStudent
+from callbacks import ExportStudent, PositionProfile, RunCheckpoint
 from tests.helpers import fixed, profiled, tiny
 
 STEPS = 6
@@ -60,3 +60,25 @@ def test_a_resumed_run_exports_what_the_whole_one_does(folders, tmp_path):
     profiled.fit(folders, tmp_path, [profiled.SaveAt(4, checkpoint)], steps=4, settings=settings)
     profiled.fit(folders, tmp_path, [ExportStudent(every=4)], steps=8, settings=settings, ckpt_path=checkpoint)
     assert {path.name for path in tmp_path.glob("student*")} == {"student", "student-step-8"}
+
+
+def test_an_export_that_fails_at_the_end_comes_behind_the_last_checkpoint(folders, tmp_path, monkeypatch):
+    """By an error after which a run saves nothing any more: it may have come from an update cut short."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a library's own")
+
+    monkeypatch.setattr("lit_opd.module.export_folder", fails)
+    with pytest.raises(RuntimeError, match="a library's own"):
+        profiled.fit(folders, tmp_path, [ExportStudent(), RunCheckpoint(every=100)], steps=3, enable_checkpointing=True)
+    assert (tmp_path / "checkpoints" / "step-3.ckpt").exists() and not (tmp_path / "student").exists()
+
+
+def test_pictures_that_fail_cost_a_warning(folders, tmp_path):
+    (tmp_path / "pictures").write_text("")  # a file in the way of the folder
+    with pytest.warns(UserWarning, match="pictures could not be made"):
+        profiled.fit(
+            folders, tmp_path, [PositionProfile(), ExportStudent(), RunCheckpoint()], steps=2, enable_checkpointing=True
+        )
+    assert (tmp_path / "checkpoints" / "step-2.ckpt").exists() and (tmp_path / "student" / "config.json").exists()
+    assert (tmp_path / "profile.jsonl").exists()

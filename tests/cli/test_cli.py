@@ -82,7 +82,7 @@ def test_the_summary_counts_what_was_sampled(finished):
     summary = json.loads((finished / "summary.json").read_text())
     keys = ["greedy", "avg_at_4", "reverse_kl"]
     expected = {f"{key}_{when}" for key in keys for when in ("start", "end")}
-    assert set(summary) == expected | {"steps", "tokens", "seconds", "seed", "strategy"}
+    assert set(summary) == expected | {"steps", "tokens", "seconds", "seed", "strategy", "trained"}
     assert (summary["steps"], summary["seed"], summary["strategy"]) == (STEPS, 7, "ImportanceWeighting")
     assert STEPS * 8 <= summary["tokens"] <= STEPS * 8 * 8
     assert summary["reverse_kl_end"] < summary["reverse_kl_start"]

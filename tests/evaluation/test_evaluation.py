@@ -95,8 +95,11 @@ def test_a_paired_difference_is_narrower_than_the_spread_over_problems():
 
 
 def columns(samples: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-    names = ("problem", "sample", "correct", "truncated", "timeout", "no_answer", "length", "vote")
-    return {name: torch.tensor([sample[name] for sample in samples], dtype=torch.int64) for name in names}
+    names = ("problem", "sample", "group", "correct", "truncated", "timeout", "no_answer", "length", "vote")
+    return {
+        name: torch.tensor([sample.get(name, sample["problem"]) for sample in samples], dtype=torch.int64)
+        for name in names
+    }
 
 
 def test_statistics_count_every_sample_once_and_equal_a_slow_loop():
@@ -130,6 +133,34 @@ def test_statistics_count_every_sample_once_and_equal_a_slow_loop():
     ):
         assert values[name] == pytest.approx(sum(row[field] for row in samples) / 35)
     assert values["problems"] == 7
+
+
+def test_repeats_of_a_problem_add_samples_and_no_problems():
+    """Each of six problems stands in four rows of five samples: every number is that of six problems with twenty samples."""
+    draw = random.Random(1)
+    rows = []
+    for problem, sample in itertools.product(range(24), range(5)):
+        correct = int(draw.random() < problem % 6 / 5)
+        rows.append(
+            {
+                "problem": problem,
+                "sample": sample,
+                "group": problem % 6,
+                "correct": correct,
+                "vote": 1 if correct else 7,
+            }
+            | dict.fromkeys(("truncated", "timeout", "no_answer", "length"), 0)
+        )
+    pooled = [row | {"problem": row["problem"] % 6, "sample": row["problem"] // 6 * 5 + row["sample"]} for row in rows]
+    values = []
+    for samples in (rows, pooled):
+        metric = AnswerStatistics(seed=1)
+        metric.update(**columns(samples))
+        values.append(metric.compute())
+    assert values[0] == values[1] and values[0]["problems"] == 6 and "pass_at_20" in values[0]
+    rates = [sum(row["correct"] for row in rows if row["group"] == group) / 20 for group in range(6)]
+    interval = bootstrap_interval(torch.tensor(rates, dtype=torch.float64), seed=1)
+    assert (values[0]["avg_at_k_low"], values[0]["avg_at_k_high"]) == interval
 
 
 # -- sets --------------------------------------------------------------------------------------------------------------
@@ -309,6 +340,19 @@ def test_only_complete_evaluations_count_and_doubled_lines_once():
     found = past_evaluations([*whole, *half, *half, *whole[:2]])
     assert [(past.set, past.step, past.accuracy) for past in found] == [("a", 0, {"p0": 0.5, "p1": 1.0})]
     assert found[0].mean == 0.75
+
+
+def test_repeated_problems_are_compared_as_one_and_older_files_are_read(tmp_path):
+    repeated = [
+        row(problem_id=f"p{n}", group="p0", sample=n % 2, correct=n == 0, problems=2) for n in (0, 1) for _ in (0, 1)
+    ]
+    repeated = [replace(line, sample=sample) for line, sample in zip(repeated, (0, 1, 0, 1), strict=True)]
+    assert past_evaluations(repeated)[0].accuracy == {"p0": 0.5}
+    values = asdict(row())
+    del values["group"]
+    path = tmp_path / "evaluation.jsonl"
+    path.write_text(json.dumps(values) + "\n")
+    assert [line.group for line in EvaluationFile(path).rows()] == [""]
 
 
 def test_votes_join_equal_answers_and_right_ones():

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 
+from lit_opd.answers import boxed_answer
 from lit_opd.errors import InputError
 from lit_opd.evaluation.grading import (
     MAX_ANSWER_CHARS,
     Grader,
     Outcome,
-    boxed_answer,
     extracted,
     is_integer,
     math_verify_available,
@@ -87,7 +87,10 @@ QUICK = [
     (r"\boxed{42 or 43}", "42", "wrong"),
     (r"\boxed{42 \text{ or } 43}", "42", "wrong"),
     (r"\boxed{4" + "\u00b2" + "}", "42", "wrong"),
-    (r"\boxed{\frac{84}{2}}", "42", "wrong"),
+    (r"\boxed{\frac{84}{2}}", "42", "correct"),
+    (r"\boxed{m + n = 25 + 17 = 42}", "42", "correct"),
+    (r"\boxed{m + n = 25 + 17 = 43}", "42", "wrong"),
+    (r"\boxed{\angle ABC = 42^\circ}", "42", "correct"),
     (r"\boxed{42", "42", "truncated"),
     (r"\boxed{41} so \boxed{42", "42", "truncated"),
     (r"so the answer is \boxed", "42", "truncated"),
@@ -105,8 +108,24 @@ QUICK = [
 @pytest.mark.parametrize(("response", "reference", "outcome"), QUICK)
 def test_integers_are_graded_without_a_worker(response, reference, outcome):
     grader = Grader()
-    grade = grader.grade([response], [reference], integers=True)[0]
-    assert grade.outcome == outcome
+    for integers in (True, False):  # a set of whole numbers is graded as validation grades
+        assert grader.grade([response], [reference], integers=integers)[0].outcome == outcome
+    assert not grader._workers
+
+
+@needs_math_verify
+def test_a_set_of_integers_is_graded_as_validation_grades(patient):
+    """Also where mathematics decides."""
+    responses = [r"\boxed{6\sqrt{49}}", r"\boxed{2x + 42}", r"\boxed{42\sin^2 x + 42\cos^2 x}", r"\boxed{42i}"]
+    expected = [True, False, True, False]
+    for integers in (True, False):
+        assert [grade.correct for grade in patient.grade(responses, ["42"] * 4, integers=integers)] == expected
+
+
+def test_a_set_of_integers_needs_no_math_verify(monkeypatch):
+    monkeypatch.setattr("lit_opd.evaluation.grading.math_verify_available", lambda: False)
+    grader = Grader()
+    assert not grader.grade([r"\boxed{6\sqrt{50}}"], ["42"], integers=True)[0].correct
     assert not grader._workers
 
 
@@ -128,8 +147,8 @@ def test_a_long_answer_is_wrong_without_being_parsed():
 
 def test_without_mathematics_latex_is_compared_as_text():
     grader = Grader(mathematics=False)
-    pair = [r"\boxed{\dfrac{1}{2}}", r"\boxed{0.5}"]
-    assert [g.outcome for g in grader.grade(pair, [r"\frac{1}{2}"] * 2)] == ["correct", "wrong"]
+    pair = [r"\boxed{\dfrac{x}{2}}", r"\boxed{0.5x}"]
+    assert [g.outcome for g in grader.grade(pair, [r"\frac{x}{2}"] * 2)] == ["correct", "wrong"]
     assert not grader._workers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,8 @@ NUM_LETTERS = 40
 
 class FixedSampler(Sampler):
     """Returns the same responses whatever the student is; engine "fixed"."""
+
+    max_logprob_gap = math.inf  # whoever sampled them is not compared with the student
 
     def __init__(self, rollout: Rollout | None = None, **settings: Any) -> None:
         super().__init__(**settings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import resource
 import time
 import warnings
@@ -228,6 +229,8 @@ class Scripted(Sampler):
 
     It runs the student once, as an engine that reads it does: under FSDP2 every rank must then sample as often as the others.
     """
+
+    max_logprob_gap = math.inf  # written by hand
 
     def __init__(self, train: list[Rollout], **settings: Any) -> None:
         super().__init__(**settings)

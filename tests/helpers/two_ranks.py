@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from lightning.pytorch.plugins import FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp._fully_shard import _fsdp_state
+from torch.utils._pytree import tree_leaves
 
 from lit_opd.distributed import rank
 from lit_opd.objective import Divergence
@@ -21,6 +24,7 @@ from lit_opd.run.optimizer_state import plain_name
 from tests.helpers import cases, fixed
 
 TIMEOUT = timedelta(seconds=123)
+OLDER_CASES = ("recomputed", "divergence/reverse_kl")
 
 
 class FSDP1OnCPU(FSDPStrategy):
@@ -68,15 +72,33 @@ def rank_from_environment() -> int:
     return int(os.environ["RANK"])
 
 
-def gradients(folders: tuple[str, str], name: str) -> dict[str, Any]:
-    """Loss and gradient of every case, each rank holding half of the rows."""
+def gradients(folders: tuple[str, str], name: str, only: Collection[str] = ()) -> dict[str, Any]:
+    """Loss and gradient of every case, or of ``only`` these, each rank holding half of the rows."""
     out = {}
     for key, settings in cases.gradient_cases().items():
+        if only and key not in only:
+            continue
         whole = cases.rollout()
         trained = fixed.module(folders, whole, **settings)
         prompts = this_rank(whole.prompts)
         out[key] = fixed.gradient(trained, prompts, devices=2, strategy=strategy(name), use_distributed_sampler=False)
     return out
+
+
+def older_hooks(folders: tuple[str, str], name: str) -> dict[str, Any]:
+    """Gradients where FSDP2 finds an output's tensors as torch before 2.13 did: by its pytree, which opens no dataclass."""
+    if name != "fsdp2" or not hasattr(_fsdp_state, "collect_grad_tensors"):
+        return {}
+    newer = _fsdp_state.collect_grad_tensors
+    _fsdp_state.collect_grad_tensors = _pytree_tensors
+    try:
+        return gradients(folders, name, only=OLDER_CASES)
+    finally:
+        _fsdp_state.collect_grad_tensors = newer
+
+
+def _pytree_tensors(output: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.requires_grad)
 
 
 def sampled_fit(folders: tuple[str, str], name: str) -> tuple[list[float], float]:
@@ -218,6 +240,7 @@ def main() -> None:
         "half precision": half_precision(folders, name),
         "timeouts": timeouts(),
         "decoded": decoded_fit(folders, name),
+        "older hooks": older_hooks(folders, name),
     }
     torch.save(results, out / f"rank-{rank()}.pt")
 

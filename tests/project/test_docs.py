@@ -6,15 +6,17 @@ import csv
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from callbacks import RunCheckpoint, default_callbacks
+from examples.half_life import HalfLife
 from lit_opd.cli.command import main
-from tests.helpers import tiny
+from tests.helpers import signals, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -32,35 +34,49 @@ def readme_commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the repository from the command line, with the README's own strategy in my_file.py."""
+    """A folder that looks like the repository from the command line."""
     folder = tmp_path_factory.mktemp("workplace")
-    for name in ("configs", "lit_opd"):
+    for name in ("configs", "lit_opd", "examples"):
         (folder / name).symlink_to(ROOT / name)
-    code = next(block for block in blocks(README, "python") if "WeightingStrategy" in block)
-    (folder / "my_file.py").write_text(code.replace("class HalfLife", "class Mine"))
     return folder
 
 
+def made_by_quickstart() -> list[str]:
+    """The command behind ``make quickstart``."""
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "train.py fit" in line)
+    return shlex.split(line)[2:]
+
+
 def test_every_command_of_the_readme_runs(workplace, monkeypatch):
-    """In their order, with fewer and smaller steps."""
-    monkeypatch.delitem(sys.modules, "my_file", raising=False)  # another test has one too
+    """As printed, one after the other behind ``make quickstart``, with fewer and smaller steps."""
     monkeypatch.chdir(workplace)
-    monkeypatch.syspath_prepend(str(workplace))
-    commands = readme_commands()
-    assert len(commands) >= 6
+    commands = [made_by_quickstart(), *readme_commands()]
+    assert len(commands) >= 9
     for command in commands:
-        small = [word if word != "2" or "--ckpt_path" not in command else "4" for word in SMALL]
-        main(default_callbacks, [*command, *small])
+        going_on = command[0] == "fit" and "--ckpt_path" in command
+        small = [word if word != "2" or not going_on else "4" for word in SMALL]
+        main(default_callbacks, command if command[0] in ("compare", "export") else [*command, *small])
     strategies = {
         path.parent.name: json.loads(path.read_text())["strategy"] for path in Path("runs").glob("*/summary.json")
     }
     assert strategies == {
         "quickstart": "ImportanceWeighting",
+        "iw": "ImportanceWeighting",
         "uniform": "Uniform",
         "decay": "LinearDecay",
-        "mine": "Mine",
+        "half-life": "HalfLife",
     }
-    assert json.loads(Path("runs/quickstart/summary.json").read_text())["steps"] == 4
+    assert json.loads(Path("runs/iw/summary.json").read_text())["steps"] == 4
+    assert Path("runs/iw/exported/model.safetensors").is_file() and Path("runs/compared/compare.html").is_file()
+
+
+def test_the_readmes_own_strategy_is_the_example():
+    code = next(block for block in blocks(README, "python") if "WeightingStrategy" in block)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    signal = signals.small_signal([-1.0] * 6, [-2.0] * 6)
+    ours, theirs = (kind(4.0)(signal, 0.5) for kind in (found["HalfLife"], HalfLife))
+    assert torch.equal(ours, theirs) and ours[0, 4] == ours[0, 0] / 2
 
 
 def test_every_logged_name_has_a_line_in_the_docs(workplace, monkeypatch):

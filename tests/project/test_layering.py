@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # room -> rooms it imports, from the ground up: a room stands below every room that imports it
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "answers": set(),
     "masked": set(),
     "streams": set(),
     "types": {"errors", "masked"},
     "files": {"errors"},
     "distributed": {"errors"},
-    "prompts": {"types", "errors", "streams", "distributed"},
+    "prompts": {"types", "errors", "answers", "streams", "distributed"},
     "models": {"errors", "files"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
@@ -29,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "step": {
         "types", "errors", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
     },
-    "evaluation": {"types", "errors", "masked", "streams", "distributed", "prompts", "rollout"},
+    "evaluation": {"types", "errors", "answers", "masked", "streams", "distributed", "prompts", "rollout"},
     "run": {"errors", "files", "distributed"},
     "preflight": {
         "types", "errors", "distributed", "servers", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "step",
@@ -45,7 +46,9 @@ ALLOWED: dict[str, set[str]] = {
         "preflight", "report",
     },
     "testbed": {"errors", "files"},
-    "cli": {"errors", "files", "distributed", "prompts", "run", "preflight", "module", "compare"},
+    "cli": {
+        "errors", "files", "distributed", "prompts", "models", "scoring", "run", "preflight", "module", "compare",
+    },
     "callbacks": {"types", "errors", "files", "distributed", "prompts", "evaluation", "run", "report"},
 }  # fmt: skip
 

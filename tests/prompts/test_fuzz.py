@@ -20,9 +20,10 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from lit_opd.answers import boxed_answer, canonical
 from lit_opd.cli.command import OPDCLI
 from lit_opd.errors import InputError
-from lit_opd.evaluation.grading import Grade, boxed_answer, canonical, extracted, number, quick_verdict, vote
+from lit_opd.evaluation.grading import Grade, extracted, number, quick_verdict, vote
 from lit_opd.prompts.encoding import PromptEncoder, encode_rows
 from lit_opd.prompts.filters import RowFilter
 from lit_opd.prompts.sources import read_prompts

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lit_opd.models.export import export_folder
 from lit_opd.models.student import LoraSettings, StudentSettings, build_student
+from lit_opd.objective import Divergence
 from lit_opd.scoring import tiles
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
 from tests.helpers import fixed, tiny
 
+TOKEN_FIELDS = ("logprobs", "entropy", "token_kl", "divergence")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -169,3 +172,25 @@ def test_lora_trains_adapters_only_and_exports_the_merged_model(tmp_path):
         torch.testing.assert_close(merged(rollout).logprobs, ours, rtol=1e-4, atol=1e-4)
         assert float((base(rollout).logprobs - ours).abs().max()) > 0.01
     assert any(p.requires_grad for p in policy.parameters())  # the export left the adapters in place
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["tiled", "full logits"])
+def test_every_gradient_leaves_the_wrapper_in_a_plain_output_and_no_view(plain):
+    """FSDP2's hooks for the backward pass are on what torch's pytree finds there, up to torch 2.12 nothing else."""
+    fixture = fixed.rollout(lengths=[3, 5], prompt_lengths=[4, 2], truncated=set())
+    student, teacher = (ScoringModel(tiny.qwen3(seed=seed), vocabulary=64) for seed in (1, 2))
+    student.full_logits = plain
+    outputs = []
+    student.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        against = teacher.head(fixture)
+    wants = frozenset({"entropy", "topk", "token_kl"})
+    scores = student(fixture, wants=wants, against=against, divergence=Divergence("reverse_kl").token_divergence)
+    leaving = {name for name in TOKEN_FIELDS if getattr(scores, name).requires_grad}
+    assert leaving == {"logprobs", "divergence"}
+    found = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
+    for name in leaving:
+        value = getattr(scores, name)
+        assert any(value is leaf for leaf in found)
+        assert value._base is None  # a change of a view in place would drop the hook
+    assert torch.equal(scores.topk.logprobs[..., 0], scores.topk.logprobs.amax(-1))

@@ -89,6 +89,18 @@ def test_gradient_of_two_ranks_equals_one_process(one_process, two_processes, ca
         assert fixed.relative_gap(other, gradient) < 1e-10
 
 
+@pytest.mark.parametrize("case", two_ranks.OLDER_CASES)
+def test_gradient_is_the_same_where_fsdp2_opens_no_dataclass_as_before_torch_2_13(
+    one_process, two_processes, strategy_name, case
+):
+    if strategy_name != "fsdp2" or not two_processes[0]["older hooks"]:
+        pytest.skip("only FSDP2 of a torch that opens dataclasses")
+    for rank in two_processes:
+        other_loss, other = rank["older hooks"][case]
+        assert other_loss == pytest.approx(one_process[case][0], rel=1e-10)
+        assert fixed.relative_gap(other, one_process[case][1]) < 1e-10
+
+
 def test_a_fit_with_sampling_inside_ends_on_both_ranks_with_one_loss(two_processes):
     (first, first_gap), (second, second_gap) = (rank["fit"] for rank in two_processes)
     assert first[:3] == second[:3]

@@ -47,14 +47,9 @@ class DecodeSampler(Sampler):
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
         require_room(model, prompts, settings)
         require_full_attention(model.causal_lm.config.get_text_config(), refusal=_refusal)
-        training = model.training
-        model.eval()  # no dropout, and gradient checkpointing would switch the cache off
-        try:
-            with cached_casts(prompts.ids.device):
-                watch = None if settings.stop is None else settings.stop(prompts, settings)
-                ids, logprobs = model.run(_decode, prompts, settings, watch)
-        finally:
-            model.train(training)
+        with cached_casts(prompts.ids.device):
+            watch = None if settings.stop is None else settings.stop(prompts, settings)
+            ids, logprobs = model.run(_decode, prompts, settings, watch)
         rollout = finish(prompts, ids, logprobs, settings, engine=ENGINE)
         return rollout if watch is None else watch.cut(rollout, pad_id=settings.pad_id)
 

@@ -1,0 +1,119 @@
+"""``python train.py export --run_dir RUN [--ckpt_path last|best|FILE] [--out FOLDER]``: a checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_opd.errors import InputError, first_line
+from lit_opd.files import whole_folder
+from lit_opd.models.export import export_folder
+from lit_opd.models.export_check import ExportCheck
+from lit_opd.models.loading import load_generation_config, load_tokenizer
+from lit_opd.models.student import StudentSettings, build_student
+from lit_opd.models.vocabulary import configured_stops, num_used
+from lit_opd.run.checkpoint_files import best, counters, intact, newest
+from lit_opd.run.checkpoint_kinds import student_weights
+from lit_opd.scoring.model import ScoringModel
+
+CONFIG = "config.yaml"
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    own = ArgumentParser(prog="train.py export", description=__doc__)
+    own.add_argument("--run_dir", type=str | None, default=None, help="run folder; default the checkpoint's")
+    own.add_argument("--ckpt_path", type=str, default="last", help="last, best (as monitored), or a checkpoint's path")
+    own.add_argument("--out", type=str | None, default=None, help="new folder; default student-NAME in the run folder")
+    own.add_argument("--adapter", type=bool, default=False, help="of a LoRA student the adapter alone, not merged")
+    own.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"] | None, default=None, help="default the student's"
+    )
+    return own
+
+
+def run(words: Sequence[str]) -> None:
+    """Export, and print where to.
+
+    Raises:
+        InputError: wrong input.
+    """
+    given = parser().parse_args(list(words))
+    checkpoint, run_dir = _found(given.ckpt_path, given.run_dir)
+    name = "best" if given.ckpt_path == "best" else checkpoint.resolve().stem
+    out = Path(given.out) if given.out else run_dir / f"student-{name}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"`--out` must be a new or empty folder, got {out}; give another one")
+    settings, stops = _settings(run_dir / CONFIG)
+    if given.adapter and settings.lora is None:
+        raise InputError(f"`--adapter` must be false for {run_dir}, whose student has no `model.student.lora`")
+    step = int(counters(checkpoint)["global_step"])
+    student = _student(checkpoint, settings)
+    if given.adapter:
+        with whole_folder(out, replace=True) as draft:
+            student.save_pretrained(draft, safe_serialization=True)
+    else:
+        _export(student, settings, stops, out, dtype=given.dtype)
+    print(f"{checkpoint}, optimizer step {step}: {out}")
+
+
+def _found(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
+    """The checkpoint and its run folder."""
+    if ckpt_path in ("last", "best"):
+        if run_dir is None:
+            raise InputError(f"`--run_dir` must be the run folder of --ckpt_path {ckpt_path}, got none; give it")
+        folder = Path(run_dir)
+        return (newest if ckpt_path == "last" else best)(folder), folder
+    checkpoint = intact(Path(ckpt_path))
+    places = [Path(run_dir)] if run_dir else list(checkpoint.resolve().parents[:2])
+    found = next((place for place in places if (place / CONFIG).is_file()), None)
+    if found is None:
+        raise InputError(f"`--run_dir` must hold the {CONFIG} that {checkpoint} was trained with; give the run folder")
+    return checkpoint, found
+
+
+def _settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
+    """How the run loaded its student, and the end tokens it was given."""
+    if not path.is_file():
+        raise InputError(f"`--run_dir` must be a run folder, got {path.parent} without {CONFIG}; give another one")
+    own = ArgumentParser(exit_on_error=False)
+    own.add_argument("--student", type=StudentSettings)
+    try:
+        model: Any = OmegaConf.to_container(OmegaConf.load(path).model, resolve=True)
+        settings = own.instantiate_classes(own.parse_object({"student": model["student"]})).student
+    except (ArgumentError, OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path} must be a run's config with `model.student`: {first_line(error)}") from error
+    sampler = (model.get("sampler") or {}).get("init_args") or {}
+    return replace(settings, compile=False, gradient_checkpointing=False), sampler.get("stop_token_ids")
+
+
+def _student(checkpoint: Path, settings: StudentSettings) -> Any:
+    """The student with the checkpoint's weights, on the CPU."""
+    model = build_student(settings)
+    found = student_weights(checkpoint, model.state_dict())
+    model.load_state_dict(found)
+    return model
+
+
+def _export(model: Any, settings: StudentSettings, stops: list[int] | None, out: Path, *, dtype: str | None) -> None:
+    """Merged and compared with the student, as at the end of a run."""
+    trusted = settings.trust_remote_code
+    tokenizer = load_tokenizer(
+        settings.path, "model.student.path", pad_token=settings.pad_token, trust_remote_code=trusted
+    )
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
+    generation, ends = (
+        load_generation_config(settings.path),
+        sorted(stops or configured_stops(settings.path, tokenizer)),
+    )
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    check = ExportCheck.of(ScoringModel(model, vocabulary=num_used(tokenizer)), tokenizer, settings)
+    export_folder(model, tokenizer, out, state=None, generation=generation, check=check)

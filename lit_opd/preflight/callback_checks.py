@@ -1,0 +1,71 @@
+"""Lightning's own callbacks and trainer options, of which some cannot work here: refused by name, never left without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lit_opd.errors import InputError
+from lit_opd.prompts import PromptDataModule
+from lit_opd.run.lightning import callbacks_of
+
+LOGGED = ("val/", "train/", "time/")  # what this project logs through the module, which is what callbacks can monitor
+OWN_CODE = ("lightning.", "lit_opd.", "callbacks.", "torch.")  # whose names are known
+WEIGHTS = "the sampled, the scored and the exported student would be different policies"
+REFUSED: dict[str, str] = {  # class of Lightning's -> why not, and what to do
+    "LearningRateFinder": "it needs automatic optimisation; try values of `model.optimizer.lr` with a small `trainer.max_steps`",
+    "BatchSizeFinder": "it needs a batch size; `data.prompt_batch` is of the experiment, `model.token_budget` saves memory",
+    "GradientAccumulationScheduler": "it needs automatic optimisation; `model.token_budget` cuts a batch without changing it",
+    "StochasticWeightAveraging": f"it needs automatic optimisation and epochs ({WEIGHTS}); average exported checkpoints instead",
+    "WeightAveraging": f"it validates other weights than it samples from ({WEIGHTS}); average exported checkpoints instead",
+    "ModelPruning": f"it masks weights behind the optimizer's back ({WEIGHTS}); prune the exported student",
+    "BackboneFinetuning": "it needs a `backbone`; freeze layers in a callback of yours, or set `model.student.lora`",
+}
+
+
+def check_callbacks(trainer: Trainer, data: PromptDataModule | None, *, own_code: Iterable[Any] = ()) -> None:
+    """Every callback can do here what it is for.
+
+    Args:
+        trainer: whose callbacks.
+        data: of the run.
+        own_code: further parts of the run that may log names of their own.
+    Raises:
+        InputError: a callback that cannot work, or one that monitors a name that nobody logs.
+    """
+    callbacks = callbacks_of(trainer)
+    for callback in callbacks:
+        for name in (base.__name__ for base in type(callback).__mro__ if base.__module__.startswith("lightning.")):
+            if name in REFUSED:
+                raise InputError(f"`trainer.callbacks` must do without {type(callback).__name__}: {REFUSED[name]}")
+    if all(type(part).__module__.startswith(OWN_CODE) for part in (*callbacks, *own_code)):
+        for callback in callbacks:
+            _check_monitor(callback, data)
+
+
+def _check_monitor(callback: Callback, data: PromptDataModule | None) -> None:
+    """A name that can be known to be missing before anything is loaded."""
+    monitor, own = getattr(callback, "monitor", None), type(callback).__name__
+    if monitor is None or not getattr(callback, "strict", True):
+        return
+    if not str(monitor).startswith(LOGGED):
+        raise InputError(
+            f"`{own}.monitor` must be a metric that is logged, such as val/reverse_kl or val/greedy_accuracy, got {monitor!r}; "
+            "docs/metrics.md has all"
+        )
+    without = getattr(data, "val", None) is None and getattr(data, "val_fraction", None) is None
+    if str(monitor).startswith("val/") and without:
+        raise InputError(f"`{own}.monitor` must be a train/ metric where `data.val` is null, got {monitor!r}")
+
+
+def check_batches(trainer: Trainer) -> None:
+    """The trainer's limits leave something to train on.
+
+    Raises:
+        InputError: they leave nothing.
+    """
+    limit = trainer.limit_train_batches
+    if limit == 0:
+        raise InputError(f"`trainer.limit_train_batches` must be above 0, got {limit}: nothing would be trained")
