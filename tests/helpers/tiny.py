@@ -82,7 +82,7 @@ def save(model: torch.nn.Module, folder: Path, *, with_tokenizer: PreTrainedToke
     """Write model, generation config and a tokenizer as large as the embedding; returns the folder as text."""
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
     model.save_pretrained(folder)
-    (with_tokenizer or tokenizer(rows=model.config.vocab_size)).save_pretrained(folder)
+    (with_tokenizer or tokenizer(rows=model.config.get_text_config().vocab_size)).save_pretrained(folder)
     return str(folder)
 
 
