@@ -64,7 +64,7 @@ def test_a_held_out_share_that_holds_out_no_row_is_refused_with_the_remedy(tmp_p
     data = PromptDataModule(train=str(path), val_fraction=1e-9)
     assert message(data._split_train) == (
         "`PromptDataModule.val_fraction` must be such that train (each source) and validation have rows, got 1e-09; change it "
-        "or `seed`, or give a `val` file"
+        "or `split_seed`, or give a `val` file"
     )
 
 
