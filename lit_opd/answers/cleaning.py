@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from lit_opd.answers import tables
 
+MAX_CHARS = 1000  # a longer text is no short answer and stays as it is: the steps take time that grows with its square
 MAX_WRAPPERS = 40  # nested commands around an answer that are taken off
 
 _TEXT_COMMANDS = (
@@ -106,6 +107,8 @@ def cleaned(answer: str) -> str:
     >>> cleaned(r"$\boldsymbol{2\dfrac12}$."), cleaned("2\u221a3 cm")
     ('\\frac{5}{2}', '2\\sqrt{3} \\text{cm}')
     """
+    if len(answer) > MAX_CHARS:
+        return answer
     text = _from_unicode(answer)
     for step in _STEPS:
         text = step(text)

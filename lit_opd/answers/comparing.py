@@ -32,6 +32,7 @@ from lit_opd.answers.units import Quantity, quantity
 Ask = Callable[[str, str], bool]
 MAX_ITEMS = 60  # of a list that is compared in any order
 _SPACED_COMMA = re.compile(r"(?<=[0-9])\s+,\s*(?=(?:\\!)?\s*[0-9]{3}(?![0-9]))")
+_NUMBERS_APART = re.compile(r"[0-9]\s+[0-9]")
 _LETTER = re.compile(r"[A-J]")
 
 
@@ -288,7 +289,9 @@ class _Comparison:
         return self._asked(_times(*answer), _times(*reference))
 
     def _asked(self, answer: str, reference: str) -> bool:
-        return bool(answer) and bool(reference) and self.ask(answer, reference)
+        if any(not text or _NUMBERS_APART.search(text) for text in (answer, reference)):  # "3 4" is neither 34 nor 12
+            return False
+        return self.ask(answer, reference)
 
 
 def _scaled(ours: Quantity, theirs: Quantity) -> list[tuple[tuple[str, Fraction], tuple[str, Fraction]]]:

@@ -98,7 +98,10 @@ def number(answer: str) -> Fraction | None:
     >>> number("042"), number(r"$1{,}000\\text{ cm}^2$"), number("x = -7."), number("1,2"), number("2x")
     (Fraction(42, 1), Fraction(1000, 1), Fraction(-7, 1), None, None)
     """
-    return exact_value(answer) if len(answer) <= MAX_ANSWER_CHARS else None
+    try:
+        return exact_value(answer) if len(answer) <= MAX_ANSWER_CHARS else None
+    except RecursionError:  # brackets in brackets
+        return None
 
 
 def is_integer(reference: str) -> bool:

@@ -261,7 +261,7 @@ class PromptEncoder:
         text, head = (part.strip().removeprefix(begin).lstrip() for part in (prompt, skeleton.head))
         special = self._special.pattern.match(head)
         first = special[0] if special else head.strip()
-        if not first or not text.startswith(first):
+        if not first or not text.startswith(first) or not text.removeprefix(first).strip():
             return False
         opening = next(iter(skeleton.opening.splitlines()), "")
         at = text.rfind(opening) if opening else 0

@@ -143,6 +143,8 @@ class TrainedSettings:
     def summary(self, last_step: int) -> list[dict[str, Any]]:
         """A line a span: {"steps": [first, last], "changed": groups that changed at its start, "settings": of the groups that
         are not the same in all spans}; empty where nothing is known."""
+        if not self.spans:
+            return []
         ends = [*(span.start for span in self.spans[1:]), last_step]
         changed = [[], *(list(differences(a.settings, b.settings)) for a, b in pairwise(self.spans))]
         varying = [group for group in GROUPS if any(group in groups for groups in changed)]

@@ -239,7 +239,7 @@ BAD = {  # more in test_inputs.py, which has the whole table
     "missing data": (given("--data.train", "nowhere.jsonl"), ["nowhere.jsonl"]),
     "broken line": (bad_file("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n'), ["broken.jsonl:2"]),
     "other vocabulary": (
-        bad_teacher(tokenizer=lambda: tiny.tokenizer("0123456789 =+abcdefghijklmnopqrstuvwxyz")),
+        bad_teacher(tokenizer=lambda: tiny.tokenizer("0123456789 =+abcdefghijklmnopqrstuvwxyz", rows=64)),
         ["39 tokens differ", "'0' (student 30, teacher 4)"],
     ),
     "no pad token": (no_pad, ["pad token", "model.student.pad_token"]),
@@ -277,8 +277,8 @@ def test_a_run_folder_with_files_is_refused_and_kept(world, finished, capsys):
 
 
 def test_padded_rows_of_the_teachers_embedding_are_cut(world, tmp_path):
-    """A teacher with 80 embedding rows for the same 43 tokens trains a student with 64."""
-    overrides = bad_teacher(rows=80)(tmp_path)
+    """A teacher with 80 embedding rows for the same tokens trains a student with 64."""
+    overrides = bad_teacher(rows=80, tokenizer=lambda: tiny.tokenizer(rows=64))(tmp_path)
     run(world, tmp_path / "run", *overrides, "--trainer.max_steps", "2")
     assert (tmp_path / "run" / "summary.json").exists()
 

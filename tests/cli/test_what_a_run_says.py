@@ -184,7 +184,7 @@ def test_every_logger_is_told_what_the_run_is_and_the_csv_file_stays(world, monk
 def test_wandb_has_config_group_and_tags(world):
     run(world, world / "tracked", "--trainer.max_steps", "1", "--wandb.mode", "offline", "--wandb.tags", "[mine]")
     (data,) = (world / "tracked" / "wandb").glob("*run-*/*.wandb")
-    found = [record for record in wandb_file.records(data.read_bytes())]
+    found = list(wandb_file.records(data.read_bytes()))
     (begun,) = [record.run for record in found if record.HasField("run")]
     assert begun.run_group == "ImportanceWeighting" and list(begun.tags) == ["mine"]
     updates = [

@@ -150,9 +150,10 @@ def test_names_and_units_are_left_aside_and_equal_numbers_vote_together():
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 PIECES = (
-    "{ } ( ) [ ] \\{ \\} \\text{ \\text{a} \\text{cm} ^ _ \\frac \\frac{ 1 1, 1,234 . ... \\, $ ** a and \\pm \\le < > = x= \\in \\cup : "
-    "% \\circ \\sqrt( \\mathbf{ \\left( \\begin{pmatrix} \\\\ & 0.1 \\overline{ \\dot{1} a.m. 1_8 \\text{and} | \\textbf{(C)} - / ! 1/2 "
-    "\u221a \u00bd \u00b0 word the 9"
+    "{ } ( ) [ ] \\{ \\} \\text{ \\text{a} \\text{cm} ^ _ \\frac \\frac{ 1 1, 1,234 . ... \\, $ ** a and \\pm \\le < > = x= \\in "
+    "\\cup : % \\circ \\sqrt( \\mathbf{ \\left( \\begin{pmatrix} \\\\ & 0.1 \\overline{ \\dot{1} "
+    "a.m. 1_8 \\text{and} | \\textbf{(C)} - "
+    "/ ! 1/2 \u221a \u00bd \u00b0 word the 9"
 ).split(" ")
 
 

@@ -218,7 +218,6 @@ def data_modules() -> Cases:
         encode("<|im_end|>" * 3, "{{ messages[0].content[:2] }}"),
         ["F:7", "does not render message 0"],
     )
-    yield "private-use masks", encode("\ue0f0 <|im_end|>"), ["F:7", "private-use"]
     yield (
         "special token refused",
         encode("a <|im_end|>", special_tokens_in_text="refuse"),

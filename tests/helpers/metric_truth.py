@@ -271,11 +271,12 @@ PROFILE["train/gradient_scale_proxy"] = gradient_scale
 
 
 def distribution(model: torch.nn.Module, rollout: Rollout, row: int) -> Tensor:
-    """Log-probs [n, V] at each place of a response: the logits of a slot are those of the next token."""
+    """Log-probs [n, V] at each place of a response: the logits of a slot are those of the next token, and rows of the embedding
+    that name no token of the tokenizer have no mass."""
     prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]].tolist()
     response = rollout.response_ids[row][rollout.mask[row]].tolist()
     logits = model(torch.tensor([prompt + response])).logits[0]
-    return torch.log_softmax(logits[len(prompt) - 1 : -1] / runs.TEMPERATURE, -1)
+    return torch.log_softmax(logits[len(prompt) - 1 : -1, : len(runs.tokenizer())] / runs.TEMPERATURE, -1)
 
 
 def chosen(table: Tensor, rollout: Rollout, row: int) -> list[Tensor]:

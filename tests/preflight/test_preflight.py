@@ -315,7 +315,7 @@ def test_servers_that_answer_are_named(world, tmp_path, capsys):
 
 def instruct_teacher(folder: Path) -> str:
     """Its answers end at <assistant> (3), those of the student at <eos> (1); its template is another."""
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.tokenizer(rows=64)
     tokenizer.eos_token, tokenizer.chat_template = tiny.ASSISTANT, "{{ messages[0].content }}"
     path = tiny.save(tiny.qwen3(seed=3), folder / "instruct", with_tokenizer=tokenizer)
     generation = folder / "instruct" / "generation_config.json"

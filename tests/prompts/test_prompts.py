@@ -770,7 +770,7 @@ def test_resuming_on_other_data_is_an_error_but_validating_it_is_not(
     changes = {
         "as many rows as in the checkpoint, 10, got 9": {"train": problems(tmp_path / ".", 9, "train9.jsonl")},
         "the row ids and shares of the checkpoint": {"train": other},
-        "`PromptDataModule.seed` must be the checkpoint's, 42, got 1": {"seed": 1},
+        "`PromptDataModule.seed` must be the checkpoint's, 0, got 1": {"seed": 1},
         "`PromptDataModule.prompt_batch` must be the checkpoint's, 4, got 2": {"prompt_batch": 2},
     }
     for message, change in changes.items():

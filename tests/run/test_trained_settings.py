@@ -145,6 +145,12 @@ def test_spans_follow_resumptions_and_a_return_to_an_earlier_checkpoint():
     assert [span["changed"] for span in third] == [[], ["weighting"], ["weighting", "seed"]]
 
 
+def test_a_run_without_a_command_line_says_nothing():
+    trained = TrainedSettings()
+    trained.begin(0)
+    assert trained.summary(4) == trained.state() == []
+
+
 def test_nothing_is_made_up_of_steps_that_nothing_is_known_of():
     assert [span["strategy"] for span in resumed([], CONFIG, 3).summary(5)] == ["unknown", "ImportanceWeighting"]
 
