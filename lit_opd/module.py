@@ -28,7 +28,7 @@ from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, unus
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.preflight.module_checks import check_run, check_settings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
-from lit_opd.run.lightning import attached_trainer, device_mesh, log_agreed, log_now, validate_now
+from lit_opd.run.lightning import attached_trainer, bound_waits, device_mesh, log_agreed, log_now, validate_now
 from lit_opd.run.module_state import ModuleState, trained_modules
 from lit_opd.run.optimizer_state import OptimizerFactory, SchedulerFactory, by_number
 from lit_opd.scoring.model import ScoringModel
@@ -232,6 +232,8 @@ class OPDModule(L.LightningModule):
         if self.student is not None:
             return
         mesh, trainer, settings = device_mesh(self), attached_trainer(self), self.student_settings
+        if mesh is not None and trainer is not None:
+            bound_waits(trainer.strategy, mesh)  # type: ignore[arg-type]  # a mesh is ModelParallelStrategy's
         lazy = mesh is not None and settings.lazy and settings.lora is None
         holes = tuple(number for number in self.unused_ids if number < self.vocabulary)
         longest = self.longest_row

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 __all__ = ["NoExperiment"]
 
@@ -49,6 +50,13 @@ def saves_shards(strategy: Strategy) -> bool:
 def device_mesh(module: LightningModule) -> Any:
     """The mesh that ``ModelParallelStrategy`` made for the module, else None."""
     return getattr(module, "_device_mesh", None)
+
+
+def bound_waits(strategy: ModelParallelStrategy, mesh: Any) -> None:
+    """Give the mesh's process groups the strategy's time-out; torch before 2.11 left them its own 30 minutes."""
+    if strategy._timeout is not None:
+        for dimension in range(mesh.ndim):
+            _set_pg_timeout(strategy._timeout, mesh.get_group(dimension))
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:

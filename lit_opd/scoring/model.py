@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -290,7 +291,7 @@ class ScoringModel(nn.Module):
             return None
         hidden = states[0] if size is None else shown[-1][0]
         ours = self.linear_head(hidden).logits(slice(None), 1.0).log_softmax(-1)
-        counted = ours[0].isfinite()  # not the entries that name no token
+        counted = ours[0] != -math.inf  # not the entries that name no token; NaN stays, to be found
         ours, own = ours[:, counted], own.log_softmax(-1)[:, counted]
         return float((ours - own).abs().max() / ours.abs().max().clamp(min=1))
 
