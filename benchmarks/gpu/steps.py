@@ -1,4 +1,4 @@
-"""Whole training steps of the shapes of ``sizes.py``: seconds by phase, tokens a second, and the peak beside preflight's estimate."""
+"""Whole training steps: seconds by phase, tokens a second, and the peak beside preflight's estimate."""
 
 from __future__ import annotations
 
