@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from benchmarks.gpu.bench import Bench, read_rows
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.sizes import FULL, TINY
 from callbacks import default_callbacks
-from lit_opd.cli.command import main
+from lit_opd.cli.command import OPDCLI
 from lit_opd.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,27 +122,33 @@ def test_every_section_together_has_time_in_eight_minutes_where_none_hangs():
     assert all(10 <= section.seconds <= 150 for section in SECTIONS.values())
 
 
-def parsed(words: list[str], capsys) -> str:
-    """The config that a command comes to, as YAML."""
-    with pytest.raises(SystemExit) as ended:
-        main(default_callbacks, [*words, "--print_config"])
-    assert ended.value.code == 0, words
-    return capsys.readouterr().out
+@pytest.fixture(scope="module")
+def cli() -> OPDCLI:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["train.py"])
+        return OPDCLI(default_callbacks=default_callbacks, args=["--config", runs.CONFIG], run=False)
+
+
+def parsed(cli: OPDCLI, words: list[str]) -> Any:
+    """The ``trainer`` section that a ``train.py fit`` command comes to."""
+    assert words[:2] == ["train.py", "fit"]
+    cli.parse_arguments(cli.parser, words[2:])
+    return cli.config.trainer
 
 
 @pytest.mark.parametrize("name", list(runs.RUNS))
-def test_the_command_of_every_run_is_understood(name, bench, monkeypatch, capsys):
+def test_the_command_of_every_run_is_understood(name, bench, cli, monkeypatch):
     monkeypatch.chdir(ROOT)
     bench.device, bench.sizes = "cuda", FULL
-    words = runs.words(bench, name, runs.RUNS[name].options, 3)
-    said = parsed(words[1:], capsys)
-    assert "accelerator: gpu" in said and "max_steps: 3" in said
+    trainer = parsed(cli, runs.words(bench, name, runs.RUNS[name].options, 3))
+    assert trainer.accelerator == "gpu" and trainer.max_steps == 3
 
 
-def test_fsdp1_is_a_class_with_options(bench, monkeypatch, capsys):
+def test_fsdp1_is_a_class_with_options(bench, cli, monkeypatch):
     monkeypatch.chdir(ROOT)
-    said = parsed(runs.words(bench, "FSDP1", runs.RUNS["FSDP1"].options, 3)[1:], capsys)
-    assert re.search(r"strategy:\s+class_path: lightning\S*FSDPStrategy\s+init_args:", said)
+    strategy = parsed(cli, runs.words(bench, "FSDP1", runs.RUNS["FSDP1"].options, 3)).strategy
+    assert strategy.class_path.endswith("FSDPStrategy") and "cpu_offload" in strategy.init_args
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -151,13 +158,13 @@ def commands_of(text: str) -> list[list[str]]:
     ]
 
 
-def test_every_command_of_the_page_of_what_ran_on_a_gpu_is_parsed(monkeypatch, capsys):
+def test_every_command_of_the_page_of_what_ran_on_a_gpu_is_parsed(cli, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     found = commands_of((ROOT / "docs" / "verified.md").read_text())
     assert len(found) >= 6
     for words in found:
         if words[1] == "train.py":
-            assert "accelerator: gpu" in parsed(words[2:], capsys)
+            assert parsed(cli, words[1:]).accelerator == "gpu"
             continue
         assert words[1:3] == ["-m", "benchmarks.gpu"], words
         monkeypatch.setattr(sys, "argv", words[2:])
