@@ -93,6 +93,17 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
 # -- the trainer -------------------------------------------------------------------------------------------------------
 
 
+def check_attention(module: Subject) -> None:
+    """FlashAttention's kernels know 16-bit values only; in float32 the first step would fail."""
+    settings = module.student_settings
+    if "flash" in str(settings.attn_implementation) and "bf16" not in str(module.trainer.precision):
+        if settings.dtype == "float32" or str(module.trainer.precision).startswith("64"):
+            raise InputError(
+                f"`trainer.precision` must be bf16-mixed for `model.student.attn_implementation` {settings.attn_implementation}, "
+                f"which computes in 16 bits only, got {module.trainer.precision}; set it, or take sdpa"
+            )
+
+
 def check_trainer(module: Subject) -> None:
     """The trainer's settings are ones that this module's own optimisation can follow."""
     trainer = module.trainer
@@ -113,6 +124,7 @@ def check_trainer(module: Subject) -> None:
     check_batches(trainer)
     if str(trainer.precision).startswith("16"):
         raise InputError(f"`trainer.precision` must be 32-true, 64-true or bf16, got {trainer.precision}")
+    check_attention(module)
     if trainer.gradient_clip_val is not None:
         raise InputError("`trainer.gradient_clip_val` has no effect here; set `model.gradient_clip_norm`")
     if trainer.accumulate_grad_batches != 1:

@@ -15,6 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line
 from lit_opd.masked import at_least_float32
 from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
 from lit_opd.types import Rollout, TokenScores, TopK
@@ -41,30 +42,73 @@ FEW_ROWS = 8  # up to so many, and for a float32 head of so many elements,
 LARGE_HEAD = 2**22  # head @ states.T takes half the time of states @ head.T on the CPU; more than that otherwise
 TOP_K = 32  # entries of the top-k lists that strategies may require
 
+FLASH, FLEX = "flash", "flex_attention"  # attention over sequences of any length: in the name; the name
+PACKED_PROBE = (5, 2, 3)  # tokens of the rows that are compared packed and one by one
+
 Returned = TypeVar("Returned")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows one behind the other, as attention over sequences of any length reads them.
+
+    Args:
+        positions: int64 [1, L], from 0 in each row; also what transformers finds the rows by.
+        ends: int32 [rows + 1], where each row begins, and L.
+        longest: tokens of the longest row.
+    """
+
+    positions: Tensor
+    ends: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: NDArray[Any], device: torch.device) -> Packing:
+        """Of rows of ``lengths`` >= 1 tokens."""
+        ends = numpy.concatenate([[0], numpy.cumsum(lengths)])
+        positions = numpy.arange(ends[-1]) - numpy.repeat(ends[:-1], lengths)
+        return cls(_moved(positions[None], device), _moved(ends, device).int(), int(lengths.max()))
+
+    def arguments(self, attention: str) -> dict[str, Any]:
+        """Of a transformers decoder with that implementation of attention; FlashAttention is told the rows, so that it does not
+        read them off the device."""
+        told: dict[str, Any] = {"position_ids": self.positions}
+        if FLASH in attention:
+            told |= {"cu_seq_lens_q": self.ends, "cu_seq_lens_k": self.ends}
+            told |= {"max_length_q": self.longest, "max_length_k": self.longest}
+        return told
+
+
+def _moved(values: NDArray[Any], device: torch.device) -> Tensor:
+    """On the device as int64, without waiting for it."""
+    return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.int64)).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Places:
     """Where the tokens of a rollout stand, worked out on the host: using it waits for no device.
 
-    Every row's valid tokens move to its left end, so that causal attention needs no mask and positions count from 0.
+    Every row's valid tokens move to its left end, so that causal attention needs no mask and positions count from 0. A row's
+    last token scores nothing and is left out. Where the model's attention takes sequences of any length, the rows stand one
+    behind the other, without padding.
 
     Args:
-        order: int64 [B, L], columns of [prompt, response] in packed order, L one less than the longest row, whose last token
-            scores nothing.
-        states: int64 [N], packed slots (of B x L) that score a valid response token.
+        order: int64 [R, L], slots of [prompt, response] (of B x C) in the order in which the model reads them. Padded: R is B
+            and L the longest row. Packed: R is 1 and L the sum of all rows.
+        states: int64 [N], slots of R x L that score a valid response token.
         tokens: int64 [N], those response tokens (of B x T), in the same row-major order.
         shape: (B, T).
+        packing: what a packed sequence needs beside its ids; None where rows are padded.
     """
 
     order: Tensor
     states: Tensor
     tokens: Tensor
     shape: tuple[int, int]
+    packing: Packing | None = None
 
     @classmethod
-    def of(cls, rollout: Rollout, *, own_template: bool) -> Places:
+    def of(cls, rollout: Rollout, *, own_template: bool, packed: bool = False) -> Places:
         """On the rollout's device."""
         layout, device = rollout.layout, rollout.mask.device
         prompt = layout.teacher if own_template and layout.teacher is not None else layout.prompt
@@ -73,13 +117,18 @@ class Places:
         order = numpy.argsort(~valid, axis=-1, kind="stable")[:, :longest]
         scored = numpy.concatenate([numpy.zeros_like(prompt), layout.response], -1)
         scored = numpy.take_along_axis(scored, order, -1)[:, 1:]
-
-        def moved(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.int64)).to(device, non_blocking=True)
-
+        order = (order + valid.shape[1] * numpy.arange(len(valid))[:, None])[:, :-1]
+        packing = None
+        if packed and len(order):
+            lengths = (valid.sum(-1) - 1).clip(min=1)
+            kept = numpy.arange(order.shape[1]) < lengths[:, None]
+            order, scored = order[kept][None], scored[kept][None]
+            packing = Packing.of(lengths, device)
         shape = (layout.response.shape[0], layout.response.shape[1])
-        tokens = numpy.flatnonzero(layout.response)
-        return cls(moved(order[:, :-1]), moved(numpy.flatnonzero(scored)), moved(tokens), shape)
+        order, scored, tokens = (
+            _moved(part, device) for part in (order, numpy.flatnonzero(scored), numpy.flatnonzero(layout.response))
+        )
+        return cls(order, scored, tokens, shape, packing)
 
     def scatter(self, values: Tensor) -> Tensor:
         """[N, ...] values of the valid tokens -> [B, T, ...], 0 where masked, differentiable."""
@@ -117,6 +166,7 @@ class ScoringModel(nn.Module):
         self.vocabulary, self.unused = vocabulary, tuple(unused)
         self.register_buffer("_unused", torch.tensor(self.unused) if self.unused else None, persistent=False)
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
+        self.packs = False  # True: rows stand one behind the other, without padding
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
         self.eval()
 
@@ -174,7 +224,8 @@ class ScoringModel(nn.Module):
             [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
             The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
         """
-        places = Places.of(rollout, own_template=own_template)
+        self._be_probed(rollout)
+        places = Places.of(rollout, own_template=own_template, packed=self.packs)
         head = self._head(rollout, places, own_template=own_template) if head is None else head
         targets = rollout.response_ids.flatten().index_select(0, places.tokens)
         if against is None and ("token_kl" in wants or divergence is not None):
@@ -193,20 +244,30 @@ class ScoringModel(nn.Module):
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
-        return self._head(rollout, Places.of(rollout, own_template=own_template), own_template=own_template)
+        self._be_probed(rollout)
+        places = Places.of(rollout, own_template=own_template, packed=self.packs)
+        return self._head(rollout, places, own_template=own_template)
 
-    def _head(self, rollout: Rollout, places: Places, *, own_template: bool) -> Head:
+    def _be_probed(self, rollout: Rollout) -> None:
         if self._unprobed:
             with torch.autocast(rollout.mask.device.type, enabled=False):
                 self.choose_path(self._unprobed)
+
+    def _head(self, rollout: Rollout, places: Places, *, own_template: bool) -> Head:
         prompts = rollout.prompts
         own = prompts.teacher_ids if own_template else None
-        packed = torch.cat([prompts.ids if own is None else own, rollout.response_ids], -1).gather(-1, places.order)
+        ids = torch.cat([prompts.ids if own is None else own, rollout.response_ids], -1).flatten()
+        inputs = {"input_ids": ids.index_select(0, places.order.flatten()).view(places.order.shape), "use_cache": False}
+        if places.packing is not None:
+            inputs |= places.packing.arguments(self._attention)
         if self.full_logits:
-            logits = self.causal_lm(input_ids=packed, use_cache=False).logits
-            return self._plain_head(places.pick(logits))
-        states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
-        return self.linear_head(places.pick(states))
+            return self._plain_head(places.pick(self.causal_lm(**inputs).logits))
+        return self.linear_head(places.pick(self.causal_lm.get_decoder()(**inputs).last_hidden_state))
+
+    @property
+    def _attention(self) -> str:
+        """transformers' name of the implementation."""
+        return str(getattr(self.causal_lm.config, "_attn_implementation", None))
 
     def linear_head(self, hidden: Tensor) -> Head:
         """The output head over given hidden states [N, H]."""
@@ -238,9 +299,45 @@ class ScoringModel(nn.Module):
         self._unprobed = name if any(value.is_meta for value in self.parameters()) else None
         if self._unprobed:
             return
-        why = self._bent()
-        if why is not None:
-            self._use_plain(name, why)
+        with self._as_it_runs():
+            why = self._bent()
+            if why is not None:
+                self._use_plain(name, why)
+            self.packs = self._packs(name)
+
+    def _as_it_runs(self) -> AbstractContextManager[Any]:
+        """FlashAttention knows no float32: a model with such weights runs it under autocast only."""
+        weight = next(self.parameters())
+        if FLASH in self._attention and weight.dtype == torch.float32:
+            return torch.autocast(weight.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _packs(self, name: str) -> bool:
+        """Whether rows are scored one behind the other: the attention takes such sequences, and rows do not see each other."""
+        if FLASH not in self._attention and self._attention != FLEX:
+            return False
+        device = next(self.parameters()).device
+        lengths = numpy.array(PACKED_PROBE)
+        ids = torch.arange(int(lengths.sum()), device=device) % self.vocabulary
+        try:
+            together = self._probed_logprobs(ids.unsqueeze(0), **Packing.of(lengths, device).arguments(self._attention))
+            alone = [self._probed_logprobs(row.unsqueeze(0)) for row in ids.split(lengths.tolist())]
+            gap = float((together - torch.cat(alone)).abs().max())
+        except Exception as error:  # code of any model, called in a way that it may not know
+            why = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            if gap <= (
+                PROBE_TOLERANCE_HALF if together.dtype.itemsize == 2 or FLASH in self._attention else PROBE_TOLERANCE
+            ):
+                return True
+            why = f"log-probs of packed rows differ by {gap:.3g} nats from those of single ones"
+        warnings.warn(f"{name}: rows are padded for scoring, which takes more time, because {why}", stacklevel=2)
+        return False
+
+    def _probed_logprobs(self, ids: Tensor, **arguments: Any) -> Tensor:
+        """[n, V] of the next token behind each of ``ids`` [1, n]."""
+        logits = self.causal_lm(input_ids=ids, use_cache=False, **arguments).logits[0]
+        return at_least_float32(self._plain_head(logits).logits(slice(None), 1.0)).log_softmax(-1)
 
     def _bent(self) -> str | None:
         """Why the head is not a plain linear map of the decoder's last hidden states; None where it is one."""
