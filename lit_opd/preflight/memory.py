@@ -373,7 +373,11 @@ class _Formula:
         return {"whole student": float(self.student.width * self.size.parameters)}
 
     def _tiles(self, size: ModelSize, tokens: int, count: int) -> float:
-        """Bytes of ``count`` tiles of logits, or blocks of whole rows where more than log-probs is asked for."""
+        """Bytes of ``count`` tiles of logits, or blocks of whole rows where more than log-probs is asked for.
+
+        Triton's kernels on CUDA hold a quarter of it, and a slice of the head's gradient; whether they will run is known on the
+        device only.
+        """
         elements = DEVICE_TILE_ELEMENTS if self.plan.accelerator == "gpu" else TILE_ELEMENTS
         if count > LOGPROB_TILES:
             elements = max(elements, WHOLE_ELEMENTS, size.vocabulary)
