@@ -181,7 +181,9 @@ def _gap(name: str, mine: Tensor, theirs: Tensor, head: Head | None) -> str | No
     if head is None:
         return None
     upstream = torch.linspace(-1.0, 2.0, PROBE_TOKENS, device=mine.device)
-    gradients = (torch.autograd.grad(out, [head.hidden, head.weight], upstream) for out in (mine, theirs))
+    assert head.weight is not None
+    inputs = [head.hidden, head.weight]
+    gradients = (torch.autograd.grad(out, inputs, upstream) for out in (mine, theirs))
     for ours, plain in zip(*gradients, strict=True):
         share = float((ours - plain).float().norm() / plain.float().norm())
         if not share <= PROBE_GRADIENT:

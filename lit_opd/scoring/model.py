@@ -412,7 +412,7 @@ def _name_of_cache(model: Any) -> str:
 
 def _soft_cap(causal_lm: Any) -> float | None:
     """What transformers' Gemma models bend their logits by; ``ScoringModel.choose_path`` finds out whether it is all they do."""
-    config = getattr(causal_lm, "config", None)
+    config: Any = getattr(causal_lm, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     cap = getattr(text, "final_logit_softcapping", None)
     return float(cap) if cap else None

@@ -24,6 +24,10 @@ TILE_TOKENS = 512
 # Accelerators: 128 MiB in float32, so that launches do not count.
 DEVICE_TILE_ELEMENTS = 2**25
 DEVICE_TILE_TOKENS = 4096
+# Triton's kernels (``lit_opd.scoring.kernels``), in bf16: 64 MiB, and 32 MiB in a backward pass, which holds gradients too.
+KERNEL_TILE_ELEMENTS = 2**25
+KERNEL_SLOPE_ELEMENTS = 2**24
+KERNEL_TILE_TOKENS = 4096
 WHOLE_ELEMENTS = 2**23  # logits in a block of whole rows, which a ``WholeTerm`` reads; it holds about eight such blocks
 
 NEVER = -1e30  # the logit of an entry that names no token: no mass in any dtype, and differences of two stay finite

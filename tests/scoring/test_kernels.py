@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lit_opd.errors import InputError
 from lit_opd.objective import Divergence
+from lit_opd.preflight.memory import LOGPROB_TILES, STATISTIC_TILES, Held, Workload, _Formula
+from lit_opd.preflight.plan import Plan
 from lit_opd.scoring import heads, tiles
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.tiles import NEVER, Head
@@ -39,6 +42,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(products, "TILE_TOKENS", 2)
     monkeypatch.setattr(products, "ALIGNED_TOKENS", 1)
     monkeypatch.setattr(products, "TILE_ELEMENTS", 2 * 64)
+    monkeypatch.setattr(products, "SLOPE_ELEMENTS", 2 * 64)
     monkeypatch.setenv(heads.VARIABLE, "triton")
 
 
@@ -264,12 +268,22 @@ def test_a_large_batch_holds_tiles_and_never_its_logits(monkeypatch):
     """At the shape that is shipped, by the sizes of all buffers: 16,384 tokens x 151,936 entries are 4.6 GiB in bf16."""
     monkeypatch.undo()
     head = Head(*(torch.empty(size, 1024, dtype=torch.bfloat16, device="meta") for size in (16_384, 151_936)))
-    cut = Cut.of(head)
+    assert Tiles(head, Cut.of(head), 1.0).buffer.nbytes == 2**26  # forward
+    cut = Cut.of(head, backward=True)
     assert (len(cut.rows), len(cut.columns), cut.block) == (4, 38, 4096)
     assert Tiles(head, cut, 1.0).buffer.nbytes == 2**25
     sums = products.Gradients(head, cut, (True, True, False))
-    held = sums.hidden.nbytes + sums.weight.nbytes + sums.slice.nbytes + 2**25 + 2 * 4 * cut.num_blocks * 16_384
-    assert held / 2**20 < 415  # of it 361 are both gradients, the hidden states' in float32
+    held = sums.hidden.nbytes + sums.weight.nbytes + sums.slice.nbytes + 2**25
+    assert held / 2**20 < 410  # of it 361 are both gradients, the hidden states' in float32
+    gpu = Plan("gpu", 1, 1, 1, "auto", "bf16-mixed", None, "")
+    size = SimpleNamespace(vocabulary=151_936, hidden=1024, num_trainable=0)
+    formula = _Formula(Held(size, 4), [], 0, Workload(rows=1, prompt=1, response=1), gpu)
+    wide = SimpleNamespace(vocabulary=151_936, hidden=8192)
+    assert formula._tiles(size, 16_384, LOGPROB_TILES) == 2**26
+    assert formula._tiles(wide, 16_384, LOGPROB_TILES) == 2**25 + 8 * sums.slice.nbytes
+    assert formula._tiles(wide, 4096, STATISTIC_TILES) == 2 * 2**26  # two heads; one row of tiles sums in place
+    monkeypatch.setenv(heads.VARIABLE, "tiles")
+    assert formula._tiles(size, 16_384, LOGPROB_TILES) == 2 * 2**27
 
 
 def test_a_step_allocates_nothing_as_large_as_its_logits(monkeypatch):

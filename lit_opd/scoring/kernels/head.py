@@ -63,7 +63,7 @@ class _Fused(torch.autograd.Function):
 
 def _gradients(head: Head, rule: Rule, temperature: float, factor: Tensor, wanted: tuple[bool, ...]) -> Gradients:
     """All tiles added up; the buffers are free again when it returns."""
-    cut = Cut.of(head)
+    cut = Cut.of(head, backward=True)
     sums, tiles = Gradients(head, cut, wanted), Tiles(head, cut, temperature)
     write = rule.slopes(head, cut, temperature)
     for rows, columns in cut:
@@ -101,11 +101,11 @@ class _Surprisal(Rule):
         tiles, partials = Tiles(head, cut, temperature), Partials(cut, head.hidden, 2)
         picked = head.hidden.new_zeros(len(head.hidden), dtype=torch.float32)
         for rows, columns in cut:
-            tables = (*partials.at(rows, columns), None)
+            tops, masses = partials.at(rows, columns)
             kernels.sum_one(
                 tiles.at(rows, columns),
                 cut.block,
-                tables,
+                (tops, masses, None),
                 targets=self.targets[rows],
                 picked=picked[rows],
                 first=columns.start,
@@ -147,23 +147,21 @@ def token_entropy(head: Head, *, temperature: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def token_topk(head: Head, *, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """As ``lit_opd.scoring.tiles.token_topk``: ids int64 [N, K] and log-probs float32 [N, K]; the lists of tiles are joined."""
+    """As ``lit_opd.scoring.tiles.token_topk``: ids int64 [N, K] and log-probs float32 [N, K]."""
     k = min(k, head.num_tokens)
     with _on(head.hidden):
         cut = Cut.of(head)
         tiles, partials = Tiles(head, cut, temperature), Partials(cut, head.hidden, 2)
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cut.rows]
-        for columns in cut.columns:
-            for number, rows in enumerate(cut.rows):
-                tile = tiles.at(rows, columns)
-                kernels.sum_one(tile, cut.block, (*partials.at(rows, columns), None))
-                best = _scaled(tile).topk(min(k, columns.stop - columns.start))
-                found[number].append((best.values.float() / temperature, best.indices + columns.start))
-        joined = [_joined(lists, k) for lists in found]
-        shape = (0, k)
-        values = torch.cat([value for value, _ in joined] or [head.hidden.new_zeros(shape, dtype=torch.float32)])
-        ids = torch.cat([index for _, index in joined] or [torch.zeros(shape, dtype=torch.int64, device=values.device)])
-        return ids, (values - partials.normaliser()[0].unsqueeze(-1)).float()
+        values = head.hidden.new_full((len(head.hidden), k), -torch.inf, dtype=torch.float32)
+        ids = torch.zeros_like(values, dtype=torch.int64)
+        for rows, columns in cut:
+            tile = tiles.at(rows, columns)
+            tops, masses = partials.at(rows, columns)
+            kernels.sum_one(tile, cut.block, (tops, masses, None))
+            best = _scaled(tile).topk(min(k, columns.stop - columns.start))
+            found = (values[rows], best.values.float()), (ids[rows], best.indices + columns.start)
+            values[rows], ids[rows] = _joined(*found)
+        return ids, (values / temperature - partials.normaliser()[0].unsqueeze(-1)).float()
 
 
 def _scaled(tile: kernels.Tile) -> Tensor:
@@ -178,11 +176,10 @@ def _scaled(tile: kernels.Tile) -> Tensor:
     return logits
 
 
-def _joined(lists: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of several lists, highest first: values and ids, [n, k] each."""
-    values, ids = (torch.cat(parts, -1) for parts in zip(*lists, strict=True))
-    best = values.topk(k)
-    return best.values, ids.gather(-1, best.indices)
+def _joined(values: tuple[Tensor, Tensor], ids: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The k highest of a list [n, k] and another, highest first, with their ids."""
+    best = torch.cat(values, -1).topk(values[0].shape[-1])
+    return best.values, torch.cat(ids, -1).gather(-1, best.indices)
 
 
 # -- two heads ---------------------------------------------------------------------------------------------------------

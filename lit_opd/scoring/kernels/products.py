@@ -1,7 +1,7 @@
 """Tiles of logits on a device: who is where, the buffers they stand in, and the products that cuBLAS makes of them.
 
-A tile has up to ``TILE_ELEMENTS`` logits in the dtype of the head. The backward pass overwrites it with its slopes, and two
-products take them to the hidden states and the weight. The vocabulary is the outer loop, so the weight's gradient is summed a
+A tile has up to ``TILE_ELEMENTS`` logits in the dtype of the head. The backward pass has smaller ones, overwrites them with
+their slopes, and two products take those to the hidden states and the weight. The vocabulary is the outer loop, so the weight's gradient is summed a
 slice at a time, and nothing of its size is held beside it.
 """
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from lit_opd.scoring.kernels.rows import Tile
-from lit_opd.scoring.tiles import Head
+from lit_opd.scoring.tiles import KERNEL_SLOPE_ELEMENTS, KERNEL_TILE_ELEMENTS, KERNEL_TILE_TOKENS, Head
 
-# 32 MiB in bf16. 4096 x 4096: whole waves of an H100's 132 multiprocessors in all three products, and both gradients' float32
-# slices are read and written as rarely as a tile of this size allows.
-TILE_ELEMENTS = 2**24
-TILE_TOKENS = 4096
+# 4096 x 8192, so that the device takes longer than the host for a tile. Backward 4096 x 4096: whole waves of an H100's 132
+# multiprocessors in all three products, and both gradients' float32 sums are read and written as rarely as its size allows.
+TILE_ELEMENTS = KERNEL_TILE_ELEMENTS
+SLOPE_ELEMENTS = KERNEL_SLOPE_ELEMENTS
+TILE_TOKENS = KERNEL_TILE_TOKENS
 BLOCK = 4096  # entries a program of a kernel reads
 ALIGNED = 64  # entries: rows of a buffer begin where a product's fast loads may
 ALIGNED_TOKENS = 128
@@ -41,13 +42,14 @@ class Cut:
     block: int
 
     @classmethod
-    def of(cls, head: Head) -> Cut:
+    def of(cls, head: Head, *, backward: bool = False) -> Cut:
         """Few tokens get more entries, so that a small batch is not many small products."""
+        elements = SLOPE_ELEMENTS if backward else TILE_ELEMENTS
         count, vocabulary = len(head.hidden), head.vocabulary
         block = min(BLOCK, 1 << max(0, vocabulary - 1).bit_length())
         parts = -(-count // TILE_TOKENS)
         tokens = _up(-(-count // parts), ALIGNED_TOKENS) if parts > 1 else max(1, count)
-        entries = max(block, TILE_ELEMENTS // tokens // block * block)
+        entries = max(block, elements // tokens // block * block)
         return cls(_slices(count, tokens), _slices(vocabulary, entries), block)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
