@@ -229,7 +229,7 @@ def test_no_token_gives_no_number_and_a_zero_gradient(what):
 @pytest.mark.parametrize("what", ["logprobs", "reverse_kl"])
 def test_logits_that_came_from_elsewhere_are_not_overwritten(what):
     given, teacher = made(0), made(1)
-    logits = (given.hidden @ given.weight.T).detach().requires_grad_()
+    logits = (given.weight @ given.hidden.T).detach().T.requires_grad_()  # neighbours in memory along the tokens
     before, student = logits.detach().clone(), Head(logits, None)
     asked(what, student, teacher, 1.0, 0.5).sum().backward()
     fused.token_entropy(student), fused.token_kl(student, teacher), fused.token_topk(student, k=3)

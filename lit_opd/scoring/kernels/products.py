@@ -1,8 +1,8 @@
 """Tiles of logits on a device: who is where, the buffers they stand in, and the products that cuBLAS makes of them.
 
 A tile has up to ``TILE_ELEMENTS`` logits in the dtype of the head. The backward pass has smaller ones, overwrites them with
-their slopes, and two products take those to the hidden states and the weight. The vocabulary is the outer loop, so the weight's gradient is summed a
-slice at a time, and nothing of its size is held beside it.
+their slopes, and two products take those to the hidden states and the weight. The vocabulary is the outer loop, so the
+weight's gradient is summed a slice at a time, and nothing of its size is held beside it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Tiles:
     def _logits(self, rows: slice, columns: slice) -> Tensor:
         head = self.head
         if head.weight is None or self.buffer is None:
-            return head.hidden[rows, columns]
+            tile = head.hidden[rows, columns]
+            return tile if tile.stride(-1) == 1 else tile.contiguous()
         tokens, entries = rows.stop - rows.start, columns.stop - columns.start
         stride = _up(entries, ALIGNED)
         out = self.buffer[: tokens * stride].view(tokens, stride)[:, :entries]
@@ -154,10 +155,10 @@ class Gradients:
         self.head, hidden, weight = head, head.hidden, head.weight
         self.hidden = self.weight = self.bias = self.slice = None
         if wanted[0]:
-            like = torch.zeros_like if weight is None else functools.partial(torch.zeros_like, dtype=torch.float32)
-            self.hidden = like(hidden)
+            dtype = hidden.dtype if weight is None else torch.float32
+            self.hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         if wanted[1] and weight is not None:
-            self.weight = torch.empty_like(weight)
+            self.weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             self.weight[head.vocabulary if cut.rows else 0 :] = 0
             if len(cut.rows) > 1:
                 self.slice = weight.new_empty(_longest(cut.columns), weight.shape[1], dtype=torch.float32)
