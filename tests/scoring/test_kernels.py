@@ -187,17 +187,35 @@ def test_far_apart_logits_keep_their_precision(what):
     torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("what", WHAT)
+def test_what_stands_behind_the_vocabulary_has_no_mass(what):
+    """All logits far below 0: anything counted as 0 would be all the mass."""
+    student, teacher = made(0, bias=True), made(1, bias=True)
+    low = [Head(part.hidden, part.weight, part.bias.detach() - 300.0) for part in (student, teacher)]
+    torch.testing.assert_close(
+        asked(what, *low, 1.0, 0.5), asked(what, student, teacher, 1.0, 0.5), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_trained_bias_on_given_logits_gets_its_gradient():
+    logits, bias = made(0).logits(slice(None), 1.0).detach(), torch.zeros(VOCABULARY, requires_grad=True)
+    before, targets = logits.clone(), torch.tensor([3, 64, 100])
+    (mine,) = torch.autograd.grad(fused.token_logprobs(Head(logits, None, bias), targets).sum(), bias)
+    (theirs,) = torch.autograd.grad((logits + bias).log_softmax(-1)[torch.arange(3), targets].sum(), bias)
+    assert torch.equal(logits, before) and gap(mine, theirs) < 1e-5
+
+
 def test_an_entry_of_minus_infinity_has_no_mass_and_a_nan_stays():
     logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    logits[0, 40:] = -math.inf
+    logits[0, :64] = -math.inf  # a whole block
     logits[1, 7] = math.nan
-    head, targets = Head(logits.clone().requires_grad_(), None), torch.tensor([3, 4, 5])
+    head, targets = Head(logits.clone().requires_grad_(), None), torch.tensor([70, 4, 5])
     mine = fused.token_logprobs(head, targets)
     expected = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(mine, expected, equal_nan=True)
     assert mine[1].isnan() and mine[[0, 2]].isfinite().all()
     (gradient,) = torch.autograd.grad(mine[0], head.hidden)
-    assert not gradient[0, 40:].any() and float(gradient[0].sum().abs()) < 1e-6
+    assert not gradient[0, :64].any() and float(gradient[0].sum().abs()) < 1e-6
 
 
 @pytest.mark.parametrize("what", ["logprobs", "reverse_kl"])

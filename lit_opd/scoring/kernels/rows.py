@@ -93,7 +93,7 @@ def _sum_one(
         tl.store(averages + place, tl.sum(tl.where(inside, mass * logits, 0.0), axis=0))
     if PICK:
         wanted = tl.load(targets + row) - first
-        mine = (wanted >= block * BLOCK) & (wanted < block * BLOCK + BLOCK) & (wanted >= 0) & (wanted < width)
+        mine = (wanted >= block * BLOCK) & (wanted < block * BLOCK + BLOCK) & (wanted < width)
         tl.store(picked + row, tl.sum(tl.where(columns == wanted, logits, 0.0), axis=0), mask=mine)
 
 
