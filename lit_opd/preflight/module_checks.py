@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from lit_opd.advantage import baseline_warning, order_warning
 from lit_opd.distributed import check_master_port, shared_failure
@@ -24,6 +25,7 @@ from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
+from lit_opd.scoring.heads import check_choice
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import Teacher
 
@@ -108,6 +110,7 @@ def check_trainer(module: Subject) -> None:
     """The trainer's settings are ones that this module's own optimisation can follow."""
     trainer = module.trainer
     check_strategy(trainer.strategy)
+    check_choice("cpu" if isinstance(getattr(trainer, "accelerator", None), CPUAccelerator) else "cuda")
     parts = [part for scorer in module.scorers.values() for part in scorer.modules()]
     found = {getattr(part, "dtype", None) for part in parts} | {module.student_settings.dtype}
     check_dtypes(trainer.strategy, {dtype for dtype in found if isinstance(dtype, str)})

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens without a [B, T, V] tensor.
 
-Only the hidden states of valid response tokens meet the head, in tiles (``lit_opd.scoring.tiles``). Logits at slot t - 1 score
-token t.
+Only the hidden states of valid response tokens meet the head, in tiles (``lit_opd.scoring.tiles``; on CUDA by Triton's kernels,
+``lit_opd.scoring.heads`` decides). Logits at slot t - 1 score token t.
 
 ``ScoringModel`` wraps a causal language model so that scoring is one ``forward``: under FSDP the wrapper's own hooks
 then gather the head's weight, and generation goes through the wrapper for the same reason.
@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from lit_opd.errors import InputError, first_line
 from lit_opd.masked import at_least_float32
-from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring import heads
+from lit_opd.scoring.heads import token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring.tiles import Head, softly_capped
 from lit_opd.types import Rollout, TokenScores, TopK
 
 PROBE_TOKENS = 4
@@ -167,6 +169,9 @@ class ScoringModel(nn.Module):
         self.register_buffer("_unused", torch.tensor(self.unused) if self.unused else None, persistent=False)
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
         self.packs = False  # True: rows stand one behind the other, without padding
+        self.soft_cap = _soft_cap(self.causal_lm)
+        self.head_code: heads.Code | None = None  # what met the head last; None before the first score
+        heads.choice()  # a wrong one is refused before the run
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
         self.eval()
 
@@ -227,6 +232,7 @@ class ScoringModel(nn.Module):
         self._be_probed(rollout)
         places = Places.of(rollout, own_template=own_template, packed=self.packs)
         head = self._head(rollout, places, own_template=own_template) if head is None else head
+        self.head_code = heads.code(head)
         targets = rollout.response_ids.flatten().index_select(0, places.tokens)
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
@@ -275,7 +281,8 @@ class ScoringModel(nn.Module):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # as the model's own head would compute
-        return Head(hidden, linear.weight.to(hidden.dtype), linear.bias, self.vocabulary, self._unused)
+        weight = linear.weight.to(hidden.dtype)
+        return Head(hidden, weight, linear.bias, self.vocabulary, self._unused, self.soft_cap)
 
     def _plain_head(self, logits: Tensor) -> Head:
         """The model's own logits [N, rows] as a head."""
@@ -290,8 +297,9 @@ class ScoringModel(nn.Module):
         """Compare the tiled path with the model's own logits, and use the plain path where they differ.
 
         Both are compared on a few tokens, and on made-up hidden states from small to very large: a head that bends large
-        logits (a soft cap), scales or shifts them shows there, whatever the weights are at the start of a run. A model without
-        weights yet is compared at its first forward, which every rank of a sharded model runs.
+        logits otherwise than by the soft cap of its configuration, scales or shifts them shows there, whatever the weights are
+        at the start of a run. A model without weights yet is compared at its first forward, which every rank of a sharded model
+        runs.
 
         Args:
             name: who this is ("student", "teacher"), for the warning.
@@ -479,8 +487,10 @@ class ScoringModel(nn.Module):
         linear = self.causal_lm.get_output_embeddings()
         if len(states) <= FEW_ROWS and _is_slow_head(linear.weight):
             logits = (linear.weight[: self.vocabulary] @ states.T).T.contiguous()
-            return logits if linear.bias is None else logits + linear.bias[: self.vocabulary]
-        return at_least_float32(linear(states)[:, : self.vocabulary])
+            logits = logits if linear.bias is None else logits + linear.bias[: self.vocabulary]
+        else:
+            logits = at_least_float32(linear(states)[:, : self.vocabulary])
+        return logits if self.soft_cap is None else softly_capped(logits, self.soft_cap)
 
     def run(self, function: Callable[..., Returned], *arguments: Any) -> Returned:
         """``function(self, *arguments)``, through this module so that FSDP's hooks gather what the function reads."""
@@ -495,6 +505,14 @@ class ScoringModel(nn.Module):
 def _name_of_cache(model: Any) -> str:
     """The argument of a model's forward that is the key-value cache: "cache" in transformers' own from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _soft_cap(causal_lm: Any) -> float | None:
+    """What transformers' Gemma models bend their logits by; ``ScoringModel.choose_path`` finds out whether it is all they do."""
+    config: Any = getattr(causal_lm, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    return float(cap) if cap else None
 
 
 def _record(found: dict[str, Tensor]) -> TokenScores:
