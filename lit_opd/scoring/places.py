@@ -92,10 +92,8 @@ class Places:
             order, scored = order[kept][None], scored[kept][None]
             packing = Packing.of(lengths, device)
         shape = (layout.response.shape[0], layout.response.shape[1])
-        order, scored, tokens = (
-            _moved(part, device) for part in (order, numpy.flatnonzero(scored), numpy.flatnonzero(layout.response))
-        )
-        return cls(order, scored, tokens, shape, packing)
+        states, tokens = numpy.flatnonzero(scored), numpy.flatnonzero(layout.response)
+        return cls(_moved(order, device), _moved(states, device), _moved(tokens, device), shape, packing)
 
     def scatter(self, values: Tensor) -> Tensor:
         """[N, ...] values of the valid tokens -> [B, T, ...], 0 where masked, differentiable."""

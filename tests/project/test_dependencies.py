@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from setuptools.config.setupcfg import read_configuration
 
 from benchmarks.versions.sets import CORE, declared, lower_bound, lowest_python
 
@@ -124,3 +125,12 @@ def test_the_lock_of_the_tests_is_inside_the_bounds_and_of_packages_that_an_extr
         (part,) = (part for part in REQUIREMENTS["cuda"] if part.name == locked.name)
         (exact,) = locked.specifier
         assert exact.operator == "==" and part.specifier.contains(exact.version) and part.marker == locked.marker
+
+
+def test_setuptools_reads_every_requirement_as_it_is_written():
+    """A single line with a semicolon is cut there: the installation would end with an error."""
+    options = read_configuration(ROOT / "setup.cfg")["options"]
+    found = {CORE: options["install_requires"], **options["extras_require"]}
+    assert {name: sorted(map(str, map(Requirement, lines))) for name, lines in found.items()} == {
+        name: sorted(map(str, parts)) for name, parts in REQUIREMENTS.items()
+    }
