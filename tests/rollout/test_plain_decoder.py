@@ -27,7 +27,8 @@ from lit_opd.masked import exp_
 from lit_opd.rollout import DecodeSampler, TransformersSampler
 from lit_opd.rollout.decoding import plain_decoder
 from lit_opd.rollout.decoding import sampler as decode
-from lit_opd.rollout.decoding.plain_decoder import FEW_ROWS, LARGE_WEIGHT, is_plain_decoder
+from lit_opd.rollout.decoding.layers import FEW_ROWS, LARGE_WEIGHT
+from lit_opd.rollout.decoding.plain_decoder import is_plain_decoder
 from lit_opd.scoring.model import ScoringModel
 from tests.helpers import tiny
 from tests.rollout.test_decode import gpt2, prompts, qwen3, require_same, settings

@@ -72,7 +72,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         int64 [B], never an excluded token; [B] nats, NaN for a row with a NaN.
     """
     step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    if len(logits) <= step:
+    if len(logits) <= step or logits.device.type != "cpu":
         return _draw(logits, uniforms)
     parts = [_draw(x, u) for x, u in zip(logits.split(step), uniforms.split(step), strict=True)]
     return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
