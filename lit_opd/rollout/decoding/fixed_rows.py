@@ -24,7 +24,7 @@ class FixedRows:
         self.version = 0  # of the buffers: counts how often they were made anew
         self.filled = mask.shape[1]  # columns written
         self.position = cached.position.clone()  # of the last token, int64 [R]
-        self.column = torch.full((1,), self.filled - 1, device=mask.device)  # where it stands, int64
+        self._column = torch.full((1,), self.filled - 1, device=mask.device)  # where it stands, int64
         self.bias: Tensor | None = None  # [R, columns of the buffers], -inf where nothing stands; None where all counts
         if buckets.fixed or cached.padded:
             self.bias = torch.where(mask, 0.0, -torch.inf).to(dtype)
@@ -45,6 +45,11 @@ class FixedRows:
         """Columns that a step attends to."""
         return self.shape[1] if self.buckets.fixed else self.filled
 
+    @property
+    def column(self) -> Tensor | int:
+        """Where the last token stands: int64 [1] on the device; its number where a step's shapes are not fixed."""
+        return self._column if self.buckets.fixed else self.filled - 1
+
     def reserve(self) -> None:
         """Make place for the column of the coming step, which counts as filled from now on."""
         if self.filled == self.shape[1]:
@@ -54,10 +59,14 @@ class FixedRows:
     def step(self) -> Tensor | None:
         """Go on to that column, on the device; the bias for attention, None where every column counts."""
         self.position.add_(1)
-        self.column.add_(1)
+        if self.buckets.fixed:
+            self._column.add_(1)
         if self.bias is None:
             return None
-        return self.bias.index_fill_(1, self.column, 0.0)[:, : self.columns]
+        if self.buckets.fixed:
+            return self.bias.index_fill_(1, self._column, 0.0)
+        self.bias[:, self.filled - 1] = 0.0
+        return self.bias[:, : self.filled]
 
     def select(self, kept: Tensor) -> None:
         """Keep rows, int64 [R] with repetition; buffers of as many rows stay where they are."""
@@ -90,7 +99,7 @@ class FixedRows:
                 self.bias = None
         if kept is not None:
             self.position = self.position[kept]
-            self.column.sub_(start)
+            self._column.sub_(start)
 
 
 def _moved(held: Tensor, kept: Tensor | None, written: slice, columns: int) -> Tensor:

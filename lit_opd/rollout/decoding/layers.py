@@ -23,40 +23,64 @@ Product = Callable[[Tensor], Tensor]
 
 
 def product(linears: Sequence[nn.Linear], *, rows: int, half: torch.dtype | None) -> Product:
-    """The outputs of linear layers of one input, side by side.
-
-    Where weights have to be copied anyway, cast or packed for oneDNN (at few rows half the time of MKL's product), they are
-    copied into one.
+    """The outputs of linear layers of one input, side by side; weights that have to be copied are copied into one.
 
     Args:
         linears: layers with as many inputs each.
         rows: of the input.
         half: the dtype of the product, None for the weights' own.
     """
-    weights, biases = [linear.weight.detach() for linear in linears], [linear.bias for linear in linears]
-    dtype = weights[0].dtype if half is None else half
-    slow = dtype == torch.float32 and all(w.device.type == "cpu" and w.numel() >= LARGE_WEIGHT for w in weights)
-    if slow and rows <= FEW_ROWS and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
-        joint = _joint_bias(weights, biases, dtype)
+    if _packs(linears, rows, half):
+        packed = torch.ops.mkldnn._reorder_linear_weight(
+            torch.cat([linear.weight.detach() for linear in linears]), rows
+        )
+        joint = _bias(linears, torch.float32)
         return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, joint, "none", [], "")
-    if any(weight.dtype != dtype for weight in weights):
-        weight = torch.cat([weight.to(dtype) for weight in weights])
-        bias = _joint_bias(weights, biases, dtype)
-        return lambda states: F.linear(states.to(dtype), weight, bias)
-    cast = [None if bias is None else bias.to(dtype) for bias in biases]
-    pairs = list(zip(weights, cast, strict=True))
-    if len(pairs) == 1:
-        weight, bias = pairs[0]
-        return lambda states: F.linear(states.to(dtype), weight, bias)
-    return lambda states: torch.cat([F.linear(states.to(dtype), weight, bias) for weight, bias in pairs], -1)
+    dtype = linears[0].weight.dtype if half is None else half
+    if len(linears) > 1 and not _casts(linears, half):
+        parts = [product([linear], rows=rows, half=half) for linear in linears]
+        return lambda states: torch.cat([part(states) for part in parts], -1)
+    weights, bias = [linear.weight.detach().to(dtype) for linear in linears], _bias(linears, dtype)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if half is None:
+        return lambda states: F.linear(states, weight, bias)
+    return lambda states: F.linear(states.to(dtype), weight, bias)
 
 
-def _joint_bias(weights: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    if all(bias is None for bias in biases):
+def two_products(
+    first: Sequence[nn.Linear], second: Sequence[nn.Linear], *, rows: int, half: torch.dtype | None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Two of ``product`` of one input, one where weights are copied for it."""
+    linears = [*first, *second]
+    if not (_packs(linears, rows, half) or _casts(linears, half)):
+        one, other = (product(part, rows=rows, half=half) for part in (first, second))
+        return lambda states: (one(states), other(states))
+    joint, sizes = (
+        product(linears, rows=rows, half=half),
+        [sum(x.out_features for x in part) for part in (first, second)],
+    )
+    return lambda states: tuple(joint(states).split(sizes, -1))  # type: ignore[return-value]
+
+
+def _packs(linears: Sequence[nn.Linear], rows: int, half: torch.dtype | None) -> bool:
+    """Large float32 weights that meet few rows on a CPU are packed for oneDNN, which takes half the time of MKL's product."""
+    weights = [linear.weight for linear in linears]
+    slow = half is None and all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
+    large = all(weight.numel() >= LARGE_WEIGHT for weight in weights)
+    return slow and large and rows <= FEW_ROWS and torch.backends.mkldnn.is_available()
+
+
+def _casts(linears: Sequence[nn.Linear], half: torch.dtype | None) -> bool:
+    return half is not None and any(linear.weight.dtype != half for linear in linears)
+
+
+def _bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
+    if all(linear.bias is None for linear in linears):
         return None
-    parts = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
-    return torch.cat(parts).to(dtype)
+    zeros = (linear.weight.new_zeros(linear.out_features) for linear in linears)
+    return torch.cat(
+        [zero if linear.bias is None else linear.bias.detach() for linear, zero in zip(linears, zeros, strict=True)]
+    ).to(dtype)
 
 
 class Norm:
@@ -95,17 +119,38 @@ def head_norm(attention: Any) -> Norm | None:
     return Norm(torch.cat(list(weights)), query.variance_epsilon)
 
 
-def turned(heads: Tensor, turn: list[Tensor]) -> Tensor:
+def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [B, heads, size], where the two halves of a head are the coordinates of its planes.
 
     Args:
         heads: queries or keys.
-        turn: cosine and sine, [B, 1, size] each, the first half of the sine negated.
+        cos: [B, 1, size].
+        sin: [B, 1, size], its first half negated.
     """
-    return torch.addcmul(heads * turn[0], heads.roll(heads.shape[-1] // 2, -1), turn[1])
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
-def attended_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def written(
+    cache: tuple[Tensor, Tensor], column: Tensor | int, key: Tensor, value: Tensor, columns: int
+) -> list[Tensor]:
+    """Write a column of keys and values; the leading columns of both, [B, heads, columns, size].
+
+    Args:
+        cache: keys and values, [B, heads, columns or more, size] each.
+        column: int64 [1] on the device, or its number where no graph is captured, which is faster on a CPU.
+        key: [B, heads, size].
+        value: [B, heads, size].
+        columns: how many to return.
+    """
+    for held, new in zip(cache, (key, value), strict=True):
+        if isinstance(column, int):
+            held.select(2, column).copy_(new)
+        else:
+            held.index_copy_(2, column, new.unsqueeze(2))
+    return [held.narrow(2, 0, columns) for held in cache]
+
+
+def attended_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
     """Attention of one query a row as two batched products: on a CPU twice as fast as its fused kernel.
 
     Args:
@@ -113,7 +158,7 @@ def attended_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tens
         keys: [B, heads, columns, size].
         values: [B, heads, columns, size].
         bias: [B, columns], -inf where nothing stands; None where every column counts.
-        scale: of the scores.
+        scale: of the scores, scalar.
     Returns:
         [B, query heads * size].
     """
@@ -128,8 +173,8 @@ def attended_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tens
 
 
 def attended_by_kernel(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The same by torch's fused kernels. The queries that share a key stand where a kernel expects successive queries: no head is
-    repeated, and kernels that know a bias but no groups serve too."""
+    """The same by torch's fused kernels, ``scale`` a number. The queries that share a key stand where a kernel expects successive
+    queries: no head is repeated, and kernels that know a bias but no groups serve too."""
     rows, heads, _, size = keys.shape
     grouped, mask = query.reshape(rows, heads, -1, size), None if bias is None else bias[:, None, None]
     return F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale).reshape(rows, -1)

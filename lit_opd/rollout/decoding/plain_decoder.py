@@ -10,6 +10,7 @@ with the model's own nevertheless.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from lit_opd.rollout.decoding.layers import (
     head_norm,
     product,
     turned,
+    two_products,
+    written,
 )
 
 _DECODERS = {
@@ -89,23 +92,22 @@ class _Layer:
         self.before, self.after = (
             Norm(norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
-        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.inputs = product(inputs, rows=rows, half=half)
+        turning = [attention.q_proj, attention.k_proj]
+        self.inputs = two_products(turning, [attention.v_proj], rows=rows, half=half)
         self.out = product([attention.o_proj], rows=rows, half=half)
-        self.gates = product([mlp.gate_proj, mlp.up_proj], rows=rows, half=half)
+        self.gates = two_products([mlp.gate_proj], [mlp.up_proj], rows=rows, half=half)
         self.down = product([mlp.down_proj], rows=rows, half=half)
         self.head_norm, self.activation, self.size = head_norm(attention), mlp.act_fn, attention.head_dim
         self.num_keys = attention.k_proj.out_features // self.size
 
     def heads(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, query heads + heads, size], values [B, heads, size]."""
-        heads = self.inputs(states).view(len(states), -1, self.size)
-        turning, values = heads[:, : -self.num_keys], heads[:, -self.num_keys :]
+        turning, values = (heads.unflatten(-1, (-1, self.size)) for heads in self.inputs(states))
         return turning if self.head_norm is None else self.head_norm(turning), values
 
     def mlp(self, states: Tensor) -> Tensor:
         """[B, H] -> [B, H]."""
-        gate, up = self.gates(states).chunk(2, -1)
+        gate, up = self.gates(states)
         return self.down(self.activation(gate).mul_(up))
 
 
@@ -131,11 +133,13 @@ class PlainDecoder:
         positions = torch.arange(columns, device=linear.weight.device).unsqueeze(0)
         cos, sin = (values[0].unsqueeze(1) for values in decoder.rotary_emb(self.embedding[:1], positions))
         size = cos.shape[-1] // 2
-        # [columns, 1, size] each, signed for ``roll``
-        self.turns = cos, torch.cat([-sin[..., :size], sin[..., size:]], -1)
-        self.scale = decoder.layers[0].self_attn.scaling
-        by_products = linear.weight.device.type == "cpu" and half is None
-        self.attended = attended_by_products if by_products else attended_by_kernel
+        # [columns, 2, 1, size], the sine signed for ``roll``
+        self.turns = torch.stack([cos, torch.cat([-sin[..., :size], sin[..., size:]], -1)], 1)
+        scale = decoder.layers[0].self_attn.scaling
+        if linear.weight.device.type == "cpu" and half is None:
+            self.attended = partial(attended_by_products, scale=linear.weight.new_tensor(scale))
+        else:
+            self.attended = partial(attended_by_kernel, scale=scale)
         self.packs = linear.weight.device.type == "cpu" and self.dtype == torch.float32 and rows > FEW_ROWS
 
     def is_for(self, rows: int) -> bool:
@@ -146,7 +150,7 @@ class PlainDecoder:
         self,
         ids: Tensor,
         positions: Tensor,
-        column: Tensor,
+        column: Tensor | int,
         caches: list[tuple[Tensor, Tensor]],
         columns: int,
         bias: Tensor | None,
@@ -156,22 +160,21 @@ class PlainDecoder:
         Args:
             ids: int64 [B].
             positions: int64 [B].
-            column: int64 [1], where keys and values go.
+            column: int64 [1], where keys and values go; or its number.
             caches: a layer's keys and values each, [B, heads, columns or more, size].
             columns: leading columns that are attended to.
             bias: [B, columns], -inf where nothing stands; None where every column counts.
         """
         states = self.embedding[ids]
-        turn = [table[positions] for table in self.turns]
+        cos, sin = self.turns[positions].unbind(1)
         for layer, cache in zip(self.layers, caches, strict=True):
             turning, values = layer.heads(layer.before(states))
-            turning = turned(turning, turn).to(self.dtype)
+            turning = turned(turning, cos, sin)
+            turning = turning if turning.dtype == self.dtype else turning.to(self.dtype)
             query, key = turning[:, : -layer.num_keys], turning[:, -layer.num_keys :]
-            for held, new in zip(cache, (key, values), strict=True):
-                held.index_copy_(2, column, new.unsqueeze(2))
-            keys, values = (held[:, :, :columns] for held in cache)
-            states = states + layer.out(self.attended(query, keys, values, bias, self.scale))
-            states = states + layer.mlp(layer.after(states))
+            keys, values = written(cache, column, key, values, columns)
+            states.add_(layer.out(self.attended(query, keys, values, bias)))
+            states.add_(layer.mlp(layer.after(states)))
         return self.last(states)
 
     def logits(self, states: Tensor) -> Tensor:
