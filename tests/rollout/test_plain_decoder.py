@@ -174,13 +174,6 @@ def test_a_known_class_with_other_numbers_is_found_out_by_the_probe():
     require_same(found, reference.sample(policy, prompts(16), settings()))
 
 
-def test_autocast_keeps_the_models_own_forward():
-    policy = ScoringModel(tiny.qwen3(seed=1), vocabulary=64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not decode._runs_plain(policy, CPU)
-    assert decode._runs_plain(policy, CPU)
-
-
 @pytest.mark.parametrize("rows", [FEW_ROWS - 1, FEW_ROWS + 9])
 def test_packed_weights_give_the_scorers_log_probs(monkeypatch, rows):
     """Weights above the bound, rows below it from the start or once some have left."""

@@ -30,18 +30,14 @@ def product(linears: Sequence[nn.Linear], *, rows: int, half: torch.dtype | None
         rows: of the input.
         half: the dtype of the product, None for the weights' own.
     """
-    if _packs(linears, rows, half):
-        packed = torch.ops.mkldnn._reorder_linear_weight(
-            torch.cat([linear.weight.detach() for linear in linears]), rows
-        )
-        joint = _bias(linears, torch.float32)
-        return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, joint, "none", [], "")
     dtype = linears[0].weight.dtype if half is None else half
+    if _packs(linears, rows, half):
+        packed, bias = torch.ops.mkldnn._reorder_linear_weight(_weight(linears, dtype), rows), _bias(linears, dtype)
+        return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
     if len(linears) > 1 and not _casts(linears, half):
         parts = [product([linear], rows=rows, half=half) for linear in linears]
         return lambda states: torch.cat([part(states) for part in parts], -1)
-    weights, bias = [linear.weight.detach().to(dtype) for linear in linears], _bias(linears, dtype)
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    weight, bias = _weight(linears, dtype), _bias(linears, dtype)
     if half is None:
         return lambda states: F.linear(states, weight, bias)
     return lambda states: F.linear(states.to(dtype), weight, bias)
@@ -72,6 +68,11 @@ def _packs(linears: Sequence[nn.Linear], rows: int, half: torch.dtype | None) ->
 
 def _casts(linears: Sequence[nn.Linear], half: torch.dtype | None) -> bool:
     return half is not None and any(linear.weight.dtype != half for linear in linears)
+
+
+def _weight(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor:
+    weights = [linear.weight.detach().to(dtype) for linear in linears]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:

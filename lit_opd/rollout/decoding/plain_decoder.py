@@ -111,6 +111,11 @@ class _Layer:
         return self.down(self.activation(gate).mul_(up))
 
 
+def _takes_products(weight: Tensor, half: torch.dtype | None) -> bool:
+    """On a CPU two products are faster than a fused kernel; under autocast only the kernel keeps scores in float32."""
+    return weight.device.type == "cpu" and half is None
+
+
 class PlainDecoder:
     """Runs the model behind ``is_plain_decoder`` on one token a row.
 
@@ -136,7 +141,7 @@ class PlainDecoder:
         # [columns, 2, 1, size], the sine signed for ``roll``
         self.turns = torch.stack([cos, torch.cat([-sin[..., :size], sin[..., size:]], -1)], 1)
         scale = decoder.layers[0].self_attn.scaling
-        if linear.weight.device.type == "cpu" and half is None:
+        if _takes_products(linear.weight, half):
             self.attended = partial(attended_by_products, scale=linear.weight.new_tensor(scale))
         else:
             self.attended = partial(attended_by_kernel, scale=scale)
