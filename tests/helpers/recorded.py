@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST_READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique", "_unique2")
+HOST_READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique", "_unique2"}
+HOST_WRITES = {
+    "scalar_tensor",
+    "lift_fresh",
+    "arange",
+    "full",
+}  # numbers of the host as tensors: some are sent to the device
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -54,9 +60,9 @@ class Operations(TorchDispatchMode):
         return out
 
     @property
-    def host_reads(self) -> list[str]:
-        """Operations that wait for the device."""
-        return [name for name, _ in self.log if name in HOST_READS]
+    def host(self) -> list[str]:
+        """Operations that wait for the device or send it something."""
+        return [name for name, _ in self.log if name in HOST_READS | HOST_WRITES]
 
     def undo(self) -> None:
         """Put back what was changed."""

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_opd.models import sharding
 from lit_opd.rollout import DecodeSampler, RatioStop, TransformersSampler
-from lit_opd.rollout.decoding import buckets, graphs, plain_decoder
+from lit_opd.rollout.decoding import buckets, drawing, graphs, plain_decoder
 from lit_opd.rollout.decoding import sampler as decode
 from lit_opd.rollout.decoding.buckets import Buckets
 from lit_opd.scoring.model import ScoringModel
@@ -80,8 +84,8 @@ def test_captures_are_as_few_as_buckets(as_on_cuda, monkeypatch, policy, share):
     assert all(first != second for first, second in zip(shapes, shapes[1:], strict=False))
 
 
-def test_steps_in_a_bucket_read_nothing_and_change_no_shape(as_on_cuda, monkeypatch, policy):
-    """Every operation of a step with the shapes it reads and writes, step by step, from the first token to the last."""
+def logged_steps(monkeypatch: Any, sample: Any) -> list[tuple[int, Operations]]:
+    """What runs in each step of ``sample()``, beside the version of the buffers."""
     seen: list[tuple[int, Operations]] = []
     step = decode._PlainWriter._step
 
@@ -92,14 +96,42 @@ def test_steps_in_a_bucket_read_nothing_and_change_no_shape(as_on_cuda, monkeypa
 
     monkeypatch.setattr(graphs, "capture_on", lambda device: None)
     monkeypatch.setattr(decode._PlainWriter, "_step", noted)
-    ours.sample(policy, prompts(16), settings(max_new_tokens=12, stop_ids=()))
+    sample()
+    return seen
+
+
+STEPS = {
+    "float64": {},
+    "bf16": {},
+    "nucleus": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    "greedy": {"greedy": True},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_in_a_bucket_read_nothing_and_change_no_shape(as_on_cuda, monkeypatch, name):
+    """Every operation of a step with the shapes it reads and writes, step by step, from the first token to the last; a
+    vocabulary in blocks, with rows that name no token."""
+    model = tiny.qwen3(seed=1, rows=drawing.SMALL + 77)
+    policy = ScoringModel(model if name == "bf16" else model.double(), vocabulary=drawing.SMALL + 70, unused=(5, 7))
+    wanted = settings(max_new_tokens=12, stop_ids=(), vocabulary=drawing.SMALL + 70, **STEPS[name])
+    with torch.autocast("cpu", dtype=BF16, enabled=name == "bf16"):
+        assert decode._runs_plain(policy, CPU)
+        seen = logged_steps(monkeypatch, lambda: ours.sample(policy, prompts(5), wanted))
     logs: dict[int, list[Any]] = {}
     for version, operations in seen:
-        assert not operations.host_reads
+        assert not operations.host
         logs.setdefault(version, []).append(operations.log)
-    assert [len(found) for found in logs.values()] == [2, 4, 4, 1]  # behind 6 columns: to 8, 12, 16, 17
+    assert [len(found) for found in logs.values()] == [2, 4, 4, 1]  # behind 6 columns: up to 8, 12, 16, 18
     assert all(log == found[0] for found in logs.values() for log in found)
     assert all(len(log) > 50 for found in logs.values() for log in found)
+
+
+def test_host_reads_and_numbers_of_the_host_would_be_seen():
+    with Operations() as operations:
+        assert int(torch.ones(2).sum()) == 2
+        torch.where(torch.ones(2) > 0, torch.ones(2), 0.0)
+    assert {"_local_scalar_dense", "scalar_tensor"} <= set(operations.host)
 
 
 def test_what_python_computes_in_a_step_would_show(as_on_cuda, policy, monkeypatch):
@@ -231,6 +263,44 @@ def test_a_plain_step_under_autocast_is_the_models_own(build):
                 decode._probed(kind, policy, prompts(8), wanted) for kind in (decode._OwnWriter, decode._PlainWriter)
             )
     assert float((plain - own).abs().mean()) < 0.2 * float((own - exact).abs().mean())
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_gathered_units_of_fsdp2_take_plain_steps(one_rank, monkeypatch, half):
+    """On the gathered weights, which under bf16-mixed are bf16 already: no weight is cast. They are shards again afterwards."""
+    policy, wanted = large(), settings(stop_ids=())
+    with torch.autocast("cpu", dtype=BF16, enabled=half), torch.no_grad():
+        whole = ours.sample(policy, prompts(8), wanted)
+    sharded = sharding._fully_shard(policy, one_rank["data_parallel"], half=half)
+    steps: list[Any] = []
+    step = decode._PlainWriter._step
+    monkeypatch.setattr(decode._PlainWriter, "_step", lambda self: (steps.append(self.decoder), step(self)))
+    shapes = {tuple(weight.shape) for weight in sharded.parameters() if weight.ndim == 2}
+    with torch.autocast("cpu", dtype=BF16, enabled=half), sharding.gathered(sharded):
+        ours.sample(sharded, prompts(8), wanted)  # compares the decoder with the model's forward, once
+        steps.clear()
+        with Casts(shapes) as casts:
+            found = ours.sample(sharded, prompts(8), wanted)
+    assert len(steps) == 11
+    assert half or torch.equal(found.response_ids, whole.response_ids)
+    assert not half or steps[0].embedding.dtype == BF16
+    assert not casts.cast
+    assert all(isinstance(weight, DTensor) for weight in sharded.parameters())
+    with torch.autocast("cpu", dtype=BF16, enabled=half), torch.no_grad():
+        assert float((found.sampler_logprobs - sharded(found).logprobs).abs().max()) < (0.05 if half else 1e-5)
+
+
+def test_shards_that_nobody_gathered_keep_the_models_own_forward(one_rank):
+    sharded = sharding._fully_shard(large(), one_rank["data_parallel"])
+    assert not decode._runs_plain(sharded, CPU)
 
 
 def test_a_wrong_step_is_found_out_under_autocast_too():

@@ -94,7 +94,7 @@ def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         total = cumulative[:, -1:]
         wanted = uniforms.unsqueeze(-1) * total
         block = _passes(cumulative, wanted)
-        before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
+        before = cumulative.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
         inside = mass.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
         token = (block * BLOCK + _passes(inside, wanted - before)).clamp(max=vocabulary - 1)
     logprob = (logits.gather(-1, token) - highest) - total.log().to(logits.dtype)

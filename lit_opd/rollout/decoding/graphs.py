@@ -39,8 +39,9 @@ class CudaCapture:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.MemPool()
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None  # before its pool: what is set first goes first
+        with torch.cuda.device(device):
+            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.MemPool()
 
     def warm_up(self, step: Step) -> None:
         """On the stream that captures: libraries allocate their workspaces there."""
@@ -79,9 +80,8 @@ class StepGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.kind, self.capture = device.type, capture_on(device)
-        self.version = -1
-        self.replay: Step | None = None
+        self.replay: Step | None = None  # before the pool of its graph
+        self.kind, self.capture, self.version = device.type, capture_on(device), -1
 
     def run(self, step: Step, version: int) -> None:
         """One step.
@@ -97,9 +97,9 @@ class StepGraphs:
             self.capture.warm_up(step)
         else:
             self.replay = self.replay or self._captured(self.capture, step)
-            self.replay()
+            (self.replay or step)()
 
-    def _captured(self, capture: Capture, step: Step) -> Step:
+    def _captured(self, capture: Capture, step: Step) -> Step | None:
         try:
             return capture.captured(step)
         except RuntimeError as error:
@@ -110,4 +110,4 @@ class StepGraphs:
                 f"captured ({error})",
                 stacklevel=2,
             )
-            return step
+            return None
