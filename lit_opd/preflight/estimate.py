@@ -23,6 +23,7 @@ from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
+from lit_opd.rollout import DecodeSampler
 from lit_opd.teacher import LocalTeacher, Teacher
 
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
@@ -88,6 +89,7 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
+        decodes=isinstance(sampler, DecodeSampler),
         read_along=module.rollout_stop is not None,
         engine=sampler.memory_fraction * (plan.memory or 0.0),
         engine_sleeps=sampler.sleep,

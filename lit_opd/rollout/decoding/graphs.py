@@ -56,7 +56,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.stream.device)
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
+            graph.capture_begin(self.pool.id, "thread_local")  # type: ignore[arg-type]
             try:
                 step()
             finally:
