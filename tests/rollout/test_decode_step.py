@@ -76,12 +76,19 @@ def test_a_row_that_is_alone_and_rows_that_share_a_prompt(as_on_cuda, policy):
 
 @pytest.mark.parametrize("share", [0.01, 0.5])
 def test_captures_are_as_few_as_buckets(as_on_cuda, monkeypatch, policy, share):
-    """A bucket is met once: rows only become fewer, columns only more; its first step is eager."""
+    """11 rows are a bucket of 16. A bucket is met once: rows only become fewer, columns only more; its first step is eager."""
     monkeypatch.setattr(decode, "ENDED_SHARE", share)
-    ours.sample(policy, prompts(16), settings())
-    shapes = [operations.log for operations in as_on_cuda.recorded]
-    assert 2 <= len(shapes) <= as_on_cuda.eager <= 4 + 5  # columns 8, 12, 16, 18; rows 16 to 1
-    assert all(first != second for first, second in zip(shapes, shapes[1:], strict=False))
+    shapes: list[tuple[int, int]] = []
+    advance = decode._PlainWriter.advance
+    monkeypatch.setattr(
+        decode._PlainWriter, "advance", lambda self: (advance(self), shapes.append(self.fixed.shape))[0]
+    )
+    ours.sample(policy, prompts(11), settings(stop_ids=(1, 9, 20, 33, 47)))
+    assert shapes[0][0] == 16 and shapes[-1][0] < 16 and {rows for rows, _ in shapes} <= {16, 8, 4, 2, 1}
+    assert {columns for _, columns in shapes} <= set(range(4, 19, 2))
+    assert as_on_cuda.eager == len(set(shapes)) >= 4
+    assert 2 <= len(as_on_cuda.recorded) <= as_on_cuda.eager
+    assert as_on_cuda.eager + as_on_cuda.replayed == len(shapes)
 
 
 def logged_steps(monkeypatch: Any, sample: Any) -> list[tuple[int, Operations]]:
