@@ -27,12 +27,40 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(values, mask) / mask.sum(-1).clamp(min=1)
 
 
+def running_sum(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum of all entries up to each one, along the last dimension; differentiable.
+
+    With ``torch.use_deterministic_algorithms`` (``trainer.deterministic``) torch refuses ``cumsum`` of floating point on
+    CUDA, whose order of addition is not fixed; there the sums are made in a fixed order.
+
+    Args:
+        values: [..., N].
+        dtype: of the sums, default that of ``values``.
+    """
+    if _cumsum_is_refused(values):
+        return doubled_sums(values.to(dtype or values.dtype))
+    return values.cumsum(-1, dtype=dtype)
+
+
+def _cumsum_is_refused(values: Tensor) -> bool:
+    return values.is_cuda and values.is_floating_point() and torch.are_deterministic_algorithms_enabled()
+
+
+def doubled_sums(values: Tensor) -> Tensor:
+    """``running_sum`` in about log2(N) additions of shifted tensors, [..., N]."""
+    reach = 1
+    while reach < values.shape[-1]:
+        values = torch.cat([values[..., :reach], values[..., reach:] + values[..., :-reach]], -1)
+        reach *= 2
+    return values
+
+
 def exclusive_cumsum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over the valid tokens strictly before each column: [B, T] -> [B, T], 0 at the first.
 
     A shifted sum, not a sum minus its own term: rounding must not let token t into what stands before it.
     """
-    return shifted_right(masked_values(values, mask).cumsum(-1))
+    return shifted_right(running_sum(masked_values(values, mask)))
 
 
 def return_to_go(values: Tensor, mask: Tensor, *, discount: float = 1.0) -> Tensor:
@@ -42,7 +70,7 @@ def return_to_go(values: Tensor, mask: Tensor, *, discount: float = 1.0) -> Tens
     """
     values = masked_values(values, mask)
     if discount == 1.0:
-        return masked_values(values.flip(-1).cumsum(-1).flip(-1), mask)
+        return masked_values(running_sum(values.flip(-1)).flip(-1), mask)
     running = values.new_zeros(values.shape[0])
     columns = []
     for column in range(values.shape[1] - 1, -1, -1):

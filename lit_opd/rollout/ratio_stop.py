@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import InputError
+from lit_opd.masked import running_sum
 from lit_opd.rollout.base import Sampler, SamplingSettings
 from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attention
 from lit_opd.types import FinishReason, PromptBatch, Rollout
@@ -131,7 +132,7 @@ class RatioWatch:
         if self.logprobs is None:
             self.logprobs = scores.new_zeros(ids.shape)
         self.logprobs[rows, new] = scores
-        ratio = self.ratio.unsqueeze(-1) + (scores.double() - logprobs[rows, new].double()).cumsum(-1)
+        ratio = self.ratio.unsqueeze(-1) + running_sum(scores.double() - logprobs[rows, new].double())
         below = ratio <= self.floor
         first = torch.where(below.any(-1), self.read + 1 + below.int().argmax(-1), self.kept[rows])
         self.kept[rows] = torch.minimum(self.kept[rows], first)

@@ -23,11 +23,21 @@ def whole_numbers_first(annotations: dict[str, Any]) -> None:
             annotations[name] = reduce(or_, [int, *(part for part in parts if part is not int)])
 
 
+def classes_before_words(annotations: dict[str, Any]) -> None:
+    """Put str behind the classes in every union, in place: ``--trainer.strategy FSDPStrategy`` then names the class, and not
+    a word that Lightning's registry does not have."""
+    for name, kind in annotations.items():
+        parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+        if str in parts and any(isinstance(part, type) and part.__module__.startswith("lightning.") for part in parts):
+            annotations[name] = reduce(or_, [*(part for part in parts if part is not str), str])
+
+
 class PlainCLI(LightningCLI):
     """Lightning's command line; a checkpoint does not change the config, and options can be checked before the seed is set."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         whole_numbers_first(Trainer.__init__.__annotations__)
+        classes_before_words(Trainer.__init__.__annotations__)
         super().__init__(*args, **settings)
 
     def check_options(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_opd.errors import require
-from lit_opd.masked import floor_count, positions, valid_columns
+from lit_opd.masked import floor_count, positions, running_sum, valid_columns
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_integer, is_nonnegative, is_unit
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
@@ -75,7 +75,7 @@ class TeacherConfidence(WeightingStrategy):
         """Mean of the largest entries: [B, C, window], of which the last ``seen`` [C] are tokens -> [B, C]."""
         counts = floor_count(1.0 - self.quantile, seen).clamp(min=1)
         most = max(1, int(floor_count(1.0 - self.quantile, torch.tensor(self.window))))
-        sums = windows.topk(most, dim=-1).values.cumsum(-1)
+        sums = running_sum(windows.topk(most, dim=-1).values)
         index = (counts - 1).expand(windows.shape[:2]).unsqueeze(-1)
         means = sums.gather(-1, index).squeeze(-1) / counts
         return torch.where(seen > 0, means, means.new_zeros(()))

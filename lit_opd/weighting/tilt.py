@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_opd.errors import require
-from lit_opd.masked import masked_values, shifted_right
+from lit_opd.masked import masked_values, running_sum, shifted_right
 from lit_opd.types import TokenSignal
 from lit_opd.weighting._ranges import is_finite, is_fraction
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
@@ -55,5 +55,5 @@ class PrefixRatioTilt(WeightingStrategy):
         """exp(clip(alpha * prefix sum of A, low, high)), [B, T]; the sum in float64, exp would magnify its rounding."""
         ratio = signal.teacher_logprobs.double() - signal.student_logprobs.double()
         # shifted, not subtracted: the rounding of A_t - A_t would let the weight at t read token t
-        behind = shifted_right(masked_values(ratio, signal.mask).cumsum(-1))
+        behind = shifted_right(running_sum(masked_values(ratio, signal.mask)))
         return (self.alpha * behind).clamp(self.low, self.high).exp()

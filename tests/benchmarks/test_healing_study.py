@@ -43,6 +43,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return runs + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 def test_a_study_trains_each_weighting_once_and_tells_their_ends(words, monkeypatch):
     chosen = {name: healing_study.VARIANTS[name] for name in ("uniform", "first-30")}
     monkeypatch.setattr(healing_study, "VARIANTS", chosen)
@@ -69,6 +70,7 @@ def test_a_study_trains_each_weighting_once_and_tells_their_ends(words, monkeypa
     assert all(yaml_of(runs / f"{name}-0")["vars"]["settings"] == records[name]["settings"] for name in records)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_behind_its_export_is_finished(words):
     """The student is exported before the summary is written."""
     folder, extra = Path(words[words.index("--runs") + 1]).with_name("killed") / "uniform-0", words[6:]

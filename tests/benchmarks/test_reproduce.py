@@ -627,6 +627,7 @@ def test_the_whole_plan_ends_with_every_variant_in_every_condition(tmp_path):
     assert row_of(table, "random-30")[-1] == "" and "| last-30-zero |" not in table
 
 
+@pytest.mark.slow
 def test_a_confirmation_says_by_its_rule_what_won(tmp_path):
     content = copy.deepcopy(read_plan(SEARCH).content)
     content["search"] |= {"references": ["uniform", "iw-1.5"], "wins_in": 3}

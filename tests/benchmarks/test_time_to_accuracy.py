@@ -88,6 +88,7 @@ def test_settings_that_cannot_run_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_real_run_is_the_command_line_s_and_its_accuracy_that_of_the_exported_student(tmp_path):
     small = {"data.prompt_batch": "32", "model.mini_batches": "2"}
     line = words(small, seed=3, batches=2, folder=tmp_path)

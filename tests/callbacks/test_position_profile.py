@@ -348,7 +348,14 @@ def test_the_pictures_are_not_blank(finished):
         assert min(pixels.shape[:2]) > 300 and pixels.var() > 0.01, name
 
 
-@pytest.mark.parametrize("settings", [{"scale": "log"}, {"length": 3, "every": 3}, {"bins": 1, "relative_bins": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"scale": "log"}, marks=pytest.mark.slow),
+        {"length": 3, "every": 3},
+        pytest.param({"bins": 1, "relative_bins": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_every_setting_draws_pictures_too(folders, tmp_path, settings):
     profiled.fit(folders, tmp_path, [PositionProfile(**settings)], steps=2)
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == PICTURES
@@ -385,7 +392,10 @@ def no_pictures(monkeypatch):
 # -- resume and ranks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("every", "died"), [(1, 6), (3, 6), (3, 4)])
+@pytest.mark.parametrize(
+    ("every", "died"),
+    [pytest.param(1, 6, marks=pytest.mark.slow), pytest.param(3, 6, marks=pytest.mark.slow), (3, 4)],
+)
 def test_a_resumed_run_has_the_lines_of_an_unbroken_one(folders, tmp_path, no_pictures, every, died):
     """The checkpoint falls into a window; the run goes on for two steps before it dies, or ends there with a short window."""
     profiled.fit(folders, tmp_path / "whole", [PositionProfile(every=every)], steps=7)

@@ -95,7 +95,14 @@ FAILS_AFTER = {
 }
 
 
-@pytest.mark.parametrize("when", sorted(FAILS_AFTER))
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param("in the validation before training", marks=pytest.mark.slow),
+        "in the third batch",
+        "in the validation at step 2",
+    ],
+)
 def test_a_run_whose_server_failed_goes_on_and_loses_nothing(folders, whole, tmp_path, capsys, when):
     run = tmp_path / "run"
     with fake.serving(folders[0], model="student") as server:

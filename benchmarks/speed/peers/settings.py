@@ -88,11 +88,11 @@ def write_pair(setting: Setting, folder: Path) -> tuple[str, str]:
         model = Qwen3ForCausalLM(config)
         model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
         model.save_pretrained(folder / name)
-        _tokenizer(config.vocab_size).save_pretrained(folder / name)
+        word_tokenizer(config.vocab_size).save_pretrained(folder / name)
     return str(folder / "student"), str(folder / "teacher")
 
 
-def _tokenizer(size: int) -> object:
+def word_tokenizer(size: int) -> object:
     """One token a character, and tokens that no text becomes up to ``size``: ids without a token are neither sampled nor
     scored, and a side that cut them would have less to do."""
     from tokenizers import Tokenizer, models, pre_tokenizers

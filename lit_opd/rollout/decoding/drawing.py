@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_opd.masked import at_least_float32, exp_
+from lit_opd.masked import at_least_float32, exp_, running_sum
 from lit_opd.rollout.base import SamplingSettings
 
 BLOCK = 128  # vocabulary entries summed together; it divides the usual vocabulary sizes
@@ -35,7 +35,7 @@ def sampled_distribution(logits: Tensor, *, temperature: float, top_p: float, to
         logprobs = logprobs.masked_fill(logprobs < least, -torch.inf).log_softmax(-1)
     if top_p < 1.0:
         ordered, order = logprobs.sort(dim=-1, descending=True)
-        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+        mass_before = running_sum(ordered.exp()) - ordered.exp()
         excluded = torch.zeros_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
         logprobs = logprobs.masked_fill(excluded, -torch.inf).log_softmax(-1)
     return logprobs
@@ -83,19 +83,20 @@ def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     mass = exp_(logits - highest)
     rows, vocabulary = mass.shape
     if vocabulary <= SMALL:
-        cumulative = mass.cumsum(-1, dtype=torch.float64)
+        cumulative = running_sum(mass, dtype=torch.float64)
         total = cumulative[:, -1:]
         token = _passes(cumulative, uniforms.unsqueeze(-1) * total)
     else:
         if vocabulary % BLOCK:
             mass = F.pad(mass, (0, -vocabulary % BLOCK))
         mass = mass.view(rows, -1, BLOCK)
-        cumulative = mass.sum(-1).cumsum(-1, dtype=torch.float64)
+        cumulative = running_sum(mass.sum(-1), dtype=torch.float64)
         total = cumulative[:, -1:]
         wanted = uniforms.unsqueeze(-1) * total
         block = _passes(cumulative, wanted)
         before = cumulative.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
-        inside = mass.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+        chosen = mass.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
+        inside = running_sum(chosen, dtype=torch.float64)
         token = (block * BLOCK + _passes(inside, wanted - before)).clamp(max=vocabulary - 1)
     logprob = (logits.gather(-1, token) - highest) - total.log().to(logits.dtype)
     return token.squeeze(-1), logprob.squeeze(-1)

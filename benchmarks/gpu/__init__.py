@@ -1,0 +1,1 @@
+"""What a GPU machine says of the project: every path run once and measured, by one command."""

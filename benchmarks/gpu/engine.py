@@ -1,0 +1,66 @@
+"""The vLLM engine: tokens a second, seconds of start, sleep, wake and new weights, agreement with the scorer."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.decoding import GAPS, HALF, asked, prompts
+from benchmarks.gpu.sizes import random_model
+from lit_opd.rollout import VLLMEngine
+from lit_opd.scoring.model import ScoringModel
+
+ROWS, TOKENS = 32, 256
+MEMORY_FRACTION = 0.4
+
+
+def run(bench: Bench) -> None:
+    """Eager first, then with CUDA graphs, each with an engine of its own."""
+    if importlib.util.find_spec("vllm") is None or not bench.on_gpu:
+        bench.skip("engine", "vllm is not installed" if bench.on_gpu else "no GPU")
+        return
+    folder = bench.models()
+    for name, options in (("eager", {"enforce_eager": True}), ("CUDA graphs", {})):
+        bench.attempt(name, lambda options=options: measured(bench, folder, options))  # type: ignore[misc]
+
+
+def measured(bench: Bench, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one engine."""
+    model = random_model(bench.sizes.student, bench.sizes.vocabulary, dtype=torch.bfloat16, device=bench.device, seed=0)
+    policy = ScoringModel(model, vocabulary=bench.sizes.vocabulary)
+    sampler = VLLMEngine(
+        str(bench.folder / "vllm-student"),
+        max_new_tokens=TOKENS,
+        memory_fraction=MEMORY_FRACTION,
+        engine_options=options,
+    )
+    sampler.check(tokens=TOKENS + 64, vocabulary=bench.sizes.vocabulary)
+
+    def export(target: Path) -> None:
+        import shutil
+
+        shutil.copytree(folder / "student", target, dirs_exist_ok=True)
+
+    found: dict[str, Any] = {}
+
+    def timed(name: str, call: Any) -> Any:
+        start = time.monotonic()
+        out = call()
+        found[name] = round(time.monotonic() - start, 2)
+        return out
+
+    timed("start_s", lambda: sampler.prepare(export, 0))
+    batch, settings = prompts(bench, ROWS), asked(bench, TOKENS)
+    timed("first_s", lambda: sampler.sample(policy, batch, settings))
+    rollout = timed("sample_s", lambda: sampler.sample(policy, batch, settings))
+    timed("new_weights_s", lambda: sampler.prepare(export, 1))
+    with torch.no_grad():
+        gap = (policy(rollout).logprobs - rollout.sampler_logprobs).abs().mean()
+    if float(gap) > GAPS[HALF]:
+        raise AssertionError(f"a mean gap of {float(gap):.3g} nats, above {GAPS[HALF]}")
+    return {**found, "tokens_per_s": round(ROWS * TOKENS / found["sample_s"]), "gap": float(gap)}
