@@ -709,6 +709,7 @@ def test_a_plan_that_changed_after_results_existed_is_told_and_nothing_is_mixed_
         write_report(later, chosen.other, tmp_path)
 
 
+@pytest.mark.slow
 def test_runs_of_another_plan_in_the_same_folder_are_no_change_of_the_plan(tmp_path):
     plan, search = read_plan(), read_plan(SEARCH)
     shared = [*synthetic(plan, {}).values(), *synthetic(search, {}).values()]
@@ -727,6 +728,7 @@ def test_runs_shared_with_the_plan_below_are_no_change_either(tmp_path):
     assert f"Shared with plan.yaml: 18 runs of plan `{plan.sha[:12]}` (base/uniform/seed-10, " in page
 
 
+@pytest.mark.slow
 def test_results_that_were_replaced_leave_a_trace(tmp_path):
     plan = read_plan()
     records = synthetic(plan, {})

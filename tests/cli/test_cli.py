@@ -276,6 +276,7 @@ def test_a_run_folder_with_files_is_refused_and_kept(world, finished, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+@pytest.mark.slow
 def test_padded_rows_of_the_teachers_embedding_are_cut(world, tmp_path):
     """A teacher with 80 embedding rows for the same tokens trains a student with 64."""
     overrides = bad_teacher(rows=80, tokenizer=lambda: tiny.tokenizer(rows=64))(tmp_path)

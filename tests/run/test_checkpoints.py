@@ -228,6 +228,7 @@ def test_a_full_disk_while_logging_loses_no_line_once_there_is_room_again(whole,
     assert [lines(run, name) for name in names] == [lines(plain, name) for name in names]
 
 
+@pytest.mark.slow
 def test_a_full_disk_where_a_run_goes_on_leaves_its_files_whole(whole, tmp_path, file_limit, capsys):
     """The disk has room for the look at it before the run, and not for the files after it."""
 

@@ -93,6 +93,7 @@ def test_a_killed_wandb_process_costs_its_numbers_and_not_the_run(config, tmp_pa
     assert len(told) == 1 and "training goes on" in told[0]
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_cannot_be_reached_turns_the_run_offline(config, tmp_path, own_wandb, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -252,6 +252,7 @@ def test_a_killed_run_goes_on_bit_for_bit_from_every_step_and_again_from_every_l
                 assert_same_run(again, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_same_wandb_run_goes_on(models, tmp_path):
     """Offline: a file of its own, the same id."""
     config = write_config(tmp_path, models)

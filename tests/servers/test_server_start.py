@@ -273,6 +273,7 @@ def test_settings_of_the_engine_outside_their_range_are_refused():
             VLLMEngine(**{name: value})
 
 
+@pytest.mark.slow
 def test_the_overlay_for_the_quickstart_trains_from_a_server(tmp_path, monkeypatch):
     """``configs/sampling/vllm.yaml`` over the quickstart, with another address and fewer rows."""
     monkeypatch.chdir(ROOT)
