@@ -36,9 +36,15 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
+    if name in _PUBLIC and not _names_a_class():
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"lit_opd has no {name!r}; it has {', '.join(sorted(_PUBLIC))}")
+
+
+def _names_a_class() -> bool:
+    """True where jsonargparse looks for the shortest path of a class: configs and checkpoints keep the paths they always had."""
+    asks = sys._getframe(2)
+    return asks.f_code.co_name == "get_import_path" and str(asks.f_globals.get("__name__")).startswith("jsonargparse")
 
 
 def __dir__() -> list[str]:

@@ -108,6 +108,16 @@ def test_the_help_names_every_command_of_the_command_line():
     assert listed == named
 
 
+def test_a_config_names_a_class_by_the_path_it_always_had():
+    from jsonargparse._util import get_import_path
+
+    import lit_opd
+
+    for name in ("Uniform", "LocalTeacher", "DecodeSampler", "PolicyLoss"):
+        path = get_import_path(getattr(lit_opd, name))
+        assert path is not None and path.count(".") == 2 and path != f"lit_opd.{name}", path
+
+
 # -- configs by name -----------------------------------------------------------------------------------------------------
 
 
