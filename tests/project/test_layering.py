@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "distributed": {"errors"},
     "prompts": {"types", "errors", "answers", "streams", "distributed"},
-    "models": {"errors", "files"},
+    "models": {"errors", "files", "distributed"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
     "rollout": {"types", "errors", "masked", "streams", "distributed", "servers"},
