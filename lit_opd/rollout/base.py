@@ -165,6 +165,15 @@ class Sampler(ABC):
             vocabulary: embedding rows of the student.
         """
 
+    def check_student(self, adapter_rank: int | None) -> None:  # noqa: B027
+        """What can be checked of the student before a run.
+
+        Args:
+            adapter_rank: of its LoRA, None without.
+        Raises:
+            InputError: its weights cannot reach the engine in the configured way.
+        """
+
     def prepare(self, student: StudentWeights, weights_version: int) -> None:  # noqa: B027
         """Bring the engine to the student's weights before it samples; nothing to do for one that reads the student itself.
 

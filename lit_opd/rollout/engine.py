@@ -19,11 +19,18 @@ from lit_opd.rollout import ipc
 from lit_opd.rollout.base import Sampler, SamplingSettings, Seconds
 from lit_opd.rollout.engine_output import Output, reason, remedy
 from lit_opd.rollout.vllm import as_rollout, only_tokens, row_seeds, row_texts, sampled_tokens
-from lit_opd.rollout.weights import PACKAGE, StudentWeights, Way, installed_version, settled_way
+from lit_opd.rollout.weights import (
+    ADAPTER_RANKS,
+    PACKAGE,
+    StudentWeights,
+    Way,
+    installed_version,
+    require_way,
+    settled_way,
+)
 from lit_opd.servers.client import Malformed
 from lit_opd.types import PromptBatch, Rollout
 
-ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what every supported vLLM takes as `max_lora_rank`
 GO_ON = "then go on with --ckpt_path last"
 LOOK = "see vLLM's messages above"
 
@@ -104,6 +111,10 @@ class VLLMEngine(Sampler):
             )
         self._window = tokens
 
+    def check_student(self, adapter_rank: int | None) -> None:
+        """Its weights can go the configured way."""
+        require_way(self.weights, adapter_rank)
+
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def prepare(self, student: StudentWeights, weights_version: int) -> None:
@@ -131,7 +142,7 @@ class VLLMEngine(Sampler):
     def _settled(self, student: StudentWeights) -> Way:
         """What "auto" is here, said once a run."""
         version = installed_version()
-        way, why = settled_way(self.weights, student=student, on_cuda=torch.cuda.is_available(), version=version)
+        way, why = settled_way(self.weights, student.adapter_rank, on_cuda=torch.cuda.is_available(), version=version)
         if is_rank_zero():
             print(f"vLLM {version} takes the student's weights by way of: {way} ({why})", file=sys.stderr, flush=True)
         return way
@@ -197,9 +208,8 @@ class VLLMEngine(Sampler):
             return {"load_format": "dummy", "weight_transfer_config": dict(ipc.CONFIG)}
         if self._way == "adapter":
             rank = student.adapter_rank or 0
-            fitting = [allowed for allowed in ADAPTER_RANKS if allowed >= rank]
-            require(bool(fitting), "LoraSettings.rank", f"<= {ADAPTER_RANKS[-1]} for an adapter in vLLM", rank)
-            return {"model": student.path, "enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
+            most = next(allowed for allowed in ADAPTER_RANKS if allowed >= rank)
+            return {"model": student.path, "enable_lora": True, "max_loras": 1, "max_lora_rank": most}
         return {}
 
     # -- sampling ----------------------------------------------------------------------------------------------------

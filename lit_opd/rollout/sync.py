@@ -31,6 +31,15 @@ class WeightSync(ABC):
             InputError, ServerError: the servers cannot take weights this way.
         """
 
+    def check_student(self, adapter_rank: int | None) -> None:  # noqa: B027
+        """What can be checked of the student before a run.
+
+        Args:
+            adapter_rank: of its LoRA, None without.
+        Raises:
+            InputError: its weights cannot be sent this way.
+        """
+
     def write(self, student: StudentWeights) -> None:
         """What the servers will read; called on every rank, before ``bring``."""
         student(self.folder)

@@ -110,6 +110,11 @@ class VLLMSampler(Sampler):
         if self.sync is not None:
             self.sync.check(self.servers)
 
+    def check_student(self, adapter_rank: int | None) -> None:
+        """The servers can take its weights."""
+        if self.sync is not None:
+            self.sync.check_student(adapter_rank)
+
     def prepare(self, student: StudentWeights, weights_version: int) -> None:
         """Push the student's weights unless the servers have them; called on every rank."""
         if self._version == weights_version:

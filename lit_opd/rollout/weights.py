@@ -20,6 +20,7 @@ PACKAGE = "vllm"
 TRANSFERS = ((0, 23), (0, 32))  # first and last release whose weight transfer was read
 WORKER_NEEDS = {(0, 23): ("ray", "requests"), (0, 27): ()}  # what vLLM's IPC engine imports, from that release on
 PACKED_AT_INIT = (0, 27)  # from here on `packed` is said once, before with every update
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what every one of them takes as `max_lora_rank`
 
 
 class StudentWeights(Protocol):
@@ -70,27 +71,46 @@ def why_no_ipc(version: str) -> str | None:
     return f"vLLM {version} needs {' and '.join(missing)} for it, which is not installed" if missing else None
 
 
-def settled_way(way: Way, *, student: StudentWeights, on_cuda: bool, version: str) -> tuple[Way, str]:
+def require_way(way: Way, adapter_rank: int | None) -> None:
+    """Refuse a way that a student's weights cannot go.
+
+    Raises:
+        InputError: naming another.
+    """
+    if adapter_rank is not None and way == "ipc":
+        raise InputError(
+            "`VLLMEngine.weights` must be auto, adapter or folder (merged) for a student with LoRA, got ipc; correct it"
+        )
+    if adapter_rank is None and way == "adapter":
+        raise InputError(
+            "`VLLMEngine.weights` must be auto, ipc or folder for a student without LoRA, got adapter; correct it"
+        )
+    if way in ("auto", "adapter") and adapter_rank is not None and adapter_rank > ADAPTER_RANKS[-1]:
+        raise InputError(
+            f"`LoraSettings.rank` must be <= {ADAPTER_RANKS[-1]} for an adapter in vLLM, got {adapter_rank}; lower it, or set "
+            "`VLLMEngine.weights` to folder"
+        )
+
+
+def settled_way(way: Way, adapter_rank: int | None, *, on_cuda: bool, version: str) -> tuple[Way, str]:
     """The way that ``way`` comes to here, and why.
 
     Args:
         way: as configured.
-        student: whose weights travel.
+        adapter_rank: of the student's LoRA, None without.
         on_cuda: engine and student share a CUDA device.
         version: of vLLM.
     Raises:
         InputError: a way that cannot be gone here; the message names what stands in it and another.
     """
-    adapted = student.adapter_rank is not None
-    no_ipc = "there is no CUDA device" if not on_cuda else why_no_ipc(version)
-    if adapted and way == "ipc":
-        no_ipc = "the student has adapters, which travel merged in a folder or alone"
-    if way == "auto":
-        if adapted:
-            return "adapter", "the student has LoRA"
-        return ("ipc", f"CUDA and vLLM {version}") if no_ipc is None else ("folder", no_ipc)
-    if way == "ipc" and no_ipc is not None:
+    require_way(way, adapter_rank)
+    if way == "auto" and adapter_rank is not None:
+        return "adapter", "the student has LoRA"
+    if way not in ("auto", "ipc"):
+        return way, "as configured"
+    no_ipc = why_no_ipc(version) if on_cuda else "there is no CUDA device"
+    if no_ipc is None:
+        return "ipc", f"CUDA and vLLM {version}"
+    if way == "ipc":
         raise InputError(f"`VLLMEngine.weights` must be folder or auto here, got ipc: {no_ipc}")
-    if way == "adapter" and not adapted:
-        raise InputError("`VLLMEngine.weights` must be folder, ipc or auto for a student without LoRA, got adapter")
-    return way, "as configured"
+    return "folder", no_ipc

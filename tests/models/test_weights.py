@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_opd.models import export_folder, weights
+from lit_opd.models.sharding import transformer_layers
 from lit_opd.models.weights import hand_over
 from lit_opd.scoring.model import ScoringModel
 from tests.helpers import tiny
@@ -56,7 +57,7 @@ def test_the_units_are_what_a_folder_holds(name, tmp_path):
                 assert value.dtype == stored[key].dtype and torch.equal(value, stored[key]), key
         blocks = [{re.sub(r"(layers\.\d+)\..*", r"\1", key) for key in unit} for unit in units if len(unit) > 1]
         assert all(len(found) == 1 for found in blocks), "a unit is of one block"
-        assert len(blocks) == len(set.union(*blocks)) == model.config.num_hidden_layers
+        assert len(blocks) == len(set.union(*blocks)) == len(transformer_layers(student))
 
 
 def test_a_failure_is_raised_after_the_last_unit(monkeypatch):

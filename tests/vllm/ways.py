@@ -1,13 +1,14 @@
 """Run by vLLM's own Python: ``python -m tests.vllm.ways WAY STUDENT TEACHER OUT``; what a real engine samples after new weights.
 
 - ``ipc``: with vLLM's own IPC engine in this process, which opens shared memory where it would open CUDA's.
-- ``adapter``: of a student with LoRA.
+- ``adapter``: of a student with LoRA; the second version has another adapter on the same model.
 - ``cache``: an engine that cannot start for lack of cache; the error is written.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,20 +29,22 @@ LOCAL = "this machine"  # the name of the device whose memory is shared
 _BUFFERS: dict[int, torch.Tensor] = {}
 
 
-def student(path: str, lora: LoraSettings | None = None) -> StudentWeights:
-    """A student of a folder; its adapter, where it has one, changes something."""
+def student(path: str, lora: LoraSettings | None = None, seed: int = 0) -> StudentWeights:
+    """A student of a folder; its adapter, where it has one, changes something, by ``seed``."""
     settings = StudentSettings(path, lora=lora)
     model = build_student(settings)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_B" in name:
-                value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))).mul_(0.3))
+                value.copy_(
+                    torch.randn(value.shape, generator=torch.Generator().manual_seed(seed + len(name))).mul_(0.3)
+                )
     return StudentWeights(
         ScoringModel(model, vocabulary=64),
         settings,
         load_tokenizer(path, "path"),
         generation=lambda: load_generation_config(path),
-        export=lambda folder: sys.exit("nothing is exported"),
+        export=lambda folder: shutil.copytree(path, folder, dirs_exist_ok=True),
     )
 
 
@@ -59,7 +62,7 @@ def without_cuda() -> None:
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=LOCAL)  # type: ignore[assignment]
     torch.accelerator.synchronize = lambda device=None: None
     ipc.cuda_handle = shared_handle
-    engine.settled_way = lambda way, **rest: (way, "as configured")
+    engine.settled_way = lambda way, *rank, **rest: (way, "as configured")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
@@ -88,7 +91,9 @@ def main() -> None:
     sampler.check(tokens=64, vocabulary=64)
     results: dict[str, Any] = {}
     try:
-        results["drawn"] = [drawn(sampler, student(path, lora), version) for version, path in enumerate(folders)]
+        for version, path in enumerate(folders):
+            weights = student(folders[0] if lora else path, lora, seed=100 * version)
+            results.setdefault("drawn", []).append(drawn(sampler, weights, version))
         results["seconds"] = sampler.seconds.take()
         results["written"] = sorted(path.name for path in (Path(out).parent / "written").iterdir())
     except ServerError as error:
