@@ -107,7 +107,8 @@ class VLLMEngine(Sampler):
         if importlib.util.find_spec(PACKAGE) is None:
             raise InputError(
                 "`model.sampler` must be a sampler whose packages are installed, got VLLMEngine without vllm; install the "
-                "extra vllm (pip install -e .[vllm]), or use VLLMSampler with a server of its own environment"
+                "extra vllm (pip install -e .[vllm]), add --model.sampler DecodeSampler, which needs no package, or use "
+                "VLLMSampler with a server of its own environment"
             )
         self._window = tokens
 
