@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+TEST_STAMP := .venv/.installed-test
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
@@ -12,14 +13,19 @@ $(STAMP): requirements.lock setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+# Triton runs the kernels of CUDA on a CPU, for the tests alone: 285 MB
+$(TEST_STAMP): $(STAMP) requirements-test.lock
+	$(BIN)/python -m pip install --quiet -r requirements-test.lock
+	touch $@
+
 quickstart: $(STAMP)
 	$(BIN)/python train.py fit --config configs/quickstart.yaml --run_dir runs/quickstart --overwrite true
 
 # Two processes, a file of tests in one of them: nine minutes on two cores, sixteen in one process
-test: $(STAMP)
+test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(STAMP)
+test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow
 
 # Environments of their own at the lowest and the newest versions, about 5 GB and half an hour or more each; Python 3.11 to 3.13

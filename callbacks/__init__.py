@@ -1,20 +1,27 @@
-"""Callbacks: observers of ``outputs["step"]`` and phases, and users of ``generate`` and ``export_student``."""
+"""Callbacks: observers of ``outputs["step"]`` and phases, and users of ``generate`` and ``export_student``.
+
+Their name is ``lit_opd.callbacks``. In a checkout, where the folder stands beside the package, ``callbacks`` is another name
+of the same modules.
+"""
 
 from __future__ import annotations
 
 from lightning.pytorch import Callback
+from lit_opd.callbacks.checkpoint import RunCheckpoint
+from lit_opd.callbacks.early_aime import EarlyAIMEEvaluation
+from lit_opd.callbacks.export import ExportStudent
+from lit_opd.callbacks.position_profile import PositionProfile
+from lit_opd.callbacks.predictions import PredictionFiles
+from lit_opd.callbacks.progress import Progress
+from lit_opd.callbacks.rng import RngState
+from lit_opd.callbacks.rollout_samples import RolloutSamples
+from lit_opd.callbacks.stopping import StopOnSignal
+from lit_opd.callbacks.summary import Summary
+from lit_opd.callbacks.throughput import Throughput
 
-from callbacks.checkpoint import RunCheckpoint
-from callbacks.early_aime import EarlyAIMEEvaluation
-from callbacks.export import ExportStudent
-from callbacks.position_profile import PositionProfile
-from callbacks.predictions import PredictionFiles
-from callbacks.progress import Progress
-from callbacks.rng import RngState
-from callbacks.rollout_samples import RolloutSamples
-from callbacks.stopping import StopOnSignal
-from callbacks.summary import Summary
-from callbacks.throughput import Throughput
+from lit_opd.one_name import same_modules
+
+same_modules(__name__, "lit_opd.callbacks")
 
 __all__ = [
     "EarlyAIMEEvaluation",

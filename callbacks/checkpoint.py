@@ -13,6 +13,7 @@ from lit_opd.errors import InputError, ServerError, Stopped
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER, LAST, REQUEUE, remove, save, sweep
 from lit_opd.run.tracking import crossed
+from lit_opd.shipped import program
 
 SAVED_AFTER = (InputError, ServerError, Stopped, OSError)  # what leaves models and optimizer as they were
 
@@ -155,7 +156,7 @@ class RunCheckpoint(ModelCheckpoint):
         if isinstance(exception, Stopped):
             folder = trainer.default_root_dir
             again = "" if exception.requeue else " --ckpt_path last"
-            exception.add_note(f"python train.py fit --config {folder}/config.yaml --run_dir {folder}{again}")
+            exception.add_note(f"{program()} fit --config {folder}/config.yaml --run_dir {folder}{again}")
 
     def _saved_before(self, trainer: Trainer) -> str:
         """Save the state before the running batch unless it is there; where it is."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lit_opd.callbacks.checkpoint import save_first
 
-from callbacks.checkpoint import save_first
 from lit_opd.errors import InputError
 from lit_opd.run.tracking import crossed
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_opd.evaluation.validation import SUMMARISED
 from lit_opd.files import replace_whole
+from lit_opd.shipped import program
 
 
 class Summary(Callback):
@@ -96,7 +97,7 @@ def table(summary: dict[str, Any], folder: Path) -> str:
     rows += [
         f"{spans(summary)}, {summary['tokens']:,} sampled tokens, {summary['seconds']:.0f} s",
         f"run folder: {folder} (summary.json, metrics.csv, checkpoints/, student/)",
-        f"next: python train.py fit --config {folder}/config.yaml --model.weighting {other} --run_dir {folder}-{other.lower()}",
+        f"next: {program()} fit --config {folder}/config.yaml --model.weighting {other} --run_dir {folder}-{other.lower()}",
     ]
     return "\n".join(["", *rows])
 

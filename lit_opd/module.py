@@ -71,7 +71,7 @@ class OPDModule(L.LightningModule):
         aggregation: how token losses become one scalar.
         mini_batches: optimizer steps a pass over the rollout batch.
         epochs: passes over the rollout batch.
-        token_budget: padded tokens a micro-batch may hold; None for one micro-batch.
+        token_budget: padded tokens a micro-batch may hold, tokens where attention packs rows; None for one micro-batch.
         truncated: rows that did not end by themselves: "keep", "mask" (valid rows without valid tokens) or "drop" (never scored).
         optimizer: from parameters to an optimizer, default AdamW with lr 1e-5.
         lr_scheduler: from optimizer to a scheduler stepped once an optimizer step, default constant.
@@ -300,13 +300,19 @@ class OPDModule(L.LightningModule):
         return Update(
             recipe,
             Scores(self.student, self.scorers, recipe, rollout, temperature=temperature, step=self.global_step),
-            MicroBatches(rollout, self.budget, self.token_budget),
+            MicroBatches(rollout, self.budget, self.token_budget, packed=self._packed),
             LightningOptimisation(self, self.student, clip_norm=self.gradient_clip_norm),
             self.phase,
             skips=self.skips,
             progress=self.progress,
             gap=self.gap,
         )
+
+    @property
+    def _packed(self) -> bool:
+        """Whether all models score rows without padding; what a server does with them is its own."""
+        models = [self.student, *self.scorers.values()]
+        return all(part.packs for model in models for part in model.modules() if isinstance(part, ScoringModel))  # type: ignore[union-attr]
 
     def _new_gap(self) -> SamplerGap:
         own = self.sampler

@@ -1,34 +1,41 @@
-"""Expected seconds a step on 1, 8 and 32 GPUs: costs measured on this CPU, carried over by arithmetic and data-sheet figures.
+"""Expected seconds a step on 1, 8 and 32 GPUs: what one H100 measured, carried over by arithmetic and data-sheet figures.
 
     python -m benchmarks.speed.scaling --out docs
 
-What is measured here: how much longer a step's parts take than their arithmetic (2 operations a parameter and token forward, 6
-with the backward pass, 8 with recomputed activations) or their memory traffic (each decode step reads all weights) at the rates
-this machine reaches in a plain matrix product and a plain read. What is stated: the GPU's rates. The product is an expectation on
-paper; no step of it has run on a GPU.
+From the rows of ``benchmarks.gpu``: how much longer scoring and update took there than their arithmetic (2 operations a parameter
+and token forward, 8 with the backward pass and recomputed activations) at the rate of the data sheet, and what a decode step
+took beside its memory traffic (all weights and half of the cache, read once): starting operations, so many a layer. Everything
+else is stated. No step of the three configurations has run.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
-
+from benchmarks.gpu.bench import read_rows
+from benchmarks.gpu.page import ROWS, TARGETS
+from benchmarks.gpu.sizes import FULL, PROMPT, Shape
 from benchmarks.pages import part
 from lit_opd.compare.document import markdown_table
-from lit_opd.rollout import SamplingSettings, TransformersSampler
-from lit_opd.scoring.model import ScoringModel
-from lit_opd.types import PromptBatch
 
-REPEATS = 5
-PROMPT = 32
-HEADS = ["configuration", "GPUs", "mean, longest response", "rollout", "teacher", "update", "links, not hidden", "sum"]
-HEADS += ["most of it"]
+BYTES = 2  # of a weight, key or value in bfloat16
+LONG = "one row of 16,256 tokens, recomputation"  # the row that scoring and update are taken from
+SAMPLED = "32 rows of 256 sampled tokens, recomputation"  # and the one of decode steps
+PROMPT_MEAN = 512  # tokens: an assumption
+HEADS = [
+    "configuration",
+    "GPUs",
+    "mean, longest response",
+    "rollout as measured",
+    "rollout at the target",
+    "teacher",
+    "update",
+]
+HEADS += ["links, not hidden", "sum", "sum at the target"]
 PAGE, PART = "scale-out.md", part("scaling")
 
 
@@ -41,14 +48,12 @@ class Device:
         memory: bytes of device memory read.
         node_link: bytes a GPU receives from its node's others.
         network: bytes a GPU receives from other nodes.
-        reach: share of ``flops`` that a plain matrix product of these sizes reaches: an assumption.
     """
 
     flops: float = 989e12
     memory: float = 3.35e12
     node_link: float = 450e9
     network: float = 50e9
-    reach: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Job:
     Args:
         name: of the configuration.
         gpus: in all, eight a node.
+        layers: of the student.
         student: parameters.
         teacher: parameters held, and those a token passes.
         active: parameters of the teacher that a token passes.
@@ -70,6 +76,7 @@ class Job:
 
     name: str
     gpus: int
+    layers: int
     student: float
     teacher: float
     active: float
@@ -82,70 +89,45 @@ class Job:
 
 # parameters and cache sizes from the published configurations of the models; lengths are assumptions, one short and one long
 JOBS = [
-    Job("qwen3_1.7b_from_4b_1gpu", 1, 1.72e9, 4.02e9, 4.02e9, 114_688, 64, 1000, 2048, 16_384),
-    Job("qwen3_1.7b_from_8b_8gpu_fsdp", 8, 1.72e9, 8.19e9, 8.19e9, 114_688, 32, 2000, 4096, 32_768),
-    Job("iw_opd_qwen3_4b_from_30b_a3b_32gpu", 32, 4.02e9, 30.5e9, 3.3e9, 147_456, 32, 6000, 16_384, 36_864),
+    Job("qwen3_1.7b_from_4b_1gpu", 1, 28, 1.72e9, 4.02e9, 4.02e9, 114_688, 64, 1000, 2048, 16_384),
+    Job("qwen3_1.7b_from_8b_8gpu_fsdp", 8, 28, 1.72e9, 8.19e9, 8.19e9, 114_688, 32, 2000, 4096, 32_768),
+    Job("iw_opd_qwen3_4b_from_30b_a3b_32gpu", 32, 36, 4.02e9, 30.5e9, 3.3e9, 147_456, 32, 6000, 16_384, 36_864),
 ]
 
 
-def median_seconds(run: Callable[[], object]) -> float:
-    """CPU seconds of one call."""
-    run()
-    found = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        run()
-        found.append(time.process_time() - start)
-    return statistics.median(found)
+def parameters(shape: Shape, vocabulary: int) -> float:
+    """Of a Qwen3 with tied heads."""
+    attention = 2 * shape.heads * shape.head_dim + 2 * shape.key_value_heads * shape.head_dim
+    return shape.layers * shape.width * (attention + 3 * shape.inner) + vocabulary * shape.width
 
 
-def factors() -> dict[str, float]:
-    """Measured seconds over those of the arithmetic or the memory traffic alone, on one thread."""
-    torch.manual_seed(0)
-    square, long = torch.randn(1024, 1024), torch.randn(64 * 2**20)
-    flops = 2 * 1024**3 / median_seconds(lambda: square @ square)
-    memory = 4 * len(long) / median_seconds(lambda: long.sum())
-    config = Qwen3Config(
-        vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    policy = ScoringModel(Qwen3ForCausalLM(config), vocabulary=4096)
-    size = sum(parameter.numel() for parameter in policy.parameters())
-    rows, tokens = 4, 96
-    prompts = PromptBatch(
-        torch.randint(0, 4096, (rows, PROMPT)), torch.ones(rows, PROMPT, dtype=torch.bool), torch.arange(rows),
-        tuple(str(row) for row in range(rows)),
-    )  # fmt: skip
-    settings = SamplingSettings(max_new_tokens=tokens, stop_ids=(), pad_id=0, vocabulary=4096)
-    sampler = TransformersSampler(max_new_tokens=tokens)
-    rollout = sampler.sample(policy, prompts, settings)
-    short = replace(settings, max_new_tokens=1)
-
-    def forward() -> None:
-        with torch.no_grad():
-            policy(rollout)
-
-    def update() -> None:
-        policy(rollout).logprobs.sum().backward()
-
-    counted = rows * (PROMPT + tokens)
-    decode = median_seconds(lambda: sampler.sample(policy, prompts, settings))
-    decode -= median_seconds(lambda: sampler.sample(policy, prompts, short))
+def factors(rows: Sequence[Mapping[str, Any]], device: Device) -> dict[str, float]:
+    """ "forward" and "update": measured seconds over those of the arithmetic. "decode" and "target": seconds a layer of a decode
+    step beside its memory traffic, as measured and at the target.
+    """
+    steps = {row["what"]: row for row in rows if row["section"] == "steps" and "error" not in row}
+    long, sampled = steps[LONG], steps[SAMPLED]
+    student, teacher = (parameters(shape, FULL.vocabulary) for shape in (FULL.student, FULL.teacher))
+    size = next(step for step in FULL.steps if step.name == SAMPLED)
+    cache = BYTES * 2 * FULL.student.layers * FULL.student.key_value_heads * FULL.student.head_dim
+    least = (BYTES * student + size.rows * (PROMPT + size.tokens / 2) * cache) / device.memory
+    target = TARGETS["decode", f"bf16-mixed, DecodeSampler, {size.rows} rows"][1] / 1000
     return {
-        "forward": median_seconds(forward) / (2 * size * counted / flops),
-        "update": median_seconds(update) / (6 * size * counted / flops),
-        "decode": decode / (tokens - 1) / (4 * size / memory),
-        "flops": flops,
-        "memory": memory,
+        "forward": long["teacher_s"] / (2 * teacher * long["tokens"] / device.flops),
+        "update": long["update_s"] / (8 * student * long["tokens"] / device.flops),
+        "decode": (sampled["sampling_s"] / size.tokens - least) / FULL.student.layers,
+        "target": (target - least) / FULL.student.layers,
     }
 
 
 def expected(job: Job, device: Device, measured: dict[str, float]) -> dict[str, float]:
     """Seconds of a step's parts on one GPU of ``job``."""
-    tokens = job.rows * (512 + job.mean)
+    tokens = job.rows * (PROMPT_MEAN + job.mean)
     micro_batches = -(-tokens // job.budget)
-    held = job.rows * (512 + job.mean) * job.cache  # keys and values read at a decode step, on average half of them
-    decode = measured["decode"] * (2 * job.student + held / 2) / device.memory * job.longest
+    held = (
+        job.rows * (PROMPT_MEAN + job.mean) * job.cache
+    )  # keys and values read at a decode step, on average half of them
+    traffic = (BYTES * job.student + held / 2) / device.memory
     network = 0.0
     if job.gpus > 1:
         nodes = max(1, job.gpus // 8)
@@ -153,41 +135,46 @@ def expected(job: Job, device: Device, measured: dict[str, float]) -> dict[str, 
             "student": 3 * micro_batches + 1,
             "teacher": micro_batches,
         }  # forward, backward, reduction; the rollout's
-        moved = 2 * (job.student * passes["student"] + job.teacher * passes["teacher"])
+        moved = BYTES * (job.student * passes["student"] + job.teacher * passes["teacher"])
         network = moved / device.node_link + moved * (nodes - 1) / nodes / (8 * device.network)
     return {
-        "rollout": decode,
-        "teacher": measured["forward"] * 2 * job.active * tokens / (device.reach * device.flops),
-        "update": measured["update"] * 8 * job.student * tokens / (device.reach * device.flops),
+        "rollout": job.longest * (traffic + job.layers * measured["decode"]),
+        "target": job.longest * (traffic + job.layers * measured["target"]),
+        "teacher": measured["forward"] * 2 * job.active * tokens / device.flops,
+        "update": measured["update"] * 8 * job.student * tokens / device.flops,
         "links": network,
     }
 
 
-def main() -> None:
-    """Measure, compute and print; with --out write between the markers of scale-out.md."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    measured, device = factors(), Device()
-    lines = [
-        f"Measured here on one thread: {measured['flops'] / 1e9:.0f} GFLOP/s in a matrix product and "
-        f"{measured['memory'] / 1e9:.1f} GB/s read; "
-        f"a scoring forward pass takes {measured['forward']:.1f}, an update {measured['update']:.1f} and a decode step "
-        f"{measured['decode']:.1f} times what these rates alone would give.",
-        "",
-    ]
-    rows = []
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The part of the page."""
+    device = Device()
+    measured = factors(rows, device)
+    said = (
+        f"Times what the data sheet's rate alone would give: a scoring forward pass {measured['forward']:.1f}, an update "
+        f"{measured['update']:.1f}. A decode step beside its memory traffic: {1000 * measured['decode']:.2f} ms a layer, at its "
+        f"target {1000 * measured['target']:.2f}."
+    )
+    lines = []
     for job in JOBS:
-        parts = expected(job, device, measured)
-        most = max(parts, key=lambda name: parts[name])
-        shown = [f"{parts[name]:.1f} s" for name in ("rollout", "teacher", "update", "links")]
-        lengths = f"{job.mean}, {job.longest}"
-        rows.append([f"`{job.name}`", str(job.gpus), lengths, *shown, f"{sum(parts.values()):.0f} s", most])
-    text = "\n".join([*lines, markdown_table(HEADS, rows)])
-    print(text)
+        found = expected(job, device, measured)
+        rest = found["teacher"] + found["update"] + found["links"]
+        shown = [f"{found[name]:.1f} s" for name in ("rollout", "target", "teacher", "update", "links")]
+        sums = [f"{found[name] + rest:.0f} s" for name in ("rollout", "target")]
+        lines.append([f"`{job.name}`", str(job.gpus), f"{job.mean}, {job.longest}", *shown, *sums])
+    return f"{said}\n\n{markdown_table(HEADS, lines)}\n"
+
+
+def main() -> None:
+    """Compute and print; with --out write between the markers of scale-out.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=PART.in_folder(PAGE), default=None, help=f"folder with {PAGE}")
+    parser.add_argument("--rows", type=Path, default=Path("docs") / ROWS, help="rows of benchmarks.gpu")
+    given = parser.parse_args()
+    text = table(read_rows(given.rows))
+    print(text, end="")
     if given.out is not None:
-        PART.write(given.out / PAGE, text + "\n")
+        PART.write(given.out / PAGE, text)
 
 
 if __name__ == "__main__":

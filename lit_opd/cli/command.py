@@ -63,6 +63,7 @@ from lit_opd.run.trained_settings import (
     settings_of,
     trained_settings,
 )
+from lit_opd.shipped import program, with_shipped_paths
 
 LARGEST_SEED = 2**32 - 1
 COMPARE, EXPORT = "compare", "export"  # commands of their own beside Lightning's, which all need the config of a run
@@ -158,8 +159,8 @@ class OPDCLI(PlainCLI):
             parser_class=OneLineParser,
             parser_kwargs={
                 "parser_mode": "omegaconf+",
-                "epilog": "finished runs side by side: train.py compare --help; "
-                "a checkpoint as a Hugging Face folder: train.py export --help",
+                "epilog": f"finished runs side by side: {program()} compare --help; "
+                f"a checkpoint as a Hugging Face folder: {program()} export --help",
             },
             auto_configure_optimizers=False,
             args=args,
@@ -204,6 +205,7 @@ class OPDCLI(PlainCLI):
         """As Lightning does, with an unresolvable ``${...}`` and an unreadable file as parser errors."""
         try:
             super().parse_arguments(parser, args)
+            self.config = with_shipped_paths(self.config)
         except OmegaConfBaseException as error:
             what = _MISSING_KEY.sub(r"there is no `\1`", first_line(error))
             parser.error(

@@ -22,13 +22,14 @@ from lit_opd.models.vocabulary import configured_stops, num_used
 from lit_opd.run.checkpoint_files import best, counters, intact, newest
 from lit_opd.run.checkpoint_kinds import student_weights
 from lit_opd.scoring.model import ScoringModel
+from lit_opd.shipped import program
 
 CONFIG = "config.yaml"
 
 
 def parser() -> ArgumentParser:
     """The command's options."""
-    own = ArgumentParser(prog="train.py export", description=__doc__)
+    own = ArgumentParser(prog=f"{program()} export", description=__doc__)
     own.add_argument("--run_dir", type=str | None, default=None, help="run folder; default the checkpoint's")
     own.add_argument("--ckpt_path", type=str, default="last", help="last, best (as monitored), or a checkpoint's path")
     own.add_argument("--out", type=str | None, default=None, help="new folder; default student-NAME in the run folder")

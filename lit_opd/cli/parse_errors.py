@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_opd.cli.redaction import one_line
+from lit_opd.shipped import program
 
 USAGE_ERROR = 2
 _SHOWN = 120  # characters of a value
 _KNOWN = 6  # classes listed where no name is near
-_HELP = "python train.py fit --help lists all settings"
+_HELP = f"{program()} fit --help lists all settings"
 
 _KEY = re.compile(r'^(?P<indent>[ -]*).*?Parser key "(?P<key>[^"]*)":', re.M)
 _GIVEN = re.compile(r"(?:Given value: |Got value: )(?P<value>.*?)(?:\. Got value: |$)", re.M)

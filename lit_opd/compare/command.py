@@ -20,11 +20,12 @@ from lit_opd.compare.runs_report import runs_document
 from lit_opd.compare.strategies import read_strategies
 from lit_opd.errors import InputError
 from lit_opd.objective import Aggregation
+from lit_opd.shipped import program
 
 
 def parser() -> ArgumentParser:
     """The options of both subcommands."""
-    found = ArgumentParser(prog="train.py compare", description=__doc__)
+    found = ArgumentParser(prog=f"{program()} compare", description=__doc__)
     commands = found.add_subcommands(dest="what")
     commands.add_subcommand(
         "runs", _runs_parser(), help="finished run folders side by side, paired by seed and by problem"

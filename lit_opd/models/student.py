@@ -49,7 +49,8 @@ class StudentSettings:
     Args:
         path: a Hugging Face folder or hub id.
         dtype: of the master weights; keep float32 and choose bf16 compute with ``--trainer.precision bf16-mixed``.
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; with FlashAttention or "flex_attention" rows are scored
+            without padding.
         gradient_checkpointing: recompute activations in the backward pass.
         lora: train adapters only.
         compile: compile every transformer block with ``torch.compile`` (dynamic shapes); needs a C++ compiler on a CPU, takes

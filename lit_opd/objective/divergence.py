@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_opd.errors import require
 from lit_opd.masked import exp_
 from lit_opd.objective.base import Objective, TokenLoss
+from lit_opd.scoring import heads
 from lit_opd.scoring.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
 from lit_opd.types import TokenSignal
 
@@ -69,6 +70,11 @@ class Divergence(Objective):
     def token_divergence(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
         """D_t, [N] nats, differentiable in the student's head and hidden states."""
         cut = self.top_k is not None and self.top_k < student.num_tokens
+        fused = None if cut else heads.kernels(student, teacher)
+        if fused is not None:
+            return fused.token_divergence(  # type: ignore[no-any-return]
+                student, teacher, kind=self.kind, beta=self.beta, temperature=temperature
+            )
         term = _TopKTerm(self, teacher, temperature) if cut else _FULL[self.kind](self, teacher, temperature)
         return per_token(student, term, temperature=temperature)
 

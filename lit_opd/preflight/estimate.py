@@ -23,6 +23,7 @@ from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
+from lit_opd.shipped import program
 from lit_opd.teacher import LocalTeacher, Teacher
 
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
@@ -60,7 +61,7 @@ def require_memory(found: Budget, plan: Plan) -> None:
     """
     if plan.memory is not None and found.peak > (1 + ACCURACY) * plan.memory:
         raise InputError(
-            f"{shortage(found, plan)}; {found.remedy}. `python train.py preflight` prints the whole budget, `--memory_gb` names "
+            f"{shortage(found, plan)}; {found.remedy}. `{program()} preflight` prints the whole budget, `--memory_gb` names "
             "another memory, `--memory_check false` runs anyway"
         )
 

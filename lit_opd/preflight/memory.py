@@ -22,7 +22,15 @@ from dataclasses import dataclass, field
 
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize
-from lit_opd.scoring.tiles import DEVICE_TILE_ELEMENTS, TILE_ELEMENTS, WHOLE_ELEMENTS
+from lit_opd.scoring import heads
+from lit_opd.scoring.tiles import (
+    DEVICE_TILE_ELEMENTS,
+    KERNEL_SLOPE_ELEMENTS,
+    KERNEL_TILE_ELEMENTS,
+    KERNEL_TILE_TOKENS,
+    TILE_ELEMENTS,
+    WHOLE_ELEMENTS,
+)
 
 FLOAT32, HALF = 4, 2  # bytes
 PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")
@@ -374,10 +382,26 @@ class _Formula:
 
     def _tiles(self, size: ModelSize, tokens: int, count: int) -> float:
         """Bytes of ``count`` tiles of logits, or blocks of whole rows where more than log-probs is asked for."""
+        if self.plan.accelerator == "gpu" and heads.choice() != "tiles":
+            return self._kernel_tiles(size, tokens, count)
         elements = DEVICE_TILE_ELEMENTS if self.plan.accelerator == "gpu" else TILE_ELEMENTS
         if count > LOGPROB_TILES:
             elements = max(elements, WHOLE_ELEMENTS, size.vocabulary)
         return float(FLOAT32 * count * min(tokens * size.vocabulary, elements))
+
+    def _kernel_tiles(self, size: ModelSize, tokens: int, count: int) -> float:
+        """Bytes that Triton's kernels hold: a tile of each head and a slice of the weight's gradient; a divergence with top-k
+        stays with blocks of whole rows."""
+        models = 1 if count == LOGPROB_TILES else 2
+        width = HALF if self.plan.precision.startswith("bf16") else FLOAT32
+        forward, backward = (
+            width * models * min(tokens * size.vocabulary, most)
+            for most in (KERNEL_TILE_ELEMENTS, KERNEL_SLOPE_ELEMENTS)
+        )
+        entries = KERNEL_SLOPE_ELEMENTS // KERNEL_TILE_TOKENS
+        summed = FLOAT32 * entries * size.hidden if tokens > KERNEL_TILE_TOKENS else 0
+        whole = FLOAT32 * count * min(tokens * size.vocabulary, max(WHOLE_ELEMENTS, size.vocabulary))
+        return float(max(forward, backward + summed, whole if count == DIVERGENCE_TILES else 0))
 
     def _width(self, model: Held) -> int:
         """Bytes of an activation inside a block."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from lit_opd.advantage import baseline_warning, order_warning
 from lit_opd.distributed import check_master_port, shared_failure
@@ -24,6 +25,7 @@ from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
+from lit_opd.scoring.heads import check_choice
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import Teacher
 
@@ -93,10 +95,22 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
 # -- the trainer -------------------------------------------------------------------------------------------------------
 
 
+def check_attention(module: Subject) -> None:
+    """FlashAttention's kernels know 16-bit values only; in float32 the first step would fail."""
+    settings = module.student_settings
+    if "flash" in str(settings.attn_implementation) and "bf16" not in str(module.trainer.precision):
+        if settings.dtype == "float32" or str(module.trainer.precision).startswith("64"):
+            raise InputError(
+                f"`trainer.precision` must be bf16-mixed for `model.student.attn_implementation` {settings.attn_implementation}, "
+                f"which computes in 16 bits only, got {module.trainer.precision}; set it, or take sdpa"
+            )
+
+
 def check_trainer(module: Subject) -> None:
     """The trainer's settings are ones that this module's own optimisation can follow."""
     trainer = module.trainer
     check_strategy(trainer.strategy)
+    check_choice("cpu" if isinstance(getattr(trainer, "accelerator", None), CPUAccelerator) else "cuda")
     parts = [part for scorer in module.scorers.values() for part in scorer.modules()]
     found = {getattr(part, "dtype", None) for part in parts} | {module.student_settings.dtype}
     check_dtypes(trainer.strategy, {dtype for dtype in found if isinstance(dtype, str)})
@@ -113,6 +127,7 @@ def check_trainer(module: Subject) -> None:
     check_batches(trainer)
     if str(trainer.precision).startswith("16"):
         raise InputError(f"`trainer.precision` must be 32-true, 64-true or bf16, got {trainer.precision}")
+    check_attention(module)
     if trainer.gradient_clip_val is not None:
         raise InputError("`trainer.gradient_clip_val` has no effect here; set `model.gradient_clip_norm`")
     if trainer.accumulate_grad_batches != 1:

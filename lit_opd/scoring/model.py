@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens without a [B, T, V] tensor.
 
-Only the hidden states of valid response tokens meet the head, in tiles (``lit_opd.scoring.tiles``). Logits at slot t - 1 score
-token t.
+Only the hidden states of valid response tokens meet the head, in tiles (``lit_opd.scoring.tiles``; on CUDA by Triton's kernels,
+``lit_opd.scoring.heads`` decides). Logits at slot t - 1 score token t.
 
 ``ScoringModel`` wraps a causal language model so that scoring is one ``forward``: under FSDP the wrapper's own hooks
 then gather the head's weight, and generation goes through the wrapper for the same reason.
@@ -15,17 +15,19 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, first_line
 from lit_opd.masked import at_least_float32
-from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring import heads
+from lit_opd.scoring.heads import token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring.places import FLASH, Packing, Places
+from lit_opd.scoring.tiles import Head, softly_capped
 from lit_opd.types import Rollout, TokenScores, TopK
 
 PROBE_TOKENS = 4
@@ -41,55 +43,10 @@ FEW_ROWS = 8  # up to so many, and for a float32 head of so many elements,
 LARGE_HEAD = 2**22  # head @ states.T takes half the time of states @ head.T on the CPU; more than that otherwise
 TOP_K = 32  # entries of the top-k lists that strategies may require
 
+FLEX = "flex_attention"  # attention over sequences of any length, as FlashAttention is
+PACKED_PROBE = (5, 2, 3)  # tokens of the rows that are compared packed and one by one
+
 Returned = TypeVar("Returned")
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the tokens of a rollout stand, worked out on the host: using it waits for no device.
-
-    Every row's valid tokens move to its left end, so that causal attention needs no mask and positions count from 0.
-
-    Args:
-        order: int64 [B, L], columns of [prompt, response] in packed order, L one less than the longest row, whose last token
-            scores nothing.
-        states: int64 [N], packed slots (of B x L) that score a valid response token.
-        tokens: int64 [N], those response tokens (of B x T), in the same row-major order.
-        shape: (B, T).
-    """
-
-    order: Tensor
-    states: Tensor
-    tokens: Tensor
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, rollout: Rollout, *, own_template: bool) -> Places:
-        """On the rollout's device."""
-        layout, device = rollout.layout, rollout.mask.device
-        prompt = layout.teacher if own_template and layout.teacher is not None else layout.prompt
-        valid = numpy.concatenate([prompt, layout.response], -1)
-        longest = max(2, int(valid.sum(-1).max(initial=0)))
-        order = numpy.argsort(~valid, axis=-1, kind="stable")[:, :longest]
-        scored = numpy.concatenate([numpy.zeros_like(prompt), layout.response], -1)
-        scored = numpy.take_along_axis(scored, order, -1)[:, 1:]
-
-        def moved(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.int64)).to(device, non_blocking=True)
-
-        shape = (layout.response.shape[0], layout.response.shape[1])
-        tokens = numpy.flatnonzero(layout.response)
-        return cls(moved(order[:, :-1]), moved(numpy.flatnonzero(scored)), moved(tokens), shape)
-
-    def scatter(self, values: Tensor) -> Tensor:
-        """[N, ...] values of the valid tokens -> [B, T, ...], 0 where masked, differentiable."""
-        rows, columns = self.shape
-        flat = values.new_zeros((rows * columns, *values.shape[1:])).index_copy(0, self.tokens, values)
-        return flat.view(rows, columns, *values.shape[1:])
-
-    def pick(self, states: Tensor) -> Tensor:
-        """[B, L, H] at the scoring slots: [N, H] in row-major order; its backward adds rows, without sorting."""
-        return states.flatten(0, 1).index_select(0, self.states)
 
 
 class TokenDivergence(Protocol):
@@ -117,6 +74,10 @@ class ScoringModel(nn.Module):
         self.vocabulary, self.unused = vocabulary, tuple(unused)
         self.register_buffer("_unused", torch.tensor(self.unused) if self.unused else None, persistent=False)
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
+        self.packs = False  # True: rows stand one behind the other, without padding
+        self.soft_cap = _soft_cap(self.causal_lm)
+        self.head_code: heads.Code | None = None  # what met the head last; None before the first score
+        heads.choice()  # a wrong one is refused before the run
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
         self.eval()
 
@@ -174,8 +135,10 @@ class ScoringModel(nn.Module):
             [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
             The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
         """
-        places = Places.of(rollout, own_template=own_template)
+        self._be_probed(rollout)
+        places = Places.of(rollout, own_template=own_template, packed=self.packs)
         head = self._head(rollout, places, own_template=own_template) if head is None else head
+        self.head_code = heads.code(head)
         targets = rollout.response_ids.flatten().index_select(0, places.tokens)
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
@@ -193,20 +156,30 @@ class ScoringModel(nn.Module):
 
     def head(self, rollout: Rollout, *, own_template: bool = False) -> Head:
         """Hidden states [N, H] of the valid tokens with the output head; an FSDP forward method of its own."""
-        return self._head(rollout, Places.of(rollout, own_template=own_template), own_template=own_template)
+        self._be_probed(rollout)
+        places = Places.of(rollout, own_template=own_template, packed=self.packs)
+        return self._head(rollout, places, own_template=own_template)
 
-    def _head(self, rollout: Rollout, places: Places, *, own_template: bool) -> Head:
+    def _be_probed(self, rollout: Rollout) -> None:
         if self._unprobed:
             with torch.autocast(rollout.mask.device.type, enabled=False):
                 self.choose_path(self._unprobed)
+
+    def _head(self, rollout: Rollout, places: Places, *, own_template: bool) -> Head:
         prompts = rollout.prompts
         own = prompts.teacher_ids if own_template else None
-        packed = torch.cat([prompts.ids if own is None else own, rollout.response_ids], -1).gather(-1, places.order)
+        ids = torch.cat([prompts.ids if own is None else own, rollout.response_ids], -1).flatten()
+        inputs = {"input_ids": ids.index_select(0, places.order.flatten()).view(places.order.shape), "use_cache": False}
+        if places.packing is not None:
+            inputs |= places.packing.arguments(self._attention)
         if self.full_logits:
-            logits = self.causal_lm(input_ids=packed, use_cache=False).logits
-            return self._plain_head(places.pick(logits))
-        states = self.causal_lm.get_decoder()(input_ids=packed, use_cache=False).last_hidden_state
-        return self.linear_head(places.pick(states))
+            return self._plain_head(places.pick(self.causal_lm(**inputs).logits))
+        return self.linear_head(places.pick(self.causal_lm.get_decoder()(**inputs).last_hidden_state))
+
+    @property
+    def _attention(self) -> str:
+        """transformers' name of the implementation."""
+        return str(getattr(self.causal_lm.config, "_attn_implementation", None))
 
     def linear_head(self, hidden: Tensor) -> Head:
         """The output head over given hidden states [N, H]."""
@@ -214,7 +187,8 @@ class ScoringModel(nn.Module):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # as the model's own head would compute
-        return Head(hidden, linear.weight.to(hidden.dtype), linear.bias, self.vocabulary, self._unused)
+        weight = linear.weight.to(hidden.dtype)
+        return Head(hidden, weight, linear.bias, self.vocabulary, self._unused, self.soft_cap)
 
     def _plain_head(self, logits: Tensor) -> Head:
         """The model's own logits [N, rows] as a head."""
@@ -229,8 +203,9 @@ class ScoringModel(nn.Module):
         """Compare the tiled path with the model's own logits, and use the plain path where they differ.
 
         Both are compared on a few tokens, and on made-up hidden states from small to very large: a head that bends large
-        logits (a soft cap), scales or shifts them shows there, whatever the weights are at the start of a run. A model without
-        weights yet is compared at its first forward, which every rank of a sharded model runs.
+        logits otherwise than by the soft cap of its configuration, scales or shifts them shows there, whatever the weights are
+        at the start of a run. A model without weights yet is compared at its first forward, which every rank of a sharded model
+        runs.
 
         Args:
             name: who this is ("student", "teacher"), for the warning.
@@ -238,9 +213,45 @@ class ScoringModel(nn.Module):
         self._unprobed = name if any(value.is_meta for value in self.parameters()) else None
         if self._unprobed:
             return
-        why = self._bent()
-        if why is not None:
-            self._use_plain(name, why)
+        with self._as_it_runs():
+            why = self._bent()
+            if why is not None:
+                self._use_plain(name, why)
+            self.packs = self._packs(name)
+
+    def _as_it_runs(self) -> AbstractContextManager[Any]:
+        """FlashAttention knows no float32: a model with such weights runs it under autocast only."""
+        weight = next(self.parameters())
+        if FLASH in self._attention and weight.dtype == torch.float32:
+            return torch.autocast(weight.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _packs(self, name: str) -> bool:
+        """Whether rows are scored one behind the other: the attention takes such sequences, and rows do not see each other."""
+        if FLASH not in self._attention and self._attention != FLEX:
+            return False
+        device = next(self.parameters()).device
+        lengths = numpy.array(PACKED_PROBE)
+        ids = torch.arange(int(lengths.sum()), device=device) % self.vocabulary
+        try:
+            together = self._probed_logprobs(ids.unsqueeze(0), **Packing.of(lengths, device).arguments(self._attention))
+            alone = [self._probed_logprobs(row.unsqueeze(0)) for row in ids.split(lengths.tolist())]
+            gap = float((together - torch.cat(alone)).abs().max())
+        except Exception as error:  # code of any model, called in a way that it may not know
+            why = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            if gap <= (
+                PROBE_TOLERANCE_HALF if together.dtype.itemsize == 2 or FLASH in self._attention else PROBE_TOLERANCE
+            ):
+                return True
+            why = f"log-probs of packed rows differ by {gap:.3g} nats from those of single ones"
+        warnings.warn(f"{name}: rows are padded for scoring, which takes more time, because {why}", stacklevel=2)
+        return False
+
+    def _probed_logprobs(self, ids: Tensor, **arguments: Any) -> Tensor:
+        """[n, V] of the next token behind each of ``ids`` [1, n]."""
+        logits = self.causal_lm(input_ids=ids, use_cache=False, **arguments).logits[0]
+        return at_least_float32(self._plain_head(logits).logits(slice(None), 1.0)).log_softmax(-1)
 
     def _bent(self) -> str | None:
         """Why the head is not a plain linear map of the decoder's last hidden states; None where it is one."""
@@ -382,8 +393,10 @@ class ScoringModel(nn.Module):
         linear = self.causal_lm.get_output_embeddings()
         if len(states) <= FEW_ROWS and _is_slow_head(linear.weight):
             logits = (linear.weight[: self.vocabulary] @ states.T).T.contiguous()
-            return logits if linear.bias is None else logits + linear.bias[: self.vocabulary]
-        return at_least_float32(linear(states)[:, : self.vocabulary])
+            logits = logits if linear.bias is None else logits + linear.bias[: self.vocabulary]
+        else:
+            logits = at_least_float32(linear(states)[:, : self.vocabulary])
+        return logits if self.soft_cap is None else softly_capped(logits, self.soft_cap)
 
     def run(self, function: Callable[..., Returned], *arguments: Any) -> Returned:
         """``function(self, *arguments)``, through this module so that FSDP's hooks gather what the function reads."""
@@ -398,6 +411,14 @@ class ScoringModel(nn.Module):
 def _name_of_cache(model: Any) -> str:
     """The argument of a model's forward that is the key-value cache: "cache" in transformers' own from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _soft_cap(causal_lm: Any) -> float | None:
+    """What transformers' Gemma models bend their logits by; ``ScoringModel.choose_path`` finds out whether it is all they do."""
+    config: Any = getattr(causal_lm, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    return float(cap) if cap else None
 
 
 def _record(found: dict[str, Tensor]) -> TokenScores:

@@ -24,12 +24,16 @@ TILE_TOKENS = 512
 # Accelerators: 128 MiB in float32, so that launches do not count.
 DEVICE_TILE_ELEMENTS = 2**25
 DEVICE_TILE_TOKENS = 4096
+# Triton's kernels (``lit_opd.scoring.kernels``), in bf16: 64 MiB, and 32 MiB in a backward pass, which holds gradients too.
+KERNEL_TILE_ELEMENTS = 2**25
+KERNEL_SLOPE_ELEMENTS = 2**24
+KERNEL_TILE_TOKENS = 4096
 WHOLE_ELEMENTS = 2**23  # logits in a block of whole rows, which a ``WholeTerm`` reads; it holds about eight such blocks
 
 NEVER = -1e30  # the logit of an entry that names no token: no mass in any dtype, and differences of two stay finite
 
 ALL = slice(None)
-_Counts = tuple[int | None, Tensor | None]  # ``Head.limit`` and ``Head.unused``
+Form = tuple[int | None, Tensor | None, float | None]  # ``Head.limit``, ``Head.unused`` and ``Head.soft_cap``
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,7 @@ class Head:
         limit: V, where weight and bias have rows behind it that do not count; None where all count. They are not cut off:
             the gradient of a slice is a copy of the whole.
         unused: int64 [U], entries below V that name no token and have no mass; None for none.
+        soft_cap: > 0, bends every logit x to soft_cap * tanh(x / soft_cap) before the temperature; None for none.
     """
 
     hidden: Tensor
@@ -50,6 +55,12 @@ class Head:
     bias: Tensor | None = None
     limit: int | None = None
     unused: Tensor | None = None
+    soft_cap: float | None = None
+
+    @property
+    def form(self) -> Form:
+        """What follows the bias, as an autograd function takes it."""
+        return self.limit, self.unused, self.soft_cap
 
     @property
     def vocabulary(self) -> int:
@@ -76,14 +87,27 @@ class Head:
             logits = at_least_float32(_product(self.hidden[rows], self.weight[columns]))
         if self.bias is not None:
             logits += self.bias[columns].to(logits.dtype)
+        logits = logits if self.soft_cap is None else softly_capped(logits, self.soft_cap)
         logits = logits.div_(temperature) if temperature != 1.0 else logits
         return logits if self.unused is None else self._without_unused(logits, columns)
+
+    def bend(self, logits: Tensor, temperature: float) -> Tensor | None:
+        """d capped/d uncapped [n, v] at ``logits`` as this head gave them; None without a cap."""
+        if self.soft_cap is None:
+            return None
+        share = logits.mul(temperature / self.soft_cap).masked_fill_(logits == NEVER, 0.0)
+        return 1.0 - share.square_()
 
     def _without_unused(self, logits: Tensor, columns: slice) -> Tensor:
         """``logits`` [n, v] of ``columns``, overwritten where an entry names no token."""
         assert self.unused is not None
         dead = torch.zeros(self.vocabulary, dtype=torch.bool, device=logits.device).index_fill_(0, self.unused, True)
         return logits.masked_fill_(dead[columns], NEVER)
+
+
+def softly_capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), of any shape."""
+    return torch.tanh(logits / cap) * cap
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -177,23 +201,26 @@ class _PerToken(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        counts: _Counts,
+        form: Form,
         term: TokenTerm,
         temperature: float,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            out = term.values(Head(hidden, weight, bias, *counts), temperature)
+            out = term.values(Head(hidden, weight, bias, *form), temperature)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.counts, ctx.term, ctx.temperature = counts, term, temperature
+        ctx.form, ctx.term, ctx.temperature = form, term, temperature
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        head = Head(*ctx.saved_tensors, *ctx.counts)
+        head = Head(*ctx.saved_tensors, *ctx.form)
         with torch.autocast(head.hidden.device.type, enabled=False):
             sums = _HeadGradient(head, upstream / ctx.temperature, ctx.needs_input_grad[:3])
             for rows, columns in ctx.term.blocks(head):
-                sums.add(ctx.term.slope(head.logits(rows, ctx.temperature, columns), rows, columns), rows, columns)
+                logits = head.logits(rows, ctx.temperature, columns)
+                bend = head.bend(logits, ctx.temperature)
+                slope = ctx.term.slope(logits, rows, columns)
+                sums.add(slope if bend is None else slope * bend, rows, columns)
             return (*sums.result(), None, None, None)
 
 
@@ -252,8 +279,7 @@ def per_token(head: Head, term: TokenTerm, *, temperature: float = 1.0) -> Tenso
     Returns:
         [N], at least float32.
     """
-    counts = (head.limit, head.unused)
-    return _PerToken.apply(head.hidden, head.weight, head.bias, counts, term, temperature)  # type: ignore[no-any-return]
+    return _PerToken.apply(head.hidden, head.weight, head.bias, head.form, term, temperature)  # type: ignore[no-any-return]
 
 
 # -- sums over the vocabulary ------------------------------------------------------------------------------------------

@@ -22,12 +22,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def micro_batches(lengths: Sequence[int], *, token_budget: int | None) -> list[list[int]]:
-    """Rows cut into groups whose padded size (rows x longest row) stays within the budget, longest first.
+def micro_batches(lengths: Sequence[int], *, token_budget: int | None, packed: bool = False) -> list[list[int]]:
+    """Rows cut into groups whose size stays within the budget, longest first.
 
     Args:
         lengths: prompt and response tokens of each row.
         token_budget: None for one group.
+        packed: a group's size is the sum of its rows; else rows x longest row, padding with them.
     Returns:
         row numbers of each group; every row once.
     Raises:
@@ -42,10 +43,14 @@ def micro_batches(lengths: Sequence[int], *, token_budget: int | None) -> list[l
             "raise it, or lower `model.sampler.max_new_tokens`"
         )
     groups: list[list[int]] = []
+    size = 0
     for row in order:
-        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > token_budget:  # its first row is its longest
+        longest = lengths[row if packed or not groups else groups[-1][0]]  # a group's first row is its longest
+        if not groups or size + longest > token_budget:
             groups.append([])
+            longest, size = lengths[row], 0
         groups[-1].append(row)
+        size += longest
     return groups
 
 
@@ -56,10 +61,11 @@ class MicroBatches:
         rollout: B rows.
         budget: in force; halved where memory runs out.
         configured: ``model.token_budget``.
+        packed: all models score rows without padding.
     """
 
-    def __init__(self, rollout: Rollout, budget: TokenBudget, configured: int | None) -> None:
-        self.rollout, self.budget, self.configured = rollout, budget, configured
+    def __init__(self, rollout: Rollout, budget: TokenBudget, configured: int | None, *, packed: bool = False) -> None:
+        self.rollout, self.budget, self.configured, self.packed = rollout, budget, configured, packed
         self.lengths = rollout.layout.row_lengths
         self._running: list[int] = []  # rows of the micro-batch that runs
 
@@ -67,7 +73,10 @@ class MicroBatches:
         """``rows`` cut into micro-batches."""
         lengths = [self.lengths[row] for row in rows]
         budget = self.budget.budget(self.configured, lengths)
-        return [[rows[place] for place in group] for group in micro_batches(lengths, token_budget=budget)]
+        return [
+            [rows[place] for place in group]
+            for group in micro_batches(lengths, token_budget=budget, packed=self.packed)
+        ]
 
     def take(self, rows: list[int]) -> Rollout:
         """The micro-batch of ``rows``, which runs now."""

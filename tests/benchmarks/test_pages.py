@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import page
+from benchmarks.gpu.bench import read_rows
+from benchmarks.gpu.sizes import FULL
 from benchmarks.pages import Part, part
-from benchmarks.speed import curves
+from benchmarks.speed import curves, scaling
 from benchmarks.speed.peers import __main__ as peers
 from benchmarks.speed.sides import publish
 from benchmarks.studies import healing_study
@@ -67,3 +70,14 @@ def test_the_page_of_the_study_is_what_its_command_writes_of_the_records_beside_
     healing_study.write_page(json.loads((folder / "study.json").read_text()), tmp_path)
     for name in ("study.md", "study.json"):
         assert (tmp_path / name).read_text() == (folder / name).read_text()
+
+
+def test_the_expected_steps_are_what_the_measured_rows_give():
+    rows = read_rows(DOCS / page.ROWS)
+    text = scaling.table(rows)
+    assert f"<!-- scaling -->\n{text}<!-- /scaling -->" in (DOCS / "scale-out.md").read_text()
+    assert scaling.parameters(FULL.student, FULL.vocabulary) == pytest.approx(0.596e9, rel=1e-3)
+    found = scaling.factors(rows, scaling.Device())
+    assert found["update"] == pytest.approx(0.775 / (8 * 0.596e9 * 16256 / 989e12), rel=1e-2)
+    least = (2 * 0.596e9 + 32 * (28 + 128) * 2 * 2 * 28 * 8 * 128) / 3.35e12
+    assert found["decode"] == pytest.approx((7.669 / 256 - least) / 28, rel=1e-3)

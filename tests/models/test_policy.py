@@ -139,8 +139,11 @@ def test_fields_that_add_outputs_are_off_in_a_run_and_back_in_its_export(tmp_pat
 
 
 @pytest.mark.parametrize("cap", [30.0, 3000.0, None])
-def test_a_soft_cap_is_found_while_logits_are_still_small(tmp_path, cap):
-    """With logits of size .1 a cap of 30 moves them by 4e-7: four tokens at the start show nothing."""
+@pytest.mark.parametrize("known", [True, False])
+def test_a_soft_cap_that_nothing_states_is_found_while_logits_are_still_small(tmp_path, cap, known, monkeypatch):
+    """With logits of size .1 a cap of 30 moves them by 4e-7: four tokens at the start show nothing. A stated one is followed."""
+    if not known:
+        monkeypatch.setattr("lit_opd.scoring.model._soft_cap", lambda causal_lm: None)
     changes = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
     kinds = ["sliding_attention", "full_attention"]
     folder = saved(
@@ -149,8 +152,9 @@ def test_a_soft_cap_is_found_while_logits_are_still_small(tmp_path, cap):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = policy(folder)
-    assert model.full_logits is (cap is not None)
-    assert any("full logits" in str(warning.message) for warning in said) is (cap is not None)
+    unstated = cap is not None and not known
+    assert model.full_logits is unstated and model.soft_cap == (cap if known else None)
+    assert any("full logits" in str(warning.message) for warning in said) is unstated
 
 
 def test_a_decoder_that_is_the_whole_model_takes_the_models_own_logits(tmp_path):

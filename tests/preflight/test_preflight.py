@@ -254,6 +254,14 @@ def rows_of(text: str) -> dict[str, str]:
     return {name: " ".join(row.split()) for name, row in found.items()}
 
 
+@pytest.mark.parametrize(("given", "told"), [("cuda", "triton, tiles, got 'cuda'"), ("triton", "kernels are for cuda")])
+def test_a_wrong_choice_of_the_heads_code_is_an_error_before_a_run(world, tmp_path, capsys, monkeypatch, given, told):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the tests' own, which lets kernels run on a CPU
+    monkeypatch.setenv("LIT_OPD_HEAD", given)
+    assert preflight(world / "base.yaml", "--run_dir", str(tmp_path / "run")) == 2
+    assert "LIT_OPD_HEAD" in (row := rows_of(capsys.readouterr().out)["trainer"]) and told in row
+
+
 def test_a_good_run_passes_and_nothing_is_written(world, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in [*world.rglob("*"), *tmp_path.rglob("*")]}
     assert preflight(world / "base.yaml", "--run_dir", str(tmp_path / "run")) == 0

@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from setuptools.config.setupcfg import read_configuration
 
 from benchmarks.versions.sets import CORE, declared, lower_bound, lowest_python
 
@@ -20,7 +21,10 @@ OURS = {"lit_opd", "callbacks"}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the import has another name than the package
 UPPER_BOUNDS = ("lightning", "jsonargparse", "transformers", "wandb")  # private names or the words of messages are read
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}
-ONLY_WITH = {"lit_opd/answers/mathematics.py": "eval"}  # loaded by the grading worker alone, where the extra is there
+ONLY_WITH = {  # loaded where the extra is there alone: by the grading worker, and by a head on CUDA
+    "lit_opd/answers/mathematics.py": "eval",
+    "lit_opd/scoring/kernels/rows.py": "cuda",
+}
 REQUIREMENTS = declared(ROOT / "setup.cfg")
 
 
@@ -113,3 +117,20 @@ def test_the_lock_is_inside_the_bounds_and_pins_the_cpu_build_of_torch():
     for part in (part for extra in (CORE, "eval", "data", "lora", "dev") for part in REQUIREMENTS[extra]):
         assert Requirement(str(part)).specifier.contains(locked[canonicalize_name(part.name)]), part
     assert lowest_python(ROOT / "setup.cfg") == "3.11"
+
+
+def test_the_lock_of_the_tests_is_inside_the_bounds_and_of_packages_that_an_extra_declares():
+    for line in (ROOT / "requirements-test.lock").read_text().splitlines():
+        locked = Requirement(line)
+        (part,) = (part for part in REQUIREMENTS["cuda"] if part.name == locked.name)
+        (exact,) = locked.specifier
+        assert exact.operator == "==" and part.specifier.contains(exact.version) and part.marker == locked.marker
+
+
+def test_setuptools_reads_every_requirement_as_it_is_written():
+    """A single line with a semicolon is cut there: the installation would end with an error."""
+    options = read_configuration(ROOT / "setup.cfg")["options"]
+    found = {CORE: options["install_requires"], **options["extras_require"]}
+    assert {name: sorted(map(str, map(Requirement, lines))) for name, lines in found.items()} == {
+        name: sorted(map(str, parts)) for name, parts in REQUIREMENTS.items()
+    }

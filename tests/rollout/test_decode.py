@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from lit_opd.errors import InputError
 from lit_opd.models.student import LoraSettings, StudentSettings, build_student
@@ -65,7 +74,7 @@ def with_bias() -> Any:
 
 
 def soft_capped() -> Any:
-    """Gemma 2 caps its logits, so scoring takes the plain path; eager attention, so float32."""
+    """Gemma 2 caps its logits; eager attention, so float32."""
     torch.manual_seed(3)
     config = Gemma2Config(
         vocab_size=64,
@@ -86,6 +95,14 @@ def soft_capped() -> Any:
     return model
 
 
+def scaled() -> Any:
+    """Granite divides its logits, so scoring takes the plain path."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return GraniteForCausalLM(GraniteConfig(vocab_size=64, logits_scaling=0.2, **sizes, **heads)).double()
+
+
 def gpt2() -> Any:
     """Learned absolute positions."""
     torch.manual_seed(5)
@@ -100,6 +117,7 @@ MODELS = {
     "eager attention": eager,
     "head with bias": with_bias,
     "soft-capped": soft_capped,
+    "scaled": scaled,
     "learned positions": gpt2,
 }
 
@@ -117,9 +135,9 @@ def policy() -> ScoringModel:
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def any_policy(request) -> ScoringModel:
-    with pytest.warns(match="full logits") if request.param == "soft-capped" else nullcontext():
+    with pytest.warns(match="full logits") if request.param == "scaled" else nullcontext():
         built = policy_of(MODELS[request.param]())
-    assert built.full_logits == (request.param == "soft-capped")
+    assert built.full_logits == (request.param == "scaled")
     return built
 
 

@@ -122,8 +122,8 @@ def test_stopped_responses_are_the_whole_ones_cut_at_the_collapse(student, judge
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_teachers_of_every_architecture_read_along(name):
-    """Tied, biased, soft-capped (without a plain head), eager, learned positions; the temperature is the sampler's."""
-    with pytest.warns(match="full logits") if name == "soft-capped" else nullcontext():
+    """Tied, biased, soft-capped, scaled (without a plain head), eager, learned positions; the temperature is the sampler's."""
+    with pytest.warns(match="full logits") if name == "scaled" else nullcontext():
         judge = policy_of(MODELS[name]()).eval().requires_grad_(False)
     student = of_another_mind()  # than all of these
     wanted = {"temperature": 1.3}

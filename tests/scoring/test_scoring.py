@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from lit_opd.models.export import export_folder
 from lit_opd.models.student import LoraSettings, StudentSettings, build_student
@@ -82,7 +82,7 @@ def test_no_token_gives_no_score_and_zero_gradient():
 
 
 def gemma(rows: int = 64) -> Gemma2ForCausalLM:
-    """Caps its logits softly, so its head is not a plain linear map."""
+    """Caps its logits softly, as its configuration says."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=rows,
@@ -101,11 +101,21 @@ def gemma(rows: int = 64) -> Gemma2ForCausalLM:
     return model.eval()
 
 
+def granite() -> GraniteForCausalLM:
+    """Divides its logits, so its head is not a plain linear map."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return GraniteForCausalLM(GraniteConfig(vocab_size=64, logits_scaling=0.2, **sizes, **heads)).eval()
+
+
 @pytest.mark.parametrize(
-    ("build", "plain"), [(lambda: tiny.qwen3(seed=1), False), (lambda: tiny.llama(seed=1), False), (gemma, True)]
+    ("build", "plain"),
+    [(lambda: tiny.qwen3(seed=1), False), (lambda: tiny.llama(seed=1), False), (gemma, False), (granite, True)],
 )
 def test_scores_are_those_of_the_models_own_logits(build, plain):
-    """Row by row without padding; logits at slot t - 1 score token t. A soft-capped head takes the plain path, loudly."""
+    """Row by row without padding; logits at slot t - 1 score token t. A soft cap is the head's; a scaled head takes the plain
+    path, loudly."""
     model = build().double().eval()
     policy = ScoringModel(model, vocabulary=60)
     if plain:

@@ -91,6 +91,31 @@ def test_values_and_gradients_equal_those_of_the_whole_table(what, dtype, value,
 
 
 @pytest.mark.parametrize("what", ["logprobs", *KINDS])
+def test_a_soft_cap_bends_logits_before_the_temperature_and_gradients_with_them(what):
+    student, teacher = (
+        Head(part.hidden, part.weight, part.bias, unused=torch.tensor([100]), soft_cap=2.0)
+        for part in (random_head(0, bias=True), random_head(1, bias=True))
+    )
+    tables = []
+    for head in (student, teacher):
+        bent = 2.0 * torch.tanh((head.hidden @ head.weight.T + head.bias) / 2.0)
+        tables.append(torch.log_softmax(bent[:, :100] / 0.7, -1))
+    targets = torch.arange(24) * 5 % 100
+    p, q = tables[0], tables[1].detach()
+    if what == "logprobs":
+        mine = token_logprobs(student, targets, temperature=0.7)
+        theirs = p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    else:
+        mine, theirs = evaluate(what, student, teacher, 0.7)[0], plain_divergence(what, p, q)
+    torch.testing.assert_close(mine, theirs)
+    inputs = [student.hidden, student.weight, student.bias]
+    for one, other in zip(
+        torch.autograd.grad(mine.sum(), inputs), torch.autograd.grad(theirs.sum(), inputs), strict=True
+    ):
+        assert relative_gap(one, other) < 1e-10
+
+
+@pytest.mark.parametrize("what", ["logprobs", *KINDS])
 def test_far_apart_logits_keep_their_precision(what):
     """Logits of several hundred: a sum of plain exponentials would be inf."""
     student, teacher = random_head(0, dtype=torch.float32, scale=8.0), random_head(1, dtype=torch.float32, scale=8.0)

@@ -1,0 +1,75 @@
+"""``lit-opd``, ``python -m lit_opd`` and, in a checkout, ``python train.py``: one command line.
+
+Help, version, ``configs`` and ``new`` are answered without loading torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lit_opd import __version__
+from lit_opd.shipped import program, with_config_files
+
+LIGHT = {"configs": "lit_opd.cli.configs", "new": "lit_opd.cli.new"}  # commands, and the modules whose ``run`` they are
+HELP = """Distil a student on its own samples, and see where in the response the
+teacher helps.
+
+usage: {program} COMMAND [options]
+
+train
+  fit         train a student
+  preflight   check a config, and its memory, without training
+  validate    measure a checkpoint
+  test        the same on the test split
+  predict     every token's log-probs and weight, as files
+look
+  compare     runs, or strategies on saved rollouts, side by side
+  export      a checkpoint as a Hugging Face folder
+start
+  configs     list the configs that come along, or copy one
+  new         a folder with a weighting of your own, its config and its test
+
+first:        {program} fit --config quickstart
+all settings: {program} fit --help
+Any setting is an option: --model.weighting Uniform --trainer.max_steps 20
+Relative paths are seen from the folder you run from; those that begin with
+lit_opd/ are the package's own files.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command line.
+
+    Args:
+        args: its words, default ``sys.argv``.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP.format(program=program()), end="")
+        return
+    if words[0] == "--version":
+        print(f"lit-opd {__version__}")
+        return
+    if words[0] in LIGHT:
+        _run_light(words)
+        return
+    from lit_opd.callbacks import default_callbacks
+    from lit_opd.cli.command import main as run
+
+    run(default_callbacks, with_config_files(words))
+
+
+def _run_light(words: list[str]) -> None:
+    """A command that needs neither torch nor a run's config."""
+    from importlib import import_module
+
+    try:
+        import_module(LIGHT[words[0]]).run(words[1:])
+    except ValueError as error:  # what an InputError is
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
