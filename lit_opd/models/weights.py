@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from lit_opd.distributed import is_rank_zero, shared_failure
@@ -165,7 +166,8 @@ def _gathered(owner: nn.Module) -> AbstractContextManager[Any]:
 
 def _whole(value: Tensor) -> Tensor:
     """All of a weight, on every rank."""
-    return value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()  # type: ignore[operator]
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _as_stored(model: Any, unit: dict[str, Tensor]) -> Unit:

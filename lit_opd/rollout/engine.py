@@ -64,6 +64,7 @@ class VLLMEngine(Sampler):
     """
 
     in_process = False
+    seconds: Seconds
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class VLLMSampler(Sampler):
     """
 
     in_process = False
+    seconds: Seconds
 
     def __init__(
         self,

@@ -26,8 +26,13 @@ ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what every one of them takes a
 class StudentWeights(Protocol):
     """The student, seen by an engine. Every method is called on every rank or none."""
 
-    adapter_rank: int | None  # of a student with LoRA, whose weights travel merged or as the adapter alone
-    path: str  # of the model it was loaded from
+    @property
+    def adapter_rank(self) -> int | None:
+        """Of a student with LoRA, whose weights travel merged or as the adapter alone."""
+
+    @property
+    def path(self) -> str:
+        """Of the model it was loaded from."""
 
     def __call__(self, folder: Path) -> Any:
         """Write all of it as a Hugging Face folder, adapters merged."""
