@@ -130,7 +130,7 @@ def _units(policy: Any) -> Iterator[tuple[nn.Module, Held]]:
     }
     inside = [(name, module) for name, module in model.named_modules() if id(module) in blocks]
     for name, module, key in _stored(model):
-        block = next((block for prefix, block in inside if name.startswith(_plain(prefix) + ".")), None)
+        block = next((block for prefix, block in inside if name.startswith(_plain(prefix + "."))), None)
         if block is not None:
             found.setdefault(id(block), (owner_of.get(id(block), block), []))[1].append((name, module, key))
         elif isinstance(policy, FullyShardedDataParallel):
