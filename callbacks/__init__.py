@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lit_opd.callbacks.checkpoint import RunCheckpoint
 from lit_opd.callbacks.early_aime import EarlyAIMEEvaluation
 from lit_opd.callbacks.export import ExportStudent
+from lit_opd.callbacks.hints import RunHints
 from lit_opd.callbacks.position_profile import PositionProfile
 from lit_opd.callbacks.predictions import PredictionFiles
 from lit_opd.callbacks.progress import Progress
@@ -32,6 +33,7 @@ __all__ = [
     "RngState",
     "RolloutSamples",
     "RunCheckpoint",
+    "RunHints",
     "StopOnSignal",
     "Summary",
     "Throughput",
@@ -47,6 +49,7 @@ def default_callbacks() -> list[Callback]:
         PositionProfile(),
         RolloutSamples(),
         Throughput(),
+        RunHints(),
         ExportStudent(),
         PredictionFiles(),
         Summary(),

@@ -40,6 +40,11 @@ CONFIG = ROOT / "configs" / "smollm2_healing.yaml"
 RECORD = "study.json"
 SHORT = 12  # digits of a hash that are shown
 REFERENCE = "uniform"
+BY_SEED = "by seed"  # of a record whose seed moved the order of the data too; the first ones have no such word
+SEEDS_MOVE = {
+    True: "Seeds move the sampling and the order of the data, so the intervals contain both.",
+    False: "Seeds moved the sampling alone: all runs saw the prompts in one order, which the intervals leave out.",
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "uniform": {"class_path": "lit_opd.weighting.Uniform"},
     "iw-1.5": {"class_path": "lit_opd.weighting.ImportanceWeighting", "init_args": {"w_max": 1.5}},
@@ -142,6 +147,7 @@ def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record
         "settings": settings,
         "steps": ends["steps"],
         "tokens": ends["tokens"],
+        "data_order": BY_SEED,
         "machine": machine(),
         "finished": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -235,6 +241,8 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
         f"run on one thread; {first['figures']['prompts']:.0f} held-out prompts; +- is one standard deviation over seeds, "
         "brackets are Student's 95 % interval of the difference paired by seed. "
         f"{' and '.join(sorted({r['machine'] for r in records}))}, {min(dates)} to {max(dates)}, seeds {seeds}.",
+        "",
+        SEEDS_MOVE[all(record.get("data_order") == BY_SEED for record in records)],
         "",
         table(records),
         "",

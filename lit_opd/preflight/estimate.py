@@ -23,6 +23,7 @@ from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
+from lit_opd.rollout import DecodeSampler
 from lit_opd.shipped import program
 from lit_opd.teacher import LocalTeacher, Teacher
 
@@ -89,6 +90,7 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
+        decodes=isinstance(sampler, DecodeSampler),
         read_along=module.rollout_stop is not None,
         engine=sampler.memory_fraction * (plan.memory or 0.0),
         engine_sleeps=sampler.sleep,

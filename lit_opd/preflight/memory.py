@@ -3,8 +3,8 @@
 Rows are as long as they can be (longest prompt, ``max_new_tokens``), micro-batches as full as ``token_budget`` allows, prompts
 padded. What a phase holds comes on top of what a rank always holds; the peak is that of the worst phase:
 
-- rollout: the whole student where it is sharded, key/value cache, logits of one decoded token a row; the teacher's cache
-  where it reads along;
+- rollout: the whole student where it is sharded, its weights in 16 bits under autocast, key/value cache, logits of one decoded
+  token a row; the teacher's cache where it reads along;
 - scoring: a forward pass without gradient of one micro-batch through the frozen models;
 - head: activations of a micro-batch, gradient of the output head, tiles of logits;
 - layers: activations of a micro-batch, and one block's backward pass;
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize
+from lit_opd.rollout.decoding.buckets import Buckets
 from lit_opd.scoring import heads
 from lit_opd.scoring.tiles import (
     DEVICE_TILE_ELEMENTS,
@@ -61,6 +62,7 @@ REMEDIES = {
     "sampling engine": "lower model.sampler.memory_fraction",
     "weights of the student": "shard over more ranks (ModelParallelStrategy), or take a smaller student",
     "whole student": "take a smaller student, or sample with VLLMSampler",
+    "weights cast to 16 bits": "take a smaller student, or sample with VLLMSampler",
     "optimizer state": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
     "gradients": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
     "frozen models": "set the teacher's dtype to bfloat16, shard over more ranks, or put it on servers (RemoteTeacher)",
@@ -95,7 +97,8 @@ class Workload:
         mini_batches: optimizer steps the rows are cut into.
         checkpointing: activations of a block are computed again in the backward pass.
         eager: attention keeps its scores.
-        local_sampler: responses are sampled in this process.
+        local_sampler: responses are sampled in this process,
+        decodes: and by ``DecodeSampler``.
         read_along: the teacher keeps keys and values of its own while training responses are sampled.
         engine: bytes of a sampling engine with memory of its own, on this rank's device.
         engine_sleeps: it gives them back between rollouts.
@@ -113,6 +116,7 @@ class Workload:
     checkpointing: bool = False
     eager: bool = False
     local_sampler: bool = True
+    decodes: bool = False
     read_along: bool = False
     engine: float = 0.0
     engine_sleeps: bool = True
@@ -242,16 +246,34 @@ class _Formula:
         if not self.work.local_sampler:
             return {"sampling engine": self.work.engine} if self.work.engine_sleeps else {}
         size, length = self.size, self.work.prompt + response
+        parts = self._gathered_student() | self._cast_student()
+        if self.work.decodes and size.plain:
+            return parts | self._plain_steps(rows, length)
         # under autocast too the cache is in float32: rotated keys are, and it takes their dtype for the values
         cache = 2 * rows * length * size.key * self.student.width
         # keys and values again for each query head, and once more as autocast casts them
         repeated = 2 * rows * length * size.query * (self.student.width + (HALF if self.plan.autocast else 0))
         # the prompts' forward pass comes before the cache of the responses
         prompts = self._forward(self.student, rows, self.work.prompt) - cache * size.layers * response / length
-        return self._gathered_student() | {
+        return parts | {
             "key/value cache": float(cache * size.layers),
             "decoding": cache + max(repeated, prompts),
             "logits of a step": rows * size.vocabulary * SAMPLED_LOGIT_BYTES,
+        }
+
+    def _plain_steps(self, rows: int, length: int) -> Parts:
+        """Sampling with ``PlainDecoder``: buffers of fixed shapes on a device, no repeated heads."""
+        size, on_device = self.size, self.plan.accelerator == "gpu"
+        buckets, written = Buckets(fixed=on_device), length - 1  # the last token is not read again
+        held, columns = buckets.rows(rows), buckets.columns(written, most=written)
+        cache = 2 * held * columns * size.key * self._width(self.student)
+        before = 2 * rows * self.work.prompt * size.key * self.student.width  # as the prompts' forward pass leaves it
+        prompts = self._forward(self.student, rows, self.work.prompt) - (cache - before) * size.layers
+        return {
+            "key/value cache": float(max(cache, before) * size.layers),
+            "decoding": max(2 * cache, prompts),  # rows that leave, or columns that come: a layer is moved
+            # the first step of a bucket runs eagerly, the next is captured with memory of its own
+            "logits of a step": held * size.vocabulary * SAMPLED_LOGIT_BYTES * (2 if on_device else 1),
         }
 
     def reading(self) -> Parts:
@@ -378,7 +400,18 @@ class _Formula:
     def _gathered_student(self) -> Parts:
         if self.plan.shards == 1:
             return {}
-        return {"whole student": float(self.student.width * self.size.parameters)}
+        width = HALF if self.plan.gathers_half else self.student.width
+        return {"whole student": float(width * self.size.parameters)}
+
+    def _cast_student(self) -> Parts:
+        """The copies of what is multiplied that autocast, or ``PlainDecoder``, keeps for a rollout; FSDP2 gathers 16 bits."""
+        if not self.plan.autocast or self.student.width == HALF or self.plan.gathers_half:
+            return {}
+        return {
+            "weights cast to 16 bits": float(
+                HALF * min(self.size.num_trainable, self.size.parameters - self.size.lookup)
+            )
+        }
 
     def _tiles(self, size: ModelSize, tokens: int, count: int) -> float:
         """Bytes of ``count`` tiles of logits, or blocks of whole rows where more than log-probs is asked for."""

@@ -56,6 +56,11 @@ class Plan:
         """True where operations run in bfloat16 on float32 weights."""
         return self.precision == "bf16-mixed"
 
+    @property
+    def gathers_half(self) -> bool:
+        """True where sharded weights are gathered in bfloat16: FSDP2 under bf16-mixed."""
+        return self.autocast and self.shards > 1 and isinstance(self.strategy, ModelParallelStrategy)
+
     def describe(self) -> str:
         """The plan in one line."""
         sharding = f"weights sharded over {self.shards}" if self.shards > 1 else "whole weights on each"

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lit_opd.models.sharding import transformer_layers
 from lit_opd.models.student import LoraSettings, _with_lora
+from lit_opd.rollout.decoding.plain_decoder import is_plain_decoder
 
 SAMPLE = 1024  # elements of the weight on which a fused optimizer is measured
 
@@ -39,6 +40,8 @@ class ModelSize:
         inner: width of the MLP; of all experts a token passes, where there are several.
         normed_heads: queries and keys are normalised head by head, as in Qwen3.
         trains_head: the head's weight is trained.
+        lookup: weights of an embedding that is not the head's too: rows are looked up, nothing is multiplied.
+        plain: its decode steps are those of ``PlainDecoder``.
     """
 
     parameters: int
@@ -55,6 +58,8 @@ class ModelSize:
     inner: int
     normed_heads: bool
     trains_head: bool
+    lookup: int = 0
+    plain: bool = False
 
     @property
     def num_trainable(self) -> int:
@@ -90,10 +95,10 @@ def model_size(config: Any, *, lora: LoraSettings | None = None, trust_remote_co
         raise NotEstimated(f"{type(config).__name__} could not be read: {type(error).__name__}: {error}") from error
 
 
-def _read(config: Any, model: nn.Module, layers: list[nn.Module], outside: int, head: nn.Parameter) -> ModelSize:
+def _read(config: Any, model: Any, layers: list[nn.Module], outside: int, head: nn.Parameter) -> ModelSize:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    weights = list(model.parameters())
+    weights, embedding = list(model.parameters()), model.get_input_embeddings().weight
     return ModelSize(
         parameters=_numel(weights),
         trainable=tuple(tuple(weight.shape) for weight in weights if weight.requires_grad),
@@ -109,6 +114,8 @@ def _read(config: Any, model: nn.Module, layers: list[nn.Module], outside: int, 
         inner=_inner(config),
         normed_heads=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
         trains_head=head.requires_grad,
+        lookup=0 if embedding is head else embedding.numel(),
+        plain=is_plain_decoder(model.get_base_model() if hasattr(model, "get_base_model") else model),
     )
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -239,12 +239,22 @@ def cached_casts(device: torch.device) -> Iterator[None]:
 
     The copies are dropped afterwards, before any weight changes.
     """
-    kind = device.type
-    if not torch.is_autocast_enabled(kind):
+    if autocast_dtype(device) is None:
         yield
         return
     try:
-        with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=True):
+        with casts_kept(device, True):
             yield
     finally:
         torch.clear_autocast_cache()
+
+
+def casts_kept(device: torch.device, kept: bool) -> AbstractContextManager[Any]:
+    """Under autocast, whether it keeps what it casts from now on; nothing without it."""
+    dtype = autocast_dtype(device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=kept)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on a device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -167,3 +167,12 @@ def test_every_run_has_files_of_its_own():
 
 def yaml_of(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_the_page_is_what_the_command_writes_and_says_what_its_intervals_leave_out(tmp_path):
+    docs = Path(__file__).resolve().parents[2] / "docs" / "healing"
+    records = json.loads((docs / "study.json").read_text())
+    assert healing_study.write_page(records, tmp_path).read_text() == (docs / "study.md").read_text()
+    assert "all runs saw the prompts in one order" in (docs / "study.md").read_text()
+    moved = [record | {"data_order": healing_study.BY_SEED} for record in records]
+    assert "the intervals contain both" in healing_study.write_page(moved, tmp_path).read_text()

@@ -322,7 +322,7 @@ def pickled(name: str) -> Callable[[Path], None]:
 
 MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "config.json broken": (written("config.json", "{"), ["config.json", "not a valid JSON"]),
-    "config.json a list": (written("config.json", "[]"), ["model_type"]),
+    "config.json a list": (written("config.json", "[]"), ["correct that file"]),
     "config.json empty": (written("config.json", "{}"), ["model_type"]),
     "architecture unknown": (changed("config.json", model_type="nonesuch"), ["nonesuch"]),
     "architecture of an encoder": (changed("config.json", model_type="t5"), ["T5Config"]),
@@ -344,9 +344,9 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "generation config a list": (written("generation_config.json", "[]"), ["generation_config.json", "delete"]),
     "stop id a word": (written("generation_config.json", '{"eos_token_id": "x"}'), ["eos_token_id", "'x'"]),
     "weights missing": (removed("model.safetensors"), ["model.safetensors"]),
-    "weights empty": (written("model.safetensors", ""), ["header too small"]),
-    "weights of noise": (written("model.safetensors", b"\xff" * 100), ["header too large"]),
-    "weights cut short": (truncated, ["not fully covered"]),
+    "weights empty": (written("model.safetensors", ""), ["deserializing header"]),
+    "weights of noise": (written("model.safetensors", b"\xff" * 100), ["deserializing header"]),
+    "weights cut short": (truncated, ["deserializing header"]),
     "weights renamed": (weights(lambda t: {f"x.{n}": v for n, v in t.items()}), ["lacks weights", "lm_head.weight"]),
     "one weight missing": (weights(lambda t: {n: v for n, v in t.items() if "norm.weight" not in n}), ["lacks weights"]),
     "a pickle as pytorch_model.bin": (pickled("pytorch_model.bin"), ["model.safetensors"]),
@@ -571,7 +571,7 @@ COMMANDS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "no threads": (given("--num_threads", "-3"), ["num_threads", "-3"]),
     "negative memory": (given("--memory_gb", "-1"), ["memory_gb", "-1"]),
     "negative seed": (given("--seed_everything", "-1"), ["seed_everything", "-1"]),
-    "pickles allowed": (given("--weights_only", "false"), ["weights_only", "False"]),
+    "pickles allowed": (given("--weights_only", "false"), ["weights_only", "alse"]),
     "token budget below the longest row": (given("--model.token_budget", "10"), ["model.token_budget", "10"]),
     "token budget below the teacher's longest row": (
         given("--model.token_budget", "40", "--data.teacher_system_prompt", "x" * 30), ["model.token_budget", "40"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from callbacks import default_callbacks
@@ -22,7 +23,10 @@ from lit_opd.module import default_optimizer
 from lit_opd.preflight import read_plan
 from lit_opd.preflight.memory import ACCURACY, FLOAT32, Held, Workload, _Formula, budget
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
-from lit_opd.rollout import RatioStop, SamplingSettings
+from lit_opd.rollout import DecodeSampler, RatioStop, SamplingSettings
+from lit_opd.rollout.decoding import layers as decoder_layers
+from lit_opd.rollout.decoding.buckets import Buckets
+from lit_opd.rollout.decoding.plain_decoder import PlainDecoder
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch
 from tests.helpers import fake_vllm as fake
@@ -118,6 +122,54 @@ def test_the_cache_is_what_generation_leaves(autocast):
     plan = replace(CPU, precision="bf16-mixed") if autocast else CPU
     work = Workload(rows=3, prompt=4, response=6)
     assert _Formula(Held(model_size(model.config), FLOAT32), [], 0, work, plan).rollout(3, 6)["key/value cache"] == real
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_cache_and_the_cast_weights_are_what_the_decode_loop_holds(monkeypatch, fixed, autocast):
+    """At the last step, in buckets as on a GPU and without; 3 rows are a bucket of 4."""
+    model = build(replace(SMALL, tied=True), 1).eval()
+    policy = ScoringModel(model, vocabulary=64)
+    monkeypatch.setattr(Buckets, "of", lambda device: Buckets(fixed=fixed))
+    held, cast, weight = [], [], decoder_layers._weight
+
+    def note(decoder: Any, ids: Any, positions: Any, column: Any, caches: Any, columns: Any, bias: Any) -> Any:
+        held.append(sum(value.nbytes for pair in caches for value in pair))
+        return states(decoder, ids, positions, column, caches, columns, bias)
+
+    def noted(*given: Any) -> torch.Tensor:
+        cast.append(weight(*given))
+        return cast[-1]
+
+    states = PlainDecoder.states
+    ids = torch.arange(12).reshape(3, 4)
+    prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(3), ("0", "1", "2"))
+    settings = SamplingSettings(max_new_tokens=6, stop_ids=(), pad_id=0, vocabulary=64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        DecodeSampler().sample(policy, prompts, settings)  # the first time a probe runs too
+        monkeypatch.setattr(PlainDecoder, "states", note)
+        monkeypatch.setattr(decoder_layers, "_weight", noted)
+        DecodeSampler().sample(policy, prompts, settings)
+    plan = replace(CPU, accelerator="gpu" if fixed else "cpu", precision="bf16-mixed" if autocast else "32-true")
+    work = Workload(rows=3, prompt=4, response=6, decodes=True)
+    found = _Formula(Held(model_size(model.config), FLOAT32), [], 0, work, plan).rollout(3, 6)
+    assert found["key/value cache"] == held[-1]
+    assert found.get("weights cast to 16 bits", 0) == pytest.approx(
+        autocast * sum(w.nbytes for w in cast), rel=0.01
+    )  # norms
+
+
+def test_fsdp2_gathers_bf16_and_casts_nothing_more():
+    size, work = model_size(build(SMALL, 1).config), Workload(rows=4, prompt=4, response=6, decodes=True)
+    strategies = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "fsdp"
+    two, one = (
+        _Formula(Held(size, 4), [], 0, work, replace(CPU, shards=2, strategy=s, precision="bf16-mixed")).rollout(4, 6)
+        for s in strategies
+    )
+    assert size.lookup == 64 * 48  # embedding and head are two
+    assert two["whole student"] == 2 * size.parameters and "weights cast to 16 bits" not in two
+    assert one["whole student"] == 4 * size.parameters
+    assert one["weights cast to 16 bits"] == 2 * (size.parameters - 64 * 48)
 
 
 def test_an_engine_that_sleeps_counts_while_it_samples_and_another_always():

@@ -24,9 +24,10 @@ from transformers import (
 from lit_opd.errors import InputError
 from lit_opd.models.student import LoraSettings, StudentSettings, build_student
 from lit_opd.rollout import DecodeSampler, SamplingSettings, TransformersSampler
-from lit_opd.rollout.decoding import drawing, key_values
+from lit_opd.rollout.decoding import drawing
 from lit_opd.rollout.decoding import sampler as decode
 from lit_opd.rollout.decoding.drawing import draw
+from lit_opd.rollout.decoding.fixed_rows import FixedRows
 from lit_opd.scoring.model import FEW_ROWS, LARGE_HEAD, ScoringModel
 from lit_opd.types import PromptBatch
 from tests.helpers import tiny
@@ -289,17 +290,15 @@ def test_padding_that_all_remaining_rows_share_is_dropped(policy, monkeypatch):
     assert firsts.count(firsts[0]) == 1
     wanted = settings(stop_ids=(firsts[0],))
     held: list[int] = []
-    update = key_values.Slab.update
+    step = FixedRows.step
 
-    def note(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        returned = update(self, keys, values, *args, **kwargs)
-        held.append(returned[0].shape[2])
-        return returned
+    def note(self: Any) -> Any:
+        held.append(self.columns)
+        return step(self)
 
-    monkeypatch.setattr(key_values.Slab, "update", note)
+    monkeypatch.setattr(FixedRows, "step", note)
     found = ours.sample(policy, batch, wanted)
-    assert held[0] == 6
-    assert held[2] == 6  # 7 less the column that was real in the ended row only
+    assert held[0] == 6  # of the prompts and the next token, 7, less the one that was real in the ended row only
     require_same(found, reference.sample(policy, batch, wanted))
 
 
@@ -344,14 +343,14 @@ def test_no_history_of_logits_and_a_bounded_buffer():
     wanted = settings(max_new_tokens=steps, stop_ids=(), vocabulary=vocabulary)
     columns: list[int] = []
 
-    class Slab(key_values.Slab):
-        def update(self, *args: Any, **kwargs: Any) -> Any:
-            returned = super().update(*args, **kwargs)
-            columns.append(self.held[0].shape[2])
-            return returned
+    reserve = FixedRows.reserve
+
+    def note(self: Any) -> None:
+        reserve(self)
+        columns.append(self.shape[1])
 
     with pytest.MonkeyPatch.context() as patch, LargestTensor() as watch:
-        patch.setattr(key_values, "Slab", Slab)
+        patch.setattr(FixedRows, "reserve", note)
         ours.sample(policy, prompts(rows), wanted)
     assert watch.largest <= rows * vocabulary * 8  # one [B, V], at most in float64
     assert max(columns) == 6 + steps - 1

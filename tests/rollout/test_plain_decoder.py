@@ -27,7 +27,8 @@ from lit_opd.masked import exp_
 from lit_opd.rollout import DecodeSampler, TransformersSampler
 from lit_opd.rollout.decoding import plain_decoder
 from lit_opd.rollout.decoding import sampler as decode
-from lit_opd.rollout.decoding.plain_decoder import FEW_ROWS, LARGE_WEIGHT, is_plain_decoder
+from lit_opd.rollout.decoding.layers import FEW_ROWS, LARGE_WEIGHT
+from lit_opd.rollout.decoding.plain_decoder import is_plain_decoder
 from lit_opd.scoring.model import ScoringModel
 from tests.helpers import tiny
 from tests.rollout.test_decode import gpt2, prompts, qwen3, require_same, settings
@@ -171,13 +172,6 @@ def test_a_known_class_with_other_numbers_is_found_out_by_the_probe():
     with pytest.warns(UserWarning, match="LlamaForCausalLM's own forward, which is slower"):
         found = ours.sample(policy, prompts(16), settings())
     require_same(found, reference.sample(policy, prompts(16), settings()))
-
-
-def test_autocast_keeps_the_models_own_forward():
-    policy = ScoringModel(tiny.qwen3(seed=1), vocabulary=64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not decode._runs_plain(policy, CPU)
-    assert decode._runs_plain(policy, CPU)
 
 
 @pytest.mark.parametrize("rows", [FEW_ROWS - 1, FEW_ROWS + 9])

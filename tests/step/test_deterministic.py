@@ -86,7 +86,9 @@ def test_no_strategy_runs_an_operation_without_a_fixed_order(name, strategy, as_
     assert torch.allclose(found[0], expected[0], rtol=1e-9, atol=1e-12) and torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("objective", [None, Divergence("reverse_kl"), Divergence("jsd", top_k=3)], ids=str)
+@pytest.mark.parametrize(
+    "objective", [None, Divergence("reverse_kl"), Divergence("jsd", top_k=3)], ids=["policy", "kl", "jsd"]
+)
 def test_a_step_with_its_backward_pass_runs_none(tmp_path, objective, as_on_cuda):
     rollout = fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated={2})
     trained = fixed.module(tiny.pair(tmp_path), rollout, token_budget=20, objective=objective)

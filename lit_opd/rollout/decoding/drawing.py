@@ -72,7 +72,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         int64 [B], never an excluded token; [B] nats, NaN for a row with a NaN.
     """
     step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    if len(logits) <= step:
+    if len(logits) <= step or logits.device.type != "cpu":
         return _draw(logits, uniforms)
     parts = [_draw(x, u) for x, u in zip(logits.split(step), uniforms.split(step), strict=True)]
     return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
@@ -94,7 +94,7 @@ def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         total = cumulative[:, -1:]
         wanted = uniforms.unsqueeze(-1) * total
         block = _passes(cumulative, wanted)
-        before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
+        before = cumulative.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
         chosen = mass.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
         inside = running_sum(chosen, dtype=torch.float64)
         token = (block * BLOCK + _passes(inside, wanted - before)).clamp(max=vocabulary - 1)

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lit_opd.rollout.base import casts_kept
+from lit_opd.rollout.decoding.buckets import Buckets
+
 Refusal = Callable[[Any, str], Exception]  # from a model's configuration and a reason
 
-FIRST_COLUMNS = 64  # columns by which a key-value buffer is longer than the prompt at first; then it doubles
+_GROWTH = Buckets(fixed=False)
 
 
 class Slab(DynamicLayer):
@@ -30,7 +33,7 @@ class Slab(DynamicLayer):
             self.held = [key_states[:, :, :0], value_states[:, :, :0]]
         start, self.length = self.length, self.length + key_states.shape[-2]
         if self.length > self.held[0].shape[-2]:
-            room = max(self.length, min(self.most, max(2 * start, self.length + FIRST_COLUMNS))) - start
+            room = _GROWTH.columns(self.length, most=self.most) - start
             self.held = [F.pad(held[:, :, :start], (0, 0, 0, room)) for held in self.held]
         for held, new in zip(self.held, (key_states, value_states), strict=True):
             held[:, :, start : self.length] = new
@@ -78,7 +81,8 @@ class CachedRows:
         mask = mask[first]
         self.padded = not bool(mask.all())
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        self.states = model.next_states(ids[first], mask if self.padded else None, positions, self.cache)
+        with casts_kept(ids.device, False):  # each weight is read once here
+            self.states = model.next_states(ids[first], mask if self.padded else None, positions, self.cache)
         self.mask, self.position = mask, positions[:, -1]
         if any(layer.length != columns for layer in self.layers):
             raise refusal(config, "layers that do not write the key-value cache")

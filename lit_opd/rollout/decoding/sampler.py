@@ -3,25 +3,37 @@
 What ``generate`` cannot do: the token and its log-prob come from one pass over the logits; rows that have ended leave the
 batch, so the longest answer is not paid for by all; samples of one prompt share its prefill; keys and values are written into
 one growing buffer instead of being copied every step; and a decoder of the usual kind runs in few operations
-(``lit_opd.rollout.decoding.plain_decoder``). docs/benchmarks.md says what it saves. Tokens are those of
+(``lit_opd.rollout.decoding.plain_decoder``), under autocast on 16-bit weights that are cast once a rollout, and on CUDA from
+a graph (``lit_opd.rollout.decoding.graphs``). docs/benchmarks.md says what it saves. Tokens are those of
 ``TransformersSampler`` for the same seeds, up to the rounding of logits.
 """
 
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from lit_opd.errors import InputError
-from lit_opd.rollout.base import EarlyStop, Sampler, SamplingSettings, cached_casts, finish, require_room
-from lit_opd.rollout.decoding.drawing import choose
+from lit_opd.rollout.base import (
+    EarlyStop,
+    Sampler,
+    SamplingSettings,
+    autocast_dtype,
+    cached_casts,
+    casts_kept,
+    finish,
+    require_room,
+)
+from lit_opd.rollout.decoding.buckets import Buckets
+from lit_opd.rollout.decoding.fixed_rows import FixedRows
+from lit_opd.rollout.decoding.graphs import StepGraphs
 from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attention
-from lit_opd.rollout.decoding.plain_decoder import FEW_ROWS, PlainDecoder, is_plain_decoder
+from lit_opd.rollout.decoding.plain_decoder import PlainDecoder, has_whole_weights, is_plain_decoder
+from lit_opd.rollout.decoding.responses import Responses
 from lit_opd.streams import row_uniforms
 from lit_opd.types import PromptBatch, Rollout
 
@@ -31,7 +43,7 @@ CHECK_EVERY = 16  # steps between looks at which rows ended, where looking means
 CHECK_EVERY_ON_CPU = 1
 PROBE_TOLERANCE = 1e-4  # nats between the model's own next-token log-probs and those of ``PlainDecoder``, for 16-bit
 PROBE_TOLERANCE_HALF = 0.1  # weights this
-_AGREES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # what the probe said of a model
+_AGREES: WeakKeyDictionary[Any, dict[torch.dtype | None, bool]] = WeakKeyDictionary()  # what the probe said of a model
 
 
 class DecodeSampler(Sampler):
@@ -65,115 +77,195 @@ def _decode(
     model: Any, prompts: PromptBatch, settings: SamplingSettings, watch: EarlyStop | None
 ) -> tuple[Tensor, Tensor]:
     """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
-    batch = _Batch(model, prompts, settings, plain=_runs_plain(model, prompts.ids.device))
+    cached = _prefilled(model, prompts, settings)
+    plain = _runs_plain(model, prompts.ids.device)
     uniforms = row_uniforms(
         settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
     )
     # transformers keeps tensors of a forward in its modules: inference mode is for our own decoder only
-    with torch.inference_mode() if batch.by_plain_decoder else nullcontext():
-        ids, logprobs = _written(batch, uniforms, settings, watch)
+    with torch.inference_mode(plain):
+        responses = Responses(uniforms, settings)
+        writer = _PlainWriter(model, cached, responses) if plain else _OwnWriter(model, cached, responses)
+        ids, logprobs = _written(writer, responses, watch)
     return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
 
 
-def _written(
-    batch: _Batch, uniforms: Tensor, settings: SamplingSettings, watch: EarlyStop | None
-) -> tuple[Tensor, Tensor]:
-    """The responses of ``batch``, column by column, as ``_decode`` returns them."""
-    device, total = uniforms.device, len(uniforms)
-    every = CHECK_EVERY_ON_CPU if device.type == "cpu" else CHECK_EVERY
-    share = ENDED_SHARE
+def _prefilled(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> CachedRows:
+    most = prompts.ids.shape[1] + settings.max_new_tokens - 1
+    return CachedRows(model, prompts.ids, prompts.mask, most=most, refusal=_refusal)
+
+
+class _Writer(Protocol):
+    """The rows that are still being written, in a model."""
+
+    def rows(self, count: int) -> int:
+        """How many it runs to write ``count``."""
+
+    def first(self) -> None:
+        """Draw the first token of every row, behind the prompts."""
+
+    def advance(self) -> None:
+        """Run the model on the last token of every row, and draw the next."""
+
+    def select(self, kept: Tensor) -> None:
+        """Go on with some of the rows still written, int64 [R]."""
+
+
+def _written(writer: _Writer, responses: Responses, watch: EarlyStop | None) -> tuple[Tensor, Tensor]:
+    """The responses, column by column, as ``_decode`` returns them."""
+    settings, on_cpu = responses.settings, responses.token.device.type == "cpu"
+    every, share = CHECK_EVERY_ON_CPU if on_cpu else CHECK_EVERY, ENDED_SHARE
     if watch is not None:
         every, share = watch.chunk, 0.0  # a text given up is not written for a chunk more
-    stops = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
-    rows, ended = torch.arange(total, device=device), torch.zeros(total, dtype=torch.bool, device=device)
-    ids = torch.full((total, settings.max_new_tokens), settings.pad_id, device=device)
-    logprobs: Tensor | None = None
-    for step in range(settings.max_new_tokens):
-        token, logprob = choose(batch.logits(), uniforms[rows, step], settings)
-        logprobs = logprob.new_zeros(ids.shape) if logprobs is None else logprobs
-        ids[rows, step], logprobs[rows, step] = token, logprob
-        ended, last = ended | torch.isin(token, stops), step + 1 == settings.max_new_tokens
-        look = (step + 1) % every == 0
+    writer.first()
+    for columns in range(1, settings.max_new_tokens + 1):
+        look, last = columns % every == 0, columns == settings.max_new_tokens
         if watch is not None and (look or last):
-            ended = ended | watch.collapsed(rows, ids, logprobs, step + 1)
+            rows = responses.rows[: responses.count]
+            collapsed = watch.collapsed(rows, responses.ids, responses.logprobs, columns)
+            responses.ended[: responses.count].logical_or_(collapsed)
+        if last:
+            break
         if look:
+            ended = responses.ended[: responses.count]
             num_ended = int(ended.sum())
-            if num_ended == len(ended):
+            num_left = len(ended) - num_ended
+            if not num_left:
                 break
             if num_ended and num_ended >= share * len(ended):
-                left = (~ended).nonzero().squeeze(-1)
-                batch.select(left)
-                if watch is not None:
-                    watch.select(left)
-                rows, ended, token = rows[left], ended[left], token[left]
-        if not last:
-            batch.append(token)
-    assert logprobs is not None
-    return ids[:, : step + 1], logprobs[:, : step + 1]
+                if watch is not None or writer.rows(num_left) < writer.rows(len(ended)):
+                    left = (~ended).nonzero().squeeze(-1)
+                    writer.select(left)
+                    if watch is not None:
+                        watch.select(left)
+        writer.advance()
+    return responses.ids[:, :columns], responses.logprobs[:, :columns]
 
 
-class _Batch(CachedRows):
-    """The rows that are still being written."""
+class _OwnWriter:
+    """By the model's own forward."""
 
-    def __init__(self, model: Any, prompts: PromptBatch, settings: SamplingSettings, *, plain: bool) -> None:
-        most = prompts.ids.shape[1] + settings.max_new_tokens - 1
-        super().__init__(model, prompts.ids, prompts.mask, most=most, refusal=_refusal)
-        self.vocabulary, self.by_plain_decoder = settings.vocabulary, plain
-        self.decoder = self._decoder()
+    def __init__(self, model: Any, cached: CachedRows, responses: Responses) -> None:
+        self.model, self.cached, self.responses = model, cached, responses
 
-    def _decoder(self) -> PlainDecoder | None:
-        return (
-            PlainDecoder(self.model.causal_lm, rows=len(self.mask), columns=self.most + 1)
-            if self.by_plain_decoder
-            else None
-        )
+    def rows(self, count: int) -> int:
+        """See ``_Writer``."""
+        return count
 
-    def logits(self) -> Tensor:
-        """[B, V] of the coming token, at least float32."""
-        if self.decoder is None:
-            logits = self.model.next_logits(self.states)
-        else:
-            logits = self.model.without_unused(self.decoder.logits(self.states)[:, : self.model.vocabulary])
-        return logits[:, : self.vocabulary]  # type: ignore[no-any-return]
+    def first(self) -> None:
+        """See ``_Writer``."""
+        logits = self.model.next_logits(self.cached.states)
+        self.responses.draw(logits[:, : self.responses.settings.vocabulary])
 
-    def append(self, token: Tensor) -> None:
-        """Run the model on one token a row, int64 [B]."""
-        mask, positions = self.grow(1)
-        if self.decoder is not None:
-            self.states = self.decoder.states(token, self.position, mask, self.layers)
-        else:
-            self.states = self.model.next_states(token.unsqueeze(-1), mask, positions, self.cache)
+    def advance(self) -> None:
+        """See ``_Writer``."""
+        cached = self.cached
+        mask, positions = cached.grow(1)
+        cached.states = self.model.next_states(self.responses.token.unsqueeze(-1), mask, positions, cached.cache)
+        self.first()
 
-    def select(self, rows: Tensor) -> None:
-        """Keep ``rows``, int64 [R]."""
-        few = len(rows) <= FEW_ROWS < len(self.mask)
-        self.take(rows)
-        if few:
-            self.decoder = self._decoder()  # whose products depend on the number of rows
+    def select(self, kept: Tensor) -> None:
+        """See ``_Writer``."""
+        self.cached.take(kept)
+        self.responses.select(kept, bucket=len(kept))
+
+
+class _PlainWriter:
+    """By ``PlainDecoder``, in steps of fixed shapes."""
+
+    def __init__(self, model: Any, cached: CachedRows, responses: Responses) -> None:
+        self.model, self.responses, device = model, responses, cached.mask.device
+        self.half, self.most = autocast_dtype(device), cached.most + 1
+        self.without_autocast = torch.autocast(device.type, enabled=False)  # every cast is the decoder's own
+        self.buckets, self.graphs = Buckets.of(device), StepGraphs(device)
+        self.states, self.decoder = cached.states, self._decoder(len(cached.mask))
+        self.fixed = FixedRows(cached, buckets=self.buckets, dtype=self.decoder.dtype)
+
+    def _decoder(self, rows: int) -> PlainDecoder:
+        return PlainDecoder(self.model.causal_lm, rows=rows, columns=self.most, half=self.half)
+
+    def rows(self, count: int) -> int:
+        """See ``_Writer``."""
+        return self.buckets.rows(count)
+
+    def first(self) -> None:
+        """See ``_Writer``."""
+        with self.without_autocast:
+            self._draw(self.states)
+        rows, bucket = self.responses.count, self.rows(self.responses.count)
+        if bucket > rows:
+            self.select(torch.arange(rows, device=self.states.device))
+
+    def advance(self) -> None:
+        """See ``_Writer``."""
+        self.fixed.reserve()
+        with self.without_autocast:
+            self.graphs.run(self._step, self.fixed.version)
+
+    def _step(self) -> None:
+        fixed, token = self.fixed, self.responses.token
+        bias = fixed.step()
+        self._draw(self.decoder.states(token, fixed.position, fixed.column, fixed.caches, fixed.columns, bias))
+
+    def _draw(self, states: Tensor) -> None:
+        logits = self.model.without_unused(self.decoder.logits(states)[:, : self.model.vocabulary])
+        self.responses.draw(logits[:, : self.responses.settings.vocabulary])
+
+    def select(self, kept: Tensor) -> None:
+        """See ``_Writer``."""
+        bucket = self.rows(len(kept))
+        self.fixed.select(torch.cat([kept, kept[:1].expand(bucket - len(kept))]))
+        self.responses.select(kept, bucket=bucket)
+        if not self.decoder.is_for(bucket):
+            self.decoder = self._decoder(bucket)
 
 
 def _runs_plain(model: Any, device: torch.device) -> bool:
-    """True where ``PlainDecoder`` takes the steps; a model is compared with its own forward once."""
-    if model.full_logits or torch.is_autocast_enabled(device.type) or not is_plain_decoder(model.causal_lm):
+    """True where ``PlainDecoder`` takes the steps; a model is compared with its own forward once for each dtype of autocast."""
+    if model.full_logits or not is_plain_decoder(model.causal_lm) or not has_whole_weights(model.causal_lm):
         return False
-    if model not in _AGREES:
-        _AGREES[model] = _agrees(model, device)
-    return _AGREES[model]
+    agrees, dtype = _AGREES.setdefault(model, {}), autocast_dtype(device)
+    if dtype not in agrees:
+        agrees[dtype] = _agrees(model, device)
+    return agrees[dtype]
 
 
 @torch.no_grad()
 def _agrees(model: Any, device: torch.device) -> bool:
-    """Two tokens behind a padded batch of two prompts have the same log-probs either way."""
+    """A token behind a padded batch of two prompts has the same log-probs either way, under the same autocast."""
     ids = torch.arange(6, device=device).reshape(2, 3) % model.vocabulary
     mask = torch.tensor([[False, True, True], [True] * 3], device=device)
     prompts = PromptBatch(ids, mask, torch.arange(2, device=device), ("0", "1"))
     settings = SamplingSettings(max_new_tokens=2, stop_ids=(), pad_id=0, vocabulary=model.vocabulary)
-    own, ours = (_Batch(model, prompts, settings, plain=plain) for plain in (False, True))
-    for batch in (own, ours):
-        batch.append(ids[:, 0])
-    gap = float((own.logits().log_softmax(-1) - ours.logits().log_softmax(-1)).abs().max())
-    agrees = gap <= (PROBE_TOLERANCE_HALF if own.states.dtype.itemsize == 2 else PROBE_TOLERANCE)
+    with casts_kept(device, False):  # each weight is read once
+        own, ours = (_probed(kind, model, prompts, settings) for kind in (_OwnWriter, _PlainWriter))
+    gap = float(
+        (own - ours)[own != -torch.inf].abs().max()
+    )  # not of entries that name no token; NaN stays, to be found
+    half = model.causal_lm.get_output_embeddings().weight.dtype.itemsize == 2 or autocast_dtype(device) is not None
+    agrees = gap <= (PROBE_TOLERANCE_HALF if half else PROBE_TOLERANCE)
     if not agrees:
         warnings.warn(f"DecodeSampler runs {type(model.causal_lm).__name__}'s own forward, which is slower: a decode step in "
                       f"few operations differs by {gap:.3g} nats on a probe", stacklevel=2)  # fmt: skip
     return agrees
+
+
+class _Probe(Responses):
+    """Keeps the logits of the last draw, and goes on with token 0."""
+
+    def draw(self, logits: Tensor) -> None:
+        """See ``Responses``."""
+        super().draw(logits)
+        self.logits = logits
+        self.token.zero_()
+
+
+def _probed(
+    kind: type[_OwnWriter] | type[_PlainWriter], model: Any, prompts: PromptBatch, settings: SamplingSettings
+) -> Tensor:
+    """Log-probs [B, V] behind one decode step."""
+    probe = _Probe(torch.zeros(prompts.ids.shape[0], 2, dtype=torch.float64, device=prompts.ids.device), settings)
+    writer = kind(model, _prefilled(model, prompts, settings), probe)
+    writer.first()
+    writer.advance()
+    return probe.logits.log_softmax(-1)

@@ -1,0 +1,75 @@
+"""What looks wrong in a run, said in the terminal while it runs and once more at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_opd.evaluation.validation import decoder
+from lit_opd.report.hints import Hints
+from lit_opd.types import Rollout
+
+LOOKED = 32  # responses that are read for an answer
+BOX = "\\boxed"
+
+
+class RunHints(Callback):
+    """One line for each sign of ``lit_opd.report.hints``, once a run; a resumed run repeats none."""
+
+    def __init__(self) -> None:
+        self._hints = Hints()
+        self._said: list[str] = []
+        self._rollout: Rollout | None = None  # of the last step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was said, and what has lasted for how long."""
+        return {**self._hints.state(), "said": list(self._said)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on."""
+        self._hints, self._said = Hints(state_dict), list(state_dict["said"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the step's numbers; they are the same on every rank, lengths and texts are rank 0's."""
+        if not trainer.is_global_zero:
+            return
+        self._rollout = outputs["step"].rollout
+        lengths = self._rollout.layout.response.sum(-1)
+        if len(lengths):
+            numbers = _numbers(trainer, "train/")
+            self._say(self._hints.after_step(numbers, shortest=int(lengths.min()), longest=int(lengths.max())))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what was validated."""
+        if not trainer.is_global_zero or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        numbers = _numbers(trainer, "val/")
+        texts = self._responses(pl_module) if numbers.get("val/greedy_accuracy") == 0.0 else []
+        boxed = sum(BOX in text for text in texts)
+        self._say(self._hints.after_validation(numbers, looked=len(texts), boxed=boxed))
+
+    def _responses(self, pl_module: LightningModule) -> list[str]:
+        """Texts of a few responses of the last step."""
+        if self._rollout is None:
+            return []
+        few = self._rollout.take(list(range(min(LOOKED, len(self._rollout)))))
+        return decoder(pl_module.tokenizer)(few)
+
+    def _say(self, lines: list[str]) -> None:
+        for line in lines:
+            self._said.append(line)
+            rank_zero_info(f"hint: {line}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Once more, where the end of a long log is read first."""
+        for line in self._said:
+            rank_zero_info(f"hint: {line}")
+
+
+def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
+    """What was logged under a prefix."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
