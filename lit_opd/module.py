@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lit_opd.models.loading import load_config, load_generation_config, load_tok
 from lit_opd.models.sharding import compile_layers, full_state, gathered, is_sharded, placement
 from lit_opd.models.student import StudentSettings, build_student
 from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, unused_ids
+from lit_opd.models.weights import StudentWeights
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.preflight.module_checks import check_run, check_settings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
@@ -326,6 +327,7 @@ class OPDModule(L.LightningModule):
             max_new_tokens=self.sampler.max_new_tokens,
             length_budget=settings.max_new_tokens if self.length_budget is not None else None,
             stops_early=self.length_budget is not None or self.rollout_stop is not None,
+            engine_seconds=self.sampler.seconds.take() if self.sampler.seconds is not None else {},
         )
         self.log_dict(values, logger=False)
         log_now(self.trainer, values)
@@ -348,8 +350,9 @@ class OPDModule(L.LightningModule):
         """
         assert self.student is not None
         settings = settings or self.sampling_settings()
-        self.sampler.prepare(self._push, settings.weights_version)
-        with gathered(self.student) if is_sharded(self.student) else nullcontext():
+        self.sampler.prepare(self.student_weights(), settings.weights_version)
+        read_here = is_sharded(self.student) and self.sampler.in_process
+        with gathered(self.student) if read_here else nullcontext():
             return self.sampler.sample(self.student, prompts, settings)
 
     def training_settings(self) -> SamplingSettings:
@@ -477,9 +480,20 @@ class OPDModule(L.LightningModule):
         """
         return self._export(path, compared=True)
 
-    def _push(self, path: str | Path) -> Path:
-        """``export_student`` for a sampler's engine, whose samples are compared with the student anyway."""
-        return self._export(path, compared=False)
+    def student_weights(self) -> StudentWeights:
+        """The student for a sampler's engine, whose samples are compared with the student anyway, and so no export is."""
+        return StudentWeights(
+            self.student,
+            self.student_settings,
+            self.tokenizer,
+            generation=self._generation_config,
+            export=partial(self._export, compared=False),
+        )
+
+    def _generation_config(self) -> Any:
+        generation = load_generation_config(self.student_settings.path)
+        generation.eos_token_id = self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)
+        return generation
 
     def _export(self, path: str | Path, *, compared: bool) -> Path:
         assert self.student is not None
@@ -488,9 +502,8 @@ class OPDModule(L.LightningModule):
         state = full_state(self.student) if is_sharded(self.student) else None
         with shared_failure():
             if is_rank_zero():
-                generation = load_generation_config(settings.path)
-                generation.eos_token_id = self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)
                 model, state = unsharded(self.student, settings, state)
+                generation = self._generation_config()
                 export_folder(model, self.tokenizer, path, state=state, generation=generation, check=check)
         self.trainer.strategy.barrier("export_student")
         return Path(path)

@@ -54,6 +54,7 @@ CLAIMS = (
     Claim("`VLLMEngine` in a run", "reverse KL falls, gap below the bound", "runs", "VLLMEngine"),
     Claim("`VLLMEngine`, new weights, sleep and wake", "gap below the bound", "engine", "eager"),
     Claim("`VLLMEngine` with CUDA graphs", "the same", "engine", "CUDA graphs"),
+    Claim("`VLLMEngine`, weights by CUDA IPC", "the same, with new weights in fewer seconds", "engine", "CUDA IPC"),
 )
 # what no section settles
 BY_HAND = (
@@ -63,6 +64,12 @@ BY_HAND = (
         "`VLLMSampler` with a server on a GPU, also of several ranks",
         "`train/sampler_gap` below the bound after every push",
     ),
+    (
+        "`VLLMSampler` with `NCCLTransfer`; a server killed in a transfer",
+        "the same; the run ends within `NCCLTransfer.seconds` and the process too",
+    ),
+    ("`VLLMEngine` with `weights: ipc` on several ranks, under FSDP2 too", "the same on every rank"),
+    ("`VLLMEngine` with `weights: adapter`, asleep between rollouts", "the same"),
     ("time-outs and killed ranks under NCCL", "the others stop within `trainer.strategy.timeout`"),
     ("the three `qwen3` configurations", "a step of each at full size"),
 )

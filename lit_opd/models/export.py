@@ -48,6 +48,40 @@ def export_folder(
     return path
 
 
+def export_frame(model: Any, tokenizer: Any, path: str | Path, *, generation: Any) -> Path:
+    """Write the folder of ``export_folder`` without weights, for a reader that gets those by another way.
+
+    Args:
+        model: a transformers model without adapters.
+        tokenizer: saved beside the configuration.
+        path: the folder; replaced when it exists.
+        generation: the generation config to write.
+    """
+    path = Path(path)
+    with whole_folder(path, replace=True) as draft:
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], model.dtype
+        config.save_pretrained(draft)
+        generation.save_pretrained(draft)
+        restore(draft / "config.json", getattr(model, "switched_off", []))
+        tokenizer.save_pretrained(draft)
+    return path
+
+
+def export_adapter(model: Any, path: str | Path, *, state: dict[str, Any]) -> Path:
+    """Write a PEFT folder: the adapter's configuration and weights.
+
+    Args:
+        model: a PEFT wrapper.
+        path: the folder; replaced when it exists.
+        state: whole weights of the adapter by name.
+    """
+    path = Path(path)
+    with whole_folder(path, replace=True) as draft:
+        model.save_pretrained(draft, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+    return path
+
+
 def _merged(model: Any) -> Any:
     """The plain transformers model; adapters are merged into a copy, so that training can go on."""
     if not hasattr(model, "merge_and_unload"):

@@ -34,9 +34,9 @@ FSDP2_FLAGS = "--trainer.strategy.data_parallel_size RANKS --trainer.strategy.te
 
 
 def transformer_layers(model: Any) -> list[nn.Module]:
-    """The repeated blocks of a transformers model, found by the class names it says must not be split."""
+    """The repeated blocks of a transformers model, found by the class names it says must not be split; FSDP2 derives its own."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = [module for module in model.modules() if names & {base.__name__ for base in type(module).__mro__}]
     if not layers:
         raise InputError(f"`{type(model).__name__}` names no blocks to shard (its `_no_split_modules` is empty)")
     return layers

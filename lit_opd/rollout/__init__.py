@@ -5,6 +5,7 @@ from lit_opd.rollout.budget import LengthBudget
 from lit_opd.rollout.decoding.sampler import DecodeSampler
 from lit_opd.rollout.engine import VLLMEngine
 from lit_opd.rollout.generate import TransformersSampler
+from lit_opd.rollout.nccl import NCCLTransfer
 from lit_opd.rollout.ratio_stop import RatioStop
 from lit_opd.rollout.sync import ReloadEndpoint, RestartCommand, WeightSync
 from lit_opd.rollout.vllm import VLLMSampler
@@ -12,6 +13,7 @@ from lit_opd.rollout.vllm import VLLMSampler
 __all__ = [
     "DecodeSampler",
     "LengthBudget",
+    "NCCLTransfer",
     "RatioStop",
     "ReloadEndpoint",
     "RestartCommand",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_opd.errors import InputError, require
+from lit_opd.rollout.weights import StudentWeights
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 
 
@@ -85,6 +86,31 @@ class SamplingSettings:
         return Provenance(engine, self.temperature, self.top_p, self.top_k, self.weights_version)
 
 
+class Seconds:
+    """Wall seconds by name, added up until they are logged.
+
+    Args:
+        names: all there are; one that did not occur is 0.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._sums = dict.fromkeys(names, 0.0)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the block, also one that fails."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._sums[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The sums since the last call."""
+        found, self._sums = self._sums, dict.fromkeys(self._sums, 0.0)
+        return found
+
+
 class Sampler(ABC):
     """Draws responses from the student.
 
@@ -103,6 +129,7 @@ class Sampler(ABC):
     memory_fraction = 0.0  # of a rank's device memory, taken by such an engine while it samples
     sleep = True  # the engine gives most of that back between rollouts
     max_logprob_gap: float | None = None  # nats, bound on the step's mean |student - sampler log-prob|
+    seconds: Seconds | None = None  # what such an engine spends beside sampling, logged as time/NAME
 
     def __init__(
         self,
@@ -138,11 +165,20 @@ class Sampler(ABC):
             vocabulary: embedding rows of the student.
         """
 
-    def prepare(self, export: Callable[[Path], Any], weights_version: int) -> None:  # noqa: B027
+    def check_student(self, adapter_rank: int | None) -> None:  # noqa: B027
+        """What can be checked of the student before a run.
+
+        Args:
+            adapter_rank: of its LoRA, None without.
+        Raises:
+            InputError: its weights cannot reach the engine in the configured way.
+        """
+
+    def prepare(self, student: StudentWeights, weights_version: int) -> None:  # noqa: B027
         """Bring the engine to the student's weights before it samples; nothing to do for one that reads the student itself.
 
         Args:
-            export: writes the student as a Hugging Face folder; must be called on every rank or none.
+            student: gives the weights: as a Hugging Face folder when it is called, or unit by unit; on every rank or none.
             weights_version: optimizer steps the weights have seen.
         """
 

@@ -5,33 +5,54 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from lit_opd.distributed import shared_failure
-from lit_opd.errors import InputError, ServerError, first_line, require
-from lit_opd.rollout.base import Sampler, SamplingSettings
+from lit_opd.distributed import is_rank_zero, shared_failure
+from lit_opd.errors import InputError, ServerError, require
+from lit_opd.rollout import ipc
+from lit_opd.rollout.base import Sampler, SamplingSettings, Seconds
+from lit_opd.rollout.engine_output import Output, reason, remedy
 from lit_opd.rollout.vllm import as_rollout, only_tokens, row_seeds, row_texts, sampled_tokens
+from lit_opd.rollout.weights import (
+    ADAPTER_RANKS,
+    PACKAGE,
+    StudentWeights,
+    Way,
+    installed_version,
+    require_way,
+    settled_way,
+)
 from lit_opd.servers.client import Malformed
 from lit_opd.types import PromptBatch, Rollout
 
-PACKAGE = "vllm"
+GO_ON = "then go on with --ckpt_path last"
+LOOK = "see vLLM's messages above"
 
 
 class VLLMEngine(Sampler):
-    """Samples from ``vllm.LLM``, started from the exported student at the first batch and given new weights by vLLM's own
-    ``reload_weights`` from the same folder after every update. vLLM runs its model in a child process that shares the
-    rank's device; ``sleep`` frees that memory while the trainer updates.
+    """Samples from ``vllm.LLM``, started at the first batch. vLLM runs its model in a child process that shares the rank's
+    device; ``sleep`` frees that memory while the trainer updates.
+
+    New weights reach it after every update, in one of these ways:
+
+    - "folder": the student is exported, and the engine's own ``reload_weights`` reads it. Works everywhere.
+    - "ipc": vLLM's weight transfer by CUDA IPC (vLLM 0.23 to 0.32), a block at a time, without a disk; the engine is started
+      with random weights, so that a transfer that brought nothing cannot stay unseen.
+    - "adapter": of a student with LoRA only the adapter is written; the engine holds the model the student was loaded from.
 
     The engine is asked for processed log-probs: they are those of the sampled distribution at any temperature, top-p, top-k.
     Keep ``PolicyLoss.importance_cap``: engine and trainer never compute exactly the same log-probs.
 
     Args:
-        folder: where the student is exported before the engine reads it; every rank must see it.
+        folder: where the student, its configuration or its adapter is written before the engine reads it; every rank must see it.
+        weights: how they travel; "auto" is the adapter of a student with LoRA, else "ipc" where it works, else "folder". The run
+            says which.
         max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
         memory_fraction: of the device's memory, for the engine's weights and KV cache; ignored on a CPU, where
             VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache.
@@ -43,6 +64,7 @@ class VLLMEngine(Sampler):
     """
 
     in_process = False
+    seconds: Seconds
 
     def __init__(
         self,
@@ -56,6 +78,7 @@ class VLLMEngine(Sampler):
         top_p: float = 1.0,
         top_k: int = 0,
         stop_token_ids: list[int] | None = None,
+        weights: Way = "auto",
     ) -> None:
         super().__init__(max_new_tokens, temperature, top_p, top_k, stop_token_ids)
         self.folder, self.max_logprob_gap, self.memory_fraction = (
@@ -63,13 +86,20 @@ class VLLMEngine(Sampler):
             max_logprob_gap,
             memory_fraction,
         )
-        self.sleep, self.engine_options = sleep, dict(engine_options or {})
+        self.sleep, self.engine_options, self.weights = sleep, dict(engine_options or {}), weights
         name = type(self).__name__
         require(
             max_logprob_gap is None or max_logprob_gap > 0, f"{name}.max_logprob_gap", "> 0 or null", max_logprob_gap
         )
         require(0 < memory_fraction < 1, f"{name}.memory_fraction", "in (0, 1)", memory_fraction)
+        require(weights in get_args(Way), f"{name}.weights", f"one of {', '.join(get_args(Way))}", weights)
+        self.seconds = Seconds("engine_start", "weights", "engine_sleep", "engine_wake")
         self._llm: Any = None
+        self._way: Way | None = None  # "auto" settled
+        self._transfer: ipc.IPCTransfer | None = None
+        self._adapter: Any = None  # vLLM's name for the student's adapter
+        self._output, self._asleep = Output(), False
+        self._holds_weights = False  # it was started, and holds some of the student's
         self._version: int | None = None  # weights the engine has; None before it was started
         self._window: int | None = None  # tokens a row may hold
 
@@ -78,47 +108,113 @@ class VLLMEngine(Sampler):
         if importlib.util.find_spec(PACKAGE) is None:
             raise InputError(
                 "`model.sampler` must be a sampler whose packages are installed, got VLLMEngine without vllm; install the "
-                "extra vllm (pip install -e .[vllm]), or use VLLMSampler with a server of its own environment"
+                "extra vllm (pip install -e .[vllm]), add --model.sampler DecodeSampler, which needs no package, or use "
+                "VLLMSampler with a server of its own environment"
             )
         self._window = tokens
 
-    def prepare(self, export: Callable[[Path], Any], weights_version: int) -> None:
-        """Export the student and start the engine from it, or reload the running one; called on every rank."""
+    def check_student(self, adapter_rank: int | None) -> None:
+        """Its weights can go the configured way."""
+        require_way(self.weights, adapter_rank)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, student: StudentWeights, weights_version: int) -> None:
+        """Bring the student's weights to the engine, which is started before the first; called on every rank.
+
+        Raises:
+            ServerError: on every rank, the engine could not be started or could not take them.
+        """
         if self._version == weights_version:
             return
-        export(self.folder)
+        self._version = None  # the weights are of no version until all of this is done
+        if self._way is None:
+            self._way = self._settled(student)
+        with self.seconds("weights"):
+            self._write(student)
         with shared_failure():
-            if self._llm is None:
-                self._llm = self._started()
-            else:
-                self._reload()
-        self._version = weights_version
+            self._wake_or_start(student)
+        with self.seconds("weights"), shared_failure(), self._failing("could not take the new weights"):
+            self._take(student, weights_version)
+        with shared_failure(), self._failing("could not empty its cache"):
+            self._wake("kv_cache")
+            self._llm.reset_prefix_cache()
+        self._version, self._holds_weights = weights_version, True
+
+    def _settled(self, student: StudentWeights) -> Way:
+        """What "auto" is here, said once a run."""
+        version = installed_version()
+        way, why = settled_way(self.weights, student.adapter_rank, on_cuda=torch.cuda.is_available(), version=version)
+        if is_rank_zero():
+            print(f"vLLM {version} takes the student's weights by way of: {way} ({why})", file=sys.stderr, flush=True)
+        return way
+
+    def _write(self, student: StudentWeights) -> None:
+        """What the engine reads from the folder; each of these speaks to all ranks and fails on all."""
+        if self._way == "folder":
+            student(self.folder)
+        elif self._way == "adapter":
+            student.adapter(self.folder)
+        elif self._llm is None:
+            student.frame(self.folder)
+
+    def _wake_or_start(self, student: StudentWeights) -> None:
+        if self._llm is not None:
+            with self._failing("could not be woken"):
+                self._wake("weights")
+            return
+        with self.seconds("engine_start"):
+            self._llm = self._started(student)
+
+    def _take(self, student: StudentWeights, version: int) -> None:
+        """The engine's weights become the student's; by IPC all ranks take part to the end, whoever fails."""
+        if self._way == "ipc":
+            self._transfer = self._transfer or ipc.IPCTransfer(self._llm, installed_version())
+            self._transfer.send(student)
+        elif self._way == "adapter":
+            request = importlib.import_module(f"{PACKAGE}.lora.request").LoRARequest
+            # a new number for each version: vLLM keeps what it read under the old one
+            self._adapter = request(f"student-{version}", version + 1, str(self.folder))
+        elif self._holds_weights:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
 
     @property
     def _sleeps(self) -> bool:
         return self.sleep and torch.cuda.is_available()
 
-    def _started(self) -> Any:
+    def _wake(self, *parts: str) -> None:
+        """Bring back the parts of the engine that sleep, all of them where none is named."""
+        if self._asleep:
+            with self.seconds("engine_wake"):
+                self._llm.wake_up(tags=list(parts) or None)
+            self._asleep = bool(parts) and "kv_cache" not in parts
+
+    def _started(self, student: StudentWeights) -> Any:
         options: dict[str, Any] = {
             "model": str(self.folder),
             "logprobs_mode": "processed_logprobs",
             "max_model_len": self._window,
             "gpu_memory_utilization": self.memory_fraction,
             "enable_sleep_mode": self._sleeps,
+            **self._way_options(student),
         }
         if not torch.cuda.is_available():  # vLLM 0.32: a prompt cut in two breaks the CPU's seeded generators
             options["enable_chunked_prefill"] = False
-        with self._failing("could not be started"), _own_device():
+        with self._failing("could not be started"), _own_device(), self._output.shared():
             return importlib.import_module(PACKAGE).LLM(**(options | self.engine_options))
 
-    def _reload(self) -> None:
-        with self._failing("could not take the new weights"):
-            if self._sleeps:
-                self._llm.wake_up(tags=["weights"])
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
-            if self._sleeps:
-                self._llm.wake_up(tags=["kv_cache"])
-            self._llm.reset_prefix_cache()
+    def _way_options(self, student: StudentWeights) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM`` that the way of the weights needs."""
+        if self._way == "ipc":
+            os.environ.update(ipc.ENVIRONMENT)
+            return {"load_format": "dummy", "weight_transfer_config": dict(ipc.CONFIG)}
+        if self._way == "adapter":
+            rank = student.adapter_rank or 0
+            most = next(allowed for allowed in ADAPTER_RANKS if allowed >= rank)
+            return {"model": student.path, "enable_lora": True, "max_loras": 1, "max_lora_rank": most}
+        return {}
+
+    # -- sampling ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
@@ -151,23 +247,25 @@ class VLLMEngine(Sampler):
     def _sampled(
         self, texts: list[list[int]], parameters: list[Any], settings: SamplingSettings
     ) -> list[tuple[list[int], list[float]]]:
-        if self._sleeps:
-            self._llm.wake_up()
+        self._wake()
         requests = [{"prompt_token_ids": text} for text in texts]
-        answers = self._llm.generate(requests, parameters, use_tqdm=False)
+        answers = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._adapter)
         if self._sleeps:
-            self._llm.sleep(level=1)
+            with self.seconds("engine_sleep"):
+                self._llm.sleep(level=1)
+            self._asleep = True
         return [sampled_tokens(_choice(answer), text, settings) for answer, text in zip(answers, texts, strict=True)]
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
-        """Whatever vLLM raises, as one error that says what was being done."""
+        """Whatever vLLM raises, as one error that says what was being done, why it failed and what helps."""
+        self._output.forget()
         try:
             yield
         except (Exception, Malformed) as error:
+            why = reason(error, self._output.text).rstrip(". ")
             raise ServerError(
-                f"`model.sampler`: the vLLM engine {what}: {first_line(error)}; see vLLM's messages above, then go on with "
-                "--ckpt_path last"
+                f"`model.sampler`: the vLLM engine {what}: {why}; {remedy(why) or LOOK}, {GO_ON}"
             ) from error
 
 

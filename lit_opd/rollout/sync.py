@@ -6,14 +6,16 @@ import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from lit_opd.distributed import is_rank_zero
 from lit_opd.errors import InputError
+from lit_opd.rollout.weights import StudentWeights
 from lit_opd.servers.client import Servers
 
 _TRIES = 3  # pushes during which a server went away
 
 
 class WeightSync(ABC):
-    """Brings an exported student into the servers.
+    """Brings a student into the servers: exported to a folder, unless a subclass has another way.
 
     Args:
         folder: where the student is exported before each push; the servers must see the same path.
@@ -21,6 +23,35 @@ class WeightSync(ABC):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder).absolute()
+
+    def check(self, servers: Servers) -> None:  # noqa: B027
+        """What can be checked before a run.
+
+        Raises:
+            InputError, ServerError: the servers cannot take weights this way.
+        """
+
+    def check_student(self, adapter_rank: int | None) -> None:  # noqa: B027
+        """What can be checked of the student before a run.
+
+        Args:
+            adapter_rank: of its LoRA, None without.
+        Raises:
+            InputError: its weights cannot be sent this way.
+        """
+
+    def write(self, student: StudentWeights) -> None:
+        """What the servers will read; called on every rank, before ``bring``."""
+        student(self.folder)
+
+    def bring(self, student: StudentWeights, servers: Servers) -> None:
+        """Make every server sample from ``student``; called on every rank, and again where a server was lost meanwhile.
+
+        Raises:
+            ServerError: a server could not be brought to them.
+        """
+        if is_rank_zero():
+            self.push(servers)
 
     @abstractmethod
     def push(self, servers: Servers) -> None:

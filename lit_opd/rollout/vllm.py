@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from lit_opd.distributed import gather_objects, is_rank_zero, shared_failure
+from lit_opd.distributed import gather_objects, shared_failure
 from lit_opd.errors import InputError, require
-from lit_opd.rollout.base import Sampler, SamplingSettings, finish
+from lit_opd.rollout.base import Sampler, SamplingSettings, Seconds, finish
 from lit_opd.rollout.sync import WeightSync
+from lit_opd.rollout.weights import StudentWeights
 from lit_opd.servers.client import Malformed, Servers, checked_logprob
 from lit_opd.streams import stream_seed
 from lit_opd.types import PromptBatch, Rollout
@@ -52,6 +51,7 @@ class VLLMSampler(Sampler):
     """
 
     in_process = False
+    seconds: Seconds
 
     def __init__(
         self,
@@ -96,7 +96,9 @@ class VLLMSampler(Sampler):
         )
         # weights the servers have; None before the first push
         self._version = STARTED_WITH if sync is None else None
+        self._student: StudentWeights | None = None
         self._told_stale = False
+        self.seconds = Seconds("weights")
 
     def check(self, *, tokens: int | None, vocabulary: int) -> None:
         """Every server answers, serves the model, holds ``tokens``, and samples a token after the vocabulary's last one with
@@ -106,16 +108,25 @@ class VLLMSampler(Sampler):
         asked = SamplingSettings(max_new_tokens=1, stop_ids=(), pad_id=0, vocabulary=vocabulary)
         body = _request(asked) | {"prompt": [prompt], "seed": 0}
         self.servers.probe(body, lambda choices: sampled_tokens(choices[0], prompt, asked))
+        if self.sync is not None:
+            self.sync.check(self.servers)
 
-    def prepare(self, export: Callable[[Path], Any], weights_version: int) -> None:
+    def check_student(self, adapter_rank: int | None) -> None:
+        """The servers can take its weights."""
+        if self.sync is not None:
+            self.sync.check_student(adapter_rank)
+
+    def prepare(self, student: StudentWeights, weights_version: int) -> None:
         """Push the student's weights unless the servers have them; called on every rank."""
         if self._version == weights_version:
             return
         if self.sync is None:
             self._say_stale()
             return
-        export(self.sync.folder)
-        self._push()
+        self._student, self._version = student, None  # of no version until they arrived
+        with self.seconds("weights"):
+            self.sync.write(student)
+            self._push()
         self._version = weights_version
 
     def _say_stale(self) -> None:
@@ -129,11 +140,10 @@ class VLLMSampler(Sampler):
             )
 
     def _push(self) -> None:
-        """Rank 0 pushes; its failure is every rank's."""
-        assert self.sync is not None
+        """Bring the student's weights to the servers; a failure of one rank is every rank's."""
+        assert self.sync is not None and self._student is not None
         with shared_failure():
-            if is_rank_zero():
-                self.sync.push(self.servers)
+            self.sync.bring(self._student, self.servers)
 
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
@@ -154,7 +164,8 @@ class VLLMSampler(Sampler):
                 rows = self._sampled(prompts, settings)
             if self.sync is None or not any(gather_objects([self.servers.num_lost > lost])):
                 return self._rollout(prompts, rows, settings)
-            self._push()  # a server that went away may be back with the weights it starts with
+            with self.seconds("weights"):
+                self._push()  # a server that went away may be back with the weights it starts with
         with shared_failure():
             raise self.servers.error(f"went away in each of {_TRIES} samplings of one batch")
 

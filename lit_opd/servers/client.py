@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cache, partial
@@ -283,6 +284,33 @@ class Servers:
 
         for server in self.servers:
             self._run([partial(self._retried, post, only=server)])
+
+    def posting(self, path: str, bodies: Sequence[dict[str, Any]]) -> Future[Any]:
+        """Post a body to each server, in the order of ``urls``, all at once and never again: for what servers and caller do
+        together. Returns at once; the result is none, or the ``ServerError`` of the first server that failed.
+        """
+
+        async def post(body: dict[str, Any], http: Http, server: _Server) -> None:
+            await self._exchange(http, server, "POST", path, body, as_json=False)
+
+        pairs = zip(self.servers, bodies, strict=True)
+        jobs = [partial(self._retried, partial(post, body), only=server, seconds=0.0) for server, body in pairs]
+        return asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
+
+    def get_each(self, path: str) -> list[dict[str, Any]]:
+        """The JSON objects that the servers answer with, in the order of ``urls``.
+
+        Raises:
+            ServerError: a server does not answer, or with something else.
+        """
+
+        async def get(http: Http, server: _Server) -> dict[str, Any]:
+            answer = await self._exchange(http, server, "GET", path, None)
+            if not isinstance(answer, dict):
+                raise Malformed(f"has no object under {path}")
+            return answer
+
+        return [self._asked_at_start(get, server, self.start_seconds) for server in self.servers]
 
     def _run(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> list[Answer]:
         """What ``jobs`` return, in their order; one that fails, and what interrupts the caller, gives all others up."""

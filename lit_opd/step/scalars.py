@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def logged(
     max_new_tokens: int,
     length_budget: int | None,
     stops_early: bool,
+    engine_seconds: Mapping[str, float],
 ) -> dict[str, Tensor]:
     """Everything that a training step logs, float64 scalars on the host by metric name: counts stay exact, and one transfer
     serves every logger and callback.
@@ -79,6 +81,7 @@ def logged(
         max_new_tokens: the sampler's.
         length_budget: tokens a response might have at this step, None without a budget.
         stops_early: something ends responses before ``max_new_tokens``.
+        engine_seconds: what a sampler with an engine of its own spent since the step before, by name.
     """
     values: dict[str, Any] = {
         "train/loss": torch.full_like(loss, math.nan) if record.skipped else loss,
@@ -89,7 +92,7 @@ def logged(
         values["train/length_budget"] = length_budget
     if stops_early:
         values["train/tokens_saved_at_most"] = _saved(record, max_new_tokens)
-    values |= {f"time/{name}": seconds for name, seconds in record.seconds.items()}
+    values |= {f"time/{name}": seconds for name, seconds in {**record.seconds, **engine_seconds}.items()}
     values["train/learning_rate"] = learning_rate
     values["step"] = record.step  # Lightning would count batches, from 0
     numbers = [torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in values.values()]

@@ -221,7 +221,7 @@ def test_a_state_never_hides_a_failure_and_a_target_says_when_it_was_not_measure
 def test_every_claim_names_a_row_that_a_section_writes(bench):
     for claim in page.CLAIMS:
         known = {"runs": runs.RUNS, "ranks": ("DDP", "FSDP2", "FSDP1"), "resume": ("deterministic", "default")}
-        known |= {"parity": ("bf16-mixed", "float32"), "engine": ("eager", "CUDA graphs")}
+        known |= {"parity": ("bf16-mixed", "float32"), "engine": ("eager", "CUDA graphs", "CUDA IPC")}
         assert claim.what in known[claim.section], claim
     names = {size.name for size in FULL.steps}
     assert all(what in names for section, what in page.TARGETS if section == "steps")

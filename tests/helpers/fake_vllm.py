@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import ssl
 import threading
 import time
@@ -19,6 +20,50 @@ EOS = 1
 Fault = Callable[["FakeServer", BaseHTTPRequestHandler, dict], bool]  # True: the fault has answered
 
 
+PHASES = {
+    "/init_weight_transfer_engine": "init", "/start_weight_update": "start", "/update_weights": "update",
+    "/finish_weight_update": "finish",
+}  # fmt: skip
+
+
+class Transfer:
+    """The worker side of vLLM's weight transfer by NCCL, its group a queue; strict about phases and fields."""
+
+    def __init__(self) -> None:
+        self.version, self.workers = "0.32.0", 1
+        self.wire: queue.Queue[torch.Tensor] = queue.Queue()
+        self.joined: dict[str, Any] | None = None
+        self.phases: list[str] = []
+        self.loaded: set[str] = set()
+        self.fails: str | None = None  # the phase that answers with an error
+
+    def phase(self, name: str, body: dict[str, Any], model: Any) -> str | None:
+        """What is wrong, None where it was done."""
+        self.phases.append(name)
+        if name == self.fails:
+            return f"{name} broke"
+        if name == "init":
+            self.joined = body["init_info"]
+        elif name == "update":
+            return self._load(body["update_info"], model)
+        elif name == "start":
+            self.loaded = set()
+        return None
+
+    @torch.no_grad()
+    def _load(self, info: dict[str, Any], model: Any) -> str | None:
+        if self.phases[-2] not in ("start", "update") or set(info) != {"names", "dtype_names", "shapes"}:
+            return f"unexpected after {self.phases}: {sorted(info)}"
+        own = model.state_dict()
+        for name, dtype, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+            value = self.wire.get(timeout=10)
+            if str(value.dtype) != f"torch.{dtype}" or list(value.shape) != shape or own[name].shape != value.shape:
+                return f"{name} is another"
+            own[name].copy_(value)
+            self.loaded.add(name)
+        return None
+
+
 class FakeServer(ThreadingHTTPServer):
     """``faults`` are taken one a completion request, from the front; ``requests`` counts those that were answered."""
 
@@ -33,6 +78,7 @@ class FakeServer(ThreadingHTTPServer):
         self.always: Fault | None = None
         self.requests, self.reloads = 0, 0
         self.broken_resets: list[bool] = []  # which of the next requests for an empty prefix cache are hung up on
+        self.transfer = Transfer()
         self.key: str | None = None
         self.secure = False
 
@@ -113,6 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.refused():
             return
+        known = {
+            "/version": {"version": self.server.transfer.version},
+            "/get_world_size": {"world_size": self.server.transfer.workers},
+        }
+        if self.path in known:
+            return self.reply(json.dumps(known[self.path]).encode())
         card = {"id": self.server.served_model, "max_model_len": self.server.window}
         self.reply(json.dumps({"data": [card]}).encode())
 
@@ -132,6 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             return self.reply(b'{"success": true}')
+        if self.path in PHASES:
+            refused = server.transfer.phase(PHASES[self.path], body, server.causal_lm)
+            return self.reply(
+                json.dumps({"error": refused} if refused else {"message": "done"}).encode(), 500 if refused else 200
+            )
         with server.lock:
             fault = server.faults.pop(0) if server.faults else server.always
         rows = server.causal_lm.config.vocab_size

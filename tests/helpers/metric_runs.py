@@ -33,6 +33,7 @@ from lit_opd.evaluation import VALIDATION_DOMAIN, ValidationSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import PolicyLoss
 from lit_opd.rollout import LengthBudget, Sampler
+from lit_opd.rollout.base import Seconds
 from lit_opd.run.csv_logger import RunCSVLogger
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, TokenSignal
 from lit_opd.weighting import WeightingStrategy
@@ -47,6 +48,7 @@ A_CLIP = 2.0  # nats, of the advantage
 BUDGET = LengthBudget(start=6, end=13)
 TOKEN_BUDGET = 40  # several micro-batches
 SLEEPS = {"sampling": 0.01, "scoring": 0.1, "updating": 0.02}  # seconds in each phase
+ENGINE = {"weights": 0.002, "engine_start": 0.004, "engine_sleep": 0.001, "engine_wake": 0.003}  # seconds of a sampling
 LETTERS = tiny.LETTERS + "\\{}#"
 STOP, CUT, SHORT, DRIFT = FinishReason
 HUGE = 2**24 + 1  # the first whole number that float32 lacks
@@ -236,6 +238,7 @@ class Scripted(Sampler):
         super().__init__(**settings)
         self.train, self.evaluated = train, {draw: evaluated(draw) for draw in range(GREEDY, 4)}
         self.calls = 0
+        self.seconds = Seconds(*ENGINE)
 
     def sample(self, model: Any, prompts: PromptBatch, settings: Any) -> Rollout:
         """The rows of the keys that were asked for."""
@@ -247,6 +250,10 @@ class Scripted(Sampler):
             whole = self.train[settings.step // UPDATES]
         rows = {int(key): row for row, key in enumerate(whole.prompts.row_keys)}
         chosen = whole.rows(torch.tensor([rows[int(key)] for key in prompts.row_keys]))
+        for name, seconds in ENGINE.items():  # it is started once, and asleep from then on
+            if self.calls == 0 or name != "engine_start":
+                with self.seconds(name):
+                    time.sleep(seconds)
         self.calls += 1
         with torch.no_grad():
             model.head(chosen)
@@ -311,6 +318,7 @@ class Report:
             ends of phases, batches and validations.
         seconds: ``StepRecord.seconds`` of each batch.
         samplings: calls of the sampler.
+        sampled: calls of the sampler up to the end of each batch.
         wall: seconds of the whole run.
         memory: peak resident memory of this process in MiB before and after.
         warnings: everything that was warned of.
@@ -322,6 +330,7 @@ class Report:
     marks: list[tuple[str, float]] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
     samplings: int = 0
+    sampled: list[int] = field(default_factory=list)
     wall: float = 0.0
     memory: tuple[float, float] = (0.0, 0.0)
     warnings: list[str] = field(default_factory=list)
@@ -363,6 +372,7 @@ class Watch(L.Callback):
         """Note it."""
         self._mark("batch end")
         self.report.seconds.append(dict(outputs["step"].seconds))
+        self.report.sampled.append(getattr(pl_module.sampler, "calls", 0))
         self._tell(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +16,11 @@ from lightning.pytorch.plugins import FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.fsdp._fully_shard import _fsdp_state
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lit_opd.distributed import rank
+from lit_opd.models.weights import hand_over
 from lit_opd.objective import Divergence
 from lit_opd.rollout import DecodeSampler, TransformersSampler
 from lit_opd.run.optimizer_state import plain_name
@@ -147,6 +150,7 @@ def interrupted(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any
         fixed.fit(trained, prompts, steps=steps, **paths, **shared)
         if export:
             trained.export_student(out / "exported")
+            torch.save(handed_over(trained), out / f"units-{rank()}.pt")
             torch.save(trained.student_signal(whole).token_kl, out / f"divergence-{rank()}.pt")
         return fixed.weights(trained)
 
@@ -160,6 +164,33 @@ def interrupted(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any
         run(half, save=out / "shards.ckpt", shards=True)
         found["shards in two"] = run(cases.STEPS, load=out / "shards.ckpt", shards=True)
     return found
+
+
+def handed_over(trained: Any) -> dict[str, Any]:
+    """The student's weights unit by unit, and what of the gathered ones was alive at each: tensors of earlier units, and FSDP1's
+    whole units."""
+    gather, gathered = DTensor.full_tensor, []
+    found: dict[str, Any] = {"units": [], "left over": 0, "whole": 0}
+
+    def watched(value: DTensor, **settings: Any) -> torch.Tensor:
+        whole = gather(value, **settings)
+        gathered.append(weakref.ref(whole))
+        return whole
+
+    def take(unit: list[tuple[str, torch.Tensor]]) -> None:
+        alive = {id(one) for one in (reference() for reference in gathered) if one is not None}
+        found["left over"] = max(found["left over"], len(alive - {id(value) for _, value in unit}))
+        wrappers = FullyShardedDataParallel.fsdp_modules(trained.student)
+        flat = [wrapper._handle.flat_param._full_param_padded for wrapper in wrappers if wrapper._handle is not None]
+        found["whole"] = max(found["whole"], sum(one.untyped_storage().size() > 0 for one in flat))
+        found["units"].append({name: value.clone() for name, value in unit})
+
+    DTensor.full_tensor = watched  # type: ignore[method-assign]
+    try:
+        hand_over(trained.student, take)
+    finally:
+        DTensor.full_tensor = gather  # type: ignore[method-assign]
+    return found | {"gathered": len(gathered)}
 
 
 class Watch(L.Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -447,8 +448,9 @@ BILLIONS = {
 }
 
 
-# it samples with vLLM, which is not installed where the tests run
-MISSING = {"iw_opd_qwen3_4b_from_30b_a3b_32gpu": {"servers"}}
+# they sample with vLLM, which is not installed where the tests run
+WITH_VLLM = ("qwen3_1.7b_from_4b_1gpu", "qwen3_1.7b_from_8b_8gpu_fsdp", "iw_opd_qwen3_4b_from_30b_a3b_32gpu")
+MISSING = dict.fromkeys(WITH_VLLM, {"servers"})
 
 
 def folder_of(name: str, parent: Path) -> str:
@@ -493,4 +495,7 @@ def test_every_experiment_is_checked_without_its_machine_or_weights(path, tmp_pa
         "disk"
     }  # this machine's disk is not the run's
     assert wrong == MISSING.get(path.stem, set())
+    if path.stem in WITH_VLLM:  # its engine is a part of the rollout's sum
+        part = float(re.search(r"sampling engine[^\d\n]+([\d.]+)", out).group(1))
+        assert part == pytest.approx(80 * settings["model"]["sampler"]["init_args"]["memory_fraction"], abs=0.1)
     assert not (tmp_path / "run").exists()

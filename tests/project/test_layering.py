@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": set(),
     "one_name": set(),
     "prompts": {"types", "errors", "answers", "streams", "distributed"},
-    "models": {"errors", "files"},
+    "models": {"errors", "files", "distributed"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
     "rollout": {"types", "errors", "masked", "streams", "distributed", "servers"},

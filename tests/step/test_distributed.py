@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_opd.errors import InputError
@@ -226,6 +227,21 @@ def test_the_exported_student_has_the_whole_weights(two_processes, two_processes
     weights = two_processes[0]["interrupted"]["two in two"]
     assert {name: value.dtype for name, value in exported.named_parameters()} == dict.fromkeys(weights, torch.float64)
     assert fixed.relative_gap(dict(exported.named_parameters()), weights) == 0.0
+
+
+def test_units_are_handed_over_whole_on_every_rank_and_one_at_a_time(strategy_name, two_processes_folder):
+    """What an engine is sent equals the exported file, and a rank never holds a second unit beside its shards."""
+    name, folder = strategy_name, two_processes_folder
+    (file,) = (folder / "exported").glob("*.safetensors")
+    exported = load_file(file)
+    for rank in (0, 1):
+        found = torch.load(folder / f"units-{rank}.pt", weights_only=True)
+        whole = {key: value for unit in found["units"] for key, value in unit.items()}
+        assert sum(map(len, found["units"])) == len(whole) and whole.keys() == exported.keys()
+        assert all(torch.equal(whole[key], exported[key]) for key in exported)
+        assert max(map(len, found["units"])) < len(whole) / 2
+        assert found["left over"] == 0 and found["gathered"] == (len(whole) if name == "fsdp2" else 0)
+        assert found["whole"] == (1 if name == "fsdp1" else 0)
 
 
 def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(folders, two_processes_folder):

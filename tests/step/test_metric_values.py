@@ -22,7 +22,7 @@ from lit_opd.types import StepRecord
 from tests.callbacks.test_position_profile import record
 from tests.helpers import metric_ranks, metric_runs
 from tests.helpers import metric_truth as truths
-from tests.helpers.metric_runs import CASES, SLEEPS, UPDATES, Case, Report
+from tests.helpers.metric_runs import CASES, ENGINE, SLEEPS, UPDATES, Case, Report
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 240  # seconds; a hang is a failure
@@ -271,6 +271,9 @@ TIME: dict[str, Callable[[Batch], tuple[float, float]]] = {  # least and largest
 }
 
 
+ENGINE_TIME = {f"time/{name}": seconds for name, seconds in ENGINE.items()}  # of one sampling
+
+
 @pytest.mark.parametrize("name", TIME)
 def test_time(name, reports):
     """Marks inside a phase and around it; each rank logs its own."""
@@ -282,6 +285,20 @@ def test_time(name, reports):
             for batch in batches(report):
                 least, most = TIME[name](batch)
                 assert 0 <= least <= batch.seconds[phase] <= most, (case, world, batch)
+
+
+@pytest.mark.parametrize("name", ENGINE_TIME)
+def test_the_seconds_of_an_engine(name, reports):
+    """Of all samplings since the step before, those of validations too; the start is in the first step alone."""
+    for (case, world), ranks in reports.items():
+        for report in ranks:
+            logged = [row[name] for row in report.logged.values() if name in row]
+            assert len(logged) == len(report.sampled)
+            for at, (seconds, until) in enumerate(zip(logged, report.sampled, strict=True)):
+                calls = until - (report.sampled[at - 1] if at else 0)
+                calls = int(at == 0) if name == "time/engine_start" else calls
+                least = calls * ENGINE_TIME[name]
+                assert least <= seconds <= least + calls * PAUSE, (case, world, at)
 
 
 def batches(report: Report) -> list[Batch]:
@@ -311,7 +328,7 @@ def documented() -> set[str]:
 
 
 def test_every_documented_name_has_a_value_test():
-    assert documented() == {*VALUES, *THROUGHPUT, *TIME}
+    assert documented() == {*VALUES, *THROUGHPUT, *TIME, *ENGINE_TIME}
 
 
 def test_every_logged_name_is_documented_and_every_documented_one_is_logged(reports):
