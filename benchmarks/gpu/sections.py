@@ -23,7 +23,7 @@ class Section:
 
 
 SECTIONS = {
-    "environment": Section(environment.run, 60),
+    "environment": Section(environment.run, 120),
     "parity": Section(decoding.parity, 60),
     "decode": Section(decoding.decode, 90),
     "heads": Section(heads.run, 60),
