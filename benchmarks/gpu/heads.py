@@ -72,24 +72,24 @@ def _against(found: Gradient, truth: Gradient) -> dict[str, float]:
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs by whole logits."""
+    """Log-probs [N] of states [N, H] and a head [V, H] by whole logits."""
     return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The project's own, by whichever way it takes on this device."""
+    """[N], the project's own, by whichever way it takes on this device."""
     return token_logprobs(Head(hidden, weight), targets)
 
 
 def cut(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """cut-cross-entropy, which leaves small gradients out."""
+    """[N] by cut-cross-entropy, which leaves small gradients out."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(hidden, weight, targets, reduction="none")  # type: ignore[no-any-return]
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Liger's fused linear cross-entropy."""
+    """[N] by Liger's fused linear cross-entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, in_gib
 from benchmarks.gpu.sizes import PROMPTS, STUDENT, TEACHER, StepSize
+from benchmarks.timed import Timed
 from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.preflight.estimate import estimate
@@ -39,26 +40,6 @@ class RandomSampler(Sampler):
         draw = torch.Generator(device=device).manual_seed(settings.step)
         ids = torch.randint(2, settings.vocabulary, shape, generator=draw, device=device)
         return finish(prompts, ids, torch.zeros(shape, device=device), settings, engine="random")
-
-
-class Timed:
-    """Seconds inside one method of an object, behind all that it sent to the device."""
-
-    def __init__(self, bench: Bench, owner: Any, name: str) -> None:
-        self.bench, self.inner, self.spent = bench, getattr(owner, name), 0.0
-        setattr(owner, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
-        start = self.bench.clock()
-        out = self.inner(*args, **kwargs)
-        self.spent += self.bench.clock() - start
-        return out
-
-    def taken(self) -> float:
-        """Seconds since the last call."""
-        spent, self.spent = self.spent, 0.0
-        return spent
 
 
 class Watch(L.Callback):
@@ -107,7 +88,11 @@ def measured(bench: Bench, folder: str, size: StepSize) -> dict[str, Any]:
     module = module_of(folder, size)
     data = PromptDataModule(f"{folder}/{PROMPTS}", prompt_batch=size.rows, max_prompt_tokens=64)
     watch = Watch(
-        bench, {"sampling": Timed(bench, module.sampler, "sample"), "teacher": Timed(bench, module.teacher, "score")}
+        bench,
+        {
+            "sampling": Timed(module.sampler, "sample", bench.clock),
+            "teacher": Timed(module.teacher, "score", bench.clock),
+        },
     )
     accelerator = "gpu" if bench.on_gpu else "cpu"
     trainer = L.Trainer(

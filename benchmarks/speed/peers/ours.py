@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.speed.peers.settings import PROMPT_TOKENS, SETTINGS, Setting, peak_bytes, reset_peak, resident_bytes
 from benchmarks.speed.sides import RESULT
+from benchmarks.timed import Timed
 from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
@@ -25,26 +26,6 @@ from lit_opd.teacher import LocalTeacher
 
 CLOCK = time.process_time
 TOKEN_BUDGET = 2048  # padded tokens a micro-batch: what a layer works on stays near the core
-
-
-class Timed:
-    """CPU seconds spent in one method of an object, a step at a time."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self.inner, self.spent = getattr(owner, name), 0.0
-        setattr(owner, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
-        start = CLOCK()
-        out = self.inner(*args, **kwargs)
-        self.spent += CLOCK() - start
-        return out
-
-    def taken(self) -> float:
-        """Seconds since the last call."""
-        spent, self.spent = self.spent, 0.0
-        return spent
 
 
 class Watch(L.Callback):
@@ -87,7 +68,9 @@ def main() -> None:
     )
     module.__dict__["stop_ids"] = ()  # nothing ends a response
     data = PromptDataModule(prompts, prompt_batch=setting.batch, max_prompt_tokens=PROMPT_TOKENS + 4)
-    watch = Watch({"generate": Timed(module.sampler, "sample"), "teacher": Timed(module.teacher, "score")})
+    watch = Watch(
+        {"generate": Timed(module.sampler, "sample", CLOCK), "teacher": Timed(module.teacher, "score", CLOCK)}
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from benchmarks.speed.peers.ours import Timed
 from benchmarks.speed.sides import RESULT
 from benchmarks.speed.time_to_accuracy.recorder import Recorder
+from benchmarks.timed import Timed
 from lit_opd.cli.command import main as run_cli
 from lit_opd.prompts.datamodule import PromptDataModule
 
@@ -31,7 +32,10 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Models are loaded."""
-        self.parts = {"generate": Timed(pl_module.sampler, "sample"), "teacher": Timed(pl_module.teacher, "score")}
+        self.parts = {
+            "generate": Timed(pl_module.sampler, "sample", time.process_time),
+            "teacher": Timed(pl_module.teacher, "score", time.process_time),
+        }
         self.stop_ids = list(pl_module.stop_ids)
         self.recorder.start()
 
