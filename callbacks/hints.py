@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,14 +23,22 @@ class RunHints(Callback):
         self._hints = Hints()
         self._said: list[str] = []
         self._rollout: Rollout | None = None  # of the last step
+        self._answers = (0, 0)  # of the last step before a checkpoint that the run went on from
+        self._texts: Callable[[Rollout], list[str]] = lambda rollout: []
 
     def state_dict(self) -> dict[str, Any]:
         """What was said, and what has lasted for how long."""
-        return {**self._hints.state(), "said": list(self._said)}
+        return {**self._hints.state(), "said": list(self._said), "answers": list(self._looked())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on."""
         self._hints, self._said = Hints(state_dict), list(state_dict["said"])
+        looked, boxed = state_dict["answers"]
+        self._answers = looked, boxed
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Responses can be read from now on."""
+        self._texts = decoder(pl_module.tokenizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,16 +57,15 @@ class RunHints(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         numbers = _numbers(trainer, "val/")
-        texts = self._responses(pl_module) if numbers.get("val/greedy_accuracy") == 0.0 else []
-        boxed = sum(BOX in text for text in texts)
-        self._say(self._hints.after_validation(numbers, looked=len(texts), boxed=boxed))
+        looked, boxed = self._looked() if numbers.get("val/greedy_accuracy") == 0.0 else (0, 0)
+        self._say(self._hints.after_validation(numbers, looked=looked, boxed=boxed))
 
-    def _responses(self, pl_module: LightningModule) -> list[str]:
-        """Texts of a few responses of the last step."""
+    def _looked(self) -> tuple[int, int]:
+        """A few responses of the last step, and how many of them have an answer in a box."""
         if self._rollout is None:
-            return []
-        few = self._rollout.take(list(range(min(LOOKED, len(self._rollout)))))
-        return decoder(pl_module.tokenizer)(few)
+            return self._answers
+        texts = self._texts(self._rollout.take(list(range(min(LOOKED, len(self._rollout))))))
+        return len(texts), sum(BOX in text for text in texts)
 
     def _say(self, lines: list[str]) -> None:
         for line in lines:

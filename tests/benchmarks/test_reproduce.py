@@ -445,6 +445,7 @@ def alive(process: int) -> bool:
     return path.exists() and bool(path.read_bytes())
 
 
+@pytest.mark.slow
 def test_a_killed_reproduction_goes_on_without_repeating_finished_runs(built, capfd):
     """And a run that fails is named with its reason and its log, while the others go on."""
     content = tiny_content()

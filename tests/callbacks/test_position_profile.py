@@ -445,6 +445,7 @@ def assert_same_windows(ours: Path, theirs: Path) -> None:
                 same(at(mine, place), at(its, place))
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_process_writes(folders, tmp_path):
     """Four and three rows; sums of an unfinished window in a checkpoint are those of both ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

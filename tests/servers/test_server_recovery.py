@@ -168,6 +168,7 @@ def two_ranks(folder: Path, folders: tuple[str, str], urls: list[str], cases: st
     return [torch.load(folder / f"report-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_their_own_rows_and_fail_together(folders, tmp_path):
     """Each rank has a server of its own, so that one of them can fail alone."""
     with (
