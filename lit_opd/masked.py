@@ -28,7 +28,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def running_sum(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum of all entries up to each one, along the last dimension; differentiable.
+    """Sum of all entries up to each one, [..., N] -> [..., N] along the last dimension; differentiable.
 
     With ``torch.use_deterministic_algorithms`` (``trainer.deterministic``) torch refuses ``cumsum`` of floating point on
     CUDA, whose order of addition is not fixed; there the sums are made in a fixed order.
@@ -47,7 +47,7 @@ def _cumsum_is_refused(values: Tensor) -> bool:
 
 
 def doubled_sums(values: Tensor) -> Tensor:
-    """``running_sum`` in about log2(N) additions of shifted tensors, [..., N]."""
+    """``running_sum`` in about log2(N) additions of shifted tensors: [..., N] -> [..., N]."""
     reach = 1
     while reach < values.shape[-1]:
         values = torch.cat([values[..., :reach], values[..., reach:] + values[..., :-reach]], -1)
