@@ -134,9 +134,9 @@ class Crew:
         busy = [worker for worker in self._workers.values() if worker.task]
         deadline = time.monotonic() + self.grace
         with suppress(KeyboardInterrupt):
-            for worker in busy:
-                if self.grace:
-                    worker.process.terminate()
+            for worker in busy if self.grace else ():
+                worker.dismiss()  # it ends behind the task
+                worker.process.terminate()
             for worker in busy:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
         for worker in self._workers.values():

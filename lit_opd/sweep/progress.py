@@ -91,7 +91,7 @@ def run_tasks(
                     board.advance(event.task, event.steps)
                 elif event.reason:
                     outcome.failed[event.task.name] = event.reason, event.task.log
-                    board.end(event.task, "failed", failed=True)
+                    board.end(event.task, f"failed: {event.reason}", failed=True)
                 else:
                     board.end(event.task, ended(event.task, event.value))
     except KeyboardInterrupt:
