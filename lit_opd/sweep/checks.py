@@ -205,7 +205,9 @@ def _named(run: SweepRun, config: Config) -> SweepRun:
 def _require_sampling_by_seed(run: SweepRun, config: Config) -> None:
     given = (config.get("model") or {}).get("seed")
     if given is not None and given != run.seed:
-        raise InputError(f"`model.seed` must be null in a sweep, got {given}: all seeds would sample alike; leave it out")
+        raise InputError(
+            f"`model.seed` must be null in a sweep, got {given}: all seeds would sample alike; leave it out"
+        )
 
 
 # -- settings ------------------------------------------------------------------------------------------------------------

@@ -48,11 +48,11 @@ def _run(asked: Asked, callbacks: Callable[[], list[Callback]]) -> int:
 
     console = Console()
     console.print("checking the runs ...", highlight=False)
+    import torch
+
     from lit_opd.sweep.checks import check, places
     from lit_opd.sweep.progress import locked
     from lit_opd.sweep.record import known_runs, write_record
-
-    import torch
 
     threads = torch.get_num_threads()  # before a config sets them
     known = known_runs(asked.out)

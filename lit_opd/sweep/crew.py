@@ -13,7 +13,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -154,10 +154,12 @@ class _Worker:
     def __init__(self, variables: Mapping[str, str], threads: int | None) -> None:
         self.task: Task | None = None
         self.pipe, far = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_serve, args=(far, dict(variables), threads))
+        self.process = SPAWN.Process(target=_serve, args=(far, threads))
+        given = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal's Ctrl-C reaches new ones too
         try:
-            self.process.start()
+            with _environment({**variables, **given}):
+                self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         far.close()
@@ -200,6 +202,18 @@ class _Worker:
         self.pipe.close()
 
 
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables of a process that is started inside: libraries read them when they are loaded, which may be at once."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _of_status(status: int | None) -> str:
     """Why a process is gone."""
     if status is not None and status < 0:
@@ -212,9 +226,9 @@ def _of_status(status: int | None) -> str:
 # -- in the process ------------------------------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, variables: dict[str, str], threads: int | None) -> None:
+def _serve(pipe: Connection, threads: int | None) -> None:
     """Do what comes until nothing more comes."""
-    _begin(variables, threads)
+    _begin(threads)
     with suppress(EOFError):
         while (task := _received(pipe)) is not None:
             failed = (None, None, task) if isinstance(task, str) else None
@@ -231,7 +245,7 @@ def _received(pipe: Connection) -> Task | str | None:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _begin(variables: dict[str, str], threads: int | None) -> None:
+def _begin(threads: int | None) -> None:
     """Leave Ctrl-C to the caller, end with it however it ends, and take the threads that were given."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -244,9 +258,7 @@ def _begin(variables: dict[str, str], threads: int | None) -> None:
         os._exit(1)  # else a killed caller leaves a process that goes on writing into the folder of the next one
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ.update(variables)
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
         import torch
 
         torch.set_num_threads(threads)

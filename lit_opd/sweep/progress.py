@@ -145,9 +145,7 @@ class Board:
 
     def _draw(self) -> None:
         made, left = sum(self.steps.values()), sum(self.open.values())
-        self.bar.update(
-            self.task, completed=made, total=made + left or 1, description=self._counted(), left=self.left
-        )
+        self.bar.update(self.task, completed=made, total=made + left or 1, description=self._counted(), left=self.left)
 
 
 def duration(seconds: float) -> str:
@@ -163,7 +161,11 @@ def duration(seconds: float) -> str:
 @contextmanager
 def shown(console: Console, tasks: Sequence[Task]) -> Iterator[Board]:
     """A bar with the time left on a terminal, and a line for each run anywhere."""
-    columns = TextColumn("{task.description}"), BarColumn(BAR), TextColumn("{task.percentage:>3.0f}% {task.fields[left]}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(BAR),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[left]}"),
+    )
     options: dict[str, Any] = {"refresh_per_second": 1, "transient": True, "disable": not console.is_terminal}
     with Progress(*columns, console=console, **options) as bar:
         yield Board(console, tasks, bar)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,13 +51,14 @@ def train(
     Raises:
         TaskFailed: it ended with an error.
     """
-    _start_ranks_with(words)
+    if multiprocessing.parent_process() is not None:
+        _start_ranks_with(words)
     logged(log, lambda: main(lambda: [*callbacks(), Steps(report)], words))
     return dict(json.loads((folder / SUMMARY).read_text()))
 
 
 def _start_ranks_with(words: Sequence[str]) -> None:
-    """Lightning starts the further ranks of a run with the command line of this process, which is a sweep's: make it the run's."""
+    """Lightning starts further ranks with the command line of this process, which is that of a sweep: make it the run's."""
     import __main__
 
     sys.argv = [sys.argv[0], *words]
