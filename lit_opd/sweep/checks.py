@@ -95,7 +95,7 @@ class Checked:
         alone: whether each run needs a process of its own.
         devices: cards of a run, 0 where it runs on the CPU.
         threads: that the config asks for, None where it does not.
-        code: file -> hash of the user's own code that the runs use.
+        code: folder of a variant -> file -> hash of the user's own code that its runs use, where one of them trains.
         warned: what the checks warned of.
     """
 
@@ -104,7 +104,7 @@ class Checked:
     alone: bool
     devices: int
     threads: int | None
-    code: dict[str, str]
+    code: dict[str, dict[str, str]]
     warned: list[str]
 
 
@@ -147,6 +147,7 @@ def check(asked: Asked, callbacks: Callbacks, known: dict[str, Any]) -> Checked:
     quieten()
     with _quiet() as caught:
         found = variants(asked)
+        _require_baseline(asked, [variant.name for variant in found])
         runs = [_seen(SweepRun(variant, seed, asked.out)) for seed in asked.seeds for variant in found]
         configs = {run.name: _settings(run, asked) for run in runs if run.state != NEW}
         for run in (run for run in runs if run.state != NEW):
@@ -161,10 +162,8 @@ def _together(
     asked: Asked, runs: Sequence[SweepRun], configs: dict[str, Config], made: Sequence[OPDCLI], warned: Sequence[str]
 ) -> Checked:
     """What was found; all variants run on one machine."""
-    for run in runs:
-        if run.name in configs:
-            _require_sampling_by_seed(run, configs[run.name])
-    runs = [_named(run, configs.get(run.name) or _saved(run.folder)) for run in runs]
+    of_variant = {name.rpartition("/")[0]: config for name, config in configs.items()}
+    runs = [_named(run, of_variant[run.variant.folder]) for run in runs]
     for cli in made:
         nodes = cli.trainer.num_nodes
         if nodes > 1:
@@ -178,7 +177,7 @@ def _together(
         alone=any(cli.trainer.world_size > 1 for cli in made) or any(cards),
         devices=max(cards or [0]),
         threads=threads.pop() if len(threads) == 1 else None,
-        code={name: value for config in configs.values() for name, value in own_code(config).items()},
+        code={name.rpartition("/")[0]: own_code(config) for name, config in configs.items()},
         warned=list(dict.fromkeys(map(one_line, warned))),
     )
 
@@ -202,21 +201,22 @@ def _named(run: SweepRun, config: Config) -> SweepRun:
     return replace(run, variant=replace(run.variant, name=str(found or "config").rpartition(".")[2]))
 
 
-def _require_sampling_by_seed(run: SweepRun, config: Config) -> None:
-    given = (config.get("model") or {}).get("seed")
-    if given is not None and given != run.seed:
-        raise InputError(
-            f"`model.seed` must be null in a sweep, got {given}: all seeds would sample alike; leave it out"
-        )
+def _require_baseline(asked: Asked, names: Sequence[str]) -> None:
+    if asked.baseline is not None and asked.baseline not in names and all(names):
+        raise InputError(f"`--baseline` must be one of the variants {', '.join(names)}, got {asked.baseline!r}")
 
 
 # -- settings ------------------------------------------------------------------------------------------------------------
 
 
 def _checked(run: SweepRun, asked: Asked, callbacks: Callbacks) -> OPDCLI:
-    """Everything that ``fit`` checks before it trains."""
+    """Everything that ``fit`` checks before it trains, and that the seeds mean something."""
     with _about(run):
-        return _Checking(default_callbacks=callbacks, args=run.words(asked))
+        cli = _Checking(default_callbacks=callbacks, args=run.words(asked))
+    given = cli.settings["model"].get("seed")
+    if given is not None and given != run.seed:
+        raise InputError(f"`model.seed` must be null in a sweep, got {given}: all seeds would sample alike; leave it out")
+    return cli
 
 
 def _settings(run: SweepRun, asked: Asked) -> Config:

@@ -154,7 +154,7 @@ class _Worker:
     def __init__(self, variables: Mapping[str, str], threads: int | None) -> None:
         self.task: Task | None = None
         self.pipe, far = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_serve, args=(far, threads))
+        self.process = SPAWN.Process(target=_serve, args=(far,))
         given = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal's Ctrl-C reaches new ones too
         try:
@@ -226,9 +226,9 @@ def _of_status(status: int | None) -> str:
 # -- in the process ------------------------------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, threads: int | None) -> None:
+def _serve(pipe: Connection) -> None:
     """Do what comes until nothing more comes."""
-    _begin(threads)
+    _begin()
     with suppress(EOFError):
         while (task := _received(pipe)) is not None:
             failed = (None, None, task) if isinstance(task, str) else None
@@ -245,8 +245,8 @@ def _received(pipe: Connection) -> Task | str | None:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _begin(threads: int | None) -> None:
-    """Leave Ctrl-C to the caller, end with it however it ends, and take the threads that were given."""
+def _begin() -> None:
+    """Leave Ctrl-C to the caller, and end with it however it ends."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -258,10 +258,6 @@ def _begin(threads: int | None) -> None:
         os._exit(1)  # else a killed caller leaves a process that goes on writing into the folder of the next one
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _done(task: Task, report: Report) -> tuple[None, Any, str]:

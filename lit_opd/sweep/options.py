@@ -24,8 +24,9 @@ The same command goes on: finished runs are kept, a stopped one goes on from
 its last checkpoint. More seeds or weightings may be added to it later."""
 EXAMPLES = """Anything else is an option of fit, for all runs:
 
-  {program} sweep --config quickstart --weightings Uniform ImportanceWeighting \\
-    my_file.Mine --seeds 1 2 3 --jobs 2 --trainer.max_steps 20
+  {program} sweep --config quickstart \\
+    --weightings Uniform ImportanceWeighting my_file.Mine \\
+    --seeds 1 2 3 --jobs 2 --trainer.max_steps 20
   {program} sweep --config quickstart --weightings Uniform \\
     '{{class_path: ImportanceWeighting, init_args: {{w_max: 4}}}}' \\
     --grid model.optimizer.lr=1e-4,2e-4"""
@@ -73,7 +74,7 @@ def parser() -> ArgumentParser:
         epilog=EXAMPLES.format(program=program()),
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,  # or --seed_everything would be taken for a part of this
-        usage="%(prog)s --config CONFIG [--weightings W ...] [--seeds N ...] [options]",
+        usage="%(prog)s --config CONFIG [options, and those of fit]",
     )
     several = {"nargs": "+", "action": "extend", "default": []}
     own.add_argument("--config", action="append", default=[], help="as for fit; several are laid over each other")

@@ -36,7 +36,7 @@ def write_record(asked: Asked, checked: Checked, *, baseline: str, known: dict[s
     """Write the file; runs of earlier calls stay in it, and code is that of when a run began."""
     own = {}
     for run in checked.runs:
-        code = checked.code if run.state == NEW else known.get(run.name, {}).get("code", {})
+        code = checked.code[run.variant.folder] if run.state == NEW else known.get(run.name, {}).get("code", {})
         own[run.name] = {"variant": run.variant.name, "seed": run.seed, "code": code}
     content = {
         "kind": "sweep",

@@ -63,8 +63,8 @@ def named_weightings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     given = [(word, *read_setting(word, option="--weightings")) for word in words]
     shorts = [short for _, short, _ in given]
     found: dict[str, dict[str, Any]] = {}
-    for word, short, setting in given:
-        same = next((name for name, other in found.items() if other == setting), None)
+    for at, (word, short, setting) in enumerate(given):
+        same = next((earlier for earlier, _, other in given[:at] if other == setting), None)
         if same is not None:
             raise InputError(f"`--weightings` must be different settings, got {word}, which is the same as {same}")
         found[short if shorts.count(short) == 1 else _with_path(short, setting)] = setting
