@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from lit_opd.compare.strategies import text
 from lit_opd.errors import InputError
 from lit_opd.evaluation.history import FILE_NAME, Comparison
 from lit_opd.evaluation.rows import EvaluationFile, past_evaluations
 from lit_opd.evaluation.validation import SUMMARISED
+from lit_opd.report.settings import in_words
 
 _SUMMARY_KEYS = {"steps", "tokens", "seconds", "seed", "strategy"}
 
@@ -173,7 +173,7 @@ def _setting(config: dict[str, Any], key: str, folder: Path) -> str:
         if not isinstance(value, dict) or part not in value:
             raise InputError(f"`--group_by` must be a key of the runs' config, got {key!r}, which {folder} lacks")
         value = value[part]
-    return text(value)
+    return in_words(value)
 
 
 # -- metrics.csv -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "distributed", "models", "scoring", "rollout", "teacher", "advantage", "weighting", "objective",
         "step", "evaluation", "run", "preflight",
     },
-    "report": {"types", "errors", "files", "masked"},
+    "report": {"types", "errors", "files", "shipped", "masked", "evaluation"},
     "compare": {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
