@@ -115,7 +115,9 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int, *, tokens: int =
             }
         )
         if tokens:
-            shown = [column[row][mask][:tokens] for column in (signal.student_logprobs, signal.teacher_logprobs, weights)]
+            shown = [
+                column[row][mask][:tokens] for column in (signal.student_logprobs, signal.teacher_logprobs, weights)
+            ]
             found[-1]["tokens"] = _tokens(tokenizer, ids[:tokens], *shown)
     return found
 
@@ -129,7 +131,9 @@ def _verdict(response: str, answer: str | None) -> str | None:
 def _tokens(tokenizer: Any, ids: torch.Tensor, *columns: torch.Tensor) -> dict[str, list[Any]]:
     """Text and numbers of each token, a list a quantity."""
     names = ("student_logprob", "teacher_logprob", "weight")
-    numbers = {name: [round(value, DIGITS) for value in column.tolist()] for name, column in zip(names, columns, strict=True)}
+    numbers = {
+        name: [round(value, DIGITS) for value in column.tolist()] for name, column in zip(names, columns, strict=True)
+    }
     return {"text": token_texts(tokenizer, ids.tolist()), **numbers}
 
 

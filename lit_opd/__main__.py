@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from lit_opd import __version__
 from lit_opd.shipped import program, with_config_files
 
-LIGHT = {"configs": "lit_opd.cli.configs", "new": "lit_opd.cli.new", "report": "lit_opd.report.command"}  # commands -> modules
+LIGHT = {
+    "configs": "lit_opd.cli.configs",
+    "new": "lit_opd.cli.new",
+    "report": "lit_opd.report.command",
+}  # commands -> modules
 HELP = """Distil a student on its own samples, and see where in the response the
 teacher helps.
 

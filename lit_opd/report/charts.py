@@ -84,8 +84,7 @@ class Chart:
     def to_json(self) -> dict[str, Any]:
         """What the page's script reads."""
         plain = {
-            name: getattr(self, name)
-            for name in ("title", "x", "y", "reference", "from_zero", "shaded_from", "log_x")
+            name: getattr(self, name) for name in ("title", "x", "y", "reference", "from_zero", "shaded_from", "log_x")
         }
         return {"kind": "lines", **plain, "series": [series.to_json() for series in self.series if series.measured]}
 

@@ -105,8 +105,9 @@ def _evaluations(run: RunFiles) -> list[Chart]:
 def evaluated(run: RunFiles) -> list[str]:
     """Names of the evaluation sets."""
     return sorted(
-        name.removeprefix("eval/").removesuffix("/avg_at_k") for name in run.metrics if name.endswith("/avg_at_k")
-        and name.startswith("eval/")
+        name.removeprefix("eval/").removesuffix("/avg_at_k")
+        for name in run.metrics
+        if name.endswith("/avg_at_k") and name.startswith("eval/")
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from lit_opd.report.profile import ProfileWindow
-from lit_opd.report.run_files import RunFiles
+from lit_opd.report.run_files import CONFIG, RunFiles
 from lit_opd.report.run_panels import evaluated, first, last, span
 from lit_opd.report.settings import class_name, in_words, setting
 from lit_opd.shipped import program
@@ -219,7 +220,8 @@ def what_next(run: RunFiles) -> list[Advice]:
         found.append(Advice("Read the hints above first: something looks wrong."))
     found += _from_validations(run)
     share = {
-        name: last(run.metric(f"throughput/share_{name}")) or 0.0 for name in ("sampling", "scoring", "updating", "other")
+        name: last(run.metric(f"throughput/share_{name}")) or 0.0
+        for name in ("sampling", "scoring", "updating", "other")
     }
     slow = max(share, key=lambda name: share[name])
     if share[slow] > MOST_TIME:
@@ -234,7 +236,7 @@ def _from_validations(run: RunFiles) -> Iterable[Advice]:
     if len(kl.values) > 1 and kl.values[-1] < STILL_FALLING * kl.values[-2]:
         yield Advice(
             f"KL still falls ({kl.values[-2]:.3f} to {kl.values[-1]:.3f} at the last two validations): train longer.",
-            f"{program()} fit --config {run.folder}/config.yaml --ckpt_path last --trainer.max_steps {2 * run.step}",
+            f"{_again(run)} --ckpt_path last --trainer.max_steps {2 * run.step}",
         )
     if greedy.values and max(greedy.values) > greedy.values[-1] + WORSE_THAN_BEST:
         best = greedy.steps[greedy.values.index(max(greedy.values))]
@@ -252,6 +254,9 @@ def _other_weighting(run: RunFiles) -> Advice:
     return Advice(
         f"One run shows no effect of the weighting. Train {other} with the same seed, both with at least three seeds, and "
         f"compare them with `{program()} compare runs`.",
-        f"{program()} fit --config {run.folder}/config.yaml --model.weighting {other} "
-        f"--run_dir {run.folder}-{other.lower()}",
+        f"{_again(run)} --model.weighting {other} --run_dir {shlex.quote(f'{run.folder}-{other.lower()}')}",
     )
+
+
+def _again(run: RunFiles) -> str:
+    return f"{program()} fit --config {shlex.quote(str(run.folder / CONFIG))}"
