@@ -90,7 +90,7 @@ def read_run_files(folder: str | Path) -> RunFiles:
     if not any((folder / name).is_file() for name in (METRICS, PROFILE)):
         raise InputError(f"`report` must be given a run folder, got {str(folder)!r} without {METRICS} and {PROFILE}")
     metrics, step = _metrics(folder / METRICS)
-    windows, num_windows = _windows(folder / PROFILE)
+    windows, num_windows = read_windows(folder / PROFILE, most=MOST_WINDOWS)
     samples, num_samples = _samples(folder / SAMPLES)
     step = max([step, *(window.step for window in windows[-1:])])
     return RunFiles(
@@ -189,8 +189,13 @@ def _picked(path: Path, most: int) -> tuple[list[dict[str, Any]], int]:
     return found, len(lines)
 
 
-def _windows(path: Path) -> tuple[tuple[ProfileWindow, ...], int]:
-    lines, count = _picked(path, MOST_WINDOWS)
+def read_windows(path: Path, *, most: int) -> tuple[tuple[ProfileWindow, ...], int]:
+    """Evenly spread windows of a ``profile.jsonl``, the first and the last among them, and how many there are.
+
+    Raises:
+        InputError: a line that is no window.
+    """
+    lines, count = _picked(path, most)
     try:
         return tuple(ProfileWindow.from_json(line) for line in lines), count
     except (KeyError, TypeError) as error:
