@@ -80,6 +80,7 @@ class PositionProfile(Callback):
         self._start: ProfileWindow | None = None
         self._restored: dict[str, Any] | None = None
         self._drawing = Allowance(pictures_share)
+        self._reads_advantage = True
 
     # -- the run's life ----------------------------------------------------------------------------------------------
 
@@ -91,6 +92,7 @@ class PositionProfile(Callback):
         metric = PositionProfileSums(length, bins=self.bins, scale=self.scale, relative_bins=self.relative_bins)
         self.metric = metric.to(pl_module.device)
         self._pending, self._written = 0, trainer.global_step
+        self._reads_advantage = getattr(getattr(pl_module, "objective", None), "reads_advantage", True)
         self._drawing = Allowance(self.pictures_share)
         if self._restored is not None:
             self._restore(self._restored, first_rank=trainer.is_global_zero)
@@ -202,7 +204,9 @@ class PositionProfile(Callback):
         from lit_opd.report.profile_pictures import draw_all
 
         assert self._start is not None and self._now is not None
-        return draw_all(self.history, now=self._now, start=self._start, folder=self._folder(trainer) / PICTURES)
+        folder = self._folder(trainer) / PICTURES
+        reads = self._reads_advantage
+        return draw_all(self.history, now=self._now, start=self._start, folder=folder, reads_advantage=reads)
 
     def _chart(self, trainer: Trainer) -> None:
         """Line series now against start, and the table of raw bins, to W&B."""

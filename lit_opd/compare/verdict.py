@@ -9,6 +9,7 @@ from lit_opd.compare.differences import RISING, RunsComparison
 from lit_opd.compare.document import Interval, Table, show
 from lit_opd.compare.statistics import Estimate
 
+MEANS = {"greedy": "greedy accuracy", "avg_at_4": "avg@4", "reverse_kl": "KL, nats/token"}  # heads of columns
 MANY = 5  # variants, from which chance is worth a word
 BETTER, WORSE, OPEN = "better than {}", "worse than {}", "not shown to differ from {}"
 
@@ -88,7 +89,7 @@ def caution(found: RunsComparison) -> list[str]:
 def table(found: RunsComparison, metric: str) -> Table:
     """A row a variant: the mean at the end, the difference with its interval, the pairs, what that says."""
     having = [variant for variant in found.variants if (metric, variant, "end") in found.cells]
-    header = ["variant", "runs", f"{LABELS[metric]}, mean", f"difference from {found.baseline}", "pairs", "reading"]
+    header = ["variant", "runs", MEANS[metric], f"difference from {found.baseline}", "pairs", "reading"]
     rows = [_row(found, metric, variant) for variant in having]
     intervals = [_interval(found, metric, variant) for variant in having]
     return Table(header, rows, text_columns=(len(header) - 1,), intervals=intervals if any(intervals) else ())

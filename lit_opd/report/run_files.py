@@ -22,7 +22,12 @@ CONFIG, SUMMARY = "config.yaml", "summary.json"
 MOST_WINDOWS = 160  # of the position profile; of more every n-th is read
 MOST_SAMPLES = 160
 MOST_TOKENS = 60_000  # shown one by one; samples behind that are shown by tenths
-READ = ("val/", "train/", "eval/", "throughput/", "profile/")
+READ = ("val/", "eval/", "throughput/")  # and of what is logged each step, which makes a long file:
+READ_EACH_STEP = frozenset(
+    [f"train/{name}" for name in ("reverse_kl_k1", "response_length", "weight_ess", "grad_norm", "tokens")]
+    + [f"train/{name}_fraction" for name in ("truncated", "budget", "stopped")]
+    + [f"profile/{band}_30/disagreement" for band in ("first", "last")]
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def _metrics(path: Path) -> tuple[dict[str, Measured], int]:
         header = next(rows, [])
         if header and "step" not in header:
             raise InputError(f"{path} must have a column `step`, got {', '.join(header[:5])}")
-        wanted = [(place, name) for place, name in enumerate(header) if name.startswith(READ)]
+        wanted = [(place, name) for place, name in enumerate(header) if name.startswith(READ) or name in READ_EACH_STEP]
         for row in rows:
             if len(row) != len(header) or not (step_text := row[header.index("step")]).isdigit():
                 continue  # a line that a kill cut short

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from lit_opd.report.charts import Chart, Drawing, HeatMap, Series, measured, spread
 from lit_opd.report.profile import BinnedProfile, ProfileWindow
 from lit_opd.report.run_files import Measured, RunFiles, finite
-from lit_opd.report.settings import setting
+from lit_opd.report.settings import class_name, setting
 
 STEP = "optimizer step"
 PERCENT = 100.0
 FEW_ALIVE = 0.1  # of the responses: behind this position a mean rests on few of them
 EVEN = 1e-6  # weights that differ by less are one weight
 HEAT_COLUMNS = 120
+WITHOUT_ADVANTAGE = ("Divergence",)  # objectives that do not read it
 BLUE, ORANGE, GREEN, GREY = 0, 1, 2, 7
 POSITION = {"relative": "position in the response, % of its length", "absolute": "position in the response, tokens"}
 
@@ -144,8 +145,10 @@ def by_position(run: RunFiles) -> list[Drawing]:
     if weighted:
         weights = _against(run, "relative", "Weight (0 where dropped)", "1 is uniform", "weight", reference=1.0)
         charts.append(weights)
+    if class_name(run.config, "model.objective") not in WITHOUT_ADVANTAGE:
+        share = _against(run, "relative", "Share of the gradient", "% of the sum of |w A|", "gradient_share", PERCENT)
+        charts.append(share)
     charts += [
-        _against(run, "relative", "Share of the gradient", "% of the sum of |w A|", "gradient_share", PERCENT),
         _against(run, "absolute", "Disagreement by token", "nats/token", "disagreement"),
         _against(run, "absolute", "Drift: |q - s| summed before", "nats", "drift"),
         _against(run, "absolute", "Who is still writing", "% of responses", "survivor_fraction", PERCENT),
