@@ -12,7 +12,11 @@ from typing import Any
 from lit_opd import __version__
 from lit_opd.shipped import program, with_config_files
 
-LIGHT = {"configs": "lit_opd.cli.configs", "new": "lit_opd.cli.new"}  # commands, and the modules whose ``run`` they are
+LIGHT = {
+    "configs": "lit_opd.cli.configs",
+    "new": "lit_opd.cli.new",
+    "report": "lit_opd.report.command",
+}  # commands -> modules
 SWEEP = "sweep"
 HELP = """Distil a student on its own samples, and see where in the response the
 teacher helps.
@@ -27,6 +31,7 @@ train
   test        the same on the test split
   predict     every token's log-probs and weight, as files
 look
+  report      one run on a page: report.html in its folder
   compare     runs, or strategies on saved rollouts, side by side
   export      a checkpoint as a Hugging Face folder
 start

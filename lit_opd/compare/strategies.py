@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_opd.errors import InputError
+from lit_opd.report.settings import in_words
 from lit_opd.weighting import WeightingStrategy
 
 
@@ -60,18 +61,7 @@ def _read(word: str, option: str) -> tuple[str, dict[str, Any], WeightingStrateg
         if isinstance(error, InputError):
             raise
         raise InputError(f"`{option}` must name weighting strategies, got {word!r}: {_last_line(error)}") from error
-    return text({"class_path": given} if isinstance(given, str) else given), setting, strategy
-
-
-def text(given: Any) -> str:
-    """A class with its arguments as one writes it in Python: ``ImportanceWeighting(w_max=4)``."""
-    if isinstance(given, list):
-        return f"[{', '.join(map(text, given))}]"
-    if not isinstance(given, dict) or "class_path" not in given:
-        return str(given)
-    arguments = ", ".join(f"{name}={text(value)}" for name, value in (given.get("init_args") or {}).items())
-    name = str(given["class_path"]).rsplit(".", 1)[-1]
-    return f"{name}({arguments})" if arguments else name
+    return in_words({"class_path": given} if isinstance(given, str) else given), setting, strategy
 
 
 def _last_line(error: Exception) -> str:

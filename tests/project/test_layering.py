@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "distributed", "models", "scoring", "rollout", "teacher", "advantage", "weighting", "objective",
         "step", "evaluation", "run", "preflight",
     },
-    "report": {"types", "errors", "files", "masked"},
+    "report": {"types", "errors", "files", "shipped", "masked", "evaluation"},
     "compare": {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "run", "preflight", "module", "compare",
     },
-    "sweep": {"errors", "files", "shipped", "run", "compare", "cli"},
+    "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {
         "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
