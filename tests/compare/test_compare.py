@@ -357,9 +357,7 @@ def test_the_verdict_is_what_the_interval_says(effect):
     for metric, better in (("greedy", True), ("avg_at_4", True), ("reverse_kl", False)):
         end = quantity(effect, metric, "end")
         apart = end["low"] > 0 or end["high"] < 0
-        said = (
-            "not different from" if not apart else "better than" if (end["mean"] > 0) == better else "worse than"
-        )
+        said = "not different from" if not apart else "better than" if (end["mean"] > 0) == better else "worse than"
         assert own["reading"][metric] == f"{said} Uniform"
     end = quantity(effect, "greedy", "end")
     numbers = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**end)
