@@ -215,7 +215,9 @@ def _checked(run: SweepRun, asked: Asked, callbacks: Callbacks) -> OPDCLI:
         cli = _Checking(default_callbacks=callbacks, args=run.words(asked))
     given = cli.settings["model"].get("seed")
     if given is not None and given != run.seed:
-        raise InputError(f"`model.seed` must be null in a sweep, got {given}: all seeds would sample alike; leave it out")
+        raise InputError(
+            f"`model.seed` must be null in a sweep, got {given}: all seeds would sample alike; leave it out"
+        )
     return cli
 
 
