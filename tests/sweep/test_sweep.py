@@ -95,6 +95,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_single_fits_would(here, capfd):
     capfd.readouterr()
     assert sweep("--jobs", "2", "--baseline", "Uniform") == 0
     said = capfd.readouterr().out
+    assert "2 runs (2 variants x 1 seed), 2 steps each" in said
     assert "1 runs finished, 1 were finished before, 0 failed" in said and files(uniform) == kept
     assert "open runs/sweep/compare/compare.html" in said and max(map(len, said.splitlines())) <= LONGEST_LINE
     assert (
