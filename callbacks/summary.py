@@ -96,7 +96,7 @@ def table(summary: dict[str, Any], folder: Path) -> str:
             rows.append(f"{label:26}{'-' if start is None else f'{start:.3f}':>9}{end:>9.3f}")
     rows += [
         f"{spans(summary)}, {summary['tokens']:,} sampled tokens, {summary['seconds']:.0f} s",
-        f"run folder: {folder} (summary.json, metrics.csv, checkpoints/, student/)",
+        f"run folder: {folder} (report.html, summary.json, metrics.csv, checkpoints/, student/)",
         f"next: {program()} fit --config {folder}/config.yaml --model.weighting {other} --run_dir {folder}-{other.lower()}",
     ]
     return "\n".join(["", *rows])
