@@ -51,10 +51,11 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "run", "preflight", "module", "compare",
     },
+    "sweep": {"errors", "files", "shipped", "run", "compare", "cli"},
     "callbacks": {
         "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
-    "__main__": {"shipped", "callbacks", "cli"},
+    "__main__": {"errors", "shipped", "callbacks", "cli", "sweep"},
 }  # fmt: skip
 
 
