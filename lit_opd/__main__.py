@@ -75,15 +75,9 @@ def main(args: Sequence[str] | None = None) -> None:
     run(default_callbacks, with_config_files(words))
 
 
-<<<<<<< HEAD
-def _run_light(words: list[str]) -> None:
-    """A command that needs no config of a run."""
-    from importlib import import_module
-=======
 def run_callbacks() -> list[Any]:
     """Those of every run, loaded where it trains."""
     from lit_opd.callbacks import default_callbacks
->>>>>>> 67aa78b37de678bf6e67db15b363c91d1e2581a9
 
     return list(default_callbacks())
 
