@@ -232,6 +232,7 @@ def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
 
 def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
     base = {run.seed: run for run in variants[baseline]}
+    settings: dict[tuple[str, ...], list[str]] = {}
     for run in (run for runs in variants.values() for run in runs if run.mixture):
         yield f"{run.variant}, seed {run.seed}: not trained with one setting from start to end ({run.mixture})."
     for variant in [name for name in variants if name != baseline]:
@@ -242,9 +243,11 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
         for missing, who in ((own.keys() - base.keys(), variant), (base.keys() - own.keys(), baseline)):
             if missing:
                 yield f"{variant}: unpaired seeds, {_listed(missing)} of {who}: in its mean, not in the difference."
-        differing = _differing(own[common[0]].config, base[common[0]].config)
+        settings.setdefault(tuple(_differing(own[common[0]].config, base[common[0]].config)), []).append(variant)
+    for differing, names in settings.items():
         if differing:
-            yield f"{variant} differs from {baseline} in {', '.join(differing)}."
+            verb = "differs" if len(names) == 1 else "differ"
+            yield f"{', '.join(names)} {verb} from {baseline} in {', '.join(differing)}."
     gaps = dict.fromkeys(
         c.token_gap for own in variants.values() for r in own for c in r.curves.values() if c.token_gap
     )
