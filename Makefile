@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 TEST_STAMP := .venv/.installed-test
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
+.PHONY: quickstart test docs check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
 
 $(STAMP): requirements.lock setup.cfg setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,7 +13,7 @@ $(STAMP): requirements.lock setup.cfg setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-# Triton runs the kernels of CUDA on a CPU, for the tests alone: 285 MB
+# For the tests: Triton, which runs the kernels of CUDA on a CPU (285 MB), the notebook's kernel, and the generator of the documentation
 $(TEST_STAMP): $(STAMP) requirements-test.lock
 	$(BIN)/python -m pip install --quiet -r requirements-test.lock
 	touch $@
@@ -27,6 +27,11 @@ test: $(TEST_STAMP)
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The pages and the reference as a site in build/docs; the build needs no network. The variable silences the theme's advertisement
+docs: $(TEST_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "documentation: build/docs/index.html"
 
 # Environments of their own at the lowest and the newest versions, about 5 GB and half an hour or more each; Python 3.11 to 3.13
 VERSIONS ?= lowest measured newest

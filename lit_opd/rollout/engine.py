@@ -58,7 +58,11 @@ class VLLMEngine(Sampler):
             VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache.
         sleep: move the engine's weights to host memory and drop its cache after each sampling; needs CUDA, off on a CPU.
         engine_options: further arguments of ``vllm.LLM``, such as {enforce_eager: true}.
-        max_new_tokens, temperature, top_p, top_k, stop_token_ids: see ``Sampler``.
+        max_new_tokens: response slots, >= 1.
+        temperature: > 0; scoring divides the logits by the same value.
+        top_p: nucleus mass in (0, 1].
+        top_k: candidates, 0 for all.
+        stop_token_ids: ids that end a response, default those of the model's generation config and tokenizer.
     Raises:
         InputError: a value outside its range.
     """

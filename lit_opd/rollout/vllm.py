@@ -45,7 +45,11 @@ class VLLMSampler(Sampler):
         start_seconds: the same before the run, for a server that is not up yet.
         max_response_bytes: longest answer that is read.
         api_key_env: environment variable with the servers' key, None for none.
-        max_new_tokens, temperature, top_p, top_k, stop_token_ids: see ``Sampler``.
+        max_new_tokens: response slots, >= 1.
+        temperature: > 0; scoring divides the logits by the same value.
+        top_p: nucleus mass in (0, 1].
+        top_k: candidates, 0 for all.
+        stop_token_ids: ids that end a response, default those of the model's generation config and tokenizer.
     Raises:
         InputError: a value outside its range, or log-probs that would not be those of the sampled distribution.
     """

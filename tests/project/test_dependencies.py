@@ -119,12 +119,18 @@ def test_the_lock_is_inside_the_bounds_and_pins_the_cpu_build_of_torch():
     assert lowest_python(ROOT / "setup.cfg") == "3.11"
 
 
-def test_the_lock_of_the_tests_is_inside_the_bounds_and_of_packages_that_an_extra_declares():
-    for line in (ROOT / "requirements-test.lock").read_text().splitlines():
-        locked = Requirement(line)
-        (part,) = (part for part in REQUIREMENTS["cuda"] if part.name == locked.name)
-        (exact,) = locked.specifier
-        assert exact.operator == "==" and part.specifier.contains(exact.version) and part.marker == locked.marker
+def test_the_lock_of_the_tests_pins_what_its_extras_declare_inside_their_bounds_and_nothing_of_the_other_lock():
+    lines = [Requirement(line) for line in (ROOT / "requirements-test.lock").read_text().splitlines()]
+    locked = {canonicalize_name(line.name): line for line in lines}
+    assert len(locked) == len(lines)
+    for line in lines:
+        (exact,) = line.specifier
+        assert exact.operator == "=="
+    for part in (part for extra in ("cuda", "docs", "notebook") for part in REQUIREMENTS[extra]):
+        line = locked[canonicalize_name(part.name)]
+        assert all(part.specifier.contains(exact.version) for exact in line.specifier) and part.marker == line.marker
+    others = (ROOT / "requirements.lock").read_text().split()
+    assert not locked.keys() & {canonicalize_name(other.split("==")[0]) for other in others if "==" in other}
 
 
 def test_setuptools_reads_every_requirement_as_it_is_written():

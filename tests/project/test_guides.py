@@ -1,0 +1,87 @@
+"""Every guide does what it says: its files are written, and its commands run, with fewer and smaller steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lit_opd.__main__ import main
+from lit_opd.testbed import ASSETS
+from tests.helpers import signals
+
+GUIDES = Path(__file__).resolve().parents[2] / "docs" / "guides"
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', flags=re.S | re.M)
+SMALL = ["--trainer.max_steps=2", "--data.prompt_batch=2", "--wandb.mode=disabled", "--model.sampler.max_new_tokens=12"]
+FEW = ["--data.train=few.jsonl", "--data.val=few.jsonl"]  # for the quickstart's thousands of rows
+RUN_HERE = {  # guide -> what its last command leaves
+    "own-strategy": "runs/compared/compare.html",
+    "own-advantage": "runs/saturating/summary.json",
+    "own-callback": "runs/praise/metrics.csv",
+    "own-teacher": "runs/ensemble/summary.json",
+    "own-sampler": "runs/plain/summary.json",
+    "python-api": "runs/python/student/model.safetensors",
+    "your-data": "runs/mine/summary.json",
+}
+
+
+def written(guide: str, folder: Path) -> list[list[str]]:
+    """Write the files that a guide shows; returns its commands, in order."""
+    commands = []
+    for language, title, text in BLOCK.findall((GUIDES / f"{guide}.md").read_text()):
+        if title:
+            (folder / title).write_text(text)
+        elif language == "bash":
+            commands += [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [words for words in commands if words]
+
+
+def small(words: list[str]) -> list[str]:
+    """The command with less to do; words that come later win."""
+    if words[0] not in ("fit", "preflight"):
+        return words
+    return [*words, *SMALL, *(FEW if "quickstart" in words else [])]
+
+
+@pytest.mark.parametrize("guide", RUN_HERE)
+def test_a_guides_files_and_commands_run(guide, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    rows = (ASSETS / "val.jsonl").read_text().splitlines(keepends=True)
+    Path("few.jsonl").write_text("".join(rows[:4]))
+    before = set(sys.modules)
+    for program, *words in written(guide, tmp_path):
+        if program == "python":
+            runpy.run_path(words[0])["main"](steps=2, prompts=2)
+        else:
+            assert program == "lit-opd"
+            main(small(words))
+    for name in [name for name in set(sys.modules) - before if name.startswith("my_")]:
+        del sys.modules[name]
+    left = tmp_path / RUN_HERE[guide]
+    assert left.is_file()
+    if left.name == "summary.json":
+        assert json.loads(left.read_text())["steps"] == 2
+
+
+def test_every_guide_is_run_here_or_by_a_test_that_names_it():
+    others = {"lora", "wandb"}
+    assert {path.stem for path in GUIDES.glob("*.md")} - others == set(RUN_HERE)
+
+
+def test_the_callback_of_its_guide_logs_the_share_of_liked_tokens_in_each_half(tmp_path, monkeypatch):
+    """Against a loop over hand-made log-probs."""
+    written("own-callback", tmp_path)
+    signal = signals.small_signal([-1.0, -1.0, -1.0, -1.0, -1.0], [-0.5, -2.0, -0.5, -0.5, -2.0])
+    logged: dict[str, float] = {}
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(log_metrics=lambda values, step: logged.update(values))])
+    record = SimpleNamespace(signal=signal, skipped=False, step=1)
+    callback = runpy.run_path(str(tmp_path / "my_callback.py"))["Praise"]()
+    callback.on_train_batch_end(trainer, None, {"step": record}, None, 0)
+    assert logged == {"praise/first_half": 0.5, "praise/second_half": pytest.approx(2 / 3)}
