@@ -14,10 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.errors import InputError, first_line
 from lit_opd.files import whole_folder
+from lit_opd.models.base import base_mark, require_base
 from lit_opd.models.export import export_folder
 from lit_opd.models.export_check import ExportCheck
 from lit_opd.models.loading import load_generation_config, load_tokenizer
-from lit_opd.models.student import StudentSettings, build_student
+from lit_opd.models.student import StudentSettings, adapter_names, build_student
 from lit_opd.models.vocabulary import configured_stops, num_used
 from lit_opd.run.checkpoint_files import best, counters, intact, newest
 from lit_opd.run.checkpoint_kinds import student_weights
@@ -55,14 +56,14 @@ def run(words: Sequence[str]) -> None:
     settings, stops = _settings(run_dir / CONFIG)
     if given.adapter and settings.lora is None:
         raise InputError(f"`--adapter` must be false for {run_dir}, whose student has no `model.student.lora`")
-    step = int(counters(checkpoint)["global_step"])
-    student = _student(checkpoint, settings)
+    said = counters(checkpoint)
+    student = _student(checkpoint, settings, base=said.get("student_base"))
     if given.adapter:
         with whole_folder(out, replace=True) as draft:
             student.save_pretrained(draft, safe_serialization=True)
     else:
         _export(student, settings, stops, out, dtype=given.dtype)
-    print(f"{checkpoint}, optimizer step {step}: {out}")
+    print(f"{checkpoint}, optimizer step {said['global_step']}: {out}")
 
 
 def _found(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
@@ -95,11 +96,13 @@ def _settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
     return replace(settings, compile=False, gradient_checkpointing=False), sampler.get("stop_token_ids")
 
 
-def _student(checkpoint: Path, settings: StudentSettings) -> Any:
-    """The student with the checkpoint's weights, on the CPU."""
+def _student(checkpoint: Path, settings: StudentSettings, *, base: dict[str, str] | None) -> Any:
+    """The student with the checkpoint's weights, on the CPU; ``base`` is the mark of what its adapters stand on."""
+    if base is not None:
+        require_base(base, base_mark(settings.path, "model.student.path"))
     model = build_student(settings)
-    found = student_weights(checkpoint, model.state_dict())
-    model.load_state_dict(found)
+    found = student_weights(checkpoint, model.state_dict(), trains=adapter_names(model))
+    model.load_state_dict(found, strict=False)  # the names are checked
     return model
 
 

@@ -101,6 +101,11 @@ def build_student(settings: StudentSettings, *, empty: bool = False, longest: in
     return model.eval()
 
 
+def adapter_names(model: nn.Module) -> frozenset[str]:
+    """Names of what a student with adapters trains: the adapters, and whatever else peft left trainable."""
+    return frozenset(name for name, value in model.named_parameters() if value.requires_grad)
+
+
 def _clear_generation_defaults(model: Any) -> None:
     """A checkpoint's own defaults (repetition penalty, top-k ...) would silently bend the sampled distribution."""
     from transformers import GenerationConfig
