@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
@@ -13,6 +14,25 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+DRAW = "lit_opd.report.profile_pictures.draw_all"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn(request: pytest.FixtureRequest):
+    """Runs draw their profile only where a module says ``DRAWS_PICTURES = True``: it takes longer than a tiny run."""
+    drawn = importlib.import_module("lit_opd.report.profile_pictures").draw_all
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "DRAWS_PICTURES", False):
+            patch.setattr(DRAW, lambda *args, **options: {})
+        yield drawn
+
+
+@pytest.fixture
+def pictures(undrawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of this test draw them."""
+    monkeypatch.setattr(DRAW, undrawn)
 
 
 @pytest.fixture

@@ -174,6 +174,11 @@ class OPDCLI(PlainCLI):
 
     # -- parsing -----------------------------------------------------------------------------------------------------
 
+    def typed_command(self) -> str | None:
+        """The first word, where it is a subcommand."""
+        first = self._words[0] if self._words else None
+        return first if first in self.subcommands() else None
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of a run that belong to neither trainer, model nor data."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="run folder; default runs/<first config>")

@@ -74,7 +74,7 @@ def test_an_export_that_fails_at_the_end_comes_behind_the_last_checkpoint(folder
     assert (tmp_path / "checkpoints" / "step-3.ckpt").exists() and not (tmp_path / "student").exists()
 
 
-def test_pictures_that_fail_cost_a_warning(folders, tmp_path):
+def test_pictures_that_fail_cost_a_warning(folders, tmp_path, pictures):
     (tmp_path / "pictures").write_text("")  # a file in the way of the folder
     with pytest.warns(UserWarning, match="pictures could not be made"):
         profiled.fit(

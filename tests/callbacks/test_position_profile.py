@@ -30,6 +30,7 @@ from tests.helpers.signals import holey_mask, random_signal
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 240  # seconds; a hang is a failure
 ROWS, COLUMNS = 9, 13
+DRAWS_PICTURES = True
 PICTURES = {
     "profile_by_absolute_position.png",
     "profile_by_relative_position.png",

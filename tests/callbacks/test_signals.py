@@ -23,9 +23,8 @@ from lit_opd.cli.command import main
 from lit_opd.errors import Stopped
 from lit_opd.run.checkpoint_files import numbered, problem
 from tests.helpers import tiny
-from tests.run.test_resume import ROOT, assert_same_files, assert_same_run, fit, no_pictures, write_config
+from tests.run.test_resume import ROOT, assert_same_files, assert_same_run, fit, write_config
 
-__all__ = ["no_pictures"]
 CHANGES: dict[str, Any] = {"trainer.max_steps": 6, "trainer.val_check_interval": 2, "model.mini_batches": 2}
 
 

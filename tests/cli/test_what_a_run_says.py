@@ -208,7 +208,7 @@ def events(folder: Path) -> list[Any]:
     return found
 
 
-def test_tensorboard_has_numbers_config_and_pictures_beside_the_csv_file(world):
+def test_tensorboard_has_numbers_config_and_pictures_beside_the_csv_file(world, pictures):
     pytest.importorskip("tensorboardX")
     folder = world / "board"
     run(world, folder, "--trainer.max_steps", "1", "--tensorboard", "true")
@@ -216,9 +216,9 @@ def test_tensorboard_has_numbers_config_and_pictures_beside_the_csv_file(world):
     (loss,) = [value.simple_value for value in values if value.tag == "train/loss"]
     (row,) = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row["train/loss"]]
     assert loss == pytest.approx(float(row["train/loss"]), rel=1e-6)
-    pictures = {value.tag: value.image for value in values if value.HasField("image")}
+    images = {value.tag: value.image for value in values if value.HasField("image")}
     shown = {path.stem for path in (folder / "pictures").glob("profile_by_*.png")}
-    assert shown and all(pictures[f"profile_pictures/{name}"].height > 100 for name in shown)
+    assert shown and all(images[f"profile_pictures/{name}"].height > 100 for name in shown)
     parameters = yaml.safe_load((folder / "tensorboard" / "hparams.yaml").read_text())
     assert (parameters["strategy"], parameters["seed"]) == ("ImportanceWeighting", 7)
     assert any(value.tag == "_hparams_/session_start_info" for value in values)

@@ -730,7 +730,7 @@ def test_resume_continues_at_the_batch_after_the_last_trained_one(
     for step in range(1, 7):
         rest = Recorder(tokenizer)
         path = str(tmp_path / "whole" / f"step={step}.ckpt")
-        trainer_of(tmp_path / "rest", max_steps=7, **options).fit(rest, data(), ckpt_path=path, weights_only=True)
+        trainer_of(tmp_path / "rest", max_steps=7, **options).fit(rest, data(), ckpt_path=path)
         assert rest.rows == whole.rows[step:], f"resumed after step {step}"
 
 

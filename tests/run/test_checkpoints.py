@@ -23,9 +23,8 @@ from lit_opd.errors import InputError
 from lit_opd.run.checkpoint_files import problem
 from lit_opd.run.csv_logger import drop_later_lines
 from tests.helpers import tiny
-from tests.run.test_resume import assert_same_run, fit, killed_after, lines, metrics, no_pictures, write_config
+from tests.run.test_resume import assert_same_run, fit, killed_after, lines, metrics, write_config
 
-__all__ = ["no_pictures"]
 STEPS = 4
 
 

@@ -200,14 +200,6 @@ def models(tmp_path_factory):
     return tiny.pair(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than the runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_opd.report.profile_pictures.draw_all", lambda *args, **options: {})
-        yield
-
-
 SLOW = {"annealed strategy, length budget", "no validation"}
 PARAMS = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in sorted(CASES)]
 
