@@ -66,7 +66,7 @@ from lit_opd.run.trained_settings import (
 from lit_opd.shipped import program, with_shipped_paths
 
 LARGEST_SEED = 2**32 - 1
-COMPARE, EXPORT = "compare", "export"  # commands of their own beside Lightning's, which all need the config of a run
+COMMANDS = ("compare", "export", "push", "chat")  # beside Lightning's, which all need the config of a run
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -529,14 +529,8 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
     _quieten()
     try:
         words = list(sys.argv[1:] if args is None else args)
-        if words[:1] == [COMPARE]:
-            from lit_opd.compare.command import run as compare
-
-            compare(words[1:])
-        elif words[:1] == [EXPORT]:
-            from lit_opd.cli.export import run as export
-
-            export(words[1:])
+        if words and words[0] in COMMANDS:
+            _own_command(words[0])(words[1:])
         else:
             OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:
@@ -552,6 +546,14 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
         raise
     finally:
         _finish_wandb()
+
+
+def _own_command(name: str) -> Callable[[Sequence[str]], None]:
+    """One of ``COMMANDS``."""
+    from lit_opd.cli import chat, export, push
+    from lit_opd.compare import command as compare
+
+    return {"compare": compare.run, "export": export.run, "push": push.run, "chat": chat.run}[name]
 
 
 def _finish_wandb() -> None:

@@ -20,6 +20,7 @@ from lit_opd.models.export_check import ExportCheck
 from lit_opd.models.loading import load_generation_config, load_tokenizer
 from lit_opd.models.student import StudentSettings, adapter_names, build_student
 from lit_opd.models.vocabulary import configured_stops, num_used
+from lit_opd.report.model_card import write_card
 from lit_opd.run.checkpoint_files import best, counters, intact, newest
 from lit_opd.run.checkpoint_kinds import student_weights
 from lit_opd.scoring.model import ScoringModel
@@ -48,25 +49,45 @@ def run(words: Sequence[str]) -> None:
         InputError: wrong input.
     """
     given = parser().parse_args(list(words))
-    checkpoint, run_dir = _found(given.ckpt_path, given.run_dir)
+    checkpoint, run_dir = found_checkpoint(given.ckpt_path, given.run_dir)
     name = "best" if given.ckpt_path == "best" else checkpoint.resolve().stem
     out = Path(given.out) if given.out else run_dir / f"student-{name}"
+    step = export_checkpoint(checkpoint, run_dir, out, adapter=given.adapter, dtype=given.dtype)
+    print(f"{checkpoint}, optimizer step {step}: {out}")
+
+
+def export_checkpoint(
+    checkpoint: Path, run_dir: Path, out: Path, *, adapter: bool = False, dtype: str | None = None
+) -> int:
+    """Write the student of a checkpoint with its model card; its optimizer step.
+
+    Args:
+        checkpoint: of any kind.
+        run_dir: the run folder.
+        out: a new or empty folder.
+        adapter: of a LoRA student the adapter alone, not merged.
+        dtype: of the weights; None for the student's.
+    Raises:
+        InputError: wrong input.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"`--out` must be a new or empty folder, got {out}; give another one")
-    settings, stops = _settings(run_dir / CONFIG)
-    if given.adapter and settings.lora is None:
+    settings, stops = run_settings(run_dir / CONFIG)
+    if adapter and settings.lora is None:
         raise InputError(f"`--adapter` must be false for {run_dir}, whose student has no `model.student.lora`")
     said = counters(checkpoint)
-    student = _student(checkpoint, settings, base=said.get("student_base"))
-    if given.adapter:
-        with whole_folder(out, replace=True) as draft:
+    student = trained_student(checkpoint, settings, base=said.get("student_base"))
+    with whole_folder(out, replace=True) as draft:
+        if adapter:
             student.save_pretrained(draft, safe_serialization=True)
-    else:
-        _export(student, settings, stops, out, dtype=given.dtype)
-    print(f"{checkpoint}, optimizer step {said['global_step']}: {out}")
+            _tokenizer(settings).save_pretrained(draft)
+        else:
+            _export(student, settings, stops, draft, dtype=dtype)
+        write_card(draft, run_dir, title=run_dir.resolve().name, steps=said["global_step"], adapter=adapter)
+    return int(said["global_step"])
 
 
-def _found(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
+def found_checkpoint(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
     """The checkpoint and its run folder."""
     if ckpt_path in ("last", "best"):
         if run_dir is None:
@@ -81,7 +102,7 @@ def _found(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
     return checkpoint, found
 
 
-def _settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
+def run_settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
     """How the run loaded its student, and the end tokens it was given."""
     if not path.is_file():
         raise InputError(f"`--run_dir` must be a run folder, got {path.parent} without {CONFIG}; give another one")
@@ -96,7 +117,7 @@ def _settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
     return replace(settings, compile=False, gradient_checkpointing=False), sampler.get("stop_token_ids")
 
 
-def _student(checkpoint: Path, settings: StudentSettings, *, base: dict[str, str] | None) -> Any:
+def trained_student(checkpoint: Path, settings: StudentSettings, *, base: dict[str, str] | None) -> Any:
     """The student with the checkpoint's weights, on the CPU; ``base`` is the mark of what its adapters stand on."""
     if base is not None:
         require_base(base, base_mark(settings.path, "model.student.path"))
@@ -106,12 +127,14 @@ def _student(checkpoint: Path, settings: StudentSettings, *, base: dict[str, str
     return model
 
 
+def _tokenizer(settings: StudentSettings) -> Any:
+    trusted = settings.trust_remote_code
+    return load_tokenizer(settings.path, "model.student.path", pad_token=settings.pad_token, trust_remote_code=trusted)
+
+
 def _export(model: Any, settings: StudentSettings, stops: list[int] | None, out: Path, *, dtype: str | None) -> None:
     """Merged and compared with the student, as at the end of a run."""
-    trusted = settings.trust_remote_code
-    tokenizer = load_tokenizer(
-        settings.path, "model.student.path", pad_token=settings.pad_token, trust_remote_code=trusted
-    )
+    tokenizer = _tokenizer(settings)
     if dtype is not None:
         model.to(getattr(torch, dtype))
     generation, ends = (

@@ -13,7 +13,7 @@ import pytest
 from lit_opd import __main__ as command
 from lit_opd import shipped
 from lit_opd.cli import configs
-from lit_opd.cli.command import COMPARE, EXPORT, OPDCLI
+from lit_opd.cli.command import COMMANDS, OPDCLI
 from lit_opd.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def test_what_is_printed_fits_80_columns(words, capsys):
 
 def test_the_help_names_every_command_of_the_command_line():
     named = {"fit", "preflight", "validate", "test", "predict", "compare", "export", "configs", "new"}
-    assert named == {*OPDCLI.subcommands(), COMPARE, EXPORT, *command.LIGHT}
+    assert named == {*OPDCLI.subcommands(), *COMMANDS, *command.LIGHT}
     listed = {line.split()[0] for line in command.HELP.splitlines() if line.startswith("  ")}
     assert listed == named
 
