@@ -16,7 +16,7 @@ from lit_opd.errors import InputError, first_line
 from lit_opd.files import whole_folder
 from lit_opd.models.base import base_mark, require_base
 from lit_opd.models.export import export_folder
-from lit_opd.models.export_check import ExportCheck
+from lit_opd.models.export_check import ExportCheck, unsharded
 from lit_opd.models.loading import load_generation_config, load_tokenizer
 from lit_opd.models.student import StudentSettings, adapter_names, build_student
 from lit_opd.models.vocabulary import configured_stops, num_used
@@ -135,12 +135,16 @@ def _tokenizer(settings: StudentSettings) -> Any:
 def _export(model: Any, settings: StudentSettings, stops: list[int] | None, out: Path, *, dtype: str | None) -> None:
     """Merged and compared with the student, as at the end of a run."""
     tokenizer = _tokenizer(settings)
-    if dtype is not None:
+    student = ScoringModel(model, vocabulary=num_used(tokenizer))
+    if dtype is not None and settings.quantization is None:
         model.to(getattr(torch, dtype))
     generation, ends = (
         load_generation_config(settings.path),
         sorted(stops or configured_stops(settings.path, tokenizer)),
     )
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
-    check = ExportCheck.of(ScoringModel(model, vocabulary=num_used(tokenizer)), tokenizer, settings)
-    export_folder(model, tokenizer, out, state=None, generation=generation, check=check)
+    check = ExportCheck.of(student, tokenizer, settings)
+    plain, _ = unsharded(student, settings, None)
+    if dtype is not None and settings.quantization is not None:
+        plain.to(getattr(torch, dtype))
+    export_folder(plain, tokenizer, out, state=None, generation=generation, check=check)

@@ -109,7 +109,7 @@ def test_what_is_printed_fits_80_columns(words, capsys):
 
 
 def test_the_help_names_every_command_of_the_command_line():
-    named = {"fit", "preflight", "validate", "test", "predict", "compare", "export", "configs", "new"}
+    named = {"fit", "preflight", "validate", "test", "predict", "compare", "export", "push", "chat", "configs", "new"}
     assert named == {*OPDCLI.subcommands(), *COMMANDS, *command.LIGHT}
     listed = {line.split()[0] for line in command.HELP.splitlines() if line.startswith("  ")}
     assert listed == named
