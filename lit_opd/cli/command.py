@@ -52,7 +52,7 @@ from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued
 from lit_opd.run.lightning import callbacks_of, set_callbacks
 from lit_opd.run.lightning_cli import PlainCLI
-from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers
+from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers, rename_for_mlflow
 from lit_opd.run.replaced_folder import ReplacedFolder
 from lit_opd.run.trained_settings import (
     FREE,
@@ -463,6 +463,7 @@ class OPDCLI(PlainCLI):
         users = given if isinstance(given, list | tuple) else [given]
         chosen = chosen_loggers(self.run_dir, self.settings, saved) if given in (None, True) else users
         label(chosen, self._plain_config())
+        rename_for_mlflow(chosen)
         return [*own_loggers(self.run_dir, saved), *chosen]
 
     def _saved_counters(self) -> dict[str, Any]:
