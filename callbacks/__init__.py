@@ -14,6 +14,7 @@ from lit_opd.callbacks.hints import RunHints
 from lit_opd.callbacks.position_profile import PositionProfile
 from lit_opd.callbacks.predictions import PredictionFiles
 from lit_opd.callbacks.progress import Progress
+from lit_opd.callbacks.report import RunReport
 from lit_opd.callbacks.rng import RngState
 from lit_opd.callbacks.rollout_samples import RolloutSamples
 from lit_opd.callbacks.stopping import StopOnSignal
@@ -34,6 +35,7 @@ __all__ = [
     "RolloutSamples",
     "RunCheckpoint",
     "RunHints",
+    "RunReport",
     "StopOnSignal",
     "Summary",
     "Throughput",
@@ -53,6 +55,7 @@ def default_callbacks() -> list[Callback]:
         ExportStudent(),
         PredictionFiles(),
         Summary(),
+        RunReport(),
         StopOnSignal(),
         RunCheckpoint(),
     ]

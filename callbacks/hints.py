@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_opd.evaluation.validation import decoder
+from lit_opd.files import append_lines, as_lines, replace_or_refuse
 from lit_opd.report.hints import Hints
 from lit_opd.types import Rollout
 
 LOOKED = 32  # responses that are read for an answer
 BOX = "\\boxed"
+FILE = "hints.jsonl"
 
 
 class RunHints(Callback):
-    """One line for each sign of ``lit_opd.report.hints``, once a run; a resumed run repeats none."""
+    """One line for each sign of ``lit_opd.report.hints``, once a run; a resumed run repeats none. All are in ``hints.jsonl``."""
 
     def __init__(self) -> None:
         self._hints = Hints()
-        self._said: list[str] = []
+        self._said: list[dict[str, Any]] = []  # step and hint
         self._rollout: Rollout | None = None  # of the last step
         self._answers = (0, 0)  # of the last step before a checkpoint that the run went on from
         self._texts: Callable[[Rollout], list[str]] = lambda rollout: []
@@ -40,6 +43,12 @@ class RunHints(Callback):
         """Responses can be read from now on."""
         self._texts = decoder(pl_module.tokenizer)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The file holds what was said up to here, of a run that goes on too."""
+        path = Path(trainer.default_root_dir) / FILE
+        if trainer.is_global_zero and (self._said or path.is_file()):
+            replace_or_refuse(path, as_lines(self._said))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -50,7 +59,8 @@ class RunHints(Callback):
         lengths = self._rollout.layout.response.sum(-1)
         if len(lengths):
             numbers = _numbers(trainer, "train/")
-            self._say(self._hints.after_step(numbers, shortest=int(lengths.min()), longest=int(lengths.max())))
+            found = self._hints.after_step(numbers, shortest=int(lengths.min()), longest=int(lengths.max()))
+            self._say(trainer, found)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what was validated."""
@@ -58,7 +68,7 @@ class RunHints(Callback):
             return
         numbers = _numbers(trainer, "val/")
         looked, boxed = self._looked() if numbers.get("val/greedy_accuracy") == 0.0 else (0, 0)
-        self._say(self._hints.after_validation(numbers, looked=looked, boxed=boxed))
+        self._say(trainer, self._hints.after_validation(numbers, looked=looked, boxed=boxed))
 
     def _looked(self) -> tuple[int, int]:
         """A few responses of the last step, and how many of them have an answer in a box."""
@@ -67,15 +77,18 @@ class RunHints(Callback):
         texts = self._texts(self._rollout.take(list(range(min(LOOKED, len(self._rollout))))))
         return len(texts), sum(BOX in text for text in texts)
 
-    def _say(self, lines: list[str]) -> None:
+    def _say(self, trainer: Trainer, lines: list[str]) -> None:
+        found = [{"step": trainer.global_step, "hint": line} for line in lines]
+        self._said += found
         for line in lines:
-            self._said.append(line)
             rank_zero_info(f"hint: {line}")
+        if found:
+            append_lines(Path(trainer.default_root_dir) / FILE, found)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Once more, where the end of a long log is read first."""
-        for line in self._said:
-            rank_zero_info(f"hint: {line}")
+        for said in self._said:
+            rank_zero_info(f"hint: {said['hint']}")
 
 
 def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from signal import SIGINT
@@ -26,7 +25,7 @@ from lit_opd.report.profile_sums import (
     ProfileTables,
     token_quantities,
 )
-from lit_opd.run.tracking import crossed, log_media, log_numbers, log_pictures, wandb_runs
+from lit_opd.run.tracking import Allowance, crossed, log_media, log_numbers, log_pictures, wandb_runs
 from lit_opd.types import StepRecord
 
 FILE = "profile.jsonl"
@@ -80,7 +79,8 @@ class PositionProfile(Callback):
         self._pending = 0  # rollout batches since
         self._start: ProfileWindow | None = None
         self._restored: dict[str, Any] | None = None
-        self._drawing = _Allowance(pictures_share)
+        self._drawing = Allowance(pictures_share)
+        self._reads_advantage = True
 
     # -- the run's life ----------------------------------------------------------------------------------------------
 
@@ -92,7 +92,8 @@ class PositionProfile(Callback):
         metric = PositionProfileSums(length, bins=self.bins, scale=self.scale, relative_bins=self.relative_bins)
         self.metric = metric.to(pl_module.device)
         self._pending, self._written = 0, trainer.global_step
-        self._drawing = _Allowance(self.pictures_share)
+        self._reads_advantage = getattr(getattr(pl_module, "objective", None), "reads_advantage", True)
+        self._drawing = Allowance(self.pictures_share)
         if self._restored is not None:
             self._restore(self._restored, first_rank=trainer.is_global_zero)
             self._restored = None
@@ -203,7 +204,9 @@ class PositionProfile(Callback):
         from lit_opd.report.profile_pictures import draw_all
 
         assert self._start is not None and self._now is not None
-        return draw_all(self.history, now=self._now, start=self._start, folder=self._folder(trainer) / PICTURES)
+        folder = self._folder(trainer) / PICTURES
+        reads = self._reads_advantage
+        return draw_all(self.history, now=self._now, start=self._start, folder=folder, reads_advantage=reads)
 
     def _chart(self, trainer: Trainer) -> None:
         """Line series now against start, and the table of raw bins, to W&B."""
@@ -232,28 +235,6 @@ class PositionProfile(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
         self._restored = state_dict
-
-
-class _Allowance:
-    """Keeps the time spent inside ``with`` below a share of the time since it was made."""
-
-    FIRST_GUESS = 3.0  # seconds one use takes, until one was timed
-
-    def __init__(self, share: float | None) -> None:
-        self.share, self.made = share, time.perf_counter()
-        self.spent, self.last = 0.0, self.FIRST_GUESS
-
-    def allowed(self) -> bool:
-        """True when one more use, as long as the last one, stays within the share."""
-        elapsed = time.perf_counter() - self.made
-        return self.share is None or self.spent + self.last <= self.share * elapsed
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.last = time.perf_counter() - self._entered
-        self.spent += self.last
 
 
 def record_quantities(record: StepRecord) -> dict[str, Tensor]:

@@ -10,14 +10,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_opd.errors import InputError
+from lit_opd.evaluation.grading import quick_outcome
 from lit_opd.files import append_lines, drop_lines_after
 from lit_opd.report.replay import save_record
+from lit_opd.report.tokens_page import token_texts
 from lit_opd.run.tracking import crossed, log_media, wandb_runs
 from lit_opd.types import FinishReason, StepRecord
 
 FILE = "samples.jsonl"
 FOLDER = "rollouts"
 TENTHS = 10
+DIGITS = 4  # behind the point, of a token's numbers
 
 
 class RolloutSamples(Callback):
@@ -26,14 +29,20 @@ class RolloutSamples(Callback):
     Args:
         every: optimizer steps between samples.
         count: rows shown, the first ones of rank 0's batch (prompts come shuffled, so they are a fair sample).
+        tokens: of each response, the first ones, whose own numbers are written too (some 40 bytes a token); 0 for none.
         save_rollouts_every: optimizer steps between whole batches saved as ``rollouts/step-N.safetensors`` (further ranks
             add ``-rank-R``), read back by ``lit_opd.report.replay.load_rollout``; None for none.
     Raises:
         InputError: a value outside its range.
     """
 
-    def __init__(self, every: int = 10, count: int = 4, save_rollouts_every: int | None = None) -> None:
+    def __init__(
+        self, every: int = 10, count: int = 4, save_rollouts_every: int | None = None, tokens: int = 1024
+    ) -> None:
         self.every, self.count, self.save_rollouts_every = every, count, save_rollouts_every
+        self.tokens = tokens
+        if tokens < 0:
+            raise InputError(f"`RolloutSamples.tokens` must be >= 0, got {tokens}")
         for name in ("every", "count", "save_rollouts_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -62,14 +71,21 @@ class RolloutSamples(Callback):
             save_record(record, path, rank=str(trainer.global_rank), world_size=str(trainer.world_size))
 
     def _write_samples(self, trainer: Trainer, tokenizer: Any, record: StepRecord) -> None:
-        samples = sample_rows(record, tokenizer, self.count)
+        samples = sample_rows(record, tokenizer, self.count, tokens=self.tokens)
         append_lines(Path(trainer.default_root_dir) / FILE, samples)
         if wandb_runs(trainer):
             log_media(trainer, {"samples": wandb_table(samples)}, record.step)
 
 
-def sample_rows(record: StepRecord, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """The first ``count`` rows as lines of ``samples.jsonl``; one transfer of those rows only."""
+def sample_rows(record: StepRecord, tokenizer: Any, count: int, *, tokens: int = 0) -> list[dict[str, Any]]:
+    """The first ``count`` rows as lines of ``samples.jsonl``; one transfer of those rows only.
+
+    Args:
+        record: of a step.
+        tokenizer: of the student.
+        count: rows.
+        tokens: of each response, that are written one by one.
+    """
     rows = torch.arange(min(count, len(record.rollout)))
     rollout, signal = record.rollout.rows(rows).to("cpu"), record.signal.rows(rows).to("cpu")
     weights = record.weights[: len(rows)].cpu()
@@ -77,14 +93,17 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int) -> list[dict[str
     found = []
     for row in rows.tolist():
         mask = rollout.mask[row]
+        ids = rollout.response_ids[row][mask]
+        answer = None if prompts.answers is None else prompts.answers[row]
         ratio, weight = signal.log_ratio[row][mask], weights[row][mask]
         found.append(
             {
                 "step": record.step,
                 "row_id": prompts.row_ids[row],
                 "prompt": tokenizer.decode(prompts.ids[row][prompts.mask[row]], skip_special_tokens=False),
-                "response": tokenizer.decode(rollout.response_ids[row][mask], skip_special_tokens=False),
-                "answer": None if prompts.answers is None else prompts.answers[row],
+                "response": tokenizer.decode(ids, skip_special_tokens=False),
+                "answer": answer,
+                "verdict": _verdict(tokenizer.decode(ids, skip_special_tokens=True), answer),
                 "teacher": None if prompts.teachers is None else prompts.teachers[row],
                 "length": int(mask.sum()),
                 "finish_reason": FinishReason(int(rollout.finish_reason[row])).name.lower(),
@@ -95,7 +114,27 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int) -> list[dict[str
                 "weight_by_tenth": _tenths(weight),
             }
         )
+        if tokens:
+            shown = [
+                column[row][mask][:tokens] for column in (signal.student_logprobs, signal.teacher_logprobs, weights)
+            ]
+            found[-1]["tokens"] = _tokens(tokenizer, ids[:tokens], *shown)
     return found
+
+
+def _verdict(response: str, answer: str | None) -> str | None:
+    """Right, wrong or without an answer, as far as text and numbers say it; None where they do not, or nothing is known."""
+    outcome = None if answer is None else quick_outcome(response, answer)
+    return None if outcome is None else str(outcome)
+
+
+def _tokens(tokenizer: Any, ids: torch.Tensor, *columns: torch.Tensor) -> dict[str, list[Any]]:
+    """Text and numbers of each token, a list a quantity."""
+    names = ("student_logprob", "teacher_logprob", "weight")
+    numbers = {
+        name: [round(value, DIGITS) for value in column.tolist()] for name, column in zip(names, columns, strict=True)
+    }
+    return {"text": token_texts(tokenizer, ids.tolist()), **numbers}
 
 
 def _mean(values: torch.Tensor) -> float | None:
@@ -110,8 +149,8 @@ def _tenths(values: torch.Tensor) -> list[float | None]:
 
 
 def wandb_table(samples: Sequence[dict[str, Any]]) -> Any:
-    """The samples without their lists."""
+    """The samples without their lists and tokens."""
     import wandb
 
-    columns: list[Any] = [name for name, value in samples[0].items() if not isinstance(value, list)]
+    columns: list[Any] = [name for name, value in samples[0].items() if not isinstance(value, list | dict)]
     return wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])

@@ -1,17 +1,23 @@
 """``lit-opd``, ``python -m lit_opd`` and, in a checkout, ``python train.py``: one command line.
 
-Help, version, ``configs`` and ``new`` are answered without loading torch.
+Help, version, ``configs`` and ``new`` are answered without loading torch, and so is the help of ``sweep``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lit_opd import __version__
 from lit_opd.shipped import program, with_config_files
 
-LIGHT = {"configs": "lit_opd.cli.configs", "new": "lit_opd.cli.new"}  # commands, and the modules whose ``run`` they are
+LIGHT = {
+    "configs": "lit_opd.cli.configs",
+    "new": "lit_opd.cli.new",
+    "report": "lit_opd.report.command",
+}  # commands -> modules
+SWEEP = "sweep"
 HELP = """Distil a student on its own samples, and see where in the response the
 teacher helps.
 
@@ -19,11 +25,13 @@ usage: {program} COMMAND [options]
 
 train
   fit         train a student
+  sweep       every weighting with every seed, compared at the end
   preflight   check a config, and its memory, without training
   validate    measure a checkpoint
   test        the same on the test split
   predict     every token's log-probs and weight, as files
 look
+  report      one run on a page: report.html in its folder
   compare     runs, or strategies on saved rollouts, side by side
   export      a checkpoint as a Hugging Face folder
   chat        talk to a student: a run, an exported folder or an adapter
@@ -54,21 +62,37 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lit-opd {__version__}")
         return
     if words[0] in LIGHT:
-        _run_light(words)
+        from importlib import import_module
+
+        _said(lambda: import_module(LIGHT[words[0]]).run(words[1:]))
         return
+    if words[0] == SWEEP:
+        from lit_opd.__main__ import run_callbacks  # by a name that other processes can import
+        from lit_opd.sweep.command import run as sweep
+
+        raise SystemExit(_said(lambda: sweep(words[1:], run_callbacks)))
     from lit_opd.callbacks import default_callbacks
     from lit_opd.cli.command import main as run
 
     run(default_callbacks, with_config_files(words))
 
 
-def _run_light(words: list[str]) -> None:
-    """A command that needs neither torch nor a run's config."""
-    from importlib import import_module
+def run_callbacks() -> list[Any]:
+    """Those of every run, loaded where it trains."""
+    from lit_opd.callbacks import default_callbacks
 
+    return list(default_callbacks())
+
+
+def _said(command: Callable[[], Any]) -> Any:
+    """What a command returns; wrong input ends with one line and exit status 2."""
     try:
-        import_module(LIGHT[words[0]]).run(words[1:])
+        return command()
     except ValueError as error:  # what an InputError is
+        from lit_opd.errors import InputError
+
+        if not isinstance(error, InputError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

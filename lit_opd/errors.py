@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import Signals
 
-import torch
-
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message names the field, the value and the remedy.
@@ -78,6 +76,8 @@ def first_line(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """True for what torch raises when a device or the machine has no memory left."""
+    import torch  # where it is needed: commands that only print must not wait seconds for it
+
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in CPU_ALLOCATOR)
 
 

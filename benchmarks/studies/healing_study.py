@@ -2,42 +2,42 @@
 
     make smollm2 && python -m benchmarks.studies.healing_study [--seeds 0 1 2] [--jobs 2] [--runs DIR] [--out docs/healing]
 
-Each run is ``train.py fit`` with configs/smollm2_healing.yaml and one of ``VARIANTS``, in a process of its own with one thread;
-seeds pair the runs. A finished run has ``study.json`` (figures and curves) and is not repeated; one that was stopped goes on
-from its last checkpoint; weights and checkpoints go when a run has been measured. A folder whose runs
-have other settings is refused. Writes study.md, study.json and study.png.
+Run it in the repository. Each run is ``fit`` with configs/smollm2_healing.yaml and one of ``VARIANTS``, in a process of its own
+with one thread; seeds pair the runs. A finished run has ``study.json`` (figures and curves) and is not
+repeated; one that was stopped goes on from its last checkpoint; weights and checkpoints go when a run has been measured. A folder
+whose runs have other settings is refused. Writes study.md, study.json and study.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from benchmarks.studies.cells import interval, machine, spread
 from benchmarks.studies.figures import draw_band, draw_positions, plt, save
 from benchmarks.studies.healing import measure
 from benchmarks.studies.reproduce.plan import digest
-from benchmarks.studies.reproduce.runner import locked
 from benchmarks.studies.run_folder import BANDS, curve, summary, write_record
 from lit_opd.compare.document import markdown_table
 from lit_opd.compare.statistics import paired
 from lit_opd.errors import InputError
+from lit_opd.sweep.crew import Crew, Report, Task
+from lit_opd.sweep.progress import Outcome, locked, run_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "smollm2_healing.yaml"
 RECORD = "study.json"
+GRACE = 120.0  # seconds to save what runs when the study is stopped
 SHORT = 12  # digits of a hash that are shown
 REFERENCE = "uniform"
 BY_SEED = "by seed"  # of a record whose seed moved the order of the data too; the first ones have no such word
@@ -108,33 +108,37 @@ def beside_run(folder: Path, ending: str) -> Path:
 # -- one run -------------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> None:
+def train(folder: Path, variant: str, seed: int, extra: Sequence[str], report: Report = lambda steps: None) -> None:
     """Train a run, or what is left of it.
 
     Raises:
-        RuntimeError: it ended with an error; with the end of its log.
+        TaskFailed: it ended with an error.
     """
+    from callbacks import default_callbacks
+    from lit_opd.sweep.train import train
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    config, log = beside_run(folder, ".yaml"), beside_run(folder, ".log")
+    config = beside_run(folder, ".yaml")
     config.write_text(yaml.safe_dump(own_settings(variant, seed, extra)))
-    words = [sys.executable, "train.py", "fit", "--config", str(CONFIG), "--config", str(config)]
     going_on = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").exists() else ["--overwrite", "true"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words += ["--wandb.mode", "disabled", "--run_dir", str(folder), *going_on, *extra]
-    with log.open("a") as file:
-        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{folder.name} ended with {done.returncode}:\n{log.read_text()[-2000:]}")
+    words = ["fit", "--config", str(CONFIG), "--config", str(config), "--wandb.mode", "disabled"]
+    train(
+        [*words, "--run_dir", str(folder), *going_on, *extra],
+        folder,
+        beside_run(folder, ".log"),
+        default_callbacks,
+        report,
+    )
 
 
-def study(folder: Path, variant: str, seed: int, extra: Sequence[str]) -> Record:
+def study(folder: Path, variant: str, seed: int, extra: Sequence[str], report: Report = lambda steps: None) -> Record:
     """The record of one run: made, or read where it is there."""
     path = folder / RECORD
     if path.is_file():
         drop_weights(folder)
         return dict(json.loads(path.read_text()))
     if not (folder / "summary.json").is_file():  # the last thing a run writes; a stopped one has a student before
-        train(folder, variant, seed, extra)
+        train(folder, variant, seed, extra, report)
     figures, samples = measure(folder, yaml.safe_load((folder / "config.yaml").read_text()))
     ends = summary(folder)
     curves = {name: curve(folder, f"val/{name}") for name in ("reverse_kl", "disagreement")}
@@ -168,18 +172,36 @@ def run_all(runs: Path, seeds: Sequence[int], jobs: int, extra: Sequence[str]) -
 
     Raises:
         InputError: some were begun with other settings.
+        SystemExit: some failed, or the study was stopped.
     """
     todo = [(variant, seed) for seed in seeds for variant in VARIANTS]
     require_unchanged(runs, todo, extra)
+    records: list[Record] = []
+    outcome, console = Outcome(), Console()
 
-    def one(job: tuple[str, int]) -> Record:
-        record = study(runs / f"{job[0]}-{job[1]}", *job, extra)
-        print(f"{job[0]} seed {job[1]}: reverse KL {record['curves']['reverse_kl'][-1][1]:.3f}", flush=True)
-        return record
+    def ended(task: Task, record: Any) -> str:
+        records.append(record)
+        outcome.finished.append(task.name)
+        return f"reverse KL {record['curves']['reverse_kl'][-1][1]:.3f}"
 
+    steps = int(yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["trainer"]["max_steps"])
+    tasks = [_task(runs / f"{variant}-{seed}", variant, seed, extra, steps) for variant, seed in todo]
     runs.mkdir(parents=True, exist_ok=True)
-    with locked(runs), ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, todo))
+    with locked(runs), Crew([{"HF_HUB_OFFLINE": "1"}] * jobs, threads=1, grace=GRACE) as crew:
+        run_tasks(tasks, crew=crew, outcome=outcome, console=console, ended=ended)
+    outcome.show(console)
+    if outcome.status:
+        raise SystemExit(outcome.status)
+    return sorted(records, key=lambda record: todo.index((record["variant"], record["seed"])))
+
+
+def _task(folder: Path, variant: str, seed: int, extra: Sequence[str], steps: int) -> Task:
+    call = functools.partial(_study, folder, variant, seed, tuple(extra))
+    return Task(folder.name, steps, beside_run(folder, ".log"), call, alone=True)
+
+
+def _study(folder: Path, variant: str, seed: int, extra: Sequence[str], report: Report) -> Record:
+    return study(folder, variant, seed, extra, report)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
@@ -256,7 +278,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; what it does not know goes to ``train.py fit``, and wrong input ends with exit code 2 and one line."""
+    """Command line; what it does not know goes to ``fit``, and wrong input ends with exit code 2 and one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each needs about 6.5 GB")

@@ -8,27 +8,61 @@ One process and one thread a run. A finished run folder is not run again.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from benchmarks.studies.cells import spread
 from benchmarks.studies.figures import plt, save
 from benchmarks.studies.run_folder import BANDS, curve, summary
 from lit_opd.compare.document import markdown_table
+from lit_opd.sweep.crew import Crew, Report, Task
+from lit_opd.sweep.progress import Outcome, locked, run_tasks
 
 CONFIG = "configs/quickstart.yaml"
 MUST_GREEDY, MUST_RATIO = 0.75, 0.5
 
 
-def run(seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:
-    """One fit in a process of its own; its summary."""
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "train.py", "fit", "--config", CONFIG, "--seed_everything", str(seed)]
-        command += ["--run_dir", str(folder), "--overwrite", "true", "--wandb.mode", "disabled", *overrides]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return summary(folder)
+def run_all(runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[str, float]]:
+    """One fit a seed, one after the other; their summaries.
+
+    Raises:
+        SystemExit: some failed, or it was stopped.
+    """
+    folders = {seed: runs / f"seed-{seed}" for seed in seeds}
+    kept = [folder.name for folder in folders.values() if (folder / "summary.json").exists()]
+    tasks = [_task(seed, folder, overrides) for seed, folder in folders.items() if folder.name not in kept]
+    outcome, console = Outcome(kept=kept), Console(stderr=True)
+
+    def ended(task: Task, summary: Any) -> str:
+        outcome.finished.append(task.name)
+        return f"{summary['seconds']:.0f} s"
+
+    runs.mkdir(parents=True, exist_ok=True)
+    with locked(runs), Crew([{}], threads=1) as crew:
+        run_tasks(tasks, crew=crew, outcome=outcome, console=console, ended=ended)
+    outcome.show(console)
+    if outcome.status:
+        raise SystemExit(outcome.status)
+    return [summary(folder) for folder in folders.values()]
+
+
+def _task(seed: int, folder: Path, overrides: Sequence[str]) -> Task:
+    log = folder.with_name(f"{folder.name}.log")
+    return Task(folder.name, 1, log, functools.partial(_fit, seed, folder, log, tuple(overrides)), alone=True)
+
+
+def _fit(seed: int, folder: Path, log: Path, overrides: Sequence[str], report: Report) -> dict[str, Any]:
+    """One fit as ``train.py`` does it; its times are of a process of its own."""
+    from callbacks import default_callbacks
+    from lit_opd.sweep.train import train
+
+    words = ["fit", "--config", CONFIG, "--seed_everything", str(seed), "--run_dir", str(folder), "--overwrite", "true"]
+    return train([*words, "--wandb.mode", "disabled", *overrides], folder, log, default_callbacks, lambda steps: None)
 
 
 def table(summaries: list[dict[str, float]]) -> str:
@@ -79,7 +113,7 @@ def main() -> None:
     given, overrides = parser.parse_known_args()
     folders = [given.runs / f"seed-{seed}" for seed in given.seeds]
     overrides = [word for word in overrides if word != "--"]
-    summaries = [run(seed, folder, overrides) for seed, folder in zip(given.seeds, folders, strict=True)]
+    summaries = run_all(given.runs, given.seeds, overrides)
     print(table(summaries))
     met = sum(
         s["greedy_end"] > MUST_GREEDY and s["reverse_kl_end"] <= MUST_RATIO * s["reverse_kl_start"] for s in summaries

@@ -32,7 +32,7 @@ CONFIG = REPO / "configs" / "quickstart.yaml"
 OVERLAYS = REPO / "configs" / "weighting"
 ROWS, SEED, PROGRESS = 128, 0, 0.5
 COLUMNS = 4
-WIDTH, PANEL_HEIGHT, BELOW_HEIGHT, DPI = 13.0, 1.85, 1.85, 110  # inches, dots an inch
+WIDTH, PANEL_HEIGHT, DPI = 13.0, 1.85, 110  # inches, dots an inch
 STRONG = 3.0  # nats; the response's first disagreement above it is marked
 LOWEST_TOP = 1.75  # panels share this upper end of the axis unless a weight is above it
 INK, PALE, DROPPED = "#202020", "#9a9a9a", "#ececec"
@@ -134,33 +134,33 @@ def panels(signal: TokenSignal, progress: float = PROGRESS) -> dict[str, Panel]:
 
 
 def draw(signal: TokenSignal, path: Path) -> None:
-    """Small multiples, coloured by what a strategy reads, with the disagreement beneath each column."""
+    """Small multiples, coloured by what a strategy reads; the response's disagreement in what is left of the last row."""
     drawn, row = panels(signal), typical_row(signal)
     order = [(name, colour) for colour, names in FAMILIES.values() for name in names]
-    num_rows = -(-len(order) // COLUMNS)
-    figure, axes = plt.subplots(
-        num_rows + 1,
-        COLUMNS,
-        figsize=(WIDTH, num_rows * PANEL_HEIGHT + BELOW_HEIGHT + 1.0),
-        height_ratios=[PANEL_HEIGHT] * num_rows + [BELOW_HEIGHT],
-        sharex=True,
-        layout="constrained",
-    )
+    num_rows = len(order) // COLUMNS + 1  # what is left of the last row is the disagreement's
+    height = num_rows * PANEL_HEIGHT + 1.4
+    figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
+    grid = figure.add_gridspec(num_rows, COLUMNS)
+    axes = [figure.add_subplot(grid[place // COLUMNS, place % COLUMNS]) for place in range(len(order))]
+    beneath = figure.add_subplot(grid[-1, len(order) % COLUMNS :])
     strong = (signal.disagreement[row] > STRONG).nonzero()
-    for axis in axes.flat:
+    for axis in (*axes, beneath):
         if len(strong):
             axis.axvline(int(strong[0]) + 1, color=INK, linewidth=0.9, linestyle=":", zorder=1)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)
         axis.set_xlim(0.5, int(signal.mask[row].sum()) + 0.5)
-    for axis, (name, colour) in zip(axes.flat, order, strict=False):
+    for axis, (name, colour) in zip(axes, order, strict=True):
         _weights(axis, drawn[name], signal.mask, row, colour)
-    for axis in axes[:-1].flat[len(order) :]:
-        axis.set_visible(False)
-    for axis in axes[-1]:
-        _disagreement(axis, signal, row)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("|A|, nats" if axis is axes[-1, 0] else "weight", fontsize=10)
+    _disagreement(beneath, signal, row)
+    for place, axis in enumerate(axes):
+        if place % COLUMNS == 0:
+            axis.set_ylabel("weight", fontsize=10)
+        if place < COLUMNS * (num_rows - 1):
+            axis.set_xticklabels([])
+        else:
+            axis.set_xlabel("position in the response", fontsize=10)
+    beneath.set_ylabel("|A|, nats", fontsize=10)
     _legend(figure)
     save(figure, path, dpi=DPI, metadata={"Software": None})
 
@@ -194,7 +194,7 @@ def _disagreement(axis: Axes, signal: TokenSignal, row: int) -> None:
     axis.bar(position, signal.disagreement[row, :length], color=INK, width=0.9)
     axis.plot(position, mean[:length], color=PALE, linewidth=1.2, linestyle=(0, (4, 2)))
     axis.set_ylim(bottom=0)
-    _title(axis, "Disagreement", "teacher against student, |A|", INK)
+    _title(axis, "Disagreement", "|A| = |q - s|, log-probs of teacher and student", INK)
     axis.set_xlabel("position in the response", fontsize=10)
 
 

@@ -1,5 +1,1 @@
-"""The command line: ``main`` runs it."""
-
-from lit_opd.cli.command import OPDCLI, main
-
-__all__ = ["OPDCLI", "main"]
+"""The command line: ``command.py`` has ``main``. Nothing is imported here, as some commands need no torch."""

@@ -294,7 +294,7 @@ class OPDCLI(PlainCLI):
             return newest(self.run_dir)
         return best(self.run_dir) if path == "best" else intact(Path(path))
 
-    def _plain_config(self) -> dict[str, Any]:
+    def plain_config(self) -> dict[str, Any]:
         """The config as plain values, secrets left out."""
         text = self.command_parser().dump(self.settings, skip_none=False)
         return dict(yaml.safe_load(with_references(text)))
@@ -308,7 +308,7 @@ class OPDCLI(PlainCLI):
                 f"`--ckpt_path` {checkpoint} does not say what it was trained with: see that the config is its run's"
             )
             return
-        now, allowed = trained_settings(self._plain_config()), self.settings.get("allow_change") or []
+        now, allowed = trained_settings(self.plain_config()), self.settings.get("allow_change") or []
         self._changed = require_unchanged(before, now, allowed=allowed, checkpoint=checkpoint)
         limit, step = self.settings["trainer"].get("max_steps") or -1, saved["global_step"]
         if set(self._changed) - FREE and 0 < limit <= step:
@@ -317,13 +317,18 @@ class OPDCLI(PlainCLI):
                 f"{', '.join(self._changed)}, got {limit}"
             )
 
-    def before_fit(self) -> None:
-        """Every check that needs no weights, then the folder."""
+    def check_fit(self) -> None:
+        """Every check that needs no weights; writes nothing."""
         self._check_all()
         self._check_memory()
+        if is_rank_zero():
+            require_machine(self._run())
+
+    def before_fit(self) -> None:
+        """The checks, then the folder."""
+        self.check_fit()
         if not is_rank_zero():
             return
-        require_machine(self._run())
         if self.settings.get("overwrite") and not self.settings.get("ckpt_path"):
             self._move_aside()
         self._new_folder = not self.run_dir.exists()
@@ -344,7 +349,7 @@ class OPDCLI(PlainCLI):
 
     def fit(self, **arguments: Any) -> None:
         """The trainer's fit; a run that is refused or stopped while it loads leaves everything as it was."""
-        self.model.state.trained = TrainedSettings(trained_settings(self._plain_config()), self._before)
+        self.model.state.trained = TrainedSettings(trained_settings(self.plain_config()), self._before)
         self.datamodule.may_differ = bool({"data", "seed"} & {*self._changed})
         try:
             self.trainer.fit(**arguments)
@@ -423,7 +428,7 @@ class OPDCLI(PlainCLI):
             super().instantiate_classes()
         except ValueError as error:
             found = _NOT_MADE.search(str(error))
-            if found is None or isinstance(_input_error(error), InputError | ServerError):
+            if found is None or isinstance(input_error(error), InputError | ServerError):
                 raise
             raise InputError(
                 f"`{found['name']}` cannot be made with its settings: {found['reason']}; correct them, or install what is missing"
@@ -444,7 +449,7 @@ class OPDCLI(PlainCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
-            if isinstance(_input_error(error), InputError | ServerError):
+            if isinstance(input_error(error), InputError | ServerError):
                 raise
             raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
         extra = [own for own in self._default_callbacks() if not any(isinstance(user, type(own)) for user in users)]
@@ -462,7 +467,7 @@ class OPDCLI(PlainCLI):
         saved = self._saved_counters()
         users = given if isinstance(given, list | tuple) else [given]
         chosen = chosen_loggers(self.run_dir, self.settings, saved) if given in (None, True) else users
-        label(chosen, self._plain_config())
+        label(chosen, self.plain_config())
         rename_for_mlflow(chosen)
         return [*own_loggers(self.run_dir, saved), *chosen]
 
@@ -509,7 +514,7 @@ class _NoTips(logging.Filter):
         return "Tip:" not in message and "LOAD REPORT" not in message
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the screen to this project's own output."""
     from transformers.utils import logging as transformers_logging
 
@@ -527,7 +532,7 @@ def _quieten() -> None:
 
 def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[str] | None = None) -> None:
     """Run the command line; wrong input ends with one line and exit status 2."""
-    _quieten()
+    quieten()
     try:
         words = list(sys.argv[1:] if args is None else args)
         if words and words[0] in COMMANDS:
@@ -535,7 +540,7 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
         else:
             OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:
-        cause = _input_error(error)
+        cause = input_error(error)
         if cause is None:
             raise
         notes = [redacted(note) for note in getattr(cause, "__notes__", ())]
@@ -565,7 +570,7 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def _input_error(error: BaseException) -> BaseException | None:
+def input_error(error: BaseException) -> BaseException | None:
     """The InputError or ServerError behind what a library made of it, or Lightning's own word on settings; None for others."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, InputError | ServerError):

@@ -63,7 +63,7 @@ def _replay_parser() -> ArgumentParser:
 
 
 def run(words: Sequence[str]) -> None:
-    """Compare, write the report, print it as Markdown.
+    """Compare, write the report, print its result.
 
     Raises:
         InputError: wrong input.
@@ -74,7 +74,7 @@ def run(words: Sequence[str]) -> None:
     folder = Path(given.out)
     document = _runs(given, folder) if config.what == "runs" else _replay(given, folder)
     document.write(folder)
-    print(document.markdown())
+    print(document.lines())
     print(f"written: {folder / NAME}.html (and .md, .json, pictures)")
 
 

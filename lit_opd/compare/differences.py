@@ -21,7 +21,8 @@ DEFAULT_TARGET = 0.8  # of the way that the baseline goes on average
 LIKE_COUNTS = {"steps": 1.0, "tokens": 1.5}  # most over least; beyond that the report says so
 # settings that may differ between like runs
 _OF_THE_RUN = (
-    "run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "allow_change", "wandb", "tensorboard"
+    "run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "allow_change", "wandb", "tensorboard",
+    "trainer.default_root_dir", "num_threads",
 )  # fmt: skip
 
 
@@ -232,6 +233,7 @@ def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
 
 def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
     base = {run.seed: run for run in variants[baseline]}
+    settings: dict[tuple[str, ...], list[str]] = {}
     for run in (run for runs in variants.values() for run in runs if run.mixture):
         yield f"{run.variant}, seed {run.seed}: not trained with one setting from start to end ({run.mixture})."
     for variant in [name for name in variants if name != baseline]:
@@ -242,9 +244,11 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
         for missing, who in ((own.keys() - base.keys(), variant), (base.keys() - own.keys(), baseline)):
             if missing:
                 yield f"{variant}: unpaired seeds, {_listed(missing)} of {who}: in its mean, not in the difference."
-        differing = _differing(own[common[0]].config, base[common[0]].config)
+        settings.setdefault(tuple(_differing(own[common[0]].config, base[common[0]].config)), []).append(variant)
+    for differing, names in settings.items():
         if differing:
-            yield f"{variant} differs from {baseline} in {', '.join(differing)}."
+            verb = "differs" if len(names) == 1 else "differ"
+            yield f"{', '.join(names)} {verb} from {baseline} in {', '.join(differing)}."
     gaps = dict.fromkeys(
         c.token_gap for own in variants.values() for r in own for c in r.curves.values() if c.token_gap
     )
@@ -260,7 +264,7 @@ def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Keys of the config that differ, the longest common way down; what every run has of its own is left out."""
     if not ours or not theirs:
         return []
-    return [key for key in _paths(ours, theirs, "") if key.split(".")[0] not in _OF_THE_RUN]
+    return [key for key in _paths(ours, theirs, "") if not {key, key.split(".")[0]} & set(_OF_THE_RUN)]
 
 
 def _paths(ours: Any, theirs: Any, path: str) -> Iterable[str]:

@@ -1,9 +1,10 @@
-"""One report in three forms: Markdown, JSON and a self-contained HTML page without script."""
+"""One report in four forms: a few lines for the terminal, Markdown, JSON and a self-contained HTML page."""
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,28 @@ from typing import Any
 from lit_opd.compare.statistics import Estimate
 from lit_opd.files import replace_whole
 from lit_opd.report import html
+from lit_opd.report.charts import Drawing, measured
 
 NAME = "compare"
+FOREST_WIDTH = 176.0  # of the drawn intervals, in CSS pixels
+_ACTIVE = re.compile(r"[\\`*_<$~]|\](?=[(\[:])|^(?=#|>|[+-] )|(?<=^[0-9])[.)](?= )")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean between its ends, drawn as a dot on a line.
+
+    Args:
+        mean: the dot.
+        low: end of the line, None where there is no interval.
+        high: the other end.
+        marked: it leaves 0 out.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,10 +44,33 @@ class Table:
     Args:
         header: one a column.
         rows: as many cells each.
+        text_columns: places of columns that hold sentences, which are set to the left; the first always is.
+        intervals: a drawn interval a row, all on one scale with 0; empty for none.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    text_columns: Sequence[int] = ()
+    intervals: Sequence[Interval | None] = ()
+
+    def forest(self) -> list[dict[str, Any] | None]:
+        """Where dot, line and 0 of each row stand, in pixels from the left."""
+        ends = [0.0]
+        for own in self.intervals:
+            ends += [value for value in (own.mean, own.low, own.high) if value is not None] if own else []
+        return [_drawn(own, ends) for own in self.intervals]
+
+
+def _drawn(own: Interval | None, ends: Sequence[float]) -> dict[str, Any] | None:
+    if own is None:
+        return None
+    low, high = min(ends), max(ends)
+    width = high - low or 1.0
+    places = {"zero": 0.0, "dot": own.mean, "low": own.low, "high": own.high}
+    found = {
+        name: None if value is None else f"{(value - low) / width * FOREST_WIDTH:.1f}" for name, value in places.items()
+    }
+    return found | {"marked": own.marked}
 
 
 @dataclass(frozen=True)
@@ -37,13 +81,17 @@ class Section:
         title: its heading.
         text: paragraphs above the table.
         table: None for none.
-        pictures: PNG files below, beside the report.
+        pictures: PNG files below, beside the report, for Markdown.
+        drawings: charts of the page, in the pictures' place.
+        folded: the page shows the heading only, until one asks for the rest.
     """
 
     title: str
     text: Sequence[str] = ()
     table: Table | None = None
     pictures: Sequence[Path] = ()
+    drawings: Sequence[Drawing] = ()
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,14 +99,18 @@ class Document:
     """A whole report.
 
     Args:
-        title: its heading.
+        title: what was compared.
         sections: in order.
         data: what ``compare.json`` holds.
+        headline: the result in one sentence; empty for none.
+        brief: what the terminal shows below it, a line each.
     """
 
     title: str
     sections: Sequence[Section]
     data: dict[str, Any] = field(default_factory=dict)
+    headline: str = ""
+    brief: Sequence[str] = ()
 
     def write(self, folder: Path) -> None:
         """``compare.md``, ``compare.json`` and ``compare.html`` in ``folder``, each whole or not at all."""
@@ -66,18 +118,47 @@ class Document:
         for suffix, text in (("md", self.markdown()), ("json", plain), ("html", self.html())):
             replace_whole(folder / f"{NAME}.{suffix}", text.encode())
 
+    def lines(self) -> str:
+        """For a terminal: the result first, and what the reader must know."""
+        return "\n".join([self.headline or self.title, *self.brief]) + "\n"
+
     def markdown(self) -> str:
-        """Pictures by file name."""
-        parts = [f"# {self.title}"]
+        """Pictures by file name; names are text, whatever they hold."""
+        parts = [f"# {markdown_text(self.title)}"]
+        parts += [f"**{markdown_text(self.headline)}**"] if self.headline else []
         for section in self.sections:
-            parts += [f"## {section.title}", *section.text]
-            parts += [markdown_table(section.table.header, section.table.rows)] if section.table else []
-            parts += [f"![{section.title}]({picture.name})" for picture in section.pictures]
+            if section.drawings and not section.pictures and section.table is None:
+                continue  # its pictures are another section's
+            parts += [f"## {markdown_text(section.title)}", *map(markdown_text, section.text)]
+            if section.table is not None and section.table.rows:
+                rows = [list(map(markdown_text, row)) for row in (section.table.header, *section.table.rows)]
+                parts.append(markdown_table(rows[0], rows[1:]))
+            parts += [f"![{markdown_text(section.title)}](<{picture.name}>)" for picture in section.pictures]
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
-        """Pictures inside; all text escaped."""
-        return html.render("compare.html.j2", title=self.title, sections=self.sections, base64=_base64)
+        """Charts from the numbers, pictures inside where there are none; all text escaped."""
+        drawings = [drawing for section in self.sections for drawing in measured(section.drawings)]
+        places = iter(range(len(drawings)))
+        numbered = [[(next(places), drawing) for drawing in measured(section.drawings)] for section in self.sections]
+        data = {"drawings": [drawing.to_json() for drawing in drawings]}
+        return html.render(
+            "compare.html.j2",
+            title=self.title,
+            headline=self.headline,
+            sections=list(zip(self.sections, numbered, strict=True)),
+            base64=_base64,
+            data=html.embedded(data),
+        )
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: no emphasis, code, links, markup or lists come from it.
+
+    >>> print(markdown_text("_a_ <b> [x](y) $1"))
+    \\_a\\_ \\<b> [x\\](y) \\$1
+    """
+    return _ACTIVE.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

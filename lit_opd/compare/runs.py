@@ -13,11 +13,13 @@ from typing import Any
 
 import yaml
 
-from lit_opd.compare.strategies import text
 from lit_opd.errors import InputError
 from lit_opd.evaluation.history import FILE_NAME, Comparison
 from lit_opd.evaluation.rows import EvaluationFile, past_evaluations
 from lit_opd.evaluation.validation import SUMMARISED
+from lit_opd.report.profile import ProfileWindow
+from lit_opd.report.run_files import PROFILE, read_windows
+from lit_opd.report.settings import in_words
 
 _SUMMARY_KEYS = {"steps", "tokens", "seconds", "seed", "strategy"}
 
@@ -61,6 +63,7 @@ class Run:
         curves: by metric (greedy, avg_at_4, reverse_kl), those that were measured.
         evaluations: complete evaluations of ``EarlyAIMEEvaluation``.
         mixture: which settings trained which steps, where not all were trained with the same ones; else empty.
+        profile: the first and the last window of its position profile; None without one.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class Run:
     curves: dict[str, Curve]
     evaluations: Comparison
     mixture: str = ""
+    profile: tuple[ProfileWindow, ProfileWindow] | None = None
 
     @property
     def seed(self) -> Any:
@@ -97,7 +101,14 @@ def read_run(folder: str | Path, *, variant: str | None = None, group_by: Sequen
         name = ", ".join(_setting(config, key, folder) for key in group_by) or summary["strategy"]
         name += f" [{mixture}]" if mixture else ""  # never the variant of runs that had one setting from start to end
     past = past_evaluations(EvaluationFile(folder / FILE_NAME).rows())
-    return Run(folder, name, summary, config, _curves(folder, summary), Comparison.of(past), mixture)
+    profile = _profile(folder / PROFILE)
+    return Run(folder, name, summary, config, _curves(folder, summary), Comparison.of(past), mixture, profile)
+
+
+def _profile(path: Path) -> tuple[ProfileWindow, ProfileWindow] | None:
+    """Where in the response, at the start and at the end; the windows between are not looked at."""
+    windows, _ = read_windows(path, most=2)
+    return (windows[0], windows[-1]) if windows else None
 
 
 def _mixture(folder: Path, summary: dict[str, Any], config: dict[str, Any]) -> str:
@@ -173,7 +184,7 @@ def _setting(config: dict[str, Any], key: str, folder: Path) -> str:
         if not isinstance(value, dict) or part not in value:
             raise InputError(f"`--group_by` must be a key of the runs' config, got {key!r}, which {folder} lacks")
         value = value[part]
-    return text(value)
+    return in_words(value)
 
 
 # -- metrics.csv -------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lit_opd.compare import verdict
+from lit_opd.compare.curves import LABELS, TITLES, curve_chart, position_charts
 from lit_opd.compare.differences import QUANTITIES, Cell, RunsComparison
 from lit_opd.compare.document import Document, Section, Table, show
-from lit_opd.compare.pictures import LABELS, draw_curves
+from lit_opd.compare.pictures import draw_curves, draw_positions
 
 COLUMNS = {
     "end": "end",
@@ -20,10 +21,17 @@ COLUMNS = {
 DIGITS = {"steps_to_target": 1, "tokens_to_target": 0}
 _HOW = (
     "Intervals over seeds are 95 % Student t intervals; differences are paired by seed, and an interval that holds 0 does not "
-    "show an effect. Area: mean height of the curve up to the horizon. Target: first crossing, linear between evaluations; a "
+    "show an effect; an asterisk marks one that leaves it out. Area: mean height of the curve up to the "
+    "horizon. Target: first crossing, linear between "
+    "evaluations; a "
     "run that does not cross by the horizon is censored and counts as the horizon, so that its variant's mean is a lower bound "
     "and differences are those of min(crossing, horizon)."
 )
+_POSITIONS = (
+    "q and s are the log-probs that teacher and student give a sampled token. Lines are means over a variant's runs, bands "
+    "their 95 % intervals; the last window of the position profile of each run, and dashed the first one of all."
+)
+_CURVES = "Means over the seeds of a variant, bands: 95 % intervals of the mean, dotted: the target."
 _PROBLEMS = (
     "Differences by problem at each run's last evaluation, averaged over paired seeds; 95 % bootstrap over problems. That "
     "interval says how far other problems would agree about these trained students, not how far other seeds would."
@@ -31,14 +39,54 @@ _PROBLEMS = (
 
 
 def runs_document(found: RunsComparison, folder: Path) -> Document:
-    """Draws the pictures into ``folder`` and puts everything together."""
-    measured = [metric for metric in LABELS if any(key[0] == metric for key in found.cells)]
-    sections = [Section("What was compared", (_HOW, *found.notes), _overview(found))]
-    for metric in measured:
-        sections += _metric_sections(found, metric, folder)
+    """Draws the pictures into ``folder`` and puts everything together, the verdict first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = verdict.measured(found)
+    about = (*verdict.caution(found), *found.notes)
+    sections = [Section("Verdict", about, verdict.table(found, metrics[0]) if metrics else None)]
+    sections += [Section(f"{TITLES[metric]} at the end", (), verdict.table(found, metric)) for metric in metrics[1:]]
+    sections += _positions(found, folder)
     if found.problems:
         sections.append(Section("By problem", (_PROBLEMS,), _problems(found)))
-    return Document(f"Runs compared with {found.baseline}", sections, _data(found))
+    sections += _curves(found, folder)
+    sections.append(Section("What was compared", (_HOW,), _overview(found), folded=True))
+    for metric in metrics:
+        if details := _details(found, metric):
+            sections.append(
+                Section(f"{LABELS[metric]}: areas and targets", _horizons(found, metric), details, folded=True)
+            )
+    return Document(
+        f"Runs compared with {found.baseline}",
+        sections,
+        _data(found),
+        headline=verdict.headline(found),
+        brief=_brief(found),
+    )
+
+
+def _brief(found: RunsComparison) -> list[str]:
+    """For the terminal: a sentence a variant unless the headline is the only one, and the notes."""
+    names = verdict.others(found)
+    sentences = [verdict.sentence(found, name) for name in names] if len(names) > 1 else []
+    return [*sentences, *verdict.caution(found), *found.notes]
+
+
+def _positions(found: RunsComparison, folder: Path) -> list[Section]:
+    charts = position_charts(found)
+    picture = draw_positions(charts, folder)
+    return [] if picture is None else [Section("Where in the response", (_POSITIONS,), None, [picture], charts)]
+
+
+def _curves(found: RunsComparison, folder: Path) -> list[Section]:
+    """Over steps, and folded over tokens; one picture a metric has both."""
+    sections = []
+    for axis, title in (("steps", "Over training"), ("tokens", "Over sampled tokens")):
+        metrics = [metric for metric in LABELS if axis in found.axes_of(metric)]
+        pictures = [draw_curves(found, metric, folder) for metric in metrics] if axis == "steps" else []
+        charts = [curve_chart(found, metric, axis) for metric in metrics]
+        if charts:
+            sections.append(Section(title, (_CURVES,), None, pictures, charts, folded=axis == "tokens"))
+    return sections
 
 
 def _overview(found: RunsComparison) -> Table:
@@ -61,40 +109,36 @@ def _range(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _metric_sections(found: RunsComparison, metric: str, folder: Path) -> Iterable[Section]:
-    used = [name for name in QUANTITIES if any((metric, variant, name) in found.cells for variant in found.variants)]
-    text, pictures = [], []
-    if axes := found.axes_of(metric):
-        target = f"Target {found.targets[metric]:.4g}" if metric in found.targets else "No target"
-        horizons = ", ".join(f"{found.horizons[metric, axis]:,.0f} {axis}" for axis in axes)
-        text.append(f"{target}; horizon {horizons}.")
-        pictures.append(draw_curves(found, metric, folder))
-    others = [variant for variant in found.variants if variant != found.baseline]
-    means = [[name, *(_mean(found, metric, name, quantity) for quantity in used)] for name in found.variants]
-    pairs = {name: len({run.seed for run in found.variants[name]} & _seeds(found)) for name in others}
-    gaps = [[name, str(pairs[name]), *(_gap(found, metric, name, quantity) for quantity in used)] for name in others]
-    header = ["variant", *(COLUMNS[quantity] for quantity in used)]
-    yield Section(LABELS[metric], text, Table(header, means), pictures)
-    if gaps:
-        header = [header[0], "pairs", *header[1:]]
-        yield Section(f"{LABELS[metric]}: difference from {found.baseline}, paired by seed", (), Table(header, gaps))
+def _horizons(found: RunsComparison, metric: str) -> list[str]:
+    if not (axes := found.axes_of(metric)):
+        return []
+    target = f"Target {found.targets[metric]:.4g}" if metric in found.targets else "No target"
+    return [f"{target}; horizon {', '.join(f'{found.horizons[metric, axis]:,.0f} {axis}' for axis in axes)}."]
 
 
-def _seeds(found: RunsComparison) -> set[Any]:
-    return {run.seed for run in found.variants[found.baseline]}
+def _details(found: RunsComparison, metric: str) -> Table | None:
+    """A row a quantity and variant; what the verdict has is not in it."""
+    rows = []
+    for quantity in QUANTITIES:
+        for variant in found.variants:
+            cell = found.cells.get((metric, variant, quantity))
+            if cell is None or quantity == "end":
+                continue
+            pairs = "" if cell.difference is None else str(cell.difference.count)
+            own = variant == found.baseline
+            rows.append([COLUMNS[quantity], variant, _mean(cell, quantity), "" if own else _gap(cell, quantity), pairs])
+    header = ["measure", "variant", "mean", f"difference from {found.baseline}", "pairs"]
+    return Table(header, rows, text_columns=(1,)) if rows else None
 
 
-def _mean(found: RunsComparison, metric: str, variant: str, quantity: str) -> str:
-    cell = found.cells.get((metric, variant, quantity))
-    return show(None if cell is None else cell.mean, DIGITS.get(quantity, 3))
+def _mean(cell: Cell, quantity: str) -> str:
+    return show(cell.mean, DIGITS.get(quantity, 3))
 
 
-def _gap(found: RunsComparison, metric: str, variant: str, quantity: str) -> str:
+def _gap(cell: Cell, quantity: str) -> str:
     """The difference; an asterisk where the interval leaves 0 out."""
-    cell = found.cells.get((metric, variant, quantity))
-    difference = None if cell is None else cell.difference
-    text = show(difference, DIGITS.get(quantity, 3), signed=True)
-    return f"{text} *" if difference is not None and difference.excludes_zero else text
+    text = show(cell.difference, DIGITS.get(quantity, 3), signed=True)
+    return f"{text} *" if cell.difference is not None and cell.difference.excludes_zero else text
 
 
 def _problems(found: RunsComparison) -> Table:
@@ -119,6 +163,8 @@ def _data(found: RunsComparison) -> dict[str, Any]:
     return {
         "kind": "runs",
         "baseline": found.baseline,
+        "headline": verdict.headline(found),
+        "verdict": verdict.data(found),
         "targets": found.targets,
         "horizons": {f"{metric}/{axis}": value for (metric, axis), value in found.horizons.items()},
         "variants": {

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_opd.errors import InputError
+from lit_opd.report.settings import in_words
 from lit_opd.weighting import WeightingStrategy
 
 
@@ -31,27 +32,36 @@ def read_strategies(words: Sequence[str]) -> dict[str, WeightingStrategy]:
 
 def read_strategy(word: str) -> tuple[str, WeightingStrategy]:
     """One strategy and its name; see ``read_strategies``."""
+    name, _, strategy = _read(word, "--strategies")
+    return name, strategy
+
+
+def read_setting(word: str, *, option: str) -> tuple[str, dict[str, Any]]:
+    """The name of a strategy, as ``read_strategies`` has it, and its ``{class_path, init_args}`` with every argument.
+
+    Args:
+        word: as for ``read_strategies``.
+        option: that it was given with, for errors.
+    Raises:
+        InputError: an unknown strategy, or a wrong argument.
+    """
+    name, setting, _ = _read(word, option)
+    return name, setting
+
+
+def _read(word: str, option: str) -> tuple[str, dict[str, Any], WeightingStrategy]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--strategy", type=WeightingStrategy)
     try:
         given = yaml.safe_load(word)
-        strategy = parser.instantiate_classes(parser.parse_object({"strategy": given})).strategy
+        parsed = parser.parse_object({"strategy": given})
+        strategy = parser.instantiate_classes(parsed).strategy
+        setting = yaml.safe_load(parser.dump(parsed, skip_none=False))["strategy"]
     except (ArgumentError, yaml.YAMLError, ImportError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"`--strategies` must name weighting strategies, got {word!r}: {_last_line(error)}") from error
-    return text({"class_path": given} if isinstance(given, str) else given), strategy
-
-
-def text(given: Any) -> str:
-    """A class with its arguments as one writes it in Python: ``ImportanceWeighting(w_max=4)``."""
-    if isinstance(given, list):
-        return f"[{', '.join(map(text, given))}]"
-    if not isinstance(given, dict) or "class_path" not in given:
-        return str(given)
-    arguments = ", ".join(f"{name}={text(value)}" for name, value in (given.get("init_args") or {}).items())
-    name = str(given["class_path"]).rsplit(".", 1)[-1]
-    return f"{name}({arguments})" if arguments else name
+        raise InputError(f"`{option}` must name weighting strategies, got {word!r}: {_last_line(error)}") from error
+    return in_words({"class_path": given} if isinstance(given, str) else given), setting, strategy
 
 
 def _last_line(error: Exception) -> str:

@@ -122,6 +122,15 @@ def quick_verdict(answer: str, reference: str) -> bool | None:
         return None
 
 
+def quick_outcome(response: str, reference: str) -> Outcome | None:
+    """What became of a response as far as text and numbers say it; None where mathematics is needed."""
+    answer = extracted(response)
+    if isinstance(answer, Grade):
+        return answer.outcome
+    verdict = quick_verdict(answer, reference)
+    return None if verdict is None else Outcome.CORRECT if verdict else Outcome.WRONG
+
+
 def vote(answer: str) -> str:
     """The name under which equal wrong answers are counted in a majority vote."""
     value = number(answer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from lit_opd.report.profile_history import ProfileHistory
 
 DPI = 110
 NOW, START, SECOND, SECOND_START = "#1f5fa8", "#9db8d6", "#c2571a", "#e8b899"
+WIDTH, ROW_HEIGHT, MOST_IN_A_ROW = 14.0, 2.9, 4  # inches, inches, panels
+LEGEND_BELOW = -0.24  # of the panel's height: under the axis label
+TEACHER_STUDENT = "q, s: log-probs of teacher and student"
+NOTATION = "q, s: log-probs that teacher and student give a sampled token; A: its advantage; w: its weight"
 FEW_ALIVE = 0.1  # of the responses: behind this position a mean rests on few of them
 NO_DATA, FEW_COLOR = "#d9d9d9", "#ebebeb"
 NUM_TICKS = 5
@@ -41,6 +46,8 @@ class Panel:
         quantities: name -> legend entry.
         scale: factor from the stored value to the unit.
         reference: height of a thin line to compare with; 0 is also where the vertical axis starts where nothing is below.
+        zero_is_nothing: where every value is 0 there is nothing to show.
+        of_advantage: it shows the advantage, which some objectives do not read.
     """
 
     title: str
@@ -48,32 +55,49 @@ class Panel:
     quantities: dict[str, str]
     scale: float = 1.0
     reference: float = 0.0
+    zero_is_nothing: bool = False
+    of_advantage: bool = False
 
 
 PANELS = (
     Panel("who is still writing", "% of responses", {"survivor_fraction": "alive"}, 100.0),
     Panel("disagreement |q - s|", "nats/token", {"disagreement": "mean"}),
-    Panel("advantage A (what the loss reads)", "nats/token", {"advantage": "mean"}),
+    Panel("advantage A (what the loss reads)", "nats/token", {"advantage": "mean"}, of_advantage=True),
     Panel("KL(student || teacher)", "nats/token", {"kl_k1": "k1 = s - q", "kl_k3": "k3"}),
-    Panel("drift: sum of |q - s| over the tokens before", "nats", {"drift": "mean"}),
+    Panel("drift: |q - s| summed before", "nats", {"drift": "mean"}),
     Panel("weight w (0 where dropped)", "weight; 1 is uniform", {"weight": "mean"}, reference=1.0),
-    Panel("share of the gradient", "% of the sum of |w A|, per bin", {"gradient_share": "share"}, 100.0),
+    Panel(
+        "share of the gradient", "% of the sum of |w A|, per bin", {"gradient_share": "share"}, 100.0, of_advantage=True
+    ),
     Panel("entropy", "nats", {"student_entropy": "student", "teacher_entropy": "teacher"}),
     Panel(
         "truncated, clipped",
         "% of tokens",
         {"truncated_fraction": "in responses cut short", "clip_fraction": "gradient clipped"},
         100.0,
+        zero_is_nothing=True,
     ),
 )
 
 
-def draw_all(history: ProfileHistory, *, now: ProfileWindow, start: ProfileWindow, folder: Path) -> dict[str, Path]:
-    """Write every picture; returns name -> file."""
+def draw_all(
+    history: ProfileHistory, *, now: ProfileWindow, start: ProfileWindow, folder: Path, reads_advantage: bool = True
+) -> dict[str, Path]:
+    """Write every picture; returns name -> file.
+
+    Args:
+        history: every window.
+        now: the last one.
+        start: the first one.
+        folder: where to.
+        reads_advantage: whether the run's objective does; else what shows the advantage is left out.
+    """
     figures = {
-        "profile_by_absolute_position": profile_figure(now, start, "absolute"),
-        "profile_by_relative_position": profile_figure(now, start, "relative"),
-        "heatmap_disagreement": heat_map(history, "disagreement", "disagreement |q - s|", "nats/token"),
+        "profile_by_absolute_position": profile_figure(now, start, "absolute", reads_advantage=reads_advantage),
+        "profile_by_relative_position": profile_figure(now, start, "relative", reads_advantage=reads_advantage),
+        "heatmap_disagreement": heat_map(
+            history, "disagreement", f"disagreement |q - s| ({TEACHER_STUDENT})", "nats/token"
+        ),
         "heatmap_weight": heat_map(history, "weight", "weight", "mean weight (0 where dropped)"),
     }
     return {name: _save(figure, folder / f"{name}.png") for name, figure in figures.items()}
@@ -94,24 +118,48 @@ def _figure(width: float, height: float) -> Figure:
 # -- now against the start ---------------------------------------------------------------------------------------------
 
 
-def profile_figure(now: ProfileWindow, start: ProfileWindow, axis: str) -> Figure:
+def profile_figure(now: ProfileWindow, start: ProfileWindow, axis: str, *, reads_advantage: bool = True) -> Figure:
     """A panel a quantity that was measured: this window (solid) and the first one (pale, dashed)."""
-    shown = [panel for panel in PANELS if set(panel.quantities) & set(getattr(now, axis).values)]
-    rows = -(-len(shown) // 3)
-    figure = _figure(12.0, 2.7 * rows + 0.9)
-    for place, panel in enumerate(shown):
-        axes = figure.add_subplot(rows, 3, place + 1)
+    shown = [
+        panel for panel in PANELS if _measured(panel, now, start, axis) and (reads_advantage or not panel.of_advantage)
+    ]
+    rows = _rows_of(len(shown))
+    figure = _figure(WIDTH, ROW_HEIGHT * len(rows) + 1.1)
+    grid = figure.add_gridspec(len(rows), lcm(*rows))
+    places = [(row, column, count) for row, count in enumerate(rows) for column in range(count)]
+    for (row, column, count), panel in zip(places, shown, strict=True):
+        wide = grid.ncols // count
+        axes = figure.add_subplot(grid[row, column * wide : (column + 1) * wide])
         _draw_panel(axes, panel, now, start, axis)
         _label(axes, title=panel.title, x=AXIS_LABELS[axis], y=panel.unit)
     what = f"{now.rows} responses, {now.tokens:,} tokens"
-    figure.suptitle(f"Profile by {axis} position: {_span(now)} ({what}) against {_span(start)}", fontsize=11)
+    figure.suptitle(
+        f"Profile by {axis} position: {_span(now)} ({what}) against {_span(start)}\n{NOTATION}", fontsize=11
+    )
     handles = [Line2D([], [], color=NOW, lw=1.8), Line2D([], [], color=START, lw=1.8, ls="--")]
     labels = [_span(now), _span(start)]
     if axis == "absolute":
         handles.append(Patch(color=FEW_COLOR))  # type: ignore[arg-type]
-        labels.append(f"fewer than {FEW_ALIVE:.0%} of the responses alive: means of few tokens")
+        labels.append(f"fewer than {FEW_ALIVE:.0%} of the responses alive: means of few tokens, not drawn")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return figure
+
+
+def _measured(panel: Panel, now: ProfileWindow, start: ProfileWindow, axis: str) -> bool:
+    """Whether there is anything to draw, now or at the start."""
+    columns = [getattr(window, axis).values.get(name, ()) for window in (now, start) for name in panel.quantities]
+    values = [value for column in columns for value in column if value is not None]
+    return any(values) if panel.zero_is_nothing else bool(values)
+
+
+def _rows_of(count: int) -> list[int]:
+    """Panels in each row, so that no cell stays empty: at most ``MOST_IN_A_ROW``, the fuller rows first.
+
+    >>> _rows_of(7), _rows_of(8), _rows_of(9), _rows_of(1)
+    ([4, 3], [4, 4], [3, 3, 3], [1])
+    """
+    rows = max(1, -(-count // MOST_IN_A_ROW))
+    return [count // rows + (row < count % rows) for row in range(rows)]
 
 
 def _span(window: ProfileWindow) -> str:
@@ -128,9 +176,9 @@ def _draw_panel(axes: Any, panel: Panel, now: ProfileWindow, start: ProfileWindo
         for window, color, style in ((start, colors[1], "--"), (now, colors[0], "-")):
             x, y = _line(getattr(window, axis), name, panel.scale, axis)
             solid = _well_counted(window, axis)
-            axes.plot(x, y, style, color=color, lw=1.8, alpha=0.35)
             label = panel.quantities[name] if window is now else None
-            axes.plot(x, np.where(solid, y, np.nan), style, color=color, lw=1.8, label=label)
+            everything = name == "survivor_fraction"
+            axes.plot(x, y if everything else np.where(solid, y, np.nan), style, color=color, lw=1.8, label=label)
             heights += [height for height in y[solid] if np.isfinite(height)]
     if axis == "absolute":
         _shade_few_alive(axes, now)
@@ -141,11 +189,12 @@ def _draw_panel(axes: Any, panel: Panel, now: ProfileWindow, start: ProfileWindo
     if axes.get_xscale() == "linear":
         axes.locator_params(axis="x", nbins=NUM_TICKS)
     if len(present) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, LEGEND_BELOW), "ncols": len(present)}
+        axes.legend(fontsize=8, frameon=False, **below)
 
 
 def _set_limits(axes: Any, low: float, high: float) -> None:
-    """Room for what rests on many tokens; a mean of three tokens may leave the picture."""
+    """Room on both sides, and none below a lowest value of 0."""
     room = 0.08 * (high - low) if high > low else 1.0
     axes.set_ylim(low - room if low < 0 else max(low - room, 0.0), high + room)
 
@@ -200,6 +249,7 @@ def heat_map(history: ProfileHistory, name: str, title: str, unit: str) -> Figur
     if history.scale == "log":
         pair[0].set_yscale("log")
     _draw_survivors(pair[0], history, steps)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.suptitle(
         f"{title} by step and position; grey: no tokens, pale: fewer than {FEW_ALIVE:.0%} alive", fontsize=11
     )
@@ -231,4 +281,3 @@ def _draw_survivors(axes: Any, history: ProfileHistory, steps: Any) -> None:
         axes.step(steps, reach, style, where="post", color="black", lw=1.5, label=f"{share:.0%} of the responses alive")
     axes.set_xlim(steps[0], steps[-1])
     axes.set_ylim(edges[0], edges[-1])
-    axes.legend(fontsize=8, loc="lower right", framealpha=0.85)

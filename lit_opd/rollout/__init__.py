@@ -7,10 +7,11 @@ from lit_opd.rollout.engine import VLLMEngine
 from lit_opd.rollout.generate import TransformersSampler
 from lit_opd.rollout.nccl import NCCLTransfer
 from lit_opd.rollout.ratio_stop import RatioStop
-from lit_opd.rollout.sync import ReloadEndpoint, RestartCommand, WeightSync
+from lit_opd.rollout.sync import AdapterEndpoint, ReloadEndpoint, RestartCommand, WeightSync
 from lit_opd.rollout.vllm import VLLMSampler
 
 __all__ = [
+    "AdapterEndpoint",
     "DecodeSampler",
     "LengthBudget",
     "NCCLTransfer",

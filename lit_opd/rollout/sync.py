@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import uuid
 from abc import ABC, abstractmethod
+from http import HTTPStatus
 from pathlib import Path
 
-from lit_opd.distributed import is_rank_zero
-from lit_opd.errors import InputError
+from lit_opd.distributed import gather_objects, is_rank_zero
+from lit_opd.errors import InputError, ServerError
 from lit_opd.rollout.weights import StudentWeights
 from lit_opd.servers.client import Servers
 
@@ -20,6 +22,8 @@ class WeightSync(ABC):
     Args:
         folder: where the student is exported before each push; the servers must see the same path.
     """
+
+    answers_without = True  # a server that was restarted answers, with the weights it starts with
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder).absolute()
@@ -83,6 +87,64 @@ class ReloadEndpoint(WeightSync):
             if servers.num_lost == lost:
                 return
         raise servers.error(f"went away in each of {_TRIES} pushes of new weights")
+
+
+class AdapterEndpoint(WeightSync):
+    """Of a student with LoRA only the adapter travels: vLLM's ``/v1/load_lora_adapter``, under a new name for each version, so
+    that no key or value cached for an older one is used; the older one is removed. The servers hold the model the student was
+    loaded from, and must run with ``--enable-lora --max-lora-rank R`` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a network
+    you trust.
+
+    Args:
+        folder: where the adapter is written as a PEFT folder; the servers must see the same path.
+    """
+
+    answers_without = False
+
+    def __init__(self, folder: str = "runs/vllm-adapter") -> None:
+        super().__init__(folder)
+        self._name: str | None = None  # of this run's adapters, without their number
+        self._number = 0
+
+    def check_student(self, adapter_rank: int | None) -> None:
+        """It has LoRA."""
+        if adapter_rank is None:
+            raise InputError(
+                "`model.sampler.sync` must be ReloadEndpoint, NCCLTransfer or RestartCommand for a student without LoRA, got "
+                "AdapterEndpoint; correct it, or set model.student.lora"
+            )
+
+    def write(self, student: StudentWeights) -> None:
+        """The adapter alone."""
+        student.adapter(self.folder)
+
+    def bring(self, student: StudentWeights, servers: Servers) -> None:
+        """Every server has the adapter, and every rank asks for it by its name."""
+        if self._name is None:  # a server may still hold the adapters of an earlier run
+            self._name = f"{servers.model}-{gather_objects([uuid.uuid4().hex[:8]])[0]}"
+        self._number += 1
+        if is_rank_zero():
+            self.push(servers)
+        servers.model = f"{self._name}-{self._number}"
+
+    def push(self, servers: Servers) -> None:
+        """Load the new one everywhere, again where a server went away meanwhile, and remove the one before."""
+        name, older = f"{self._name}-{self._number}", f"{self._name}-{self._number - 1}"
+        for _ in range(_TRIES):
+            lost = servers.num_lost
+            try:
+                # what is loaded already was loaded in an earlier try, from the same files
+                load = {"lora_name": name, "lora_path": str(self.folder), "load_inplace": True}
+                servers.post_to_all("/v1/load_lora_adapter", load)
+                servers.post_to_all("/v1/unload_lora_adapter", {"lora_name": older}, done=HTTPStatus.NOT_FOUND)
+            except ServerError as error:
+                raise ServerError(
+                    f"{error}; adapters need servers started with --enable-lora --max-lora-rank and "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+                ) from error
+            if servers.num_lost == lost:
+                return
+        raise servers.error(f"went away in each of {_TRIES} pushes of a new adapter")
 
 
 class RestartCommand(WeightSync):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lit_opd.distributed import gather_objects, shared_failure
-from lit_opd.errors import InputError, require
+from lit_opd.errors import InputError, ServerError, require
 from lit_opd.rollout.base import Sampler, SamplingSettings, Seconds, finish
 from lit_opd.rollout.sync import WeightSync
 from lit_opd.rollout.weights import StudentWeights
@@ -159,15 +159,23 @@ class VLLMSampler(Sampler):
         if self.servers.model is None:
             self.servers.check(tokens=None)
         for _ in range(_TRIES):
-            lost = self.servers.num_lost
-            with shared_failure():
-                rows = self._sampled(prompts, settings)
-            if self.sync is None or not any(gather_objects([self.servers.num_lost > lost])):
+            lost, rows = self.servers.num_lost, []
+            try:
+                with shared_failure():
+                    rows = self._sampled(prompts, settings)
+            except ServerError:  # on every rank
+                if self.sync is None or self.sync.answers_without or not self._lost_since(lost):
+                    raise
+            if rows and (self.sync is None or not self._lost_since(lost)):
                 return self._rollout(prompts, rows, settings)
             with self.seconds("weights"):
                 self._push()  # a server that went away may be back with the weights it starts with
         with shared_failure():
             raise self.servers.error(f"went away in each of {_TRIES} samplings of one batch")
+
+    def _lost_since(self, count: int) -> bool:
+        """Whether any rank lost a server since it had lost ``count``; called on every rank."""
+        return any(gather_objects([self.servers.num_lost > count]))
 
     def _sampled(self, prompts: PromptBatch, settings: SamplingSettings) -> list[tuple[list[int], list[float]]]:
         texts, common = row_texts(prompts), _request(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,28 @@ def log_pictures(trainer: Trainer, pictures: Mapping[str, Path], step: int) -> N
         if isinstance(logger, MLFlowLogger):
             for path in pictures.values():
                 logger.experiment.log_artifact(logger.run_id, str(path), "pictures")
+
+
+class Allowance:
+    """Keeps the time spent inside ``with`` below a share of the time since it was made.
+
+    Args:
+        share: of the time; None for no limit.
+        first_guess: seconds one use takes, until one was timed.
+    """
+
+    def __init__(self, share: float | None, *, first_guess: float = 3.0) -> None:
+        self.share, self.made = share, time.perf_counter()
+        self.spent, self.last = 0.0, first_guess
+
+    def allowed(self) -> bool:
+        """True when one more use, as long as the last one, stays within the share."""
+        elapsed = time.perf_counter() - self.made
+        return self.share is None or self.spent + self.last <= self.share * elapsed
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.last = time.perf_counter() - self._entered
+        self.spent += self.last

@@ -70,6 +70,11 @@ def differences(before: Settings, after: Settings) -> dict[str, list[tuple[str, 
     return {group: changes for group, changes in found.items() if changes}
 
 
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(setting, value before, value after) between two whole configs as plain values, but for what is ``WITHOUT_EFFECT``."""
+    return list(_differing(_plain(before), _plain(after), ""))
+
+
 def require_unchanged(before: Settings, after: Settings, *, allowed: Sequence[str], checkpoint: Path) -> list[str]:
     """The groups that changed, each of which was asked for by name.
 
@@ -88,7 +93,7 @@ def require_unchanged(before: Settings, after: Settings, *, allowed: Sequence[st
         more = sum(map(len, refused.values())) - 1
         further = f" (and {more} more settings)" if more else ""
         raise InputError(
-            f"`{name}` must be what the checkpoint {checkpoint} was trained with, {_shown(old)}, got {_shown(new)}{further}: the "
+            f"`{name}` must be what the checkpoint {checkpoint} was trained with, {shown(old)}, got {shown(new)}{further}: the "
             "run's earlier steps would get a wrong label; go on with its own config, leave out --ckpt_path to train anew, or "
             f"add --allow_change {' '.join(refused)}, which summary.json will say"
         )
@@ -213,9 +218,9 @@ def _place(text: str) -> str:
     return os.path.realpath(text) if text and os.path.exists(text) else text
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A class by its name and arguments, as one writes it in Python."""
     if isinstance(value, dict) and "class_path" in value:
-        arguments = ", ".join(f"{name}={_shown(part)}" for name, part in (value.get("init_args") or {}).items())
+        arguments = ", ".join(f"{name}={shown(part)}" for name, part in (value.get("init_args") or {}).items())
         return f"{str(value['class_path']).rsplit('.', 1)[-1]}({arguments})"
     return repr(value)

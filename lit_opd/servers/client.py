@@ -66,7 +66,16 @@ class _Lost(_Transient):
 
 
 class _Refused(Exception):
-    """An answer that another try will not change."""
+    """An answer that another try will not change.
+
+    Args:
+        said: what it was.
+        status: of HTTP, None where it was none of its making.
+    """
+
+    def __init__(self, said: str, status: int | None = None) -> None:
+        super().__init__(said)
+        self.status = status
 
 
 @dataclass
@@ -141,7 +150,9 @@ class Servers:
         self.servers = [_parsed(url, f"{field}.urls") for url in urls]
         self.max_concurrency, self.timeout, self.retry_seconds = max_concurrency, timeout, retry_seconds
         self.max_response_bytes, self.api_key_env, self.start_seconds = max_response_bytes, api_key_env, start_seconds
-        self.num_lost = 0  # connections refused or broken so far
+        self.num_lost = (
+            0  # connections refused or broken so far, and answers that what was asked for is not there (any more)
+        )
 
     # -- before a run ------------------------------------------------------------------------------------------------
 
@@ -166,15 +177,15 @@ class Servers:
             # a program that accepts and never answers must not hold the run for `timeout`
             ask = partial(self._served, timeout=max(limit, 1.0))
             served = self._asked_at_start(ask, server, limit, advised=seconds is None)
-            names = sorted(served)
-            if self.model is None and len(served) == 1:
+            names = sorted(name for name, (_, adapter) in served.items() if not adapter)
+            if self.model is None and len(names) == 1:
                 self.model = names[0]
             if self.model not in served:
                 raise InputError(
                     f"`{self.field}.model` must be one of {names}, which {server.url} serves, got {self.model!r}; "
                     "set it, or start the server with --served-model-name"
                 )
-            window = served[self.model]
+            window, _ = served[self.model]
             if tokens is not None and window is not None and window < tokens:
                 raise InputError(
                     f"`{self.field}.urls`: {server.url} has a context of {window} tokens, but prompt, response and one more "
@@ -228,13 +239,13 @@ class Servers:
             )
         return key
 
-    async def _served(self, http: Http, server: _Server, timeout: float) -> dict[str, int | None]:
-        """Context length by model name."""
+    async def _served(self, http: Http, server: _Server, timeout: float) -> dict[str, tuple[int | None, bool]]:
+        """Context length, and whether it is an adapter of another one, by model name."""
         answer = await self._exchange(http, server, "GET", MODELS, None, timeout=min(timeout, self.timeout))
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
             raise Malformed("has no list of models under /v1/models")
-        return {str(card["id"]): card.get("max_model_len") for card in cards}
+        return {str(card["id"]): (card.get("max_model_len"), card.get("parent") is not None) for card in cards}
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -270,15 +281,24 @@ class Servers:
             raise Malformed(f"has {len(choices)} choices for {count} prompts, or their indices are wrong")
         return [by_index[index] for index in range(count)]
 
-    def post_to_all(self, path: str, body: dict[str, Any]) -> None:
+    def post_to_all(self, path: str, body: dict[str, Any], *, done: int | None = None) -> None:
         """Post ``body`` to every server in turn.
 
+        Args:
+            path: of the endpoint.
+            body: as JSON.
+            done: an HTTP status that is as good as success, such as 404 of what is to be removed.
         Raises:
             ServerError: a server failed for good, or answered {"success": false}.
         """
 
         async def post(http: Http, server: _Server) -> None:
-            data = await self._exchange(http, server, "POST", path, body, as_json=False)
+            try:
+                data = await self._exchange(http, server, "POST", path, body, as_json=False)
+            except _Refused as error:
+                if done is None or error.status != done:
+                    raise
+                return
             if b'"success":false' in data.replace(b" ", b""):
                 raise _Transient(f"could not do {path} yet")
 
@@ -361,6 +381,7 @@ class Servers:
             try:
                 return await once(http, server)
             except _Refused as error:
+                self.num_lost += error.status == httpx.codes.NOT_FOUND
                 raise self._failure(server, str(error), tries + 1, advice) from error
             except (_Transient, Malformed) as error:
                 tries, malformed = tries + 1, malformed + isinstance(error, Malformed)
@@ -419,8 +440,8 @@ class Servers:
         request = httpx.Request(method, server.url + path, headers=headers, content=content)
         status, data = await self._send(http, request, self.timeout if timeout is None else timeout)
         if status != httpx.codes.OK:
-            kind = _Transient if status in RETRIED else _Refused
-            raise kind(f"answered with HTTP status {status}: {self._shown(data.decode(errors='replace'))}")
+            said = f"answered with HTTP status {status}: {self._shown(data.decode(errors='replace'))}"
+            raise _Transient(said) if status in RETRIED else _Refused(said, status)
         try:
             return json.loads(data) if as_json else data
         except (ValueError, RecursionError) as error:

@@ -30,12 +30,12 @@ from benchmarks.studies.reproduce.assets import build_asset, paths_of
 from benchmarks.studies.reproduce.candidates import Largest, SurpriseDrift, TeacherCertainty, WindowedRatio
 from benchmarks.studies.reproduce.pictures import draw_curves, draw_differences
 from benchmarks.studies.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
-from benchmarks.studies.reproduce.processes import RunFailed
 from benchmarks.studies.reproduce.report import PART, choose, coloured, write_report
 from benchmarks.studies.reproduce.results import read_results
 from lit_opd.cli.command import OPDCLI
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
 from lit_opd.errors import InputError
+from lit_opd.sweep.crew import TaskFailed
 from lit_opd.testbed import make_automaton, make_tokenizer, read_records, sample_problems
 from lit_opd.testbed.warmup import (
     NOT_SUPERVISED,
@@ -408,7 +408,7 @@ def test_a_broken_run_goes_on_from_its_checkpoint_to_the_same_result(built, monk
     os.rename(built / broken.name, built / "whole")
     callbacks = worker.run_callbacks
     monkeypatch.setattr(worker, "run_callbacks", lambda: [*callbacks(), Fault()])
-    with pytest.raises(RunFailed, match="the lights went out"):
+    with pytest.raises(TaskFailed, match="the lights went out"):
         worker.run_job(broken, built)
     log = built / "logs" / f"{broken.name}.log"
     assert "Traceback" in log.read_text() and not (built / broken.name / "reproduce.json").exists()

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks import RolloutSamples
+from callbacks.rollout_samples import _verdict, sample_rows
 from lit_opd.errors import InputError
 from lit_opd.files import append_lines, drop_lines_after, read_lines
 from lit_opd.report import replay
@@ -24,8 +25,8 @@ from tests.callbacks.test_position_profile import Records
 from tests.helpers import cases, profiled, tiny, wandb_file
 
 KEYS = [
-    *("step", "row_id", "prompt", "response", "answer", "teacher", "length", "finish_reason"),
-    *("reverse_kl_k1", "disagreement", "weight_mean", "disagreement_by_tenth", "weight_by_tenth"),
+    *("step", "row_id", "prompt", "response", "answer", "verdict", "teacher", "length", "finish_reason"),
+    *("reverse_kl_k1", "disagreement", "weight_mean", "disagreement_by_tenth", "weight_by_tenth", "tokens"),
 ]
 
 
@@ -68,6 +69,11 @@ def test_samples_equal_slow_loops_over_the_record(finished):
         assert line["reverse_kl_k1"] == pytest.approx(-sum(ratios) / length)
         assert line["disagreement"] == pytest.approx(sum(map(abs, ratios)) / length)
         assert line["weight_mean"] == pytest.approx(sum(weights) / length)
+        tokens = line["tokens"]
+        assert "".join(tokens["text"]) == line["response"] and len(tokens["text"]) == length
+        assert tokens["weight"] == pytest.approx(weights, abs=1e-4)
+        pairs = zip(tokens["teacher_logprob"], tokens["student_logprob"], strict=True)
+        assert [teacher - student for teacher, student in pairs] == pytest.approx(ratios, abs=2e-4)
         for tenth in range(10):
             inside = [t for t in range(length) if tenth * 2 * length <= (2 * t + 1) * 10 < (tenth + 1) * 2 * length]
             expected = sum(weights[t] for t in inside) / len(inside) if inside else None
@@ -85,6 +91,22 @@ def test_the_wandb_table_equals_the_lines(finished):
         expected = [line for line in lines(folder) if line["step"] == row["trainer/global_step"]]
         assert table["data"] == [[line[name] for name in table["columns"]] for line in expected]
         assert {"prompt", "response", "reverse_kl_k1", "finish_reason", "weight_mean"} <= set(table["columns"])
+
+
+def test_samples_are_graded_and_long_ones_keep_their_first_tokens(finished):
+    record = finished[1][0]
+    prompts = replace(record.rollout.prompts, answers=tuple(record.rollout.prompts.row_ids))
+    lines = sample_rows(
+        replace(record, rollout=replace(record.rollout, prompts=prompts)), tiny.tokenizer(), 2, tokens=3
+    )
+    assert [line["verdict"] for line in lines] == ["no_answer"] * 2
+    for line, length in zip(lines, cases.LENGTHS, strict=False):
+        assert {len(column) for column in line["tokens"].values()} == {min(3, length)}
+        assert line["response"].startswith("".join(line["tokens"]["text"]))
+    (plain,) = sample_rows(record, tiny.tokenizer(), 1)
+    assert "tokens" not in plain and plain["verdict"] is None  # no answers
+    assert _verdict("so \\boxed{42}", "42.0") == "correct" and _verdict("\\boxed{41}", "42") == "wrong"
+    assert _verdict("\\boxed{x + 1}", "1 + x") is None and _verdict("\\boxed{4", "4") == "truncated"
 
 
 def test_a_resumed_run_writes_no_sample_twice(folders, tmp_path):
@@ -195,6 +217,8 @@ def test_other_files_are_refused_by_name(tmp_path):
 
 
 def test_wrong_settings_are_named():
+    with pytest.raises(InputError, match="tokens"):
+        RolloutSamples(tokens=-1)
     for name in ("every", "count", "save_rollouts_every"):
         with pytest.raises(InputError, match=name):
             RolloutSamples(**{name: 0})

@@ -17,20 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from callbacks import RolloutSamples, default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.compare.differences import compare_runs
-from lit_opd.compare.document import Document, Section, Table
+from lit_opd.compare.document import Document, Interval, Section, Table, markdown_text
 from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
-from lit_opd.compare.replay import REFERENCES, GradientSums, Replay, WeightSums, replay_files
+from lit_opd.compare.pictures import draw_cosines, draw_weights, plain
+from lit_opd.compare.replay import REFERENCES, GradientSums, Replay, WeightSums, find_files, replay_files
 from lit_opd.compare.replay_report import replay_document
 from lit_opd.compare.runs import Curve, Run, read_run, read_runs
 from lit_opd.compare.runs_report import runs_document
-from lit_opd.compare.statistics import mean_height, paired, reached, t_quantile
+from lit_opd.compare.statistics import Estimate, mean_height, paired, reached, t_quantile
 from lit_opd.compare.strategies import read_strategies
+from lit_opd.compare.verdict import reading
 from lit_opd.errors import InputError
 from lit_opd.evaluation.history import Comparison
 from lit_opd.evaluation.rows import AnswerRow
@@ -42,7 +45,7 @@ from lit_opd.weighting.fire import FiRe
 from lit_opd.weighting.fractions import FirstFraction, RandomFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from lit_opd.weighting.uniform import Uniform
-from tests.helpers import cases, fixed, profiled, tiny
+from tests.helpers import cases, fixed, profiled, run_folder, tiny
 from tests.helpers.pages import HOSTILE, Reader, assert_only_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,8 +250,9 @@ def test_a_baseline_that_gets_no_better_gives_no_target(tmp_path, gain):
     assert found.cells["greedy", "DASH", "area_steps"].difference.mean == pytest.approx((0.01 - gain) * 20)
     end = 0.47 + 40 * gain
     assert f"greedy: no target, as Uniform does not get better on average (0.47 to {end:.4g})" in " ".join(found.notes)
-    page = runs_document(found, tmp_path).markdown()
-    assert "No target; horizon 40 steps, 4,000 tokens." in page and "set `--target reverse_kl=VALUE`" in page
+    document = runs_document(found, tmp_path)
+    assert "No target; horizon 40 steps, 4,000 tokens." in document.markdown()
+    assert "set `--target reverse_kl=VALUE`" in document.lines()
     assert compare_runs(runs, baseline="DASH").targets.keys() == {"greedy", "reverse_kl"}
     assert compare_runs(runs, baseline="Uniform", targets={"greedy": 0.8}).targets == {"greedy": 0.8}
 
@@ -341,12 +345,131 @@ def test_the_page_stands_alone_and_names_are_text(tmp_path):
         main(list, ["compare", "runs", *words])
         pages[kind] = (out / "compare.html").read_text()
         assert "b\\|c" in (out / "compare.md").read_text()
-    # each in a row of the overview, of three metrics' means and of their differences, and in a note
-    assert_only_text(pages["hostile"], pages["plain"], text=HOSTILE_STRATEGY, shown=8)
-    assert Reader(pages["hostile"]).text.count(HOSTILE_VARIANT) == 8
-    page = pages["hostile"]
-    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 3
-    assert page.count("img-src data:") == 1
+    # title, heading, a note, the overview, and of three metrics a row of the end and one of each area and way to a target
+    assert_only_text(pages["hostile"], pages["plain"], text=HOSTILE_STRATEGY, shown=19)
+    assert Reader(pages["hostile"]).text.count(HOSTILE_VARIANT) == 19
+    assert "<img " not in pages["hostile"]  # charts from the numbers
+
+
+def test_the_verdict_is_what_the_interval_says(effect):
+    report = json.loads((effect / "compare.json").read_text())
+    own = report["verdict"]["ImportanceWeighting"]
+    for metric, better in (("greedy", True), ("avg_at_4", True), ("reverse_kl", False)):
+        end = quantity(effect, metric, "end")
+        apart = end["low"] > 0 or end["high"] < 0
+        said = "not different from" if not apart else "better than" if (end["mean"] > 0) == better else "worse than"
+        assert own["reading"][metric] == f"{said} Uniform"
+    end = quantity(effect, "greedy", "end")
+    numbers = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**end)
+    assert (
+        own["sentence"]
+        == report["headline"]
+        == f"ImportanceWeighting: {numbers} greedy accuracy, 6 pairs: better than Uniform"
+    )
+    page = Reader((effect / "compare.html").read_text()).text
+    assert page.index(own["sentence"]) < page.index("Verdict") < page.index(numbers, page.index("Verdict"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rising", "said"),
+    [
+        (0.1, 0.3, True, "better than B"),
+        (0.1, 0.3, False, "worse than B"),
+        (-0.3, -0.1, True, "worse than B"),
+        (-0.3, -0.1, False, "better than B"),
+        (-0.1, 0.3, True, "not different from B"),
+        (0.0, 0.3, True, "not different from B"),
+        (None, None, True, "one pair, so no interval: it may be chance"),
+    ],
+)
+def test_a_reading_follows_the_side_of_the_interval(low, high, rising, said):
+    mean = 0.2 if low is None else (low + high) / 2
+    assert reading(Estimate(mean, low, high, 3 if low is not None else 1), rising=rising, baseline="B") == said
+    assert reading(None, rising=rising, baseline="B") == "not measured beside B"
+    assert reading(Estimate(mean, 0.1, 0.3, 3, censored=1), rising=True, baseline="B").startswith("not different")
+
+
+def test_a_headline_names_every_variant_once(tmp_path):
+    for seed in range(3):
+        for name, gain in (("Base", 0.010), ("Good", 0.014), ("Bad", 0.006), ("Same", 0.0101)):
+            noise = 0.0008 * math.sin(seed + len(name)) if name == "Same" else 0.0
+            values = {"greedy": [0.3 + (gain + noise) * step for step in STEPS]}
+            write_run(tmp_path / f"{name}-{seed}", values, seed=seed, strategy=name)
+    found = compare_runs(read_runs([f"{tmp_path}/*-*"]), baseline="Base")
+    said = "Greedy accuracy: Good better than Base; Bad worse than Base; Same not different from Base"
+    document = runs_document(found, tmp_path / "out")
+    assert document.headline == said and len(document.lines().splitlines()) == 1 + 3 + len(found.notes)
+    assert document.lines().startswith(said) and document.markdown().index(said) < document.markdown().index(
+        "## Verdict"
+    )
+    assert sum("differ from Base in" in note for note in found.notes) == 1  # one note for all three
+
+
+def test_positions_are_the_means_of_the_runs_profiles(tmp_path):
+    """Two seeds of last windows at 1 and 3 times (1 + tenth / 10): mean 2; the first windows are all at 4."""
+    for name, levels in (("Base", (1.0, 3.0)), ("Other", (0.5, 0.5)), ("Without", ())):
+        for seed in (0, 1):
+            folder = write_run(tmp_path / f"{name}-{seed}", known(seed, 0.01), seed=seed, strategy=name)
+            if levels:
+                last = run_folder.window(40, level=levels[seed], weighted=name == "Other")
+                run_folder.write(folder, windows=[run_folder.window(1, level=4.0), run_folder.window(2), last])
+    found = compare_runs(read_runs([f"{tmp_path}/*-*"]), baseline="Base")
+    document = runs_document(found, tmp_path / "out")
+    drawn = run_folder.drawings(document.html())["Disagreement |q - s|, last window"]["series"]
+    assert [series["name"] for series in drawn] == ["Base (n = 2)", "Other (n = 2)", "first window, all runs"]
+    for series, level in zip(drawn, (2.0, 0.5, 4.0), strict=True):
+        assert series["y"] == pytest.approx([level * (1 + tenth / 10) for tenth in range(10)])
+    low, high = drawn[0]["low"][0], drawn[0]["high"][0]
+    assert (low, high) == pytest.approx(
+        (2 - PUBLISHED_T[1], 2 + PUBLISHED_T[1]), abs=1e-3
+    )  # deviation sqrt 2, two seeds
+    weights = run_folder.drawings(document.html())["Weight (0 where dropped), last window"]["series"]
+    assert weights[0]["y"] == [1.0] * 10 and weights[1]["y"][0] == 1.5
+    assert_drawn(tmp_path / "out" / "by_position.png")
+
+
+@pytest.mark.parametrize("name", ["$x_1$ and $y$", "$", "_under_", r"\frac$", "a|b", "*a*", "<b>"])
+def test_any_name_of_a_variant_can_be_drawn_and_written(tmp_path, name):
+    for seed in (1, 2):
+        for own in (name, f"_{name}"):
+            write_run(tmp_path / f"{len(own)}-{seed}", known(seed, 0.01), seed=seed, strategy=own)
+    found = compare_runs(read_runs([f"{tmp_path}/*-*"]), baseline=name)
+    document = runs_document(found, tmp_path / "out")
+    assert_drawn(tmp_path / "out" / "curve_greedy.png")
+    shown = plain(name)
+    assert not is_math_text(shown) and not shown.startswith("_")
+    draw_weights({name: [1.0] * 10}, tmp_path / "out")
+    draw_cosines({name: dict.fromkeys(REFERENCES, 0.5)}, tmp_path / "out")
+    assert name in document.headline
+    text = document.markdown()
+    for active in ("$x", "_under", "*a", "<b>"):
+        assert re.search(r"(?<!\\)" + re.escape(active), text) is None
+
+
+def test_names_are_text_in_markdown():
+    for text in ("_a_ *b* `c` <d> [e](f) [g]: h", "# a", "- b", "> c", "1. d", "a\n\n# b"):
+        written = markdown_text(text)
+        assert "\n" not in written
+        assert re.sub(r"\\([\W_])", r"\1", written) == " ".join(text.split())  # nothing is lost
+        assert not re.match(r"#|[-+>] |\d+[.)] ", written)
+        assert not re.search(r"(?<!\\)[*_`<]|(?<!\\)\](?=[(:])", written)
+    assert markdown_text("0.831 [0.811, 0.851]") == "0.831 [0.811, 0.851]" and markdown_text("-0.003") == "-0.003"
+
+
+def test_an_interval_is_drawn_where_it_is():
+    rows = [Interval(0.5, 0.0, 1.0), Interval(-1.0, None, None), None, Interval(3.0, 2.0, 3.0, True)]
+    first, second, third, last = Table(["a"], [["x"]] * 4, intervals=rows).forest()
+    assert third is None and (second["dot"], second["zero"], second["low"]) == ("0.0", "44.0", None)  # -1 to 3 over 176
+    assert (first["low"], first["dot"], first["high"]) == ("44.0", "66.0", "88.0") and not first["marked"]
+    assert (last["low"], last["high"], last["marked"]) == ("132.0", "176.0", True)
+
+
+def test_files_of_a_pattern_come_in_the_order_of_their_numbers(tmp_path):
+    for step in (1, 2, 10, 20):
+        (tmp_path / f"step-{step}.safetensors").touch()
+    (tmp_path / "step-2-rank-1.safetensors").touch()
+    names = [path.stem for path in find_files([f"{tmp_path}/*"])]
+    assert names == ["step-1", "step-2-rank-1", "step-2", "step-10", "step-20"]
 
 
 def test_every_part_of_a_document_is_text(tmp_path):
@@ -357,9 +480,11 @@ def test_every_part_of_a_document_is_text(tmp_path):
         return Document(text, [Section(text, [text, text], table, [tmp_path / "picture.png"]), Section(text)]).html()
 
     text = "".join(HOSTILE)
-    # title and heading, two section titles, two paragraphs, six cells
-    assert_only_text(page(text), page("a"), shown=12)
-    assert Reader(page(text)).values.count(text) == 1  # the picture's description
+    # title, line above the heading, heading, two section titles, two paragraphs, six cells
+    assert_only_text(page(text), page("a"), shown=13)
+    assert (
+        Reader(page(text)).values.count(text) == 5
+    )  # the picture's description, and what four cells are called on a phone
 
 
 def test_a_replays_files_strategies_and_notes_are_text(tmp_path):
@@ -368,8 +493,8 @@ def test_a_replays_files_strategies_and_notes_are_text(tmp_path):
         found = Replay([Path(text.replace("/", ""))], {text: sums}, {text: gradients}, [text])
         return replay_document(found, tmp_path).html()
 
-    # a note, a row of weights, a row of gradients
-    assert_only_text(page(HOSTILE_STRATEGY), page("a"), text=HOSTILE_STRATEGY, shown=3)
+    # a note, a row of weights, a row by position, a row of gradients
+    assert_only_text(page(HOSTILE_STRATEGY), page("a"), text=HOSTILE_STRATEGY, shown=4)
     assert HOSTILE_STRATEGY.replace("/", "") in Reader(page(HOSTILE_STRATEGY)).text
 
 
@@ -626,7 +751,16 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_real_runs_and_their_rollouts_are_compared_as_the_page_says(workplace):
-    """Every command of the page, the first one as a process of its own."""
+    """Every command of the page, the first one as a process of its own; each run has its own page."""
+    for folder in ("uniform-1", "iw-1"):
+        page = Reader(Path(f"runs/{folder}/report.html").read_text()).text
+        summary = json.loads(Path(f"runs/{folder}/summary.json").read_text())
+        assert f"{summary['strategy']}, 2 steps" in page and "Finished." in page
+        drawn = run_folder.drawings(Path(f"runs/{folder}/report.html").read_text())
+        assert drawn["KL(student || teacher)"]["series"][0]["y"][-1] == pytest.approx(
+            summary["reverse_kl_end"], rel=1e-5
+        )
+        assert ("Weight (0 where dropped)" in drawn) == (folder == "iw-1")
     first, *others = commands_of_the_page()
     done = subprocess.run([sys.executable, "train.py", *first], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

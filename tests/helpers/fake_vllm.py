@@ -79,6 +79,7 @@ class FakeServer(ThreadingHTTPServer):
         self.requests, self.reloads = 0, 0
         self.broken_resets: list[bool] = []  # which of the next requests for an empty prefix cache are hung up on
         self.transfer = Transfer()
+        self.path, self.adapters = path, {}  # names that were loaded, with their merged models
         self.key: str | None = None
         self.secure = False
 
@@ -99,14 +100,14 @@ class FakeServer(ThreadingHTTPServer):
     @torch.no_grad()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         choices = [self._choice(index, prompt, body) for index, prompt in enumerate(body["prompt"])]
-        return {"model": self.served_model, "choices": choices[::-1]}  # vLLM promises no order
+        return {"model": body["model"], "choices": choices[::-1]}  # vLLM promises no order
 
     def _choice(self, index: int, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
         ids, start = list(prompt), len(prompt)
         generator = torch.Generator().manual_seed(body.get("seed", 0) % 2**32)
         values: list[float] = []
         while len(values) < body["max_tokens"] and not (values and ids[-1] in body.get("stop_token_ids", [EOS])):
-            logprobs = _allowed(self.logprobs(ids)[-1], body)
+            logprobs = _allowed(self.logprobs(ids, body["model"])[-1], body)
             greedy = body["temperature"] == 0
             token = int(logprobs.argmax() if greedy else torch.multinomial(logprobs.exp(), 1, generator=generator))
             ids.append(token)
@@ -120,8 +121,14 @@ class FakeServer(ThreadingHTTPServer):
             choice |= {"token_ids": ids[start:], "prompt_token_ids": prompt, "logprobs": {"token_logprobs": values}}
         return choice
 
-    def logprobs(self, ids: list[int]) -> torch.Tensor:
-        return self.causal_lm(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    def load_adapter(self, name: str, path: str) -> None:
+        """A copy of the model with the adapter of a PEFT folder."""
+        from peft import PeftModel
+
+        self.adapters[name] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.path), path)
+
+    def logprobs(self, ids: list[int], name: str | None = None) -> torch.Tensor:
+        return self.adapters.get(name, self.causal_lm)(torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
 
 def _allowed(logprobs: torch.Tensor, body: dict[str, Any]) -> torch.Tensor:
@@ -165,8 +172,10 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if self.path in known:
             return self.reply(json.dumps(known[self.path]).encode())
-        card = {"id": self.server.served_model, "max_model_len": self.server.window}
-        self.reply(json.dumps({"data": [card]}).encode())
+        window = {"max_model_len": self.server.window}
+        cards = [{"id": name, "parent": self.server.served_model, **window} for name in self.server.adapters]
+        cards.append({"id": self.server.served_model, "parent": None, **window})
+        self.reply(json.dumps({"data": cards}).encode())
 
     def do_POST(self) -> None:
         server = self.server
@@ -184,6 +193,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             return self.reply(b'{"success": true}')
+        if self.path == "/v1/load_lora_adapter":
+            with server.lock:
+                server.load_adapter(body["lora_name"], body["lora_path"])
+            return self.reply(b"Success")
+        if self.path == "/v1/unload_lora_adapter":
+            known = server.adapters.pop(body["lora_name"], None) is not None
+            return self.reply(b"Success" if known else b'{"error": "cannot be found"}', 200 if known else 404)
         if self.path in PHASES:
             refused = server.transfer.phase(PHASES[self.path], body, server.causal_lm)
             return self.reply(
@@ -197,6 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is None or not fault(server, self, body):
             with server.lock:
                 server.requests += 1
+                if body["model"] not in (server.served_model, *server.adapters):
+                    return self.reply(b'{"error": {"message": "The model does not exist"}}', 404)
                 data = json.dumps(server.complete(body)).encode()
             self.reply(data)
 

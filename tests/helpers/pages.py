@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
+import re
 from html.parser import HTMLParser
 
 # Markup, quotes, and the template language that makes the pages
@@ -38,7 +42,7 @@ class Reader(HTMLParser):
         self.names |= {name for name, _ in attrs}
         values = dict(attrs)
         self.values += [value or "" for value in values.values()]
-        if (values.get("class") or "").startswith("t"):
+        if "t" in (values.get("class") or "").split():
             self.titles.append(values["title"] or "")
             self.styles.append(values["style"] or "")
 
@@ -48,10 +52,21 @@ class Reader(HTMLParser):
 
 
 def assert_only_text(page: str, plain: str, *, shown: int, text: str = "".join(HOSTILE)) -> None:
-    """Tags and attributes of ``page`` are those of ``plain``, and ``text`` is read ``shown`` times as it was written."""
+    """Tags and attributes of ``page`` are those of ``plain``, and ``text`` is read ``shown`` times as it was written.
+
+    Scripts are the package's own, the same on every page, and the only ones that the page's policy lets run.
+    """
     found, expected = Reader(page), Reader(plain)
     assert found.tags == expected.tags and found.names == expected.names
-    assert found.text.count(text) == shown
-    assert not {name for name in found.names if name.startswith("on")} and "script" not in found.tags
+    assert found.text.count(text) == shown, found.text.count(text)
+    assert not {name for name in found.names if name.startswith("on")}
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.S)
+    assert scripts == re.findall(r"<script>(.*?)</script>", plain, flags=re.S)
+    assert found.tags.count("script") == len(scripts) + page.count('<script type="application/json" id="data">')
+    hashes = {base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts}
+    policy = re.findall(r'Content-Security-Policy" content="(.*?)">', html.unescape(page))[0]
+    assert set(re.findall(r"sha256-([A-Za-z0-9+/=]+)", policy)) == hashes
+    for script in scripts:
+        page = page.replace(script, "")
     assert "http" not in page.replace("http-equiv", "")
     assert "Content-Security-Policy\" content=\"default-src 'none'" in page

@@ -82,10 +82,10 @@ def test_both_names_of_the_callbacks_are_one_class_whichever_comes_first():
 
 def test_help_version_and_configs_load_nothing_heavy():
     code = (
-        "import sys; from lit_opd.__main__ import main; main({}); "
+        "import sys; from lit_opd.__main__ import main; import lit_opd.sweep.command; main({}); "
         f"assert not [name for name in {HEAVY} if name in sys.modules], 'heavy'"
     )
-    for words in (["--help"], ["--version"]):
+    for words in (["--help"], ["--version"], ["configs"]):
         subprocess.run(
             [sys.executable, "-c", code.format(words)], env=environment(ROOT), check=True, capture_output=True
         )
@@ -109,8 +109,22 @@ def test_what_is_printed_fits_80_columns(words, capsys):
 
 
 def test_the_help_names_every_command_of_the_command_line():
-    named = {"fit", "preflight", "validate", "test", "predict", "compare", "export", "push", "chat", "configs", "new"}
-    assert named == {*OPDCLI.subcommands(), *COMMANDS, *command.LIGHT}
+    named = {
+        "fit",
+        "preflight",
+        "validate",
+        "test",
+        "predict",
+        "compare",
+        "export",
+        "push",
+        "chat",
+        "configs",
+        "new",
+        "sweep",
+        "report",
+    }
+    assert named == {*OPDCLI.subcommands(), *COMMANDS, command.SWEEP, *command.LIGHT}
     listed = {line.split()[0] for line in command.HELP.splitlines() if line.startswith("  ")}
     assert listed == named
 

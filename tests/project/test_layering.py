@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "distributed", "models", "scoring", "rollout", "teacher", "advantage", "weighting", "objective",
         "step", "evaluation", "run", "preflight",
     },
-    "report": {"types", "errors", "files", "masked", "evaluation"},
+    "report": {"types", "errors", "files", "shipped", "masked", "evaluation"},
     "compare": {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
@@ -52,10 +52,11 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "rollout", "run", "preflight", "module",
         "report", "compare",
     },
+    "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {
         "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
-    "__main__": {"shipped", "callbacks", "cli"},
+    "__main__": {"errors", "shipped", "callbacks", "cli", "sweep"},
 }  # fmt: skip
 
 

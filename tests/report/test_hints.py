@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from callbacks import RunHints
+from lit_opd.files import read_lines
 from lit_opd.report import hints
 from lit_opd.report.hints import LASTS, Hints
 from tests.helpers import fixed, tiny
@@ -109,10 +110,14 @@ def test_a_run_says_its_hints_and_a_resumed_one_does_not_again(tmp_path, caplog)
         caplog.clear()
         with caplog.at_level("INFO"):
             trained = fixed.module((folder, folder), rollout)
-            fixed.fit(trained, rollout.prompts, steps=steps, watch=RunHints(), **files)
+            fixed.fit(trained, rollout.prompts, steps=steps, watch=RunHints(), default_root_dir=tmp_path, **files)
         return [record.message for record in caplog.records if record.message.startswith("hint: ")]
 
+    file = tmp_path / "hints.jsonl"
     lines = said(LASTS + 1, save=tmp_path / "middle.ckpt")
     assert len(lines) == 2 and lines[0] == lines[1] and "is model.teacher the student itself?" in lines[0]
+    assert read_lines(file) == [{"step": LASTS, "hint": lines[0].removeprefix("hint: ")}]
+    file.write_text("")
     assert said(LASTS + 3, load=tmp_path / "middle.ckpt") == lines[:1]  # at the end alone
-    assert said(LASTS - 1) == []
+    assert [line["step"] for line in read_lines(file)] == [LASTS]
+    assert said(LASTS - 1) == [] and read_lines(file) == []

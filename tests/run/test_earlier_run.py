@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from callbacks import default_callbacks
-from lit_opd.cli import main
+from lit_opd.cli.command import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = Path("tests/assets/earlier_run")  # as its config.yaml names it

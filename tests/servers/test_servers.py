@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_opd.errors import InputError, ServerError
-from lit_opd.rollout import ReloadEndpoint, SamplingSettings, VLLMSampler
+from lit_opd.models.student import LoraSettings
+from lit_opd.rollout import AdapterEndpoint, ReloadEndpoint, SamplingSettings, VLLMSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from lit_opd.types import Rollout
@@ -257,12 +258,46 @@ def test_a_server_that_goes_away_during_a_push_gets_the_whole_push_again(folders
         ours.prepare(lambda folder: folder, 2)
 
 
-def _module(folders, vllm, teacher):
+def test_of_a_student_with_lora_only_the_adapter_goes_to_the_servers(folders, rows, tmp_path):
+    """Each version under a name of its own, the older one removed; a server that was restarted, and lost all, gets it again."""
+    with fake.serving(folders[0], model="student") as draws:
+        folder = tmp_path / "adapter"
+        vllm = sampler(draws, sync=AdapterEndpoint(str(folder)), max_logprob_gap=1e-4)
+        trained = _module(folders, vllm, LocalTeacher(folders[1]), lora=LoraSettings(rank=4, alpha=8.0))
+        done = fixed.fit(trained, rows.prompts, steps=3)
+        assert [record.rollout.provenance.weights_version for record in done.records] == [0, 1, 2]
+        gaps = [(r.signal.student_logprobs - r.rollout.sampler_logprobs)[r.rollout.mask] for r in done.records]
+        assert max(float(gap.abs().max()) for gap in gaps) < 1e-4
+        (name,) = draws.adapters
+        assert name.startswith("student-") and name.endswith("-3")
+        another = sampler(draws)  # of a run that goes on: what is left of this one is no second model
+        another.check(tokens=12, vocabulary=64)
+        assert another.servers.model == "student"
+        assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".md"}
+        before = vllm.sample(None, rows.prompts, SETTINGS)
+        for number, faults in (("4", []), ("5", [fake.hang_up])):  # restarted between two batches, and within one
+            draws.adapters.clear()
+            draws.faults = faults
+            assert torch.equal(vllm.sample(None, rows.prompts, SETTINGS).response_ids, before.response_ids)
+            assert list(draws.adapters) == [name.removesuffix("3") + number]
+        draws.load_adapter = lambda name, path: None  # type: ignore[method-assign]
+        draws.adapters.clear()
+        with pytest.raises(ServerError, match="went away in each of 3 samplings"):
+            vllm.sample(None, rows.prompts, SETTINGS)
+
+
+def test_adapters_need_a_student_that_has_one(folders, server, rows):
+    trained = _module(folders, sampler(server, sync=AdapterEndpoint()), LocalTeacher(folders[1]))
+    with pytest.raises(InputError, match="model.sampler.sync.*without LoRA, got AdapterEndpoint"):
+        fixed.fit(trained, rows.prompts, steps=1)
+
+
+def _module(folders, vllm, teacher, lora=None):
     from lit_opd.models.student import StudentSettings
     from lit_opd.module import OPDModule
 
     return OPDModule(
-        StudentSettings(folders[0]),
+        StudentSettings(folders[0], lora=lora),
         teacher,
         sampler=vllm,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "PYTHONPATH": "",
 }
@@ -44,10 +46,11 @@ class RealServer:
         model: folder it serves, under the name "student".
         log: file for its output.
         port: where; default a free one.
+        flags: further ones.
     """
 
-    def __init__(self, model: str, log: Path, *, port: int | None = None) -> None:
-        self.model, self.log, self.port = model, log, port or free_port()
+    def __init__(self, model: str, log: Path, *, port: int | None = None, flags: Sequence[str] = ()) -> None:
+        self.model, self.log, self.port, self.flags = model, log, port or free_port(), flags
         self.process: subprocess.Popen | None = None
 
     @property
@@ -59,7 +62,7 @@ class RealServer:
         """Start it; it answers some 30 to 60 seconds later."""
         command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, *FLAGS]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "student"]
-        command += ["--max-logprobs", "64"]
+        command += ["--max-logprobs", "64", *self.flags]
         with self.log.open("a") as output:
             environment = os.environ | ENVIRONMENT
             options = {"stdout": output, "stderr": output, "cwd": self.log.parent, "start_new_session": True}

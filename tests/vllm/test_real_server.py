@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_opd.rollout import ReloadEndpoint, RestartCommand, SamplingSettings, VLLMSampler
+from lit_opd.models import LoraSettings
+from lit_opd.rollout import AdapterEndpoint, ReloadEndpoint, RestartCommand, SamplingSettings, VLLMSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.teacher import LocalTeacher, RemoteTeacher
 from tests.helpers import fixed, tiny
-from tests.vllm import servers
+from tests.vllm import servers, ways
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4  # nats
@@ -58,6 +59,33 @@ def test_scores_samples_and_new_weights_agree_with_transformers(folders, rows, t
         assert (drawn.sampler_logprobs - old).abs().max() > 1.0  # the weights are other ones
         with pytest.raises(Exception, match="400.*out of vocabulary"):
             sampler.check(tokens=64, vocabulary=65)
+    finally:
+        server.kill()
+
+
+def test_adapters_travel_alone_each_version_under_its_own_name(folders, rows, tmp_path):
+    """Two versions, then a server that was killed and started again without any."""
+    server = servers.RealServer(folders[0], tmp_path / "server.log", flags=("--enable-lora", "--max-lora-rank", "8"))
+    server.start()
+    try:
+        sync = AdapterEndpoint(str(tmp_path / "adapter"))
+        sampler = VLLMSampler([server.url], sync=sync, max_new_tokens=16, start_seconds=servers.START_SECONDS)
+        sampler.check(tokens=64, vocabulary=64)
+        plain = student_logprobs(folders[0], rows)
+        for version in (0, 1):
+            weights = ways.student(folders[0], LoraSettings(rank=4, alpha=8.0), seed=100 * version)
+            sampler.prepare(weights, version)
+            drawn = sampler.sample(None, rows.prompts, SETTINGS)
+            with torch.no_grad():
+                scored = weights.policy(drawn).logprobs
+            assert torch.allclose(drawn.sampler_logprobs, scored, atol=TOLERANCE, rtol=0)
+            assert drawn.provenance.weights_version == version
+            assert (weights.policy(rows).logprobs - plain).abs().max() > 0.1  # nats: the adapter changes something
+        server.kill()
+        server.start()
+        again = sampler.sample(None, rows.prompts, SETTINGS)
+        assert torch.equal(again.response_ids, drawn.response_ids)
+        assert torch.allclose(again.sampler_logprobs, drawn.sampler_logprobs, atol=TOLERANCE, rtol=0)
     finally:
         server.kill()
 

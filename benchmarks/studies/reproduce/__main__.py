@@ -17,7 +17,6 @@ from lit_opd.errors import InputError
 
 RUNS = Path("runs/reproduce")
 PARTS = ("base", "full")
-INTERRUPTED = 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,7 +57,7 @@ def run(plan: Plan, args: argparse.Namespace) -> int:
     jobs = plan.jobs(tuple(args.parts))
     print(f"plan {plan.sha[:12]}: {len(jobs)} runs{'' if plan.tuned else ', learning rates not tuned'}", flush=True)
     outcome = run_jobs(jobs, args.runs, workers=args.jobs, rerun_changed=args.rerun_changed)
-    return INTERRUPTED if outcome.stopped == "interrupted" else int(bool(outcome.failed or outcome.stopped))
+    return outcome.status
 
 
 def tune(plan: Plan, args: argparse.Namespace) -> int:
@@ -71,7 +70,7 @@ def tune(plan: Plan, args: argparse.Namespace) -> int:
     root = tuning_folder(args.runs)
     outcome = run_jobs(list(plan.tuning_jobs()), root, workers=args.jobs, rerun_changed=args.rerun_changed)
     if outcome.failed or outcome.stopped:
-        return INTERRUPTED if outcome.stopped == "interrupted" else 1
+        return outcome.status
     changed = write_rates(plan, by_variant(plan, read_results(root).values()))
     print(f"wrote {plan.path}: plan {changed.sha[:12]}")
     return 0

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
-from benchmarks.studies.reproduce.plan import Job, folder_of, missing
-from benchmarks.studies.reproduce.processes import begin, build, train
+from benchmarks.studies.reproduce.plan import Asset, Job, folder_of, missing
+from benchmarks.studies.reproduce.processes import build, train
 from benchmarks.studies.reproduce.results import Record, add_line, is_finished, mended, read_record
 from lit_opd.errors import InputError
-
-
-@dataclass
-class Outcome:
-    """How a call ended.
-
-    Args:
-        finished: runs of this call.
-        kept: runs that were finished before.
-        failed: run or asset -> (reason, log file).
-        stopped: why not all were tried, empty where all were.
-    """
-
-    finished: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    failed: dict[str, tuple[str, Path]] = field(default_factory=dict)
-    stopped: str = ""
-
-    def show(self, console: Console) -> None:
-        """The last lines on the screen."""
-        for name, (reason, log) in self.failed.items():
-            console.print(f"failed: {name}: {reason} ({log})", style="red", markup=False, soft_wrap=True)
-        if self.stopped:
-            console.print(f"stopped: {self.stopped}; the same command goes on", markup=False, soft_wrap=True)
-        counts = f"{len(self.finished)} runs finished, {len(self.kept)} were finished before, {len(self.failed)} failed"
-        console.print(counts, highlight=False, soft_wrap=True)
+from lit_opd.sweep.crew import Crew, Task
+from lit_opd.sweep.progress import Outcome, locked, run_tasks
 
 
 def run_jobs(
@@ -74,7 +42,10 @@ def run_jobs(
         outcome = Outcome(kept=[job.name for job in done])
         todo = [job for job in jobs if job not in done]
         if todo:
-            _Pool(root, workers, console, outcome).work(todo)
+            with Crew([{}] * workers, threads=1) as crew:
+                _build(todo, root, crew=crew, outcome=outcome, console=console)
+                if not outcome.stopped:
+                    _train(todo, root, crew=crew, outcome=outcome, console=console)
     outcome.show(console)
     return outcome
 
@@ -98,77 +69,36 @@ def complete_lines(root: Path, records: Sequence[Record]) -> None:
             add_line(root, record)
 
 
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """One call at a time; the lock goes with the process, however it ends."""
-    with (root / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"`--runs` must be free, got {root}, where another call is at work; wait for it"
-            ) from error
-        yield
+def _build(jobs: Sequence[Job], root: Path, *, crew: Crew, outcome: Outcome, console: Console) -> None:
+    """What the jobs train on in place of what is shipped, where it is not there yet."""
+
+    def built(task: Task, about: Any) -> str:
+        return ", ".join(["built", *(f"{key} {about[key]}" for key in ("greedy", "steps", "train") if key in about)])
+
+    tasks = [_building(asset, root) for asset in missing(jobs, root)]
+    if tasks:
+        run_tasks(tasks, crew=crew, outcome=outcome, console=console, ended=built)
 
 
-class _Pool:
-    """Builds assets, then trains runs, and keeps the books."""
+def _building(asset: Asset, root: Path) -> Task:
+    log = root / "logs" / f"{folder_of(asset, root).name}.log"
+    return Task(asset[0], int(asset[1].get("num_steps", 1)), log, functools.partial(build, asset, root))
 
-    def __init__(self, root: Path, workers: int, console: Console, outcome: Outcome) -> None:
-        self.root, self.workers, self.console, self.outcome = root, workers, console, outcome
 
-    def work(self, jobs: Sequence[Job]) -> None:
-        """All of it; on Ctrl-C the processes end at once and what they had begun is gone on with by the next call."""
-        os.environ["OMP_NUM_THREADS"] = "1"
-        context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin)
-        try:
-            self._build(pool, jobs)
-            self._train(pool, jobs)
-        except KeyboardInterrupt:
-            self.outcome.stopped = "interrupted"
-        except BrokenProcessPool:
-            self.outcome.stopped = "a worker process died, out of memory perhaps"
-        if self.outcome.stopped:
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-        pool.shutdown(cancel_futures=True)
+def _train(jobs: Sequence[Job], root: Path, *, crew: Crew, outcome: Outcome, console: Console) -> None:
+    """The runs; on Ctrl-C they end at once, and what they had begun is gone on with by the next call."""
+    ready = [job for job in jobs if not missing([job], root)]
+    if len(ready) < len(jobs):
+        console.print(f"{len(jobs) - len(ready)} runs wait for what could not be built", style="red")
 
-    def _build(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
-        assets = missing(jobs, self.root)
-        futures = {pool.submit(build, asset, self.root): asset for asset in assets}
-        for future in as_completed(futures):
-            asset = futures[future]
-            about = self._result(future, asset[0], self.root / "logs" / f"{folder_of(asset, self.root).name}.log")
-            if about is not None:
-                facts = ", ".join(f"{key} {about[key]}" for key in ("greedy", "steps", "train") if key in about)
-                self.console.print(f"built {asset[0]}: {facts}", markup=False, highlight=False, soft_wrap=True)
+    def ended(task: Task, record: Any) -> str:
+        add_line(root, record)
+        outcome.finished.append(task.name)
+        return in_words(record)
 
-    def _train(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
-        ready = [job for job in jobs if not missing([job], self.root)]
-        if len(ready) < len(jobs):
-            self.console.print(f"{len(jobs) - len(ready)} runs wait for what could not be built", style="red")
-        futures = {pool.submit(train, job, self.root): job for job in ready}
-        with shown(self.console, sum(job.steps for job in ready)) as advance:
-            for future in as_completed(futures):
-                job = futures[future]
-                record = self._result(future, job.name, self.root / "logs" / f"{job.name}.log")
-                if record is not None:
-                    add_line(self.root, record)
-                    self.outcome.finished.append(job.name)
-                    advance(job.steps, f"{job.name}: {in_words(record)}")
-                else:
-                    advance(job.steps, f"{job.name}: failed")
-
-    def _result(self, future: Future[Any], name: str, log: Path) -> Any:
-        """What the worker returned, None where it failed; a dead worker ends it all."""
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            raise
-        except Exception as error:  # whatever ended one run, the others go on; it is shown at the end
-            self.outcome.failed[name] = (str(error), log)
-            return None
+    logs = root / "logs"
+    tasks = [Task(job.name, job.steps, logs / f"{job.name}.log", functools.partial(train, job, root)) for job in ready]
+    run_tasks(tasks, crew=crew, outcome=outcome, console=console, ended=ended)
 
 
 def in_words(record: Record) -> str:
@@ -177,26 +107,3 @@ def in_words(record: Record) -> str:
         f"{name} {record['curves'][name][-1][1]:.3f}" for name in ("greedy", "reverse_kl") if record["curves"][name]
     ]
     return f"{', '.join(ends)} ({record['cpu_seconds']:.0f} CPU s, {record['wall_seconds']:.0f} s)"
-
-
-@contextmanager
-def shown(console: Console, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar with the time left on a terminal, and a line for each run anywhere.
-
-    Args:
-        console: where to write.
-        total: optimizer steps of all runs.
-    """
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}% {task.fields[left]}")
-    began, done = time.monotonic(), 0
-    with Progress(*columns, console=console, refresh_per_second=1, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=total, left="")
-
-        def advance(steps: int, line: str) -> None:
-            nonlocal done
-            done += steps
-            left = f"{(time.monotonic() - began) / done * (total - done) / 60:.0f} min left"
-            bar.update(task, advance=steps, left=left)
-            console.print(f"{done}/{total} steps, {left} | {line}", markup=False, highlight=False, soft_wrap=True)
-
-        yield advance

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from lightning.pytorch import Callback
 
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
 from benchmarks.studies.reproduce.plan import Asset, Job, folder_of, merged
-from benchmarks.studies.reproduce.processes import RunFailed
 from benchmarks.studies.reproduce.results import Record, code_version, finish
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
-from lit_opd.cli.command import main
-from lit_opd.errors import first_line
-
-T = TypeVar("T")
+from lit_opd.sweep.crew import Report
+from lit_opd.sweep.logs import logged
+from lit_opd.sweep.train import train
 
 
 def run_callbacks() -> list[Callback]:
@@ -32,11 +26,15 @@ def run_callbacks() -> list[Callback]:
     return [Progress(every=10), RngState(), ExportStudent(), Summary(), RunCheckpoint(keep=1)]
 
 
-def run_job(job: Job, root: Path) -> Record:
+def run_job(job: Job, root: Path, report: Report = lambda steps: None) -> Record:
     """Train one run, or what is left of it; its record.
 
+    Args:
+        job: the run.
+        root: folder of the runs.
+        report: is told the steps that are made.
     Raises:
-        RunFailed: it ended with an error.
+        TaskFailed: it ended with an error.
     """
     folder, log = root / job.name, root / "logs" / f"{job.name}.log"
     cpu, wall = time.process_time(), time.monotonic()
@@ -44,7 +42,7 @@ def run_job(job: Job, root: Path) -> Record:
         config = write_config(job, root)
         words = ["fit", "--config", str(config), "--run_dir", str(folder)]
         going_on = ["--ckpt_path", "last"] if resumable(job, folder) else ["--overwrite", "true"]
-        logged(log, lambda: main(run_callbacks, [*words, *going_on]))
+        train([*words, *going_on], folder, log, run_callbacks, report)
     seconds = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.monotonic() - wall}
     record = finish(job, folder, models=models_of(job, root), code=imported_code(), **seconds)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the student is exported; 100 runs would keep 200 MB
@@ -71,7 +69,7 @@ def build(asset: Asset, root: Path) -> Record:
     """Make one asset; the content of its ``asset.json``.
 
     Raises:
-        RunFailed: it ended with an error.
+        TaskFailed: it ended with an error.
     """
     log = root / "logs" / f"{folder_of(asset, root).name}.log"
     return logged(log, lambda: build_asset(asset, root))
@@ -98,32 +96,3 @@ def resumable(job: Job, folder: Path) -> bool:
     checkpoints = folder / "checkpoints"
     ended = (checkpoints / f"step-{job.steps}.ckpt").exists()
     return (checkpoints / "last.ckpt").exists() and not ended and started_as(folder) == job.settings_sha
-
-
-def logged(path: Path, work: Callable[[], T]) -> T:
-    """``work()`` with everything it prints appended to a file; any way it fails becomes one line and a traceback there."""
-    with output_to(path):
-        try:
-            return work()
-        except SystemExit:  # the command line has said what is wrong
-            reason = ""
-        except Exception as error:
-            traceback.print_exc()
-            reason = f"{type(error).__name__}: {first_line(error)}"
-    raise RunFailed(reason or path.read_text().splitlines()[-1])
-
-
-@contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Standard output and error of the process, below Python too, appended to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    saved = [os.dup(stream) for stream in (1, 2)]
-    with path.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-        try:
-            yield
-        finally:
-            for stream, kept in zip((1, 2), saved, strict=True):
-                os.dup2(kept, stream)
-                os.close(kept)
