@@ -34,6 +34,8 @@ look
   report      one run on a page: report.html in its folder
   compare     runs, or strategies on saved rollouts, side by side
   export      a checkpoint as a Hugging Face folder
+  chat        talk to a student: a run, an exported folder or an adapter
+  push        upload a student with a model card made from its run
 start
   configs     list the configs that come along, or copy one
   new         a folder with a weighting of your own, its config and its test

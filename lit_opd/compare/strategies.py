@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_opd.errors import InputError
-from lit_opd.report.settings import in_words as text
+from lit_opd.report.settings import in_words
 from lit_opd.weighting import WeightingStrategy
 
 
