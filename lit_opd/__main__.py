@@ -16,7 +16,7 @@ LIGHT = {
     "configs": "lit_opd.cli.configs",
     "new": "lit_opd.cli.new",
     "report": "lit_opd.report.command",
-}  # commands, and the modules whose ``run`` they are
+}  # commands -> modules
 SWEEP = "sweep"
 HELP = """Distil a student on its own samples, and see where in the response the
 teacher helps.

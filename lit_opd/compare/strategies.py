@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_opd.errors import InputError
-from lit_opd.report.settings import in_words as text
+from lit_opd.report.settings import in_words
 from lit_opd.weighting import WeightingStrategy
 
 
@@ -61,7 +61,7 @@ def _read(word: str, option: str) -> tuple[str, dict[str, Any], WeightingStrateg
         if isinstance(error, InputError):
             raise
         raise InputError(f"`{option}` must name weighting strategies, got {word!r}: {_last_line(error)}") from error
-    return text({"class_path": given} if isinstance(given, str) else given), setting, strategy
+    return in_words({"class_path": given} if isinstance(given, str) else given), setting, strategy
 
 
 def _last_line(error: Exception) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from lit_opd.compare.strategies import read_setting, text
+from lit_opd.compare.strategies import read_setting
 from lit_opd.errors import InputError
+from lit_opd.report.settings import in_words
 from lit_opd.sweep.options import WEIGHTING, Asked
 
 TAKEN = ("compare", "logs")  # folders beside those of the variants
@@ -95,7 +96,7 @@ def _value(written: str) -> str:
         read = yaml.safe_load(written)
     except yaml.YAMLError:
         return written
-    return text(read) if isinstance(read, dict) else written
+    return in_words(read) if isinstance(read, dict) else written
 
 
 def plain(name: str) -> str:

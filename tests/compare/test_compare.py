@@ -357,9 +357,7 @@ def test_the_verdict_is_what_the_interval_says(effect):
     for metric, better in (("greedy", True), ("avg_at_4", True), ("reverse_kl", False)):
         end = quantity(effect, metric, "end")
         apart = end["low"] > 0 or end["high"] < 0
-        said = (
-            "not shown to differ from" if not apart else "better than" if (end["mean"] > 0) == better else "worse than"
-        )
+        said = "not different from" if not apart else "better than" if (end["mean"] > 0) == better else "worse than"
         assert own["reading"][metric] == f"{said} Uniform"
     end = quantity(effect, "greedy", "end")
     numbers = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**end)
@@ -379,8 +377,8 @@ def test_the_verdict_is_what_the_interval_says(effect):
         (0.1, 0.3, False, "worse than B"),
         (-0.3, -0.1, True, "worse than B"),
         (-0.3, -0.1, False, "better than B"),
-        (-0.1, 0.3, True, "not shown to differ from B"),
-        (0.0, 0.3, True, "not shown to differ from B"),
+        (-0.1, 0.3, True, "not different from B"),
+        (0.0, 0.3, True, "not different from B"),
         (None, None, True, "one pair, so no interval: it may be chance"),
     ],
 )
@@ -388,7 +386,7 @@ def test_a_reading_follows_the_side_of_the_interval(low, high, rising, said):
     mean = 0.2 if low is None else (low + high) / 2
     assert reading(Estimate(mean, low, high, 3 if low is not None else 1), rising=rising, baseline="B") == said
     assert reading(None, rising=rising, baseline="B") == "not measured beside B"
-    assert reading(Estimate(mean, 0.1, 0.3, 3, censored=1), rising=True, baseline="B").startswith("not shown")
+    assert reading(Estimate(mean, 0.1, 0.3, 3, censored=1), rising=True, baseline="B").startswith("not different")
 
 
 def test_a_headline_names_every_variant_once(tmp_path):
@@ -398,7 +396,7 @@ def test_a_headline_names_every_variant_once(tmp_path):
             values = {"greedy": [0.3 + (gain + noise) * step for step in STEPS]}
             write_run(tmp_path / f"{name}-{seed}", values, seed=seed, strategy=name)
     found = compare_runs(read_runs([f"{tmp_path}/*-*"]), baseline="Base")
-    said = "Greedy accuracy: Good better than Base; Bad worse than Base; Same not shown to differ from Base"
+    said = "Greedy accuracy: Good better than Base; Bad worse than Base; Same not different from Base"
     document = runs_document(found, tmp_path / "out")
     assert document.headline == said and len(document.lines().splitlines()) == 1 + 3 + len(found.notes)
     assert document.lines().startswith(said) and document.markdown().index(said) < document.markdown().index(

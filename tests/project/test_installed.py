@@ -109,7 +109,19 @@ def test_what_is_printed_fits_80_columns(words, capsys):
 
 
 def test_the_help_names_every_command_of_the_command_line():
-    named = {"fit", "preflight", "validate", "test", "predict", "compare", "export", "configs", "new", "sweep"}
+    named = {
+        "fit",
+        "preflight",
+        "validate",
+        "test",
+        "predict",
+        "compare",
+        "export",
+        "configs",
+        "new",
+        "sweep",
+        "report",
+    }
     assert named == {*OPDCLI.subcommands(), COMPARE, EXPORT, command.SWEEP, *command.LIGHT}
     listed = {line.split()[0] for line in command.HELP.splitlines() if line.startswith("  ")}
     assert listed == named

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "run", "preflight", "module", "compare",
     },
-    "sweep": {"errors", "files", "shipped", "run", "compare", "cli"},
+    "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {
         "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
