@@ -9,9 +9,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lit_opd.callbacks.report import RunReport
 
 from lit_opd.evaluation.validation import SUMMARISED
 from lit_opd.files import replace_whole
+from lit_opd.run.lightning import callbacks_of
 from lit_opd.shipped import program
 
 
@@ -65,7 +67,8 @@ class Summary(Callback):
         summary = self.values(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
         replace_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-        rank_zero_info(table(summary, folder))
+        paged = any(isinstance(other, RunReport) for other in callbacks_of(trainer))
+        rank_zero_info(table(summary, folder, paged=paged))
 
     def values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The content of ``summary.json``."""
@@ -85,8 +88,8 @@ class Summary(Callback):
         }
 
 
-def table(summary: dict[str, Any], folder: Path) -> str:
-    """Start against end, where the files are, and what to do next."""
+def table(summary: dict[str, Any], folder: Path, *, paged: bool) -> str:
+    """Start against end, where the files are, ``paged`` with the page, and what to do next."""
     other = "ImportanceWeighting" if summary["strategy"] == "Uniform" else "Uniform"
     labels = {"greedy": "greedy accuracy", "avg_at_4": "avg@4", "reverse_kl": "reverse KL (nats/token)"}
     rows = [f"{'':26}{'start':>9}{'end':>9}"]
@@ -97,6 +100,7 @@ def table(summary: dict[str, Any], folder: Path) -> str:
     rows += [
         f"{spans(summary)}, {summary['tokens']:,} sampled tokens, {summary['seconds']:.0f} s",
         f"run folder: {folder} (summary.json, metrics.csv, checkpoints/, student/)",
+        *([f"on one page: {folder}/report.html"] if paged else []),
         f"next: {program()} fit --config {folder}/config.yaml --model.weighting {other} --run_dir {folder}-{other.lower()}",
     ]
     return "\n".join(["", *rows])

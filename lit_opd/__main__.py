@@ -17,7 +17,7 @@ LIGHT = {
     "configs": "lit_opd.cli.configs",
     "new": "lit_opd.cli.new",
     "report": "lit_opd.report.command",
-}  # commands -> modules
+}  # commands, and the modules whose ``run`` they are
 SWEEP = "sweep"
 HELP = """Distil a student on its own samples, and see where in the response the
 teacher helps.
@@ -35,6 +35,8 @@ look
   report      one run on a page: report.html in its folder
   compare     runs, or strategies on saved rollouts, side by side
   export      a checkpoint as a Hugging Face folder
+  chat        talk to a student: a run, an exported folder or an adapter
+  push        upload a student with a model card made from its run
 start
   configs     list the configs that come along, or copy one
   new         a folder with a weighting of your own, its config and its test

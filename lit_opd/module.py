@@ -18,12 +18,13 @@ from lit_opd.advantage import AdvantageTransform
 from lit_opd.distributed import is_rank_zero, shared_failure
 from lit_opd.errors import InputError, memory_for
 from lit_opd.evaluation import Evaluator, ValidationSettings
+from lit_opd.models.base import base_mark
 from lit_opd.models.export import export_folder
 from lit_opd.models.export_check import ExportCheck, unsharded
 from lit_opd.models.lazy import fill
 from lit_opd.models.loading import load_config, load_generation_config, load_tokenizer
 from lit_opd.models.sharding import compile_layers, full_state, gathered, is_sharded, placement
-from lit_opd.models.student import StudentSettings, build_student
+from lit_opd.models.student import StudentSettings, adapter_names, build_student
 from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, unused_ids
 from lit_opd.models.weights import StudentWeights
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
@@ -240,10 +241,11 @@ class OPDModule(L.LightningModule):
         longest = self.longest_row
         loaded = build_student(settings, empty=lazy, longest=longest)
         student = ScoringModel(loaded, vocabulary=self.vocabulary, unused=holes)
+        trains = adapter_names(student) if settings.lora is not None else None
         student.choose_path("student")
         student.freeze_unused()
         self.student = student
-        self.state.shapes = {name: value.shape for name, value in self.state_dict().items()}
+        self._note_student(trains)
         if settings.compile:
             compile_layers(student)
         place = placement(trainer.strategy, mesh) if trainer else None
@@ -261,6 +263,18 @@ class OPDModule(L.LightningModule):
             if place is not None:
                 scorer.shard(place)
         student.eval()
+
+    def _note_student(self, adapters: frozenset[str] | None) -> None:
+        """What checkpoints will hold: all weights, of a student with adapters those and the mark of the base."""
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        if adapters is None:
+            self.state.note_student(shapes)
+            return
+        frozen = {
+            name for name in shapes if name.startswith("student.") and name.removeprefix("student.") not in adapters
+        }
+        base = base_mark(self.student_settings.path, "model.student.path")
+        self.state.note_student(shapes, trains=frozenset(shapes.keys() - frozen), base=base)
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over trainable parameters, and its schedule."""
@@ -441,12 +455,13 @@ class OPDModule(L.LightningModule):
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Everything but teacher and reference, which are frozen and loaded from their own folders."""
+        """Everything but what is frozen and loaded from its own folder: teacher, reference, and the base below adapters."""
         with trained_modules(self):
-            return super().state_dict(*args, **kwargs)
+            found = super().state_dict(*args, **kwargs)
+        return self.state.drop_base(found, kwargs.get("prefix", ""))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load the student's weights.
+        """Load the student's weights, of one with adapters those alone or all.
 
         Raises:
             InputError: the checkpoint is of another architecture; the first names are listed.

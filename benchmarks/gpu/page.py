@@ -60,6 +60,7 @@ CLAIMS = (
 BY_HAND = (
     ("lazy loading onto a GPU", "each rank reads its share; pinned host memory"),
     ("`LocalTeacher.quantization`", "every backend: on CPUs only its errors are tested"),
+    ("`model.student.quantization` (QLoRA)", "as on CPUs: sampler and scorer agree, the export is the policy"),
     (
         "`VLLMSampler` with a server on a GPU, also of several ranks",
         "`train/sampler_gap` below the bound after every push",

@@ -52,7 +52,7 @@ from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued
 from lit_opd.run.lightning import callbacks_of, set_callbacks
 from lit_opd.run.lightning_cli import PlainCLI
-from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers
+from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers, rename_for_mlflow
 from lit_opd.run.replaced_folder import ReplacedFolder
 from lit_opd.run.trained_settings import (
     FREE,
@@ -66,7 +66,7 @@ from lit_opd.run.trained_settings import (
 from lit_opd.shipped import program, with_shipped_paths
 
 LARGEST_SEED = 2**32 - 1
-COMPARE, EXPORT = "compare", "export"  # commands of their own beside Lightning's, which all need the config of a run
+COMMANDS = ("compare", "export", "push", "chat")  # beside Lightning's, which all need the config of a run
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
     "max_steps": 100,
@@ -468,6 +468,7 @@ class OPDCLI(PlainCLI):
         users = given if isinstance(given, list | tuple) else [given]
         chosen = chosen_loggers(self.run_dir, self.settings, saved) if given in (None, True) else users
         label(chosen, self.plain_config())
+        rename_for_mlflow(chosen)
         return [*own_loggers(self.run_dir, saved), *chosen]
 
     def _saved_counters(self) -> dict[str, Any]:
@@ -534,14 +535,8 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
     quieten()
     try:
         words = list(sys.argv[1:] if args is None else args)
-        if words[:1] == [COMPARE]:
-            from lit_opd.compare.command import run as compare
-
-            compare(words[1:])
-        elif words[:1] == [EXPORT]:
-            from lit_opd.cli.export import run as export
-
-            export(words[1:])
+        if words and words[0] in COMMANDS:
+            _own_command(words[0])(words[1:])
         else:
             OPDCLI(default_callbacks=default_callbacks, args=list(args) if args is not None else None)
     except Exception as error:
@@ -557,6 +552,14 @@ def main(default_callbacks: Callable[[], list[Callback]] = list, args: Sequence[
         raise
     finally:
         _finish_wandb()
+
+
+def _own_command(name: str) -> Callable[[Sequence[str]], None]:
+    """One of ``COMMANDS``."""
+    from lit_opd.cli import chat, export, push
+    from lit_opd.compare import command as compare
+
+    return {"compare": compare.run, "export": export.run, "push": push.run, "chat": chat.run}[name]
 
 
 def _finish_wandb() -> None:

@@ -14,11 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.errors import InputError, first_line
 from lit_opd.files import whole_folder
+from lit_opd.models.base import base_mark, require_base
 from lit_opd.models.export import export_folder
-from lit_opd.models.export_check import ExportCheck
+from lit_opd.models.export_check import ExportCheck, unsharded
 from lit_opd.models.loading import load_generation_config, load_tokenizer
-from lit_opd.models.student import StudentSettings, build_student
+from lit_opd.models.student import StudentSettings, adapter_names, build_student
 from lit_opd.models.vocabulary import configured_stops, num_used
+from lit_opd.report.model_card import write_card
 from lit_opd.run.checkpoint_files import best, counters, intact, newest
 from lit_opd.run.checkpoint_kinds import student_weights
 from lit_opd.scoring.model import ScoringModel
@@ -47,25 +49,45 @@ def run(words: Sequence[str]) -> None:
         InputError: wrong input.
     """
     given = parser().parse_args(list(words))
-    checkpoint, run_dir = _found(given.ckpt_path, given.run_dir)
+    checkpoint, run_dir = found_checkpoint(given.ckpt_path, given.run_dir)
     name = "best" if given.ckpt_path == "best" else checkpoint.resolve().stem
     out = Path(given.out) if given.out else run_dir / f"student-{name}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"`--out` must be a new or empty folder, got {out}; give another one")
-    settings, stops = _settings(run_dir / CONFIG)
-    if given.adapter and settings.lora is None:
-        raise InputError(f"`--adapter` must be false for {run_dir}, whose student has no `model.student.lora`")
-    step = int(counters(checkpoint)["global_step"])
-    student = _student(checkpoint, settings)
-    if given.adapter:
-        with whole_folder(out, replace=True) as draft:
-            student.save_pretrained(draft, safe_serialization=True)
-    else:
-        _export(student, settings, stops, out, dtype=given.dtype)
+    step = export_checkpoint(checkpoint, run_dir, out, adapter=given.adapter, dtype=given.dtype)
     print(f"{checkpoint}, optimizer step {step}: {out}")
 
 
-def _found(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
+def export_checkpoint(
+    checkpoint: Path, run_dir: Path, out: Path, *, adapter: bool = False, dtype: str | None = None
+) -> int:
+    """Write the student of a checkpoint with its model card; its optimizer step.
+
+    Args:
+        checkpoint: of any kind.
+        run_dir: the run folder.
+        out: a new or empty folder.
+        adapter: of a LoRA student the adapter alone, not merged.
+        dtype: of the weights; None for the student's.
+    Raises:
+        InputError: wrong input.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"`--out` must be a new or empty folder, got {out}; give another one")
+    settings, stops = run_settings(run_dir / CONFIG)
+    if adapter and settings.lora is None:
+        raise InputError(f"`--adapter` must be false for {run_dir}, whose student has no `model.student.lora`")
+    said = counters(checkpoint)
+    student = trained_student(checkpoint, settings, base=said.get("student_base"))
+    with whole_folder(out, replace=True) as draft:
+        if adapter:
+            student.save_pretrained(draft, safe_serialization=True)
+            _tokenizer(settings).save_pretrained(draft)
+        else:
+            _export(student, settings, stops, draft, dtype=dtype)
+        write_card(draft, run_dir, title=run_dir.resolve().name, steps=said["global_step"], adapter=adapter)
+    return int(said["global_step"])
+
+
+def found_checkpoint(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
     """The checkpoint and its run folder."""
     if ckpt_path in ("last", "best"):
         if run_dir is None:
@@ -80,7 +102,7 @@ def _found(ckpt_path: str, run_dir: str | None) -> tuple[Path, Path]:
     return checkpoint, found
 
 
-def _settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
+def run_settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
     """How the run loaded its student, and the end tokens it was given."""
     if not path.is_file():
         raise InputError(f"`--run_dir` must be a run folder, got {path.parent} without {CONFIG}; give another one")
@@ -95,26 +117,34 @@ def _settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
     return replace(settings, compile=False, gradient_checkpointing=False), sampler.get("stop_token_ids")
 
 
-def _student(checkpoint: Path, settings: StudentSettings) -> Any:
-    """The student with the checkpoint's weights, on the CPU."""
+def trained_student(checkpoint: Path, settings: StudentSettings, *, base: dict[str, str] | None) -> Any:
+    """The student with the checkpoint's weights, on the CPU; ``base`` is the mark of what its adapters stand on."""
+    if base is not None:
+        require_base(base, base_mark(settings.path, "model.student.path"))
     model = build_student(settings)
-    found = student_weights(checkpoint, model.state_dict())
-    model.load_state_dict(found)
+    found = student_weights(checkpoint, model.state_dict(), trains=adapter_names(model))
+    model.load_state_dict(found, strict=False)  # the names are checked
     return model
+
+
+def _tokenizer(settings: StudentSettings) -> Any:
+    trusted = settings.trust_remote_code
+    return load_tokenizer(settings.path, "model.student.path", pad_token=settings.pad_token, trust_remote_code=trusted)
 
 
 def _export(model: Any, settings: StudentSettings, stops: list[int] | None, out: Path, *, dtype: str | None) -> None:
     """Merged and compared with the student, as at the end of a run."""
-    trusted = settings.trust_remote_code
-    tokenizer = load_tokenizer(
-        settings.path, "model.student.path", pad_token=settings.pad_token, trust_remote_code=trusted
-    )
-    if dtype is not None:
+    tokenizer = _tokenizer(settings)
+    student = ScoringModel(model, vocabulary=num_used(tokenizer))
+    if dtype is not None and settings.quantization is None:
         model.to(getattr(torch, dtype))
     generation, ends = (
         load_generation_config(settings.path),
         sorted(stops or configured_stops(settings.path, tokenizer)),
     )
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
-    check = ExportCheck.of(ScoringModel(model, vocabulary=num_used(tokenizer)), tokenizer, settings)
-    export_folder(model, tokenizer, out, state=None, generation=generation, check=check)
+    check = ExportCheck.of(student, tokenizer, settings)
+    plain, _ = unsharded(student, settings, None)
+    if dtype is not None and settings.quantization is not None:
+        plain.to(getattr(torch, dtype))
+    export_folder(plain, tokenizer, out, state=None, generation=generation, check=check)

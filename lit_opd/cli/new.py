@@ -80,7 +80,8 @@ README = """# {name}
 
     {program} fit --config config.yaml                                        # about a minute on two cores
     {program} fit --config config.yaml --model.weighting Uniform --run_dir runs/uniform
-    {program} compare runs --runs runs/my_weighting runs/uniform --out runs/compare
+    {program} compare runs --runs runs/my_weighting runs/uniform --baseline Uniform --out runs/compare
+    {program} sweep --config config.yaml --weightings Uniform my_weighting.MyWeighting --seeds 1 2 3   # with intervals
     python -m pytest test_my_weighting.py
 
 Run them in this folder. `my_weighting.py` is the weighting: change `weights`. `config.yaml` is the embedded task: change

@@ -21,7 +21,8 @@ DEFAULT_TARGET = 0.8  # of the way that the baseline goes on average
 LIKE_COUNTS = {"steps": 1.0, "tokens": 1.5}  # most over least; beyond that the report says so
 # settings that may differ between like runs
 _OF_THE_RUN = (
-    "run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "allow_change", "wandb", "tensorboard"
+    "run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "allow_change", "wandb", "tensorboard",
+    "trainer.default_root_dir", "num_threads",
 )  # fmt: skip
 
 
@@ -263,7 +264,7 @@ def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Keys of the config that differ, the longest common way down; what every run has of its own is left out."""
     if not ours or not theirs:
         return []
-    return [key for key in _paths(ours, theirs, "") if key.split(".")[0] not in _OF_THE_RUN]
+    return [key for key in _paths(ours, theirs, "") if not {key, key.split(".")[0]} & set(_OF_THE_RUN)]
 
 
 def _paths(ours: Any, theirs: Any, path: str) -> Iterable[str]:

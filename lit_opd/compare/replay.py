@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -118,6 +118,7 @@ def replay_files(
         InputError: a file of another kind, or a strategy that reads what is not there.
     """
     found = Replay(list(files), {name: WeightSums() for name in strategies}, {}, [])
+    gaps: dict[Path, dict[str, float]] = {}
     for path in files:
         record = load_record(path)
         if models is None:
@@ -126,8 +127,8 @@ def replay_files(
                 weights, kept = (part(record.signal, record.progress) for part in (strategy, strategy.kept))
                 found.weights[name].add(weights, kept, record.signal.mask)
         else:
-            _replay_gradients(found, record, strategies, models, path)
-    return found
+            gaps[path] = _replay_gradients(found, record, strategies, models)
+    return replace(found, notes=_gap_notes(gaps))
 
 
 def _require_stored(name: str, strategy: WeightingStrategy, record: StepRecord, path: Path) -> None:
@@ -140,13 +141,12 @@ def _require_stored(name: str, strategy: WeightingStrategy, record: StepRecord, 
 
 
 def _replay_gradients(
-    found: Replay, record: StepRecord, strategies: Mapping[str, WeightingStrategy], models: ReplayModels, path: Path
-) -> None:
-    """One file's weights and gradients; only the two references are held beside the one at hand."""
+    found: Replay, record: StepRecord, strategies: Mapping[str, WeightingStrategy], models: ReplayModels
+) -> dict[str, float]:
+    """One file's weights and gradients, and its gaps; only the two references are held beside the one at hand."""
     again, uniform = models.replay(record, Uniform())
     _, exact = models.replay(record)
     references = dict(zip(REFERENCES, (uniform, exact), strict=True))
-    _note_gap(found, record, again, path)
     for name, strategy in (*strategies.items(), (REFERENCES[1], None)):
         if strategy is None:
             gradient = exact
@@ -157,17 +157,36 @@ def _replay_gradients(
         sums.norms.append(dot(gradient, gradient) ** 0.5)
         for other, reference in references.items():
             sums.cosines[other].append(cosine(gradient, reference))
+    return _gaps(record, again)
 
 
-def _note_gap(found: Replay, record: StepRecord, again: StepRecord, path: Path) -> None:
+def _gaps(record: StepRecord, again: StepRecord) -> dict[str, float]:
+    """How far the given models are from the stored log-probs, nats a token, where that is more than rounding."""
+    found = {}
     for who in ("student", "teacher"):
         stored, new = (getattr(each.signal, f"{who}_logprobs") for each in (record, again))
         gap = float((stored - new).abs().sum() / record.signal.mask.sum().clamp(min=1))
         if gap > GAP_TOLERANCE:
-            found.notes.append(
-                f"{path}: the given {who} is not the one of the run, its log-probs differ by {gap:.2g} nats a token; weights "
-                "and gradients are those of the given models at these prefixes."
+            found[who] = gap
+    return found
+
+
+def _gap_notes(gaps: Mapping[Path, Mapping[str, float]]) -> list[str]:
+    """One line a model, however many files."""
+    notes = []
+    for who in ("student", "teacher"):
+        own = {path: found[who] for path, found in gaps.items() if who in found}
+        if own:
+            low, high = f"{min(own.values()):.2g}", f"{max(own.values()):.2g}"
+            where = (
+                str(next(iter(own))) if len(own) == 1 else f"{len(own)} of {len(gaps)} files, first {next(iter(own))}"
             )
+            notes.append(
+                f"{where}: the given {who} is not the one of the run, its log-probs differ by "
+                f"{low if low == high else f'{low} to {high}'} nats a token; weights and gradients are those of the given "
+                "models at these prefixes."
+            )
+    return notes
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

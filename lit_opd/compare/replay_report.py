@@ -27,9 +27,8 @@ def replay_document(found: Replay, folder: Path) -> Document:
     """Draws the pictures into ``folder`` and puts everything together."""
     weights = {name: sums.to_json() for name, sums in found.weights.items()}
     gradients = {name: sums.to_json() for name, sums in found.gradients.items()}
-    files = f"Files: {', '.join(map(str, found.files))}."
     by_tenth = {name: own["weight_by_tenth"] for name, own in weights.items()}
-    about = (files, _WEIGHTS, *found.notes)
+    about = (*found.notes, _WEIGHTS)
     sections = [
         Section("Weights", about, _weight_table(weights)),
         Section("Weight by position", (), _tenth_table(by_tenth), [draw_weights(by_tenth, folder)], [_chart(by_tenth)]),
@@ -37,6 +36,7 @@ def replay_document(found: Replay, folder: Path) -> Document:
     if gradients:
         cosines = draw_cosines({name: own["cosine"] for name, own in gradients.items()}, folder)
         sections.append(Section("Gradients", (_GRADIENTS,), _gradient_table(gradients), [cosines]))
+    sections.append(Section("Files", [str(path) for path in found.files], folded=True))
     data = {
         "kind": "replay",
         "files": [str(path) for path in found.files],

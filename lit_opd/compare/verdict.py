@@ -11,7 +11,7 @@ from lit_opd.compare.statistics import Estimate
 
 MEANS = {"greedy": "greedy accuracy", "avg_at_4": "avg@4", "reverse_kl": "KL, nats/token"}  # heads of columns
 MANY = 5  # variants, from which chance is worth a word
-BETTER, WORSE, OPEN = "better than {}", "worse than {}", "not shown to differ from {}"
+BETTER, WORSE, OPEN = "better than {}", "worse than {}", "not different from {}"
 
 
 def reading(difference: Estimate | None, *, rising: bool, baseline: str) -> str:

@@ -14,8 +14,10 @@ Verdict = Literal["agree", "differ", "contradict"]
 
 
 def computes_in_half(model: nn.Module) -> bool:
-    """True where products of ``model`` are rounded to fewer than float32's bits: its dtype, autocast, or TF32."""
+    """True where products of ``model`` are rounded to fewer than float32's bits: its dtype, autocast, TF32, quantised weights."""
     like = next(model.parameters())
+    if any(not value.is_floating_point() for value in model.parameters()):
+        return True
     if like.dtype.itemsize <= 2 or torch.is_autocast_enabled(like.device.type):
         return True
     tf32 = like.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_opd.errors import InputError
 from lit_opd.models.agreement import computes_in_half, gap_bound, verdict
@@ -119,17 +120,32 @@ def _ids(tokenizer: Any, vocabulary: int) -> Tensor:
 def unsharded(
     student: Any, settings: StudentSettings, state: dict[str, Any] | None
 ) -> tuple[Any, dict[str, Any] | None]:
-    """The model to export and its full weights: adapters are merged in a new copy, which holds them, where it was sharded.
+    """The model to export and its full weights: adapters are merged in a new copy, which holds them, where it was sharded or its
+    base quantised. Of a quantised base the copy has what its weights stand for, so that it is the policy that was trained.
 
     Args:
         student: a ``ScoringModel``, sharded or not.
         settings: how the student was loaded.
         state: the full weights by name where it is sharded, else None.
     """
+    if settings.quantization is not None:
+        state = dequantized(student.model)
     if state is None or settings.lora is None:
         return student.model, state
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were given when the student was loaded
-        model = build_student(settings)
+        model = build_student(replace(settings, quantization=None))
     model.load_state_dict(state, strict=False)  # a tied weight may be named once; the check sees what is missing
     return model, None
+
+
+def dequantized(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model by name, on the CPU: of quantised ones what they stand for, without their tables."""
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    found = {name: value.detach().cpu() for name, value in model.named_parameters() if value.is_floating_point()}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            found[f"{name}.weight"] = dequantize_bnb_weight(weight, state=getattr(module, "state", None)).detach().cpu()
+    return found

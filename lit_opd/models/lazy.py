@@ -93,6 +93,20 @@ class Checkpoint:
         """Shape of a stored tensor, without reading it."""
         return tuple(self._slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """Element type of a stored tensor as the file names it, such as "BF16"."""
+        return str(self._slice(name).get_dtype())
+
+    def middle(self, name: str) -> bytes:
+        """The bytes of a stored tensor's middle row; of one with more dimensions, of the middle one of each but the last."""
+        shape = self.shape(name)
+        if not shape:
+            value: Tensor = self._file(name).get_tensor(name)
+        else:
+            value = self._slice(name)[tuple(slice(size // 2, size // 2 + 1) for size in shape[:-1]) or (slice(None),)]
+        self.bytes_read += value.nbytes
+        return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
     def read(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
         """A stored tensor in its own shape [N, ...], or ``rows`` of its leading dimension, as ``dtype``.
 

@@ -103,14 +103,20 @@ def named_ends(path: str) -> list[Any]:
 
     The file itself is read: a configuration class has defaults that the model's author never wrote.
     """
+    raw = raw_config(path)
+    parts = [raw, *(raw.get(name) for name in _TEXT_CONFIGS)]
+    return [part["eos_token_id"] for part in parts if isinstance(part, dict) and part.get("eos_token_id") is not None]
+
+
+def raw_config(path: str) -> dict[str, Any]:
+    """config.json of ``path`` as its file has it, without a configuration class's defaults; empty where it cannot be read."""
     from transformers import PretrainedConfig
 
     try:
         raw, _ = PretrainedConfig.get_config_dict(os.path.expanduser(path))
     except (OSError, ValueError):
-        return []  # ``load_config`` says what is wrong with it
-    parts = [raw, *(raw.get(name) for name in _TEXT_CONFIGS)]
-    return [part["eos_token_id"] for part in parts if isinstance(part, dict) and part.get("eos_token_id") is not None]
+        return {}  # ``load_config`` says what is wrong with it
+    return dict(raw)
 
 
 def load_tokenizer(

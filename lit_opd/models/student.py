@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from lit_opd.errors import InputError
-from lit_opd.models.loading import Dtype, _reason, empty_causal_lm, load_causal_lm
+from lit_opd.models.loading import Dtype, _reason, empty_causal_lm, load_causal_lm, quantization_config
 from lit_opd.models.positions import fix_positions
 from lit_opd.models.recomputation import recompute_blocks
+
+Quantization = Literal["4bit", "8bit"]
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
+    "8bit": {"load_in_8bit": True},
+}
 
 
 @dataclass
@@ -58,6 +64,10 @@ class StudentSettings:
         pad_token: the tokenizer's pad token where it has none of its own.
         trust_remote_code: run the model's own Python code; off unless you trust its author.
         lazy: under FSDP2 each rank reads only its own shards; false, or with LoRA, every rank loads all of it first.
+        quantization: of the base below adapters (QLoRA): "4bit" is NF4 with bfloat16 products, "8bit" is LLM.int8; package
+            bitsandbytes. The adapters keep float32. Not sharded, and sampled in this process.
+    Raises:
+        InputError: quantised without LoRA.
     """
 
     path: str
@@ -69,6 +79,25 @@ class StudentSettings:
     pad_token: str | None = None
     trust_remote_code: bool = False
     lazy: bool = True
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.lora is None:
+            raise InputError(
+                f"`model.student.quantization` must be null without `model.student.lora`, got {self.quantization!r}: quantised "
+                "weights are not trained; set `model.student.lora.rank`"
+            )
+
+
+def base_quantization(settings: StudentSettings) -> Any:
+    """transformers' quantisation config of the base, None where it is not quantised.
+
+    Raises:
+        InputError: the package is missing, or cannot run here.
+    """
+    if settings.quantization is None:
+        return None
+    return quantization_config(QUANTIZATIONS[settings.quantization], "model.student.quantization")
 
 
 def build_student(settings: StudentSettings, *, empty: bool = False, longest: int | None = None) -> Any:
@@ -79,14 +108,15 @@ def build_student(settings: StudentSettings, *, empty: bool = False, longest: in
         empty: without weights, see ``empty_causal_lm``.
         longest: tokens of the run's longest row, None where it is not known; see ``fix_positions``.
     """
-    model = (empty_causal_lm if empty else load_causal_lm)(
-        settings.path,
-        "model.student.path",
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if settings.dtype in ("bfloat16", "float16"):
+    how: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "attn_implementation": settings.attn_implementation,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if (quantization := base_quantization(settings)) is not None:
+        how["quantization"] = quantization
+    model = (empty_causal_lm if empty else load_causal_lm)(settings.path, "model.student.path", **how)
+    if settings.dtype in ("bfloat16", "float16") and settings.lora is None:  # peft keeps adapters in float32
         warnings.warn(
             f"`model.student.dtype` is {settings.dtype}: AdamW at a small learning rate loses most updates on half-precision "
             "weights; keep float32 and set --trainer.precision bf16-mixed",
@@ -99,6 +129,11 @@ def build_student(settings: StudentSettings, *, empty: bool = False, longest: in
     if settings.lora is not None:
         model = _with_lora(model, settings.lora)
     return model.eval()
+
+
+def adapter_names(model: nn.Module) -> frozenset[str]:
+    """Names of what a student with adapters trains: the adapters, and whatever else peft left trainable."""
+    return frozenset(name for name, value in model.named_parameters() if value.requires_grad)
 
 
 def _clear_generation_defaults(model: Any) -> None:

@@ -427,9 +427,11 @@ def _weight_bytes(run: PlannedRun) -> float:
 
 
 def _checkpoint_bytes(run: PlannedRun) -> float:
-    """Of one checkpoint: the weights and the optimizer's state."""
-    dtype = getattr(torch, run.module.student_settings.dtype)
-    return _weight_bytes(run) + float(optimizer_bytes(run.module.optimizer_factory, _size(run).trainable, dtype))
+    """Of one checkpoint: the weights, with adapters those alone, and the optimizer's state."""
+    settings, size = run.module.student_settings, _size(run)
+    dtype = getattr(torch, settings.dtype)
+    kept = size.parameters if settings.lora is None else size.num_trainable
+    return float(kept * dtype.itemsize) + float(optimizer_bytes(run.module.optimizer_factory, size.trainable, dtype))
 
 
 def _size(run: PlannedRun) -> ModelSize:

@@ -44,6 +44,8 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
     settings = module.student_settings
     dtype = _FORCED.get(plan.precision, settings.dtype)
     code = settings.trust_remote_code
+    if settings.quantization is not None:
+        raise NotEstimated("the student is quantised")
     size = _named("student", module.student_config, lora=settings.lora, trust_remote_code=code)
     return budget(
         student=Held(size, width=_width(dtype)),

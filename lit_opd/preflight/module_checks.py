@@ -19,6 +19,7 @@ from lit_opd.advantage import baseline_warning, order_warning
 from lit_opd.distributed import check_master_port, shared_failure
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import shards
+from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
 from lit_opd.preflight.callback_checks import check_batches
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
@@ -106,6 +107,23 @@ def check_attention(module: Subject) -> None:
             )
 
 
+def check_quantization(module: Subject) -> None:
+    """A quantised base is held whole by every rank, and sampled by what holds it."""
+    given = module.student_settings.quantization
+    if given is None:
+        return
+    if shards(module.trainer.strategy):
+        raise InputError(
+            f"`model.student.quantization` must be null when weights are sharded, got {given!r}; train with ddp or on one device"
+        )
+    if not module.sampler.in_process:
+        raise InputError(
+            f"`model.student.quantization` must be null with {type(module.sampler).__name__}, got {given!r}: its engine would "
+            "sample from other weights; take DecodeSampler or TransformersSampler"
+        )
+    base_quantization(module.student_settings)
+
+
 def check_trainer(module: Subject) -> None:
     """The trainer's settings are ones that this module's own optimisation can follow."""
     trainer = module.trainer
@@ -125,6 +143,7 @@ def check_trainer(module: Subject) -> None:
             f"`trainer.max_steps` must be a multiple of mini_batches * epochs = {updates}, got {trainer.max_steps}{by}"
         )
     check_batches(trainer)
+    check_quantization(module)
     if str(trainer.precision).startswith("16"):
         raise InputError(f"`trainer.precision` must be 32-true, 64-true or bf16, got {trainer.precision}")
     check_attention(module)

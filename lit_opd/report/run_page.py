@@ -78,14 +78,14 @@ def _evaluations(run: RunFiles) -> list[dict[str, str]]:
                 "set": name,
                 "step": f"{run.metric(f'eval/{name}/avg_at_k').steps[-1]:,}",
                 "problems": "–" if problems is None else f"{problems:,.0f}",
-                "average": _interval(mean_, low, high, "{:.3f}"),
-                "difference": _interval(*delta, "{:+.3f}"),
+                "average": _interval("{:.3f}", mean_, low, high),
+                "difference": _interval("{:+.3f}", *delta),
             }
         )
     return rows
 
 
-def _interval(value: float | None, low: float | None, high: float | None, form: str) -> str:
+def _interval(form: str, value: float | None, low: float | None, high: float | None) -> str:
     if value is None:
         return "–"
     ends = "" if low is None or high is None else f" [{form.format(low)}, {form.format(high)}]"

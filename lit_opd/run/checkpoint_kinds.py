@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +78,33 @@ def from_consolidated(checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer_states"] = [checkpoint.pop("optimizer_0")]
 
 
-def student_weights(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def expected_names(of: Iterable[str], found: Iterable[str], trains: Iterable[str] | None) -> set[str]:
+    """The names that a checkpoint of a student must have: all of them, or what trains where it has nothing else.
+
+    Args:
+        of: the student's weights.
+        found: the checkpoint's.
+        trains: of a student with adapters those that are trained; None for one without.
+    """
+    frozen = set(of) - set(of if trains is None else trains)
+    return set(of) - frozen if frozen.isdisjoint(found) else set(of)
+
+
+def student_weights(
+    path: Path, like: Mapping[str, Tensor], *, trains: frozenset[str] | None = None
+) -> dict[str, Tensor]:
     """The student's weights in a checkpoint of any kind: one file, consolidated shards, or a folder of them.
 
     Args:
         path: the checkpoint.
         like: weights by name of the model they are for; only names and shapes are read.
+        trains: of a student with adapters the names that are trained; a checkpoint may hold those alone.
     Raises:
         InputError: weights are missing, extra or of another shape.
     """
     found = _of_shards(path, like) if path.is_dir() else _of_file(path)
     differing = [name for name in like.keys() & found.keys() if like[name].shape != found[name].shape]
-    wrong = sorted([*(like.keys() ^ found.keys()), *differing])
+    wrong = sorted([*(expected_names(like.keys(), found.keys(), trains) ^ found.keys()), *differing])
     if wrong:
         raise InputError(
             f"`--ckpt_path` must be a checkpoint of the config's student, but {len(wrong)} weights of {path} are missing, extra "

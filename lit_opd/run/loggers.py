@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lit_opd.errors import InputError, first_line
 from lit_opd.run.csv_logger import RunCSVLogger, run_id
@@ -83,6 +84,26 @@ def label(loggers: Sequence[Logger], config: Mapping[str, Any]) -> None:
     for settings in (wandb_settings(logger) for logger in loggers if isinstance(logger, WandbLogger)):
         settings["group"] = settings.get("group") or strategy
         settings["tags"] = list(settings.get("tags") or (strategy, _class_name(config, "objective", "PolicyLoss")))
+
+
+def name_for_mlflow(metric: str) -> str:
+    """A metric's name as MLflow keeps it: its files have a folder for each slash, so no name may be the folder of another.
+
+    >>> name_for_mlflow("val/disagreement/band_00"), name_for_mlflow("val/disagreement")
+    ('val/disagreement_band_00', 'val/disagreement')
+    """
+    return metric.replace("/band_", "_band_")
+
+
+def rename_for_mlflow(loggers: Sequence[Logger]) -> None:
+    """Let MLflow's loggers among them rename what they log."""
+    for logger in loggers:
+        if isinstance(logger, MLFlowLogger):
+            logger.log_metrics = partial(_log_renamed, logger.log_metrics)  # type: ignore[method-assign]
+
+
+def _log_renamed(log: Callable[..., None], metrics: Mapping[str, float], step: int | None = None) -> None:
+    log({name_for_mlflow(name): value for name, value in metrics.items()}, step)
 
 
 def _class_name(config: Mapping[str, Any], name: str, default: str) -> str:

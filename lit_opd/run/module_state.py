@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_opd.errors import InputError
+from lit_opd.models.base import require_base
 from lit_opd.run.changed_options import apply_changes, configured
-from lit_opd.run.checkpoint_kinds import from_consolidated
+from lit_opd.run.checkpoint_kinds import expected_names, from_consolidated
 from lit_opd.run.lightning import at_batch_end, count_epoch, validation_due
-from lit_opd.run.optimizer_state import by_name
+from lit_opd.run.optimizer_state import by_name, plain_name
 from lit_opd.run.trained_settings import TrainedSettings
 
 FROZEN = ("teacher", "reference")  # loaded from their own folders, in no checkpoint
@@ -30,7 +31,25 @@ class ModuleState:
         self._options: dict[str, Any] = {}  # the optimizer's as configured, and those of the checkpoint
         self._saved_options: dict[str, Any] | None = None
         self.shapes: dict[str, torch.Size] = {}
+        self.base: dict[str, str] | None = None  # the mark of what adapters stand on; None for a student without
+        self.trains: frozenset[str] | None = None  # names in a checkpoint; None for all of ``shapes``
         self.trained = TrainedSettings()
+
+    def note_student(
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        trains: frozenset[str] | None = None,
+        base: dict[str, str] | None = None,
+    ) -> None:
+        """Remember what a checkpoint holds of the student.
+
+        Args:
+            shapes: of all its weights, by their names in the module.
+            trains: the names of those that a checkpoint holds where the rest is read from a base model; None for all.
+            base: that base's mark, see ``lit_opd.models.base``.
+        """
+        self.shapes, self.trains, self.base = dict(shapes), trains, base
 
     def note_options(self, optimizer: Optimizer, scheduler: Any | None) -> None:
         """Remember what was configured."""
@@ -69,14 +88,30 @@ class ModuleState:
         checkpoint["validated_at"], checkpoint["optimizer_options"] = self.validated_at, self._options
         at_batch_end(checkpoint["loops"], validating=trainer.validating)
         checkpoint["trained_settings"] = self.trained.state()
-        checkpoint["student_shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
+        checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._saved_shapes().items()}
+        if self.base is not None:
+            checkpoint["student_base"] = dict(self.base)
+
+    def drop_base(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Take the frozen base's weights out of a state dict, in place; with them go the tables of a quantised base."""
+        if self.trains is not None:
+            of_student = [name for name in state if name.startswith(f"{prefix}student.")]
+            for name in of_student:
+                if plain_name(name.removeprefix(prefix)) not in self.trains:
+                    del state[name]
+        return state
+
+    def _saved_shapes(self) -> dict[str, torch.Size]:
+        if self.trains is None:
+            return self.shapes
+        return {name: shape for name, shape in self.shapes.items() if name in self.trains}
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Read what ``save`` added. Under FSDP2 Lightning reads weight by weight and skips what is missing, so shapes are
         compared here as well.
 
         Raises:
-            InputError: the checkpoint is of another architecture.
+            InputError: the checkpoint is of another architecture, or its adapters of another base model.
         """
         from_consolidated(checkpoint)
         self._due = checkpoint.get("validation_due", False)
@@ -85,12 +120,15 @@ class ModuleState:
         self.trained.restore(checkpoint.get("trained_settings", ()))
         if "student_shapes" in checkpoint and self.shapes:
             self.require_same(checkpoint["student_shapes"])
+        if "student_base" in checkpoint and self.base is not None:
+            require_base(checkpoint["student_base"], self.base)
 
     def require_same(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """An InputError unless a checkpoint has exactly the weights of this student; shards count by their whole shape."""
+        """An InputError unless a checkpoint has exactly the weights of this student, of one with adapters those that train or,
+        as older checkpoints, the base's too; shards count by their whole shape."""
         of = self.shapes
         differing = [name for name in of.keys() & shapes.keys() if tuple(of[name]) != tuple(shapes[name])]
-        wrong = sorted([*(of.keys() ^ shapes.keys()), *differing])
+        wrong = sorted([*(expected_names(of, shapes, self.trains) ^ shapes.keys()), *differing])
         if wrong:
             raise InputError(
                 f"`--ckpt_path` must be a checkpoint of this student, but {len(wrong)} weights are missing, extra or of "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 
 def crossed(step: int, last: int, every: int) -> bool:
@@ -34,7 +34,7 @@ def log_media(trainer: Trainer, media: dict[str, Any], step: int) -> None:
 
 
 def log_pictures(trainer: Trainer, pictures: Mapping[str, Path], step: int) -> None:
-    """PNG files to W&B and TensorBoard.
+    """PNG files to W&B, TensorBoard and MLflow, which keeps the newest of each as an artifact.
 
     Args:
         trainer: whose loggers.
@@ -53,6 +53,10 @@ def log_pictures(trainer: Trainer, pictures: Mapping[str, Path], step: int) -> N
             pixels = imread(path)  # [height, width, 4], in [0, 1]
             for writer in writers:
                 writer.add_image(name, pixels[..., :3], step, dataformats="HWC")
+    for logger in trainer.loggers:
+        if isinstance(logger, MLFlowLogger):
+            for path in pictures.values():
+                logger.experiment.log_artifact(logger.run_id, str(path), "pictures")
 
 
 class Allowance:

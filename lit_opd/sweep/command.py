@@ -93,11 +93,16 @@ def _announce(asked: Asked, checked: Checked, console: Console) -> None:
         none = "no interval" if len(asked.seeds) == 1 else "very wide intervals"
         said(f"warning: {many} {none}; more can be added later with the same command")
     number, count = len(checked.runs), len({run.variant.name for run in checked.runs})
-    parts = [f"{number} runs ({count} variants x {len(asked.seeds)} seeds)"]
+    seeds = len(asked.seeds)
+    parts = [f"{_many(number, 'run')} ({_many(count, 'variant')} x {_many(seeds, 'seed')})"]
     if checked.steps > 0:
         parts.append(f"{checked.steps} steps each")
     parts += [f"{min(asked.jobs, number)} at a time", f"in {asked.out}"]
     said(", ".join(parts))
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _list(runs: Sequence[SweepRun], console: Console) -> None:
@@ -163,10 +168,10 @@ def _in_process(*given: Any) -> dict[str, Any]:
 
 
 def _in_words(summary: dict[str, Any]) -> str:
-    """End of a run in one line."""
-    named = {"greedy_end": "greedy", "reverse_kl_end": "reverse KL"}
+    """End of a run, in half a line."""
+    named = {"greedy_end": "greedy", "reverse_kl_end": "KL"}
     ends = [f"{name} {summary[key]:.3f}" for key, name in named.items() if summary.get(key) is not None]
-    return ", ".join([*ends, f"{summary['seconds']:.0f} s"])
+    return ", ".join(ends) or f"{summary['seconds']:.0f} s"
 
 
 # -- the end -------------------------------------------------------------------------------------------------------------

@@ -231,8 +231,10 @@ def _serve(pipe: Connection) -> None:
     _begin()
     with suppress(EOFError):
         while (task := _received(pipe)) is not None:
-            failed = (None, None, task) if isinstance(task, str) else None
-            pipe.send(failed or _done(task, lambda steps: pipe.send((steps, None, ""))))
+            if isinstance(task, str):
+                pipe.send((None, None, task))
+            else:
+                pipe.send(_done(task, lambda steps: pipe.send((steps, None, ""))))
 
 
 def _received(pipe: Connection) -> Task | str | None:

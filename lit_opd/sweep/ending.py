@@ -51,7 +51,8 @@ def table(found: RunsComparison) -> Iterator[str]:
             stars = [" *" if gap is not None and gap.excludes_zero else "" for gap in gaps]
             shown = [f"{show(gap, signed=True)}{star}" for gap, star in zip(gaps, stars, strict=True)]
             yield _line("  difference", "", *shown)
-    yield f"differences from {found.baseline}, paired by seed"
+    if len(found.variants) > 1:
+        yield f"differences from {found.baseline}, paired by seed"
     yield HOW
 
 

@@ -353,7 +353,7 @@ def test_export_writes_the_checkpoint_that_is_named(half, tmp_path, capsys):
         assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
-def test_export_of_adapters_merged_and_alone(world, tmp_path):
+def test_export_of_adapters_merged_and_alone_on_their_base_and_no_other(world, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     folder = tmp_path / "run"
     run(world, folder, "--trainer.max_steps", "1", "--model.student.lora.rank", "2", "--model.optimizer.lr", "0.1")
@@ -363,10 +363,14 @@ def test_export_of_adapters_merged_and_alone(world, tmp_path):
     )
     merged, student = weights(tmp_path / "merged"), weights(folder / "student")
     assert all(torch.equal(merged[name], student[name]) for name in student)
-    base = AutoModelForCausalLM.from_pretrained(
-        yaml.safe_load((folder / "config.yaml").read_text())["model"]["student"]["path"]
-    )
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    base = AutoModelForCausalLM.from_pretrained(config["model"]["student"]["path"])
     before = {name: value.clone() for name, value in base.named_parameters()}
     alone = dict(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().named_parameters())
     assert all(torch.allclose(alone[name], student[name], atol=1e-6) for name in student)
     assert any(not torch.equal(before[name], student[name]) for name in student)
+    config["model"]["student"]["path"] = config["model"]["teacher"]["init_args"]["path"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(default_callbacks, ["export", "--run_dir", str(folder), "--out", str(tmp_path / "other")])
+    assert "must be the base model" in capsys.readouterr().err and not (tmp_path / "other").exists()

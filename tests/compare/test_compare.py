@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from callbacks import RolloutSamples, default_callbacks
+from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
 from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.document import Document, Interval, Section, Table, markdown_text
@@ -357,9 +358,7 @@ def test_the_verdict_is_what_the_interval_says(effect):
     for metric, better in (("greedy", True), ("avg_at_4", True), ("reverse_kl", False)):
         end = quantity(effect, metric, "end")
         apart = end["low"] > 0 or end["high"] < 0
-        said = (
-            "not shown to differ from" if not apart else "better than" if (end["mean"] > 0) == better else "worse than"
-        )
+        said = "not different from" if not apart else "better than" if (end["mean"] > 0) == better else "worse than"
         assert own["reading"][metric] == f"{said} Uniform"
     end = quantity(effect, "greedy", "end")
     numbers = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**end)
@@ -379,8 +378,8 @@ def test_the_verdict_is_what_the_interval_says(effect):
         (0.1, 0.3, False, "worse than B"),
         (-0.3, -0.1, True, "worse than B"),
         (-0.3, -0.1, False, "better than B"),
-        (-0.1, 0.3, True, "not shown to differ from B"),
-        (0.0, 0.3, True, "not shown to differ from B"),
+        (-0.1, 0.3, True, "not different from B"),
+        (0.0, 0.3, True, "not different from B"),
         (None, None, True, "one pair, so no interval: it may be chance"),
     ],
 )
@@ -388,7 +387,7 @@ def test_a_reading_follows_the_side_of_the_interval(low, high, rising, said):
     mean = 0.2 if low is None else (low + high) / 2
     assert reading(Estimate(mean, low, high, 3 if low is not None else 1), rising=rising, baseline="B") == said
     assert reading(None, rising=rising, baseline="B") == "not measured beside B"
-    assert reading(Estimate(mean, 0.1, 0.3, 3, censored=1), rising=True, baseline="B").startswith("not shown")
+    assert reading(Estimate(mean, 0.1, 0.3, 3, censored=1), rising=True, baseline="B").startswith("not different")
 
 
 def test_a_headline_names_every_variant_once(tmp_path):
@@ -398,7 +397,7 @@ def test_a_headline_names_every_variant_once(tmp_path):
             values = {"greedy": [0.3 + (gain + noise) * step for step in STEPS]}
             write_run(tmp_path / f"{name}-{seed}", values, seed=seed, strategy=name)
     found = compare_runs(read_runs([f"{tmp_path}/*-*"]), baseline="Base")
-    said = "Greedy accuracy: Good better than Base; Bad worse than Base; Same not shown to differ from Base"
+    said = "Greedy accuracy: Good better than Base; Bad worse than Base; Same not different from Base"
     document = runs_document(found, tmp_path / "out")
     assert document.headline == said and len(document.lines().splitlines()) == 1 + 3 + len(found.notes)
     assert document.lines().startswith(said) and document.markdown().index(said) < document.markdown().index(
@@ -732,7 +731,7 @@ def test_wrong_input_is_one_line(tmp_path, saved, folders, capsys):
 
 
 def commands_of_the_page() -> list[list[str]]:
-    """What docs/compare.md tells to type, behind ``python train.py``."""
+    """What docs/compare.md tells to type, behind ``python train.py``"""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), flags=re.S)
     return [shlex.split(line)[2:] for block in blocks for line in block.splitlines()]
 
@@ -740,7 +739,7 @@ def commands_of_the_page() -> list[list[str]]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like the repository, with two short fits of the quickstart in runs/, whole batches saved."""
-    for name in ("configs", "lit_opd", "callbacks", "train.py"):
+    for name in ("configs", "lit_opd", "callbacks", "examples", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     small = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.prompt_batch", "8"]
@@ -753,7 +752,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_real_runs_and_their_rollouts_are_compared_as_the_page_says(workplace):
-    """Every command of the page, the first one as a process of its own; each run has its own page."""
+    """Every command of the page, the first comparison as a process of its own; each run has its own
+    page; sweeps are trained in tests/sweep."""
     for folder in ("uniform-1", "iw-1"):
         page = Reader(Path(f"runs/{folder}/report.html").read_text()).text
         summary = json.loads(Path(f"runs/{folder}/summary.json").read_text())
@@ -763,7 +763,11 @@ def test_real_runs_and_their_rollouts_are_compared_as_the_page_says(workplace):
             summary["reverse_kl_end"], rel=1e-5
         )
         assert ("Weight (0 where dropped)" in drawn) == (folder == "iw-1")
-    first, *others = commands_of_the_page()
+    commands = commands_of_the_page()
+    for command in (words for words in commands if words[0] == "sweep"):
+        with pytest.raises(SystemExit, match="^0$"):
+            entry.main([*command, *([] if "--dry_run" in command else ["--dry_run"])])
+    first, *others = [words for words in commands if words[0] == "compare"]
     done = subprocess.run([sys.executable, "train.py", *first], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ImportanceWeighting: one paired seed (42)" in done.stdout and "Traceback" not in done.stderr

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_opd.advantage import RewardExtrapolation, ValueBaseline
+from lit_opd.models.student import LoraSettings, StudentSettings
+from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
 from lit_opd.types import Rollout, TokenSignal
 from lit_opd.weighting import WeightingStrategy
@@ -78,6 +80,13 @@ STEPS = 4  # of the fits that are interrupted after half of them
 def momentum(parameters: Any) -> torch.optim.Optimizer:
     """Gradient descent with a state to save."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def adapted(folders: tuple[str, str], *, rank: int = 2, **settings: Any) -> OPDModule:
+    """A module whose student has adapters, the same ones at every call."""
+    torch.manual_seed(5)  # of the adapters' first values
+    student = StudentSettings(folders[0], dtype="float64", lora=LoraSettings(rank=rank), **settings)
+    return fixed.module(folders, rollout(), student=student, optimizer=momentum, token_budget=BUDGET)
 
 
 def fit_cases() -> dict[str, dict[str, Any]]:

@@ -166,6 +166,32 @@ def interrupted(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any
     return found
 
 
+def adapters(folders: tuple[str, str], name: str, out: Path) -> dict[str, Any]:
+    """Weights after all steps of a student with adapters: of one process's half gone on with here, of a half made here, and of
+    its shards; the names in the checkpoint written here."""
+    whole = cases.rollout()
+    prompts = this_rank(whole.prompts)
+
+    def run(steps: int, *, shards: bool = False, export: bool = False, **paths: Any) -> dict[str, torch.Tensor]:
+        trained = cases.adapted(folders)
+        shared = {"devices": 2, "strategy": strategy(name, shards=shards), "use_distributed_sampler": False}
+        fixed.fit(trained, prompts, steps=steps, **paths, **shared)
+        if export:  # compares the merged folder with the student
+            trained.export_student(out / "exported-adapters")
+        return fixed.weights(trained)
+
+    half = cases.STEPS // 2
+    run(half, save=out / "adapters-two.ckpt")
+    found = {
+        "two in two": run(cases.STEPS, load=out / "adapters-two.ckpt", export=True),
+        "one in two": run(cases.STEPS, load=out / "adapters-one.ckpt"),
+    }
+    if name != "ddp":
+        run(half, save=out / "adapters-shards.ckpt", shards=True)
+        found["shards in two"] = run(cases.STEPS, load=out / "adapters-shards.ckpt", shards=True)
+    return found
+
+
 def handed_over(trained: Any) -> dict[str, Any]:
     """The student's weights unit by unit, and what of the gathered ones was alive at each: tensors of earlier units, and FSDP1's
     whole units."""
@@ -266,6 +292,7 @@ def main() -> None:
         "gradients": gradients(folders, name),
         "fits": fits(folders, name),
         "interrupted": interrupted(folders, name, out),
+        "adapters": adapters(folders, name, out),
         "fit": sampled_fit(folders, name),
         "layer calls": layer_calls(folders, name),
         "half precision": half_precision(folders, name),

@@ -15,6 +15,7 @@ import yaml
 
 from callbacks import RunCheckpoint, default_callbacks
 from examples.half_life import HalfLife
+from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
 from tests.helpers import signals, tiny
 
@@ -54,6 +55,10 @@ def test_every_command_of_the_readme_runs(workplace, monkeypatch):
     assert len(commands) >= 9
     for command in commands:
         going_on = command[0] == "fit" and "--ckpt_path" in command
+        if command[0] == "sweep":  # trained in tests/sweep
+            with pytest.raises(SystemExit, match="^0$"):
+                entry.main([*command, *SMALL, "--dry_run"])
+            continue
         small = [word if word != "2" or not going_on else "4" for word in SMALL]
         main(default_callbacks, command if command[0] in ("compare", "export") else [*command, *small])
     strategies = {

@@ -13,7 +13,7 @@ import pytest
 from lit_opd import __main__ as command
 from lit_opd import shipped
 from lit_opd.cli import configs
-from lit_opd.cli.command import COMPARE, EXPORT, OPDCLI
+from lit_opd.cli.command import COMMANDS, OPDCLI
 from lit_opd.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,12 +117,14 @@ def test_the_help_names_every_command_of_the_command_line():
         "predict",
         "compare",
         "export",
+        "push",
+        "chat",
         "configs",
         "new",
         "sweep",
         "report",
     }
-    assert named == {*OPDCLI.subcommands(), COMPARE, EXPORT, command.SWEEP, *command.LIGHT}
+    assert named == {*OPDCLI.subcommands(), *COMMANDS, command.SWEEP, *command.LIGHT}
     listed = {line.split()[0] for line in command.HELP.splitlines() if line.startswith("  ")}
     assert listed == named
 

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "files", "distributed"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
-    "rollout": {"types", "errors", "masked", "streams", "distributed", "servers"},
+    "rollout": {"types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
     "teacher": {"types", "errors", "models", "scoring", "servers"},
     "advantage": {"types", "errors", "masked"},
     "weighting": {"types", "errors", "masked", "streams", "distributed"},
@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
     },
     "evaluation": {"types", "errors", "answers", "masked", "streams", "distributed", "prompts", "rollout"},
-    "run": {"errors", "files", "distributed"},
+    "run": {"errors", "files", "distributed", "models"},
     "preflight": {
         "types", "errors", "distributed", "shipped", "servers", "prompts", "models", "scoring", "rollout", "teacher", "advantage",
         "step", "evaluation", "run",
@@ -49,7 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "testbed": {"errors", "files", "shipped"},
     "cli": {
-        "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "run", "preflight", "module", "compare",
+        "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "rollout", "run", "preflight", "module",
+        "report", "compare",
     },
     "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {

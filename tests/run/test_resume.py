@@ -50,7 +50,7 @@ def write_config(folder: Path, models: tuple[str, str], *, every: int = 1, **cha
             ],
         },
         "model": {
-            "student": {"path": student},
+            "student": {"path": student, "lora": None},
             "teacher": {"class_path": "lit_opd.teacher.LocalTeacher", "init_args": {"path": teacher}},
             "sampler": {"class_path": "lit_opd.rollout.TransformersSampler", "init_args": {"max_new_tokens": 6}},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
@@ -96,6 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model.weighting": SHUFFLED,
         "model.lr_scheduler": SCHEDULE,
     },
+    "adapters alone": {"model.student.lora": {"rank": 2}, "model.lr_scheduler": SCHEDULE},
     "no validation": {"data.val": None, "model.weighting": strategy("AnnealedPrefixWeight")},
     "responses stopped by their prefix ratio": {
         "model.sampler": {"class_path": "lit_opd.rollout.DecodeSampler", "init_args": {"max_new_tokens": 6}},
@@ -216,6 +217,7 @@ KILLED_AFTER = {
     "schedule, random strategy": (3, 5),
     "annealed strategy, length budget": (6, 8),
     "several updates a batch, shuffled weights": (2, 6),
+    "adapters alone": (5,),
     "no validation": (1, 5),
     "responses stopped by their prefix ratio": (4,),
 }

@@ -20,6 +20,7 @@ from lit_opd.errors import InputError
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.rollout import TransformersSampler
 from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
+from lit_opd.run.shard_index import read_index
 from lit_opd.step.micro_batches import micro_batches
 from tests.helpers import cases, fixed, tiny, two_ranks
 
@@ -62,6 +63,7 @@ def strategy_name(request):
 def two_processes_folder(strategy_name, folders, tmp_path_factory):
     out = tmp_path_factory.mktemp(strategy_name)
     one_process_fit(folders, cases.STEPS // 2, save=out / "one.ckpt")
+    fixed.fit(cases.adapted(folders), cases.rollout().prompts, steps=cases.STEPS // 2, save=out / "adapters-one.ckpt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.helpers.two_ranks", str(out), strategy_name, *folders]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -169,6 +171,29 @@ def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(uninterrupted
 def test_one_process_goes_on_from_a_checkpoint_of_two(folders, uninterrupted, two_processes_folder):
     resumed = one_process_fit(folders, cases.STEPS, load=two_processes_folder / "two.ckpt")
     assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
+
+
+@pytest.mark.parametrize("path", ["two in two", "one in two", "shards in two"])
+def test_adapters_go_on_in_two_processes_as_if_never_stopped(folders, two_processes, strategy_name, path):
+    if strategy_name == "ddp" and path == "shards in two":
+        pytest.skip("DDP writes no shards")
+    never_stopped = cases.adapted(folders)
+    fixed.fit(never_stopped, cases.rollout().prompts, steps=cases.STEPS)
+    expected = fixed.weights(never_stopped)
+    for rank in two_processes:
+        assert fixed.relative_gap(rank["adapters"][path], expected) < 1e-9
+    fresh = cases.adapted(folders)
+    fresh.configure_model()
+    assert fixed.relative_gap(fixed.weights(fresh), expected) > 1e-3
+
+
+def test_two_processes_save_adapters_and_no_base(two_processes_folder, strategy_name):
+    saved = torch.load(two_processes_folder / "adapters-two.ckpt", weights_only=True)["state_dict"]
+    assert saved and all("lora_" in name for name in saved)
+    if strategy_name != "ddp":
+        index = read_index(two_processes_folder / "adapters-shards.ckpt")
+        named = [name for name in index.state_dict_metadata if name.split(".")[0] in ("model", "state_dict")]
+        assert named and all("lora_" in name for name in named)
 
 
 def test_shards_are_refused_in_one_process_with_the_command_that_makes_them_one_file(

@@ -164,7 +164,8 @@
   };
   function sort(table, column, falling) {
     const body = table.tBodies[0], rows = [...body.rows], value = (row) => number(row.cells[column]);
-    const numeric = rows.some((row) => value(row) !== null);
+    const filled = rows.filter((row) => row.cells[column].textContent.trim());
+    const numeric = column > 0 && filled.length > 0 && filled.every((row) => value(row) !== null);
     const order = (a, b) => {
       if (!numeric) return a.cells[column].textContent.localeCompare(b.cells[column].textContent, "en", { numeric: true });
       return (value(a) ?? -Infinity) - (value(b) ?? -Infinity);
