@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_opd import distributed
+from lit_opd import hub
 from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
@@ -415,10 +416,13 @@ def _weights(sources: Sequence[DataSource]) -> list[float] | None:
 def _loaded_tokenizer(path: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
+    if not Path(path).exists():
+        hub.silence()  # once, before its client tries again and again
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # missing folder, no network, broken files: third parties raise many types
+        reason, remedy = hub.failure(first_line(error), "model")
         raise InputError(
-            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({first_line(error)}); check "
-            "the path, or without network give a local folder"
+            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({reason}); check the path, or "
+            f"{remedy}"
         ) from error
