@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_opd import distributed
-from lit_opd import hub
+from lit_opd import distributed, hub
 from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
@@ -416,7 +415,7 @@ def _weights(sources: Sequence[DataSource]) -> list[float] | None:
 def _loaded_tokenizer(path: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    if not Path(path).exists():
+    if not os.path.exists(path):
         hub.silence()  # once, before its client tries again and again
     try:
         return AutoTokenizer.from_pretrained(path)

@@ -15,8 +15,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_opd.answers import boxed_answer
 from lit_opd import hub
+from lit_opd.answers import boxed_answer
 from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of

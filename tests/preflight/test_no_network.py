@@ -15,7 +15,7 @@ from lit_opd import hub
 from lit_opd.cli.command import main
 from lit_opd.errors import InputError
 from lit_opd.models.loading import load_config, load_tokenizer
-from lit_opd.prompts import read_prompts
+from lit_opd.prompts import PromptDataModule, read_prompts
 from lit_opd.prompts.sources import DataSource
 from lit_opd.testbed import ASSETS
 
@@ -28,7 +28,7 @@ class Rude:
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
-        self.address = "http://127.0.0.1:{}".format(self.socket.getsockname()[1])
+        self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.calls = 0
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -84,6 +84,14 @@ def test_a_data_set_of_the_hub_asks_once_too(rude):
     for _ in range(2):
         with pytest.raises(InputError, match=r"the hub http://127.0.0.1:\d+ does not answer .*HF_HUB_OFFLINE=1"):
             read_prompts(DataSource("some-organisation/some-data"))
+    assert rude.calls == 1
+
+
+def test_a_tokenizer_of_the_data_module_asks_once_too(rude):
+    data = PromptDataModule(train=str(ASSETS / "train.jsonl"), tokenizer=MODEL)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"^`PromptDataModule.tokenizer` .* does not answer .*HF_HUB_OFFLINE=1"):
+            data.setup("fit")
     assert rude.calls == 1
 
 
