@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_opd import distributed
+from lit_opd import distributed, hub
 from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
@@ -415,10 +415,13 @@ def _weights(sources: Sequence[DataSource]) -> list[float] | None:
 def _loaded_tokenizer(path: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
+    if not os.path.exists(path):
+        hub.silence()  # once, before its client tries again and again
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # missing folder, no network, broken files: third parties raise many types
+        reason, remedy = hub.failure(first_line(error), "model")
         raise InputError(
-            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({first_line(error)}); check "
-            "the path, or without network give a local folder"
+            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({reason}); check the path, or "
+            f"{remedy}"
         ) from error

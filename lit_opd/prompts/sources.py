@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lit_opd import hub
 from lit_opd.answers import boxed_answer
 from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
@@ -308,14 +309,15 @@ class NotLoaded(InputError):
 def _read_hub(source: DataSource) -> Iterator[_RawRow]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         raise InputError(f"{source.path}: no such file or folder; check the path (relative ones start here)")
+    hub.silence()  # once, before its client tries again and again
     datasets = _datasets(source.path)
     try:
         data = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # network, authorisation, missing split: one message for all of them
+        reason, remedy = hub.failure(first_line(error), "data set")
         raise NotLoaded(
             f"{source.path}: neither a local file or folder, nor could split {source.split!r} be loaded from the "
-            f"hub ({first_line(error)}); without network download it elsewhere and give a local .jsonl, .parquet "
-            "or folder"
+            f"hub ({reason}); {remedy}"
         ) from error
     return _read_table(source, data)
 
