@@ -225,6 +225,19 @@ def test_words_that_cannot_be_meant_are_refused(words, about):
         options.read(words.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-4, 2e-4", ["1e-4", "2e-4"]),
+        ("[1,2],[3,4]", ["[1,2]", "[3,4]"]),
+        ("{class_path: A, init_args: {b: [1, 2]}},C", ["{class_path: A, init_args: {b: [1, 2]}}", "C"]),
+        ("'a,b',\"c,]\",d", ["'a,b'", '"c,]"', "d"]),
+    ],
+)
+def test_a_comma_inside_brackets_or_quotes_parts_no_values(text, values):
+    assert options.split(text) == values
+
+
 def test_the_product_of_the_grid_crosses_every_weighting():
     words = [
         "--weightings",
