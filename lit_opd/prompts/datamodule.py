@@ -327,6 +327,11 @@ class PromptDataModule(LightningDataModule):
                 found.setdefault(prompt.teacher, f"{stage} row {prompt.row_id!r}")
         return found
 
+    @property
+    def teacher_reads_more(self) -> bool:
+        """The training prompts, once set up, are others for the teacher than for the student."""
+        return any(prompt.teacher_ids is not None for prompt in self._train_prompts or ())
+
     # ----------------------------------------------------------------------------------------------------- loaders
 
     def train_dataloader(self) -> PromptLoader:
