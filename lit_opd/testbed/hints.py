@@ -9,8 +9,8 @@ The embedded student never saw such a prompt and could do nothing with it. ``lea
 hint says where there is one, and otherwise what it would have written. Half of the hints are random codes, which the tables
 cannot have told it, so it learns to copy and no transition.
 
-Measured on 2026-11-27, seed 7, 150 steps, greedy on 96 validation problems: without a hint .448 before and .521 after, with one
-0 before and .688 after.
+Measured on 2026-11-27, seed 7, 150 steps, greedy on all 256 validation problems: without a hint .469 before and .500 after, with
+one .676 after. Before, it answers no problem behind a hint.
 """
 
 from __future__ import annotations
