@@ -240,8 +240,8 @@ def check_self_teacher(module: Subject, data: PromptDataModule | None) -> None:
     averages = any(part.update == "ema" for part in found)
     if averages and str(module.trainer.precision) == "bf16-true":
         raise InputError(
-            "`trainer.precision` must be bf16-mixed or 32-true with SelfTeacher(update=ema), got bf16-true: the student would lose "
-            "the small changes that are averaged"
+            "`trainer.precision` must be bf16-mixed or 32-true with SelfTeacher(update=ema), got bf16-true: the student would "
+            "lose the small changes that are averaged"
         )
     own = module.teacher
     if not isinstance(own, SelfTeacher) or data is None or data.teacher_reads_more:

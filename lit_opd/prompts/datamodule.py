@@ -22,7 +22,8 @@ from lit_opd.prompts.encoding import (
 )
 from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
 from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_prompts, require_unique_ids
-from lit_opd.prompts.teacher_prompt import TeacherPrompt, teacher_prompt as as_teacher_prompt
+from lit_opd.prompts.teacher_prompt import TeacherPrompt
+from lit_opd.prompts.teacher_prompt import teacher_prompt as as_teacher_prompt
 from lit_opd.streams import stable_hash
 
 _HASH_RANGE = 1 << 63

@@ -190,8 +190,8 @@ def _with_teacher_prompts(
         found.append(replace(row, teacher_prompt=given, answer=None if is_hint else row.answer))
     if hidden:
         rank_zero_warn(
-            f"{source.path}: {hidden} of {len(rows)} rows have no answer to be graded by: {guessed!r} holds the teacher's hint and "
-            "no boxed answer; name the `answer_column`"
+            f"{source.path}: {hidden} of {len(rows)} rows have no answer to be graded by: {guessed!r} holds the teacher's hint "
+            "and no boxed answer; name the `answer_column`"
         )
     return found
 

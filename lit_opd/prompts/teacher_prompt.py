@@ -67,8 +67,8 @@ class Template(TeacherPrompt):
             self._messages = [_message(message, number) for number, message in enumerate(template)]
         if not self.columns:
             raise InputError(
-                f"`{FIELD}` must name a column in braces, such as {{solution}}, got {shown(template)}; for a text that is the same "
-                "in all rows set `data.teacher_system_prompt`"
+                f"`{FIELD}` must name a column in braces, such as {{solution}}, got {shown(template)}; for a text that is the "
+                "same in all rows set `data.teacher_system_prompt`"
             )
 
     @property
@@ -160,7 +160,7 @@ def rendered(
     last = found[-1] if isinstance(found, list) and found else None
     if isinstance(last, Mapping) and last.get("role") == "assistant":
         raise InputError(
-            f"{where}: `{FIELD}` must end with a user's turn, which the response answers, got an assistant's; put the hint into an "
-            "earlier turn"
+            f"{where}: `{FIELD}` must end with a user's turn, which the response answers, got an assistant's; put the hint into "
+            "an earlier turn"
         )
     return found

@@ -55,7 +55,9 @@ class SelfTeacher(Teacher):
             raise InputError(f"`SelfTeacher.every` must be at least 1, got {every!r}")
         self.update, self.decay, self.every = update, float(decay), every
         self._student: tuple[Any, ...] = ()  # a tuple hides it: the student's weights are not the teacher's
-        self.values: dict[str, Tensor] = {}  # of this rank, by the student's names; no buffers, which Lightning would cast
+        self.values: dict[
+            str, Tensor
+        ] = {}  # of this rank, by the student's names; no buffers, which Lightning would cast
         self._begins = False  # the values are to be taken from the student as it is when training starts
 
     @property

@@ -5,8 +5,8 @@ The hint is the start of the path that is asked for, the codes of its first stat
     student reads   "fsjqhk...=417"
     teacher reads   "093417...=fsjqhk...=417"
 
-The embedded student never saw such a prompt and could do nothing with it. ``learn_to_read`` teaches it that alone: to write what the
-hint says where there is one, and otherwise what it would have written. Half of the hints are random codes, which the tables
+The embedded student never saw such a prompt and could do nothing with it. ``learn_to_read`` teaches it that alone: to write what
+the hint says where there is one, and otherwise what it would have written. Half of the hints are random codes, which the tables
 cannot have told it, so it learns to copy and no transition.
 
 Measured on 2026-11-27, seed 7, 150 steps, greedy on all 256 validation problems: without a hint .469 before and .500 after, with
@@ -29,7 +29,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from lit_opd.errors import InputError
 from lit_opd.prompts import TeacherPrompt
-from lit_opd.testbed.task import CHAIN_LENGTH, CODE_LENGTH, WORD_LENGTH, Automaton, Problem, make_automaton, sample_problem
+from lit_opd.testbed.task import (
+    CHAIN_LENGTH,
+    CODE_LENGTH,
+    WORD_LENGTH,
+    Automaton,
+    Problem,
+    make_automaton,
+    sample_problem,
+)
 from lit_opd.testbed.tokenizer import prompt_ids
 from lit_opd.testbed.warmup import response_logits
 
@@ -50,7 +58,9 @@ class StartOfPath(TeacherPrompt):
 
     def __init__(self, codes: int = HINT_CODES) -> None:
         if codes < 1:
-            raise InputError(f"`StartOfPath.codes` must be at least 1, got {codes}; without a hint leave `teacher_prompt` out")
+            raise InputError(
+                f"`StartOfPath.codes` must be at least 1, got {codes}; without a hint leave `teacher_prompt` out"
+            )
         self.codes = codes
 
     def render(self, row: Mapping[str, Any], prompt: Any) -> str:

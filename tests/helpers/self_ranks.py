@@ -6,6 +6,7 @@ python -m tests.helpers.self_ranks OUT STUDENT TEACHER STRATEGY
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,6 @@ CASES = {
 
 def rollout() -> Rollout:
     """As ``cases.rollout``, with prompts of the teacher's own."""
-    from dataclasses import replace
-
     whole = cases.rollout()
     other = fixed.rollout(lengths=[1] * 7, prompt_lengths=[3, 5, 2, 4, 6, 1, 7], truncated=set(), seed=5).prompts
     return replace(whole, prompts=replace(whole.prompts, teacher_ids=other.ids, teacher_mask=other.mask))

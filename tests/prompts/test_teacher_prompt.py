@@ -93,9 +93,10 @@ def test_a_class_of_ones_own_reads_row_and_prompt(tmp_path):
 
 def test_lengths_count_the_teachers_prompt(tmp_path):
     data, _ = batch(tmp_path, "{problem}{solution}{solution}")
-    assert data.longest_prompt == len("one plus one" + 2 * "it is 2") + 2 or data.longest_prompt == len(
-        "x" + 2 * "a longer way"
-    ) + 2
+    assert (
+        data.longest_prompt == len("one plus one" + 2 * "it is 2") + 2
+        or data.longest_prompt == len("x" + 2 * "a longer way") + 2
+    )
 
 
 def test_a_worked_solution_that_is_the_hint_is_not_taken_for_the_answer(tmp_path):

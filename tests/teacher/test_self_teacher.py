@@ -1,4 +1,4 @@
-"""The student as its own teacher: what it scores with at each step, what a checkpoint holds, and that the student is left alone."""
+"""The student as its own teacher: what it scores with at each step, what a checkpoint holds, and a student that is left alone."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def test_a_live_teacher_is_a_second_model_with_the_students_weights_at_each_step
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
 def test_a_frozen_teacher_trains_as_the_model_the_run_began_with(folder, objective, lora):
     second = BaseModelTeacher() if lora else LocalTeacher(folder, "float64")
-    ours, theirs = (module(folder, teacher, OBJECTIVES[objective](), lora=lora) for teacher in (SelfTeacher("frozen"), second))
+    ours, theirs = (
+        module(folder, teacher, OBJECTIVES[objective](), lora=lora) for teacher in (SelfTeacher("frozen"), second)
+    )
     (found, _), (expected, _) = watched(ours), watched(theirs)
     assert_close(found[-1], expected[-1], atol=1e-9)
 
