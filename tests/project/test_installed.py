@@ -200,6 +200,7 @@ def test_a_new_study_trains_and_passes_its_own_test(tmp_path, monkeypatch, capsy
     command.main(["fit", "--config", "config.yaml", *ONE_STEP])
     assert json.loads((study / "runs/my_weighting/summary.json").read_text())["strategy"] == "MyWeighting"
     assert pytest.main(["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(study), str(study)]) == 0
+    sys.modules.pop("my_weighting", None)  # another test's may have its name
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path, monkeypatch, capsys):

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
     },
-    "testbed": {"errors", "files", "shipped"},
+    "testbed": {"errors", "files", "shipped", "prompts"},
     "cli": {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "rollout", "run", "preflight", "module",
         "report", "compare",
