@@ -86,6 +86,7 @@ def numbers(folder: Path) -> list[dict[str, str]]:
 # -- from start to end ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_as_single_fits_would(here, capfd):
     """A run that ended its process is named with its log, the other is kept; the same command trains what is left."""
     uniform, mine = (here / "runs/sweep" / name / "seed-3" for name in ("Uniform", "Mine"))
