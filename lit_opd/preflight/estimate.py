@@ -24,7 +24,10 @@ from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
+from lit_opd.scoring.model import TOP_K
 from lit_opd.shipped import program
+from lit_opd.step.lists import asked_of, whose_lists
+from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import LocalTeacher, Teacher
 
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
@@ -81,7 +84,7 @@ def shortage(found: Budget, plan: Plan) -> str:
 
 def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
     sampler, required = module.sampler, module.recipe.required
-    scored = any(name in required for name in _STATISTICS)
+    scored = any(name in required for name in _STATISTICS) or whose_lists(module.recipe, module.teacher) == "student"
     trained = "teacher_distribution" in required
     return Workload(
         rows=data.prompt_batch // plan.ranks * data.samples_per_prompt,
@@ -100,7 +103,16 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         val_response=module.validation.max_new_tokens or sampler.max_new_tokens,
         score_tiles=STATISTIC_TILES if scored else LOGPROB_TILES,
         train_tiles=DIVERGENCE_TILES if trained else STATISTIC_TILES if scored else LOGPROB_TILES,
+        listed=_listed(module.recipe, module.teacher),
     )
+
+
+def _listed(recipe: Recipe, teacher: Teacher) -> int:
+    """Entries a token of the lists that are kept."""
+    asked = asked_of(recipe, teacher)
+    sizes = {"teacher_topk": teacher.list_size, "student_topk": TOP_K}
+    chosen = recipe.objective.list_size if whose_lists(recipe, teacher) == "student" else None
+    return sum(size for name, size in sizes.items() if name in asked) + (chosen or 0)
 
 
 def _validates(module: Subject, data: PromptDataModule) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
-from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.model import TOP_K, ScoringModel
 from lit_opd.scoring.tiles import Head
 from lit_opd.types import Rollout, TokenScores
 
@@ -28,11 +28,26 @@ class Teacher(nn.Module, ABC):
         None  # tokens of a prompt and response, which the module knows before ``load``; None for unknown
     )
 
+    takes_candidates = False  # whether ``score_candidates`` can be called; ``ask_candidates`` finds out
+
     @property
     @abstractmethod
     def provides(self) -> frozenset[str]:
         """What this teacher can give beyond log-probs: "teacher_entropy", "teacher_topk", "token_kl" and
         "teacher_distribution"; the last two need ``full_head``."""
+
+    @property
+    def list_size(self) -> int:
+        """K of the lists of its likeliest tokens ("teacher_topk")."""
+        return TOP_K
+
+    def ask_candidates(self, k: int) -> str | None:
+        """Find out, before a run, whether ``score_candidates`` takes ``k`` tokens a position, and note it.
+
+        Returns:
+            why not; None where it can.
+        """
+        return f"`{type(self).__name__}` lists its own likeliest tokens only"
 
     @abstractmethod
     def tokenizers(self) -> list[Any]:
@@ -98,6 +113,17 @@ class Teacher(nn.Module, ABC):
         Returns:
             [B, T] nats, 0 where masked; with ``states`` where ``full_head`` is to be asked next and they save it a forward.
         """
+
+    def score_candidates(
+        self,
+        rollout: Rollout,
+        candidates: Tensor,
+        *,
+        temperature: float = 1.0,
+        requires: frozenset[str] = frozenset(),
+    ) -> TokenScores:
+        """As ``score``, with log-probs of further tokens: those of ``candidates``, int64 [B, T, K], in the field of that name."""
+        raise InputError(f"`{self.field}`: {self.ask_candidates(candidates.shape[-1])}")
 
     @property
     def reader_config(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
@@ -51,6 +51,17 @@ class RoutedTeacher(Teacher):
     def provides(self) -> frozenset[str]:
         """What all of them can give, less what needs one head."""
         return frozenset.intersection(*(teacher.provides for teacher in self.named().values())) - _NEEDS_ONE_HEAD
+
+    @property
+    def list_size(self) -> int:
+        """Of the shortest list: longer ones are cut to it."""
+        return min(teacher.list_size for teacher in self.named().values())
+
+    def ask_candidates(self, k: int) -> str | None:
+        """Ask every teacher."""
+        refused = [why for teacher in self.named().values() if (why := teacher.ask_candidates(k)) is not None]
+        self.takes_candidates = not refused
+        return refused[0] if refused else None
 
     def tokenizers(self) -> list[Any]:
         """Those of every teacher."""
@@ -115,13 +126,36 @@ class RoutedTeacher(Teacher):
         Raises:
             InputError: a row names no teacher, or one that is not here.
         """
+
+        def scored(teacher: Teacher, part: Rollout, rows: list[int]) -> TokenScores:
+            return teacher.score(part, temperature=temperature, requires=requires)
+
+        return self._by_teacher(rollout, scored)
+
+    @torch.no_grad()
+    def score_candidates(
+        self,
+        rollout: Rollout,
+        candidates: Tensor,
+        *,
+        temperature: float = 1.0,
+        requires: frozenset[str] = frozenset(),
+    ) -> TokenScores:
+        """As ``score``, with log-probs of ``candidates``, int64 [B, T, K]."""
+
+        def scored(teacher: Teacher, part: Rollout, rows: list[int]) -> TokenScores:
+            return teacher.score_candidates(part, candidates[rows], temperature=temperature, requires=requires)
+
+        return self._by_teacher(rollout, scored)
+
+    def _by_teacher(self, rollout: Rollout, score: Callable[[Teacher, Rollout, list[int]], TokenScores]) -> TokenScores:
+        """Every row as its own teacher scores it."""
         rows = self._rows_by_name(rollout)
         parts: list[tuple[Tensor, TokenScores]] = []
         for name, teacher in self.named().items():
             wanted = rows[name] or ([0] if holds_shards(teacher) else [])  # collectives must match those of other ranks
             if wanted:
-                part = rollout.rows(torch.tensor(wanted))
-                scores = teacher.score(part, temperature=temperature, requires=requires)
+                scores = score(teacher, rollout.rows(torch.tensor(wanted)), wanted)
                 if rows[name]:
                     parts.append((torch.tensor(wanted), scores))
         return _merged(parts, len(rollout))
@@ -150,8 +184,10 @@ def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
         values = [getattr(scores, field.name) for _, scores in parts]
         if any(value is None for value in values):
             continue
-        if field.name == "topk":
-            found["topk"] = TopK(spread([v.ids for v in values]), spread([v.logprobs for v in values]))
+        if isinstance(values[0], TopK):
+            shortest = min(lists.ids.shape[-1] for lists in values)
+            cut = [lists.first(shortest) for lists in values]
+            found[field.name] = TopK(spread([v.ids for v in cut]), spread([v.logprobs for v in cut]))
         else:
             found[field.name] = spread(values)
     return TokenScores(**found)
