@@ -256,6 +256,7 @@ class OPDModule(L.LightningModule):
         for scorer in self.scorers.values():
             scorer.attach(student)
             scorer.know_longest_row(longest)
+            scorer.know_stop_ids(self.stop_ids)
             if place is not None and mesh is not None:
                 scorer.load_sharded(place, vocabulary=self.vocabulary)
                 continue

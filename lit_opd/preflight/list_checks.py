@@ -41,6 +41,17 @@ def remedy(missing: frozenset[str], teacher: Teacher) -> str:
     return f"set `{teacher.field}.entropy_bound` to take a bound of it, or "
 
 
+def require_single_stops(recipe: Recipe, teacher: Teacher) -> None:
+    """What compares whole distributions knows no class of stop tokens."""
+    readers = [part for part in recipe.parts if part.requires & {"teacher_distribution", "token_kl"}]
+    if teacher.sums_stops and readers:
+        raise InputError(
+            f"`{teacher.field}.stop_mass` must be own with `{type(readers[0]).__name__}`, got sum: a divergence compares single "
+            "tokens, and would still call a stop unlikely that the teacher writes otherwise; take `PolicyLoss`, or set "
+            "`model.sampler.stop_token_ids` to ids that both end a response with"
+        )
+
+
 def require_lists(recipe: Recipe, teacher: Teacher) -> None:
     """The teacher's lists are as long as the objective reads them."""
     objective = recipe.objective

@@ -22,7 +22,13 @@ from lit_opd.models.sharding import shards
 from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
 from lit_opd.preflight.callback_checks import check_batches
-from lit_opd.preflight.list_checks import check_candidates, remedy, require_lists, require_transforms
+from lit_opd.preflight.list_checks import (
+    check_candidates,
+    remedy,
+    require_lists,
+    require_single_stops,
+    require_transforms,
+)
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
@@ -197,6 +203,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
             "`model.reference` must be a teacher such as `LocalTeacher` when reference_logprobs are read, got null; "
             "give it the path of the initial student"
         )
+    require_single_stops(recipe, teacher)
     require_lists(recipe, teacher)
     missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
     if missing:
@@ -224,7 +231,8 @@ def stop_warnings(module: Subject) -> Iterator[str]:
     """Where a response of the student ends at another token than one of a teacher's."""
     for role, pairs in module.scorer_tokenizers.items():
         for tokenizer, _ in pairs:
-            warning = stop_warning(module.tokenizer, module.stop_ids, tokenizer, role=role)
+            summed = module.scorers[role].sums_stops
+            warning = stop_warning(module.tokenizer, module.stop_ids, tokenizer, role=role, summed=summed)
             if warning is not None:
                 yield warning
 

@@ -28,6 +28,7 @@ from lit_opd.scoring import heads
 from lit_opd.scoring.heads import token_entropy, token_kl, token_logprobs, token_topk
 from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.places import FLASH, Packing, Places
+from lit_opd.scoring.stops import StopClass, with_stop_mass
 from lit_opd.scoring.tiles import Head, softly_capped
 from lit_opd.types import Rollout, TokenScores, TopK
 
@@ -119,6 +120,7 @@ class ScoringModel(nn.Module):
         own_template: bool = False,
         head: Head | None = None,
         top_k: int | None = None,
+        stops: StopClass | None = None,
     ) -> dict[str, Tensor]:
         """Score the sampled tokens of ``rollout``.
 
@@ -134,6 +136,7 @@ class ScoringModel(nn.Module):
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
             top_k: K of the list "topk"; None for ``TOP_K``.
+            stops: give a token that ends a response the mass of this class, without gradient; None: its own.
         Returns:
             [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
             The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
@@ -146,6 +149,8 @@ class ScoringModel(nn.Module):
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
         found: dict[str, Tensor] = {"logprobs": token_logprobs(head, targets, temperature=temperature)}
+        if stops is not None:
+            found["logprobs"] = with_stop_mass(found["logprobs"], head, targets, stops, temperature=temperature)
         if "entropy" in wants:
             found["entropy"] = token_entropy(head, temperature=temperature)
         if "token_kl" in wants:

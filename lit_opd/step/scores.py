@@ -161,7 +161,9 @@ class Scores:
         part = batches.take(rows)
         for who, model in self.scorers.items():
             requires = asked_of(self.recipe, model) if who == "teacher" else frozenset()
-            if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
+            told = who == "teacher" and part.teacher_logprobs is not None and not model.sums_stops
+            if told and not requires & model.provides:
+                assert part.teacher_logprobs is not None  # told
                 scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
             elif who == "teacher" and self._lists == "student":
                 ids = self.buffer.part(CANDIDATES, rows, part.mask.shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
+from lit_opd.models.vocabulary import configured_stops
 from lit_opd.scoring.model import TOP_K, ScoringModel
+from lit_opd.scoring.stops import StopClass
 from lit_opd.scoring.tiles import Head
 from lit_opd.types import Rollout, TokenScores
+
+StopMass = Literal["own", "sum"]
 
 # name in a signal's requirements -> name in the model's forward
 SCORE_WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
@@ -28,6 +32,8 @@ class Teacher(nn.Module, ABC):
         None  # tokens of a prompt and response, which the module knows before ``load``; None for unknown
     )
 
+    stop_mass: StopMass = "own"  # what a sampled stop token is scored with: its own mass, or that of all stop tokens
+    stop_ids: tuple[int, ...] = ()  # at which a response of the student ends, which the module knows before ``load``
     takes_candidates = False  # whether ``score_candidates`` can be called; ``ask_candidates`` finds out
 
     @property
@@ -87,6 +93,23 @@ class Teacher(nn.Module, ABC):
         for part in self.modules():
             if isinstance(part, Teacher):
                 part.longest_row = tokens
+
+    def know_stop_ids(self, ids: tuple[int, ...]) -> None:
+        """Note, before ``load``, at which ids a response of the student ends."""
+        for part in self.modules():
+            if isinstance(part, Teacher):
+                part.stop_ids = ids
+
+    @property
+    def sums_stops(self) -> bool:
+        """Whether it, or a teacher inside it, scores a stop token with the mass of all."""
+        return any(isinstance(part, Teacher) and part.stop_mass == "sum" for part in self.modules())
+
+    def _stop_class(self, path: str, tokenizer: Any) -> StopClass:
+        """The student's stop ids, and with them those of the model at ``path``."""
+        if not self.stop_ids:
+            raise RuntimeError(f"{type(self).__name__}.know_stop_ids has not been called")
+        return StopClass(self.stop_ids, tuple(sorted({*self.stop_ids, *configured_stops(path, tokenizer)})))
 
     @abstractmethod
     def load(self, *, vocabulary: int) -> None:

@@ -17,11 +17,13 @@ from lit_opd.errors import InputError, require
 from lit_opd.models.loading import load_config, load_tokenizer
 from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.stops import StopClass
 from lit_opd.servers.client import Servers
 from lit_opd.teacher.answers import answer_bytes, asked_logprobs, response_entries, sampled_logprobs, top_lists
-from lit_opd.teacher.base import Teacher
+from lit_opd.teacher.base import StopMass, Teacher
 from lit_opd.types import Rollout, TokenScores, TopK
 
+STOP_SHARE = 1e-4  # of the mass of stop tokens that may be left out
 Bound = Literal["lower", "upper"]
 
 
@@ -53,6 +55,8 @@ class RemoteTeacher(Teacher):
         top_k: K, at most what the servers were started with (``--max-logprobs``); None for sampled tokens only.
         entropy_bound: what stands for the teacher's entropy: "lower", the listed tokens and the rest as one token, or "upper",
             the rest spread evenly; needs ``top_k``. None for none.
+        stop_mass: as for ``LocalTeacher``. With "sum" stop tokens that the list at the end of a response does not hold, and that
+            may matter by 1e-4 nats, are asked for by further prompts, each a response with another end.
     Raises:
         InputError: a value outside its range.
     """
@@ -73,6 +77,7 @@ class RemoteTeacher(Teacher):
         trust_remote_code: bool = False,
         top_k: int | None = None,
         entropy_bound: Bound | None = None,
+        stop_mass: StopMass = "own",
     ) -> None:
         super().__init__()
         if rows_per_request < 1:
@@ -83,6 +88,8 @@ class RemoteTeacher(Teacher):
         require(entropy_bound in bounds, "RemoteTeacher.entropy_bound", "lower, upper or null", entropy_bound)
         told = top_k is not None or entropy_bound is None
         require(told, "RemoteTeacher.entropy_bound", "null unless top_k is set", entropy_bound)
+        require(stop_mass in get_args(StopMass), "RemoteTeacher.stop_mass", "own or sum", stop_mass)
+        self.stop_mass = stop_mass
         self.urls, self.tokenizer_path, self.model = list(urls), tokenizer_path, model
         self.rows_per_request, self.top_k, self.entropy_bound = rows_per_request, top_k, entropy_bound
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
@@ -222,8 +229,13 @@ class RemoteTeacher(Teacher):
         """
         k = self._ready(temperature, requires)
         rows, prompts, responses = _tokens(rollout)
+        found = self._asked(prompts, responses, k)
+        return self._merged(rollout, rows, self._summed(prompts, responses, found), requires)
+
+    def _asked(self, prompts: list[list[int]], responses: list[list[int]], k: int | None) -> list[_Row]:
+        """What the servers say of each response, with lists of ``k`` where that is not None."""
         size = self.rows_per_request
-        chunks = [slice(start, start + size) for start in range(0, len(rows), size)]
+        chunks = [slice(start, start + size) for start in range(0, len(prompts), size)]
 
         def parse(choices: list[dict[str, Any]], index: int) -> list[_Row]:
             told = zip(choices, prompts[chunks[index]], responses[chunks[index]], strict=True)
@@ -231,7 +243,32 @@ class RemoteTeacher(Teacher):
 
         texts = _joined(prompts, responses)
         answers = self.servers.complete([_body(texts[chunk], k or 0) for chunk in chunks], parse)
-        return self._merged(rollout, rows, [row for found in answers for row in found], requires)
+        return [row for answer in answers for row in answer]
+
+    def _summed(self, prompts: list[list[int]], responses: list[list[int]], found: list[_Row]) -> list[_Row]:
+        """``found`` with the mass of all stop tokens where a response ends at one."""
+        stops = self._stops
+        if stops is None:
+            return found
+        ends = [row for row, response in enumerate(responses) if response[-1] in stops.sampled]
+        known = {row: found[row].at_the_end(responses[row][-1], stops.ids) for row in ends}
+        asked = [(row, stop) for row in ends for stop in _missing(found[row], known[row], stops.ids)]
+        texts = [prompts[row] + responses[row][:-1] for row, _ in asked]
+        for (row, stop), answer in zip(asked, self._asked(texts, [[stop] for _, stop in asked], None), strict=True):
+            known[row][stop] = float(answer.logprobs[-1])
+        for row in ends:
+            logprobs = found[row].logprobs.copy()
+            logprobs[-1] = numpy.logaddexp.reduce(list(known[row].values()))
+            found[row] = replace(found[row], logprobs=logprobs)
+        return found
+
+    @cached_property
+    def _stops(self) -> StopClass | None:
+        """What a stop token is scored with; None where that is its own mass."""
+        if self.stop_mass == "own":
+            return None
+        ((tokenizer, _),) = self.tokenizers()
+        return self._stop_class(self.tokenizer_path, tokenizer)
 
     @torch.no_grad()
     def score_candidates(
@@ -258,7 +295,7 @@ class RemoteTeacher(Teacher):
             return replace(row, candidates=asked[:, 1:])
 
         bodies = [_chosen_body(*pair, k) for pair in zip(_joined(prompts, responses), chosen, strict=True)]
-        found = self.servers.generate(bodies, parse)
+        found = self._summed(prompts, responses, self.servers.generate(bodies, parse))
         scores = self._merged(rollout, rows, found, requires)
         return replace(
             scores, candidates=TopK(candidates, _spread(rollout, rows, found, "candidates", candidates.shape[-1]))
@@ -320,6 +357,21 @@ class _Row:
     ids: NDArray[numpy.int64] | None = None
     listed: NDArray[numpy.float32] | None = None
     candidates: NDArray[numpy.float32] | None = None
+
+    def at_the_end(self, token: int, ids: tuple[int, ...]) -> dict[int, float]:
+        """What is known of ``ids`` at the last position, where ``token`` was sampled: log-probs by id."""
+        known = {token: float(self.logprobs[-1])}
+        if self.ids is not None and self.listed is not None:
+            pairs = zip(self.ids[-1].tolist(), self.listed[-1].tolist(), strict=True)
+            known |= {name: logprob for name, logprob in pairs if name in ids}
+        return known
+
+
+def _missing(row: _Row, known: dict[int, float], ids: tuple[int, ...]) -> list[int]:
+    """Which of ``ids`` are not ``known`` at the end of a response and may matter: none is likelier than the last listed."""
+    missing = [stop for stop in ids if stop not in known]
+    most = 1.0 if row.listed is None else float(numpy.exp(row.listed[-1, -1]))
+    return missing if len(missing) * most > STOP_SHARE * numpy.exp(list(known.values())).sum() else []
 
 
 def _read(choice: dict[str, Any], prompt: list[int], response: list[int], k: int | None) -> _Row:

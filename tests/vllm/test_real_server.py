@@ -82,7 +82,7 @@ def test_lists_and_chosen_tokens_agree_with_transformers(folders, rows, tmp_path
         with pytest.raises(InputError, match="`model.teacher.top_k` must be at most.*got 65.*max allowed: 64"):
             teacher._check_lists(65, 63)
         why = teacher.ask_candidates(8)
-        if why is not None:
+        if why is not None:  # the first model runner, which CPUs get
             assert "model runner" in why
             return
         chosen = torch.randint(0, 64, (*rows.mask.shape, 8), generator=torch.Generator().manual_seed(0))
