@@ -1,6 +1,7 @@
 """``lit-opd``, ``python -m lit_opd`` and, in a checkout, ``python train.py``: one command line.
 
-Help, version, ``configs`` and ``new`` are answered without loading torch, and so is the help of ``sweep``.
+Help, version, ``configs`` and ``new`` are answered without loading torch, and so are the help of ``sweep`` and the first
+screen of ``fit --help``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ start
   new         a folder with a weighting of your own, its config and its test
 
 first:        {program} fit --config quickstart
-all settings: {program} fit --help
+settings:     {program} fit --help, and fit --help all
 Any setting is an option: --model.weighting Uniform --trainer.max_steps 20
 Relative paths are seen from the folder you run from; those that begin with
 lit_opd/ are the package's own files.
@@ -71,10 +72,16 @@ def main(args: Sequence[str] | None = None) -> None:
         from lit_opd.sweep.command import run as sweep
 
         raise SystemExit(_said(lambda: sweep(words[1:], run_callbacks)))
+    from lit_opd.cli.fit_help import first_screen, without_all
+
+    short = first_screen(words)
+    if short is not None:
+        print(short, end="")
+        return
     from lit_opd.callbacks import default_callbacks
     from lit_opd.cli.command import main as run
 
-    run(default_callbacks, with_config_files(words))
+    run(default_callbacks, with_config_files(without_all(words)))
 
 
 def run_callbacks() -> list[Any]:

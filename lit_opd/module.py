@@ -44,6 +44,7 @@ from lit_opd.step.skips import FOLDER, Skips
 from lit_opd.step.token_budget import TokenBudget
 from lit_opd.step.update import Clock, Update
 from lit_opd.teacher import Teacher
+from lit_opd.teacher.self_teacher import self_teachers
 from lit_opd.types import Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.importance import ImportanceWeighting
@@ -316,7 +317,9 @@ class OPDModule(L.LightningModule):
             recipe,
             Scores(self.student, self.scorers, recipe, rollout, temperature=temperature, step=self.global_step),
             MicroBatches(rollout, self.budget, self.token_budget, packed=self._packed),
-            LightningOptimisation(self, self.student, clip_norm=self.gradient_clip_norm),
+            LightningOptimisation(
+                self, self.student, clip_norm=self.gradient_clip_norm, followers=self_teachers(self.scorers).values()
+            ),
             self.phase,
             skips=self.skips,
             progress=self.progress,
@@ -402,6 +405,8 @@ class OPDModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Measure the start of a new run; of one that goes on, make the validation that its checkpoint was saved before."""
         self.gap = self._new_gap()
+        for teacher in self_teachers(self.scorers).values():
+            teacher.begin()
         if self.state.take_due(self, at_start=self.validation.before_training):
             validate_now(self.trainer)
 
@@ -476,12 +481,15 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         whole, at_start = is_sharded(self.student), self.validation.before_training
         self.state.save(self, checkpoint, whole=whole, at_start=at_start)
+        checkpoint["self_teachers"] = {name: part.state() for name, part in self_teachers(self.scorers).items()}
         checkpoint["skipped_steps"] = self.skips.total
         checkpoint["halved_token_budget"] = self.budget.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting; the checkpoint must be of this student."""
         self.state.load(checkpoint)
+        for name, part in self_teachers(self.scorers).items():
+            part.restore(checkpoint.get("self_teachers", {}).get(name))
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
         self.budget.restore(checkpoint.get("halved_token_budget", [None, None]), self.token_budget)
 

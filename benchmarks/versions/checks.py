@@ -55,7 +55,7 @@ CHECKS = (
     Check("resume to step 5", ((*QUICKSTART, "--trainer.max_steps", "5", "--ckpt_path", "last"),)),
     Check("DDP, 2 ranks", (two_ranks("DDPStrategy", "process_group_backend=gloo"), pytest(DISTRIBUTED, "-k", "ddp"))),
     Check("FSDP2, 2 ranks", (two_ranks("ModelParallelStrategy", *FSDP2), pytest(DISTRIBUTED, "-k", "fsdp2"))),
-    Check("FSDP1, 2 ranks", (pytest(DISTRIBUTED, "-k", "fsdp1"),)),
+    Check("FSDP1, 2 ranks", (pytest(DISTRIBUTED, "-k", "fsdp1", "-m", "not vllm"),)),  # slow elsewhere
     Check("lazy loading", (pytest("tests/models/test_lazy.py"),)),
     Check("scoring and sampling", (pytest("tests/scoring", "tests/rollout/test_decode.py"),)),
     Check("prompts and data", (pytest("tests/prompts/test_prompts.py"),)),

@@ -22,7 +22,7 @@ from lit_opd.shipped import program
 USAGE_ERROR = 2
 _SHOWN = 120  # characters of a value
 _KNOWN = 6  # classes listed where no name is near
-_HELP = f"{program()} fit --help lists all settings"
+_HELP = f"{program()} fit --help all lists all settings"
 
 _KEY = re.compile(r'^(?P<indent>[ -]*).*?Parser key "(?P<key>[^"]*)":', re.M)
 _GIVEN = re.compile(r"(?:Given value: |Got value: )(?P<value>.*?)(?:\. Got value: |$)", re.M)

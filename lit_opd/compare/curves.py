@@ -53,9 +53,9 @@ def curve_chart(found: RunsComparison, metric: str, axis: str) -> Chart:
 def _series(
     name: str, places: Sequence[float], means: Sequence[Estimate], number: int, *, dashed: bool = False
 ) -> Series:
-    known = [mean for mean in means if mean.low is not None]
-    ends = ([mean.low for mean in means], [mean.high for mean in means]) if known else ((), ())
-    return Series(name, places, [mean.mean for mean in means], *ends, GREY if dashed else number, dashed)
+    known = any(mean.low is not None for mean in means)
+    low, high = ([mean.low for mean in means], [mean.high for mean in means]) if known else ([], [])
+    return Series(name, places, [mean.mean for mean in means], low, high, GREY if dashed else number, dashed)
 
 
 # -- by position -------------------------------------------------------------------------------------------------------

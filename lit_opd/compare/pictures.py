@@ -52,9 +52,12 @@ def draw_positions(charts: Sequence[Chart], folder: Path) -> Path | None:
         axes = figure.add_subplot(1, len(shown), place + 1)
         for series in (own for own in chart.series if own.measured):
             color, style = ("0.5", "--") if series.dashed else _look(series.color)
-            axes.plot(series.x, series.y, style, color=color, lw=1.8, label=plain(series.name))
-            if len(series.low):
-                axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.15, lw=0)
+            heights, low, high = (
+                np.array(part, dtype=float) for part in (series.y, series.low, series.high)
+            )  # None is NaN
+            axes.plot(series.x, heights, style, color=color, lw=1.8, label=plain(series.name))
+            if len(low):
+                axes.fill_between(series.x, low, high, color=color, alpha=0.15, lw=0)
         if chart.reference is not None:
             axes.axhline(chart.reference, color="0.6", lw=0.8)
         axes.set_title(chart.title, fontsize=10)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lit_opd import hub
 from lit_opd.errors import InputError
 from lit_opd.models.plain_outputs import switch_off
 
@@ -31,6 +32,8 @@ def _require_reachable(path: str, field: str) -> None:
             f"`{field}` must be a Hugging Face folder with a config.json, or a hub id, got {path!r}; "
             "check the path (relative paths start at the current folder)"
         )
+    if not looks_local:
+        hub.silence()  # once, before its client tries again and again
 
 
 def _refuse_adapter(folder: Path, field: str) -> None:
@@ -57,14 +60,15 @@ def _reason(error: Exception) -> str:
 
 def _hub_error(field: str, path: str, error: Exception) -> InputError:
     """What a loader of transformers raised; it may be anything."""
+    reason = _reason(error).rstrip(".")
     if _ATTENTION.search(str(error)):
         setting = f"{field.removesuffix('.path')}.attn_implementation"
         remedy = f"set `{setting}` to one that this model and machine have, such as eager"
     elif os.path.isdir(os.path.expanduser(path)):
         remedy = "correct that file, or copy the folder again"
     else:
-        remedy = "without a network, download the model elsewhere and give its local folder"
-    return InputError(f"`{field}` could not be loaded from {path!r}: {_reason(error).rstrip('.')}; {remedy}")
+        reason, remedy = hub.failure(reason, "model")
+    return InputError(f"`{field}` could not be loaded from {path!r}: {reason}; {remedy}")
 
 
 def load_config(path: str, field: str, *, trust_remote_code: bool = False) -> Any:

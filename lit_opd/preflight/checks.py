@@ -157,11 +157,11 @@ def data(run: PlannedRun) -> Finding:
 
 def templates(run: PlannedRun) -> Finding:
     """Who renders the prompts that the teacher reads."""
+    ours = run.module.tokenizer.chat_template  # first: without it no encoder can be made
     if run.data.teacher_encoder is not None:
         return Finding(
             "ok", "the teacher renders its own template (allowed): it reads other prompt tokens than the student"
         )
-    ours = run.module.tokenizer.chat_template
     pairs = [pair for scorer in run.module.scorers.values() for pair in scorer.tokenizers()]
     differing = sum(tokenizer.chat_template != ours for tokenizer, _ in pairs)
     if differing and run.data.chat_template is not False:
@@ -365,12 +365,15 @@ CHEAP = ("run folder", "disk", "W&B")  # what a fit asks by itself beside its ow
 
 
 def examine(run: PlannedRun, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
-    """One finding a check, in their order; none stops another."""
-    findings = []
+    """One finding a check, in their order; none stops another, and an error that several meet is told once."""
+    findings: list[Finding] = []
     for name, check in checks.items():
-        findings.append(replace(_examined(run, check), name=name))
-        if findings[-1].status == "error":
-            run.failed.append(name)
+        found = _examined(run, check)
+        if found.status == "error":
+            told = [other.name for other in findings if (other.found, other.remedy) == (found.found, found.remedy)]
+            found = Finding("warning", f"not checked: first the error of {told[0]}") if told else found
+            run.failed += [] if told else [name]
+        findings.append(replace(found, name=name))
     return findings
 
 

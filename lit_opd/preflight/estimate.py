@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lit_opd.preflight.memory import (
     budget,
 )
 from lit_opd.preflight.plan import GIB, Plan
-from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
+from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
@@ -29,7 +30,9 @@ from lit_opd.shipped import program
 from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import LocalTeacher, Teacher
+from lit_opd.teacher.self_teacher import self_teachers
 
+FLOAT32 = 4  # bytes
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
 _STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")
 
@@ -52,7 +55,10 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
     size = _named("student", module.student_config, lora=settings.lora, trust_remote_code=code)
     return budget(
         student=Held(size, width=_width(dtype)),
-        frozen=[_held(role, teacher, plan) for role, scorer in module.scorers.items() for teacher in _local(scorer)],
+        frozen=[
+            *(_held(role, teacher, plan) for role, scorer in module.scorers.items() for teacher in _local(scorer)),
+            *(_kept(size, dtype) for part in self_teachers(module.scorers).values() if part.update != "live"),
+        ],
         state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, dtype)),
         work=_workload(module, data, plan),
         plan=plan,
@@ -123,6 +129,12 @@ def _validates(module: Subject, data: PromptDataModule) -> bool:
 def _local(scorer: Teacher) -> Iterator[LocalTeacher]:
     """The models of a teacher that live in this process."""
     return (part for part in scorer.modules() if isinstance(part, LocalTeacher))
+
+
+def _kept(size: ModelSize, dtype: str) -> Held:
+    """What a ``SelfTeacher`` keeps of the weights that are trained: its values in at least float32 and, while it scores, the
+    student's own; no model that runs."""
+    return Held(replace(size, parameters=size.num_trainable), width=max(_width(dtype), FLOAT32) + _width(dtype))
 
 
 def _held(role: str, teacher: LocalTeacher, plan: Plan) -> Held:

@@ -36,7 +36,7 @@ from lit_opd.run.checkpoint_kinds import check_checkpoint
 from lit_opd.scoring.heads import check_choice
 from lit_opd.step.lists import asked_of
 from lit_opd.step.recipe import Recipe
-from lit_opd.teacher import Teacher
+from lit_opd.teacher import SelfTeacher, Teacher
 
 ALWAYS_AVAILABLE = frozenset({"student_entropy", "student_topk", "sampler_logprobs"})
 
@@ -97,6 +97,7 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     check_window(module, data)
     check_token_budget(module, data)
     check_rollout_stop(module, sharded=shards(module.trainer.strategy))
+    check_self_teacher(module, data)
     check_servers(module, data)
     for warning in (*setting_warnings(module), *stop_warnings(module)):
         warnings.warn(warning, stacklevel=2)
@@ -244,6 +245,25 @@ def check_rollout_stop(module: Subject, *, sharded: bool) -> None:
         module.rollout_stop.check(module.sampler, teacher=teacher, config=config, sharded=sharded)
 
 
+def check_self_teacher(module: Subject, data: PromptDataModule | None) -> None:
+    """A student that is its own teacher learns from what only the teacher reads; its average keeps small changes."""
+    found = [part for scorer in module.scorers.values() for part in scorer.modules() if isinstance(part, SelfTeacher)]
+    averages = any(part.update == "ema" for part in found)
+    if averages and str(module.trainer.precision) == "bf16-true":
+        raise InputError(
+            "`trainer.precision` must be bf16-mixed or 32-true with SelfTeacher(update=ema), got bf16-true: the student would "
+            "lose the small changes that are averaged"
+        )
+    own = module.teacher
+    if not isinstance(own, SelfTeacher) or data is None or data.teacher_reads_more:
+        return
+    what = f"`data.teacher_prompt` must give SelfTeacher(update={own.update}) something that the student does not read"
+    why = "with the same prompt both are equal and there is nothing to learn"
+    if own.update == "live":
+        raise InputError(f"{what}, got the same prompts: {why}; set it, or take another teacher")
+    warnings.warn(f"{what}: {why}, unless the student starts elsewhere", stacklevel=2)
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +285,8 @@ def check_window(module: Subject, data: PromptDataModule | None) -> None:
     _require_window("model.student", module.student_config.get_text_config(), limit, response)
     for scorer in module.scorers.values():
         for part in (part for part in scorer.modules() if isinstance(part, Teacher)):
-            _require_window(scorer.field, part.reader_config, read, response)
+            config = module.student_config.get_text_config() if part.shares_student else part.reader_config
+            _require_window(scorer.field, config, read, response)
 
 
 def _require_window(field: str, config: Any, prompt: int | None, response: int) -> None:

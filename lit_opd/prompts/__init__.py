@@ -9,6 +9,7 @@ from lit_opd.prompts.encoding import EncodedPrompt, PromptEncoder, collate, enco
 from lit_opd.prompts.filters import RowFilter
 from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
 from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_prompts
+from lit_opd.prompts.teacher_prompt import TeacherPrompt
 
 __all__ = [
     "ColumnNames",
@@ -21,6 +22,7 @@ __all__ = [
     "PromptOrder",
     "PromptRow",
     "RowFilter",
+    "TeacherPrompt",
     "collate",
     "encode_rows",
     "pad_token_id",

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_opd import distributed
+from lit_opd import distributed, hub
 from lit_opd.errors import InputError, first_line, require
 from lit_opd.prompts.encoding import (
     EncodedPrompt,
@@ -22,6 +22,8 @@ from lit_opd.prompts.encoding import (
 )
 from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
 from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_prompts, require_unique_ids
+from lit_opd.prompts.teacher_prompt import TeacherPrompt
+from lit_opd.prompts.teacher_prompt import teacher_prompt as as_teacher_prompt
 from lit_opd.streams import stable_hash
 
 _HASH_RANGE = 1 << 63
@@ -58,6 +60,9 @@ class PromptDataModule(LightningDataModule):
         teacher_chat_template: None: like the student's.
         teacher_template_options: None: the student's options.
         teacher_system_prompt: None: the student's.
+        teacher_prompt: what the teacher reads in place of the student's prompt, of the row's columns: a text such as
+            "{problem} A correct solution: {solution} Now solve it yourself.", chat messages with such contents, or a class of
+            your own (``TeacherPrompt``); see docs/data.md. None: the student's.
         val_fraction: share of the training rows held out by a hash of (split seed, row id), instead of ``val``.
         val_batch: validation prompts a batch over all ranks.
         val_limit: keep the first so many validation prompts.
@@ -90,6 +95,7 @@ class PromptDataModule(LightningDataModule):
         teacher_chat_template: bool | Literal["auto"] | None = None,
         teacher_template_options: dict[str, Any] | None = None,
         teacher_system_prompt: str | None = None,
+        teacher_prompt: str | list[dict[str, str]] | TeacherPrompt | None = None,
         val_fraction: float | None = None,
         val_batch: int = 64,
         val_limit: int | None = None,
@@ -110,6 +116,7 @@ class PromptDataModule(LightningDataModule):
         self.teacher_tokenizer_path = teacher_tokenizer
         self.teacher_chat_template, self.teacher_system_prompt = teacher_chat_template, teacher_system_prompt
         self.teacher_template_options = teacher_template_options
+        self.teacher_prompt = as_teacher_prompt(teacher_prompt)
         self.val_fraction, self.val_batch, self.val_limit = val_fraction, val_batch, val_limit
         self.seed, self.split_seed, self.special_tokens_in_text = seed, split_seed, special_tokens_in_text
         self.tokenizer_path, self.pad_token = tokenizer, pad_token
@@ -164,7 +171,8 @@ class PromptDataModule(LightningDataModule):
             self.teacher_template_options,
             self.teacher_system_prompt,
         )
-        if teacher_tokenizer in (None, tokenizer) and chat_template is None and options is None and system is None:
+        own = (chat_template, options, system, self.teacher_prompt)
+        if teacher_tokenizer in (None, tokenizer) and all(setting is None for setting in own):
             return None
         return PromptEncoder(
             tokenizer if teacher_tokenizer is None else teacher_tokenizer,
@@ -279,7 +287,10 @@ class PromptDataModule(LightningDataModule):
     def _read(
         self, sources: str | DataSource | list[str | DataSource], filters: str | list[str] | None
     ) -> list[list[PromptRow]]:
-        parts = [read_prompts(source, self.columns, filters=filters) for source in _source_list(sources)]
+        own = self.teacher_prompt
+        parts = [
+            read_prompts(source, self.columns, filters=filters, teacher_prompt=own) for source in _source_list(sources)
+        ]
         require_unique_ids([row for rows in parts for row in rows])
         return parts
 
@@ -316,6 +327,11 @@ class PromptDataModule(LightningDataModule):
             for prompt in prompts or ():
                 found.setdefault(prompt.teacher, f"{stage} row {prompt.row_id!r}")
         return found
+
+    @property
+    def teacher_reads_more(self) -> bool:
+        """The training prompts, once set up, are others for the teacher than for the student."""
+        return any(prompt.teacher_ids is not None for prompt in self._train_prompts or ())
 
     # ----------------------------------------------------------------------------------------------------- loaders
 
@@ -415,10 +431,13 @@ def _weights(sources: Sequence[DataSource]) -> list[float] | None:
 def _loaded_tokenizer(path: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
+    if not os.path.exists(path):
+        hub.silence()  # once, before its client tries again and again
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # missing folder, no network, broken files: third parties raise many types
+        reason, remedy = hub.failure(first_line(error), "model")
         raise InputError(
-            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({first_line(error)}); check "
-            "the path, or without network give a local folder"
+            f"`PromptDataModule.{name}` must be a tokenizer folder or hub id, got {path!r} ({reason}); check the path, or "
+            f"{remedy}"
         ) from error

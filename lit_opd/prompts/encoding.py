@@ -42,7 +42,7 @@ class EncodedPrompt:
         ids: int32 [length], at least one token.
         answer: reference answer or None.
         teacher: name of the teacher that scores the row, None for the only one.
-        teacher_ids: int32 [length'] where the teacher renders its own template, else None.
+        teacher_ids: int32 [length'] where the teacher reads a prompt or template of its own, else None.
     """
 
     row_id: str
@@ -289,10 +289,11 @@ def pad_token_id(tokenizer: Any, pad_token: str | None = None, *, field: str = "
 def encode_rows(
     rows: Iterable[PromptRow], encoder: PromptEncoder, teacher_encoder: PromptEncoder | None = None
 ) -> list[EncodedPrompt]:
-    """The rows as token ids, in order; ``teacher_ids`` are filled only when some row differs for the teacher."""
+    """The rows as token ids, in order; ``teacher_ids`` are filled where there is a ``teacher_encoder``."""
     encoded = []
     for row in rows:
-        teacher_ids = teacher_encoder.encode(row.prompt, row.where) if teacher_encoder else None
+        own = row.prompt if row.teacher_prompt is None else row.teacher_prompt
+        teacher_ids = teacher_encoder.encode(own, f"{row.where} (teacher)") if teacher_encoder else None
         ids = torch.tensor(encoder.encode(row.prompt, row.where), dtype=torch.int32)
         teacher = None if teacher_ids is None else torch.tensor(teacher_ids, dtype=torch.int32)
         encoded.append(EncodedPrompt(row.row_id, ids, row.answer, row.teacher, teacher))

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lit_opd import hub
 from lit_opd.answers import boxed_answer
 from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
+from lit_opd.prompts.teacher_prompt import TeacherPrompt, rendered
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -46,6 +48,7 @@ ANSWER_COLUMNS = (
     "solution",
     "Solution",
 )
+WORKED_SOLUTIONS = ("solution", "Solution")
 ID_COLUMNS = ("id",)
 ROW_NUMBER = "#"  # as `id_column`: name rows by their number even where the data has an id column
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -107,6 +110,7 @@ class PromptRow:
         answer: reference answer, None where the data has none.
         teacher: name of the teacher that scores the row, None for the only one.
         where: "FILE:LINE" for messages.
+        teacher_prompt: what the teacher reads instead, in the forms of ``prompt``; None where it reads the same.
     """
 
     row_id: str
@@ -114,6 +118,7 @@ class PromptRow:
     answer: str | None = None
     teacher: str | None = None
     where: str = "prompt"
+    teacher_prompt: str | list[Message] | None = field(default=None, repr=False)  # it may hold what must not be shown
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,11 @@ class _RawRow:
 
 
 def read_prompts(
-    source: str | DataSource, columns: ColumnNames | None = None, *, filters: Filters = None
+    source: str | DataSource,
+    columns: ColumnNames | None = None,
+    *,
+    filters: Filters = None,
+    teacher_prompt: TeacherPrompt | None = None,
 ) -> list[PromptRow]:
     """The rows of one source, in order, that pass its filters.
 
@@ -132,6 +141,7 @@ def read_prompts(
         source: path, hub id, or a ``DataSource``, whose own columns come before ``columns``.
         columns: configured column names.
         filters: row filters for all sources, and-ed with the source's own.
+        teacher_prompt: makes what the teacher reads of a row; None where it reads the student's prompt.
     Returns:
         At least one row; ids are unique within the source.
     Raises:
@@ -150,9 +160,41 @@ def read_prompts(
     _report(source, names, tests, kept=len(kept), total=len(raw))
     rows = [_prompt_row(row, names, source, joins=joins) for row in kept]
     require_unique_ids(rows)
+    if teacher_prompt is not None:
+        guessed = names.answer if source.answer_column is None and columns.answer is None else None
+        rows = _with_teacher_prompts(source, kept, rows, teacher_prompt, guessed=guessed)
     _warn_of_invisible(source, rows)
     _warn_of_left_out(source, kept, names, joins=joins)
     return rows
+
+
+def _with_teacher_prompts(
+    source: DataSource, raw: Sequence[_RawRow], rows: Sequence[PromptRow], own: TeacherPrompt, *, guessed: str | None
+) -> list[PromptRow]:
+    """``rows`` with what the teacher reads of each.
+
+    Args:
+        source: of the rows.
+        raw: the same rows as they were read.
+        rows: checked.
+        own: makes the teacher's prompts.
+        guessed: the answer column where nobody named it. A hint in it is an answer only where it ends in one: a worked solution
+            would stand as the row's answer in the samples otherwise.
+    """
+    found, hidden = [], 0
+    worked = guessed in WORKED_SOLUTIONS and guessed in own.columns
+    for values, row in zip((row.values for row in raw), rows, strict=True):
+        text = rendered(own, values, row.prompt, row.where)
+        given = checked_prompt(text, row.where, "teacher_prompt")
+        is_hint = worked and row.answer is not None and row.answer == value_at(values, str(guessed))
+        hidden += is_hint
+        found.append(replace(row, teacher_prompt=given, answer=None if is_hint else row.answer))
+    if hidden:
+        rank_zero_warn(
+            f"{source.path}: {hidden} of {len(rows)} rows have no answer to be graded by: {guessed!r} holds the teacher's hint "
+            "and no boxed answer; name the `answer_column`"
+        )
+    return found
 
 
 def require_unique_ids(rows: Sequence[PromptRow]) -> None:
@@ -308,14 +350,15 @@ class NotLoaded(InputError):
 def _read_hub(source: DataSource) -> Iterator[_RawRow]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         raise InputError(f"{source.path}: no such file or folder; check the path (relative ones start here)")
+    hub.silence()  # once, before its client tries again and again
     datasets = _datasets(source.path)
     try:
         data = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # network, authorisation, missing split: one message for all of them
+        reason, remedy = hub.failure(first_line(error), "data set")
         raise NotLoaded(
             f"{source.path}: neither a local file or folder, nor could split {source.split!r} be loaded from the "
-            f"hub ({first_line(error)}); without network download it elsewhere and give a local .jsonl, .parquet "
-            "or folder"
+            f"hub ({reason}); {remedy}"
         ) from error
     return _read_table(source, data)
 

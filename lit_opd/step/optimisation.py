@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -38,6 +39,13 @@ class Optimisation(Protocol):
         """Drop the gradients."""
 
 
+class Follower(Protocol):
+    """Whoever changes as the student does."""
+
+    def student_stepped(self, step: int) -> None:
+        """Optimizer step ``step`` (1-based) was made."""
+
+
 class LightningOptimisation:
     """By the optimizer, schedule, precision plugin and strategy of a LightningModule in a fit.
 
@@ -45,10 +53,18 @@ class LightningOptimisation:
         module: under manual optimisation.
         student: the part that is trained.
         clip_norm: bound of the global gradient norm, None for none.
+        followers: teachers that follow the student; told each step.
     """
 
-    def __init__(self, module: L.LightningModule, student: nn.Module, *, clip_norm: float | None) -> None:
-        self.module, self.student = module, student
+    def __init__(
+        self,
+        module: L.LightningModule,
+        student: nn.Module,
+        *,
+        clip_norm: float | None,
+        followers: Iterable[Follower] = (),
+    ) -> None:
+        self.module, self.student, self.followers = module, student, tuple(followers)
         self.bound = float("inf") if clip_norm is None else clip_norm
 
     @property
@@ -84,6 +100,8 @@ class LightningOptimisation:
         with memory_for("updating the weights", LESS_MEMORY, torn=True):
             self._optimizer.step()
         self.clear()
+        for follower in self.followers:
+            follower.student_stepped(self.step)
         if scheduler is not None:
             scheduler.step()
 

@@ -28,6 +28,7 @@ class Teacher(nn.Module, ABC):
     """Scores tokens it did not sample. Frozen; in neither the optimizer nor the checkpoint."""
 
     field = "model.teacher"  # what errors call it; the module renames a reference model
+    shares_student = False  # it reads the student's own tokenizer, configuration and weights
     longest_row: int | None = (
         None  # tokens of a prompt and response, which the module knows before ``load``; None for unknown
     )

@@ -28,6 +28,8 @@ class BaseModelTeacher(Teacher):
         InputError: the student has no adapters, or its weights are sharded.
     """
 
+    shares_student = True
+
     def __init__(self) -> None:
         super().__init__()
         self._student: tuple[ScoringModel, ...] = ()  # a tuple hides it: the student's weights are not the teacher's

@@ -1,6 +1,6 @@
 """The embedded default: a task, a tokenizer, a tiny teacher and a tiny student that train on one CPU core.
 
-``ASSETS`` holds ``teacher/`` and ``student/`` (Hugging Face folders), ``train.jsonl`` and ``val.jsonl``;
+``ASSETS`` holds ``teacher/``, ``student/`` and ``reader/`` (Hugging Face folders), ``train.jsonl`` and ``val.jsonl``;
 ``python -m lit_opd.testbed build`` makes them anew.
 """
 

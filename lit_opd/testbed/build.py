@@ -5,6 +5,8 @@ temperature 1):
 
     teacher   347,648 parameters   240 steps   82 s   greedy 1.000   avg@4 .977
     student    91,904 parameters   192 steps   26 s   greedy  .469   avg@4 .164
+
+``reader/`` is the student after it has learned to read hints, see ``hints.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from lit_opd.errors import InputError
 from lit_opd.files import whole_folder
 from lit_opd.testbed.accuracy import accuracy
+from lit_opd.testbed.hints import learn_to_read
 from lit_opd.testbed.task import Automaton, Problem, make_automaton, records, sample_problems, write_records
 from lit_opd.testbed.tokenizer import make_tokenizer
 from lit_opd.testbed.warmup import STUDENT, TEACHER, warm_up
@@ -24,11 +27,11 @@ from lit_opd.testbed.warmup import STUDENT, TEACHER, warm_up
 NUM_TRAIN, NUM_VAL = 4096, 256
 NUM_SAMPLED_PROMPTS, NUM_SAMPLES = 64, 4
 PROMPT_SEED = 1
-ENTRIES = ("teacher", "student", "train.jsonl", "val.jsonl")
+ENTRIES = ("teacher", "student", "reader", "train.jsonl", "val.jsonl")
 
 
 def build(out: Path, *, seed: int = 0) -> None:
-    """Train both models (about 2 minutes on one core) and write the folder ``out``, whole or not at all.
+    """Train the models (about 3 minutes on one core) and write the folder ``out``, whole or not at all.
 
     Args:
         out: replaced when it is an older build.
@@ -67,14 +70,21 @@ def write_prompts(out: Path, automaton: Automaton) -> None:
 
 
 def write_models(out: Path, automaton: Automaton, *, seed: int) -> None:
-    """Train, measure and save ``teacher/`` and ``student/``."""
+    """Train, measure and save ``teacher/``, ``student/`` and ``reader/``."""
     tokenizer = make_tokenizer()
     for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
         print(f"{name}: {plan}")
         model = warm_up(plan, automaton, tokenizer, seed=seed)
         print(f"{name}: {describe(model, tokenizer, automaton, seed=seed)}", flush=True)
-        model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
+        _save(model, tokenizer, out / name)
+    reader = learn_to_read(model, automaton, tokenizer)
+    print(f"reader: {describe(reader, tokenizer, automaton, seed=seed)}", flush=True)
+    _save(reader, tokenizer, out / "reader")
+
+
+def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def describe(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, automaton: Automaton, *, seed: int) -> str:

@@ -391,6 +391,7 @@ def test_the_callback_goes_into_a_checkpoint_as_plain_values():
 # -- two ranks ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_samples_and_agree_with_one(folder, finished):
     """The lines of step 0 are one process's, whichever rank drew them; the metrics count every sample once."""
     path = world.config(folder / "ranks", [world.evaluation(folder, steps=[0])], strategy="ddp")

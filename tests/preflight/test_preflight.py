@@ -196,7 +196,7 @@ def test_optimizer_state_is_that_of_a_real_step(optimizer):
 
 
 SLOW = pytest.mark.slow
-FITS = [pytest.param("wide"), pytest.param("deep", marks=SLOW), pytest.param("long", marks=SLOW)]
+FITS = [pytest.param("wide", marks=SLOW), pytest.param("deep", marks=SLOW), pytest.param("long", marks=SLOW)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")

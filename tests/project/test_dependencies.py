@@ -17,7 +17,7 @@ from benchmarks.versions.sets import CORE, declared, lower_bound, lowest_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = [ROOT / "train.py", *(ROOT / "lit_opd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
-OURS = {"lit_opd", "callbacks"}
+OURS = {"lit_opd", "callbacks", "__main__"}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the import has another name than the package
 UPPER_BOUNDS = ("lightning", "jsonargparse", "transformers", "wandb")  # private names or the words of messages are read
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}

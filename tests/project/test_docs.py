@@ -233,3 +233,16 @@ def test_every_test_that_the_reliability_page_names_exists_and_its_yaml_parses()
     for block in blocks(page, "yaml"):
         (callback,) = yaml.safe_load(block)["trainer"]["callbacks"]
         RunCheckpoint(**callback["init_args"])
+
+
+@pytest.mark.parametrize("name", ["opsd", "sdft"])
+def test_every_recipe_trains_a_step(name, tmp_path):
+    """As it stands, on the embedded task, with smaller batches; its command is on line 1 and its page names it."""
+    path = ROOT / "configs" / "recipes" / f"{name}.yaml"
+    command = f"python train.py fit --config configs/recipes/{name}.yaml"
+    assert path.read_text().splitlines()[0] == f"# {command}"
+    assert command in (ROOT / "docs" / "recipes" / f"{name}.md").read_text()
+    small = ["--trainer.max_steps", "1", "--data.prompt_batch", "4", "--data.val_batch", "4", "--data.val_limit", "4"]
+    words = ["--config", str(path), "--run_dir", str(tmp_path / "run"), "--wandb.mode", "disabled", *small]
+    main(default_callbacks, ["fit", *words])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1

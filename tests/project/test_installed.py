@@ -85,7 +85,7 @@ def test_help_version_and_configs_load_nothing_heavy():
         "import sys; from lit_opd.__main__ import main; import lit_opd.sweep.command; main({}); "
         f"assert not [name for name in {HEAVY} if name in sys.modules], 'heavy'"
     )
-    for words in (["--help"], ["--version"], ["configs"]):
+    for words in (["--help"], ["fit", "--help"], ["--version"], ["configs"]):
         subprocess.run(
             [sys.executable, "-c", code.format(words)], env=environment(ROOT), check=True, capture_output=True
         )
@@ -101,7 +101,7 @@ def test_public_names_are_what_they_say_and_a_wrong_one_is_one_line():
         _ = lit_opd.OPDModul
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["configs"], ["--version"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["--help"], ["fit", "--help"], ["configs"], ["--version"]], ids=str)
 def test_what_is_printed_fits_80_columns(words, capsys):
     command.main(words)
     said = capsys.readouterr().out
@@ -200,6 +200,7 @@ def test_a_new_study_trains_and_passes_its_own_test(tmp_path, monkeypatch, capsy
     command.main(["fit", "--config", "config.yaml", *ONE_STEP])
     assert json.loads((study / "runs/my_weighting/summary.json").read_text())["strategy"] == "MyWeighting"
     assert pytest.main(["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(study), str(study)]) == 0
+    sys.modules.pop("my_weighting", None)  # another test's may have its name
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path, monkeypatch, capsys):

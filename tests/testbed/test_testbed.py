@@ -240,7 +240,8 @@ def graded(folder, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "low", "high"), [("teacher", 347_648, 0.95, 1.0), ("student", 91_904, 0.36, 0.52)]
+    ("name", "parameters", "low", "high"),
+    [("teacher", 347_648, 0.95, 1.0), ("student", 91_904, 0.36, 0.52), ("reader", 91_904, 0.36, 0.62)],
 )
 def test_the_shipped_checkpoints_start_where_the_docs_say(name, parameters, low, high, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(ASSETS / name)
