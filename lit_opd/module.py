@@ -44,6 +44,7 @@ from lit_opd.step.skips import FOLDER, Skips
 from lit_opd.step.token_budget import TokenBudget
 from lit_opd.step.update import Clock, Update
 from lit_opd.teacher import Teacher
+from lit_opd.teacher.base import revisions
 from lit_opd.teacher.self_teacher import self_teachers
 from lit_opd.types import Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
@@ -264,6 +265,7 @@ class OPDModule(L.LightningModule):
             scorer.load(vocabulary=self.vocabulary)
             if place is not None:
                 scorer.shard(place)
+        self.state.teachers = revisions(self.scorers.values())
         student.eval()
 
     def _note_student(self, adapters: frozenset[str] | None) -> None:

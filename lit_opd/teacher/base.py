@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -59,6 +60,11 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def tokenizers(self) -> list[Any]:
         """(tokenizer, embedding rows) of every model behind this teacher, without loading weights."""
+
+    def revision(self) -> str | None:
+        """What names the very weights behind this teacher, wherever their files lie; None where they change, or where only a
+        server has them."""
+        return None
 
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """What can be checked without weights, before a run.
@@ -175,3 +181,14 @@ class Teacher(nn.Module, ABC):
     def whole_head(self) -> AbstractContextManager[None]:
         """Keep what ``full_head`` returned usable while the block runs; a sharded teacher would free the weight."""
         return nullcontext()
+
+
+def revisions(scorers: Iterable[Teacher]) -> dict[str, str]:
+    """Of every teacher that reads files, alone or inside others: its revision by its own setting; after ``load``."""
+    found: dict[str, str] = {}
+    for part in (part for scorer in scorers for part in scorer.modules()):
+        inner = [below for below in part.modules() if isinstance(below, Teacher) and below is not part]
+        revision = None if inner or not isinstance(part, Teacher) else part.revision()
+        if revision is not None:  # teachers of a user's own class may share a setting
+            found[part.field] = f"{found.get(part.field, '')} {revision}".strip()
+    return found
