@@ -382,11 +382,15 @@ class TopK(_Record):
 
     Args:
         ids: int64 [B, T, K].
-        logprobs: [B, T, K] nats.
+        logprobs: [B, T, K] nats, likeliest first; -inf where a server listed a token that the student does not have.
     """
 
     ids: Tensor
     logprobs: Tensor
+
+    def first(self, k: int) -> TopK:
+        """The ``k`` likeliest of them."""
+        return TopK(self.ids[..., :k], self.logprobs[..., :k])
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,6 +404,7 @@ class TokenScores(_Record):
         token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
         states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
+        candidates: log-probs of tokens that were asked for by id.
     """
 
     logprobs: Tensor
@@ -408,6 +413,7 @@ class TokenScores(_Record):
     token_kl: Tensor | None = None
     divergence: Tensor | None = None
     states: Tensor | None = None
+    candidates: TopK | None = None
 
 
 _LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")

@@ -36,8 +36,9 @@ Group = Literal["weighting", "objective", "models", "data", "sampler", "seed"]  
 WITHOUT_EFFECT = frozenset(
     """gradient_checkpointing compile lazy attn_implementation offload trust_remote_code val_batch
     urls sync api_key_env folder max_concurrency rows_per_request timeout retry_seconds start_seconds max_response_bytes
-    memory_fraction sleep max_logprob_gap weights""".split()
+    memory_fraction sleep max_logprob_gap""".split()
 )
+WAY_OF_WEIGHTS = "weights"  # the same, where it is a text: how they travel to an engine; numbers are of teachers
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # what a setting that one side does not have counts as
 
 
@@ -194,9 +195,13 @@ def _differing(before: Any, after: Any, name: str) -> Iterator[tuple[str, Any, A
     """(setting, before, after), the longest common way down; another class is one difference."""
     if isinstance(before, dict) and isinstance(after, dict) and before.get("class_path") == after.get("class_path"):
         for key in dict.fromkeys([*before, *after]):
-            if key not in WITHOUT_EFFECT:
+            of_teachers = isinstance(before.get(key), list) or isinstance(after.get(key), list)
+            if key not in WITHOUT_EFFECT and (key != WAY_OF_WEIGHTS or of_teachers):
                 inner = f"{name}.{key}".lstrip(".").replace(".init_args", "")
                 yield from _differing(before.get(key), after.get(key), inner)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from _differing(old, new, f"{name}.{number}".lstrip("."))
     elif not _same(before, after):
         yield name, before, after
 
