@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -130,6 +130,7 @@ class Sampler(ABC):
     sleep = True  # the engine gives most of that back between rollouts
     max_logprob_gap: float | None = None  # nats, bound on the step's mean |student - sampler log-prob|
     seconds: Seconds | None = None  # what such an engine spends beside sampling, logged as time/NAME
+    ahead = 0  # batches it samples while an earlier one trains, see ``begin``
 
     def __init__(
         self,
@@ -181,6 +182,26 @@ class Sampler(ABC):
             student: gives the weights: as a Hugging Face folder when it is called, or unit by unit; on every rank or none.
             weights_version: optimizer steps the weights have seen.
         """
+
+    def begin(self, prompts: PromptBatch, settings: SamplingSettings) -> None:
+        """Start to sample a batch of training prompts and return; ``sample`` of the same rows takes the responses. Called on
+        every rank, with weights that ``prepare`` brought.
+
+        Args:
+            prompts: B left-padded prompts.
+            settings: of the step that will train on them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} samples nothing ahead")
+
+    def forget_ahead(self) -> None:  # noqa: B027
+        """Drop what was begun: a new run starts."""
+
+    def ahead_state(self) -> dict[str, Any] | None:
+        """For a checkpoint: what was begun, once it has arrived; None where nothing was, or it failed. Called on every rank."""
+        return None
+
+    def restore_ahead(self, state: Mapping[str, Any] | None, settings: SamplingSettings) -> None:  # noqa: B027
+        """Go on with what ``ahead_state`` kept; ``settings`` are those of training now."""
 
     @abstractmethod
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:

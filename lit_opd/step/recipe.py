@@ -80,5 +80,10 @@ def progress(*, step: int, max_steps: int, batches: float, updates: int) -> floa
         batches: rollout batches of the run where ``max_steps`` is no bound, maybe infinite.
         updates: optimizer steps a batch makes.
     """
-    total = max_steps if max_steps > 0 else int(batches) * updates if math.isfinite(batches) else 1
-    return 1.0 if total <= 1 else min(1.0, step / (total - 1))
+    total = total_steps(max_steps=max_steps, batches=batches, updates=updates)
+    return 1.0 if total <= 1 or math.isinf(total) else min(1.0, step / (total - 1))
+
+
+def total_steps(*, max_steps: int, batches: float, updates: int) -> float:
+    """Optimizer steps of a run, infinite where its length is not known; see ``progress``."""
+    return max_steps if max_steps > 0 else math.inf if math.isinf(batches) else int(batches) * updates

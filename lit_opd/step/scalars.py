@@ -69,6 +69,7 @@ def logged(
     length_budget: int | None,
     stops_early: bool,
     engine_seconds: Mapping[str, float],
+    weights_behind: int | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a training step logs, float64 scalars on the host by metric name: counts stay exact, and one transfer
     serves every logger and callback.
@@ -81,6 +82,7 @@ def logged(
         max_new_tokens: the sampler's.
         length_budget: tokens a response might have at this step, None without a budget.
         stops_early: something ends responses before ``max_new_tokens``.
+        weights_behind: optimizer steps that the weights which sampled had not seen, None for a sampler that reads the student.
         engine_seconds: what a sampler with an engine of its own spent since the step before, by name.
     """
     values: dict[str, Any] = {
@@ -88,6 +90,8 @@ def logged(
         "train/skipped_steps": skipped_steps,
         **scalars(record),
     }
+    if weights_behind is not None:
+        values["train/weights_behind"] = weights_behind
     if length_budget is not None:
         values["train/length_budget"] = length_budget
     if stops_early:
