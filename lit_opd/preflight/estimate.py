@@ -31,7 +31,14 @@ from lit_opd.teacher.self_teacher import self_teachers
 
 FLOAT32 = 4  # bytes
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
-_STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")
+_STATISTICS = (
+    "student_entropy",
+    "student_topk",
+    "teacher_entropy",
+    "teacher_topk",
+    "student_at_teacher_topk",
+    "token_kl",
+)
 
 
 def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:

@@ -30,7 +30,9 @@ from lit_opd.scoring.heads import check_choice
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
-ALWAYS_AVAILABLE = frozenset({"student_entropy", "student_topk", "sampler_logprobs"})
+ALWAYS_AVAILABLE = frozenset(
+    {"student_entropy", "student_topk", "student_at_teacher_topk", "sampler_logprobs", "token_ids"}
+)
 
 
 def check_settings(module: Subject, *, max_skipped_steps: int) -> None:

@@ -14,6 +14,11 @@ from lit_opd.weighting.base import WeightingStrategy
 Truncated = Literal["keep", "mask", "drop"]
 
 
+def with_implied(required: frozenset[str]) -> frozenset[str]:
+    """``required`` signal fields and those that they are computed from."""
+    return required | {"teacher_topk"} if "student_at_teacher_topk" in required else required
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a rollout batch is turned into.
@@ -44,7 +49,7 @@ class Recipe:
     @property
     def required(self) -> frozenset[str]:
         """Optional signal fields that something reads."""
-        return frozenset().union(*(part.requires for part in self.parts))
+        return with_implied(frozenset().union(*(part.requires for part in self.parts)))
 
     @property
     def updates(self) -> int:
@@ -53,8 +58,9 @@ class Recipe:
 
     @property
     def needs_scoring_pass(self) -> bool:
-        """True when weights or denominators must be known before micro-batches are cut, or the batch is reused."""
-        return self.updates > 1 or self.weighting.scope == "batch" or self.weighting.drops_tokens
+        """True when weights, advantages or denominators must be known before micro-batches are cut, or the batch is reused."""
+        whole = "batch" in (self.weighting.scope, *(transform.scope for transform in self.advantage))
+        return self.updates > 1 or whole or self.weighting.drops_tokens
 
 
 def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
