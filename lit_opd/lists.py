@@ -50,6 +50,19 @@ def teacher_mass(student: TopK, teacher: TopK, k: int) -> Tensor:
     return (teacher.logprobs.double().exp() * listed_in(teacher.ids, mine)).sum(-1).clamp(0.0, 1.0)
 
 
+def overlap_advantage(student: TopK, teacher: TopK, k: int) -> Tensor:
+    """Mean of log pi_T - log pi_S under the student over the tokens that both have among their k likeliest: [...] nats.
+
+    NaN where they have none in common.
+    """
+    mine, theirs = leading(student, k), leading(teacher, k)
+    common = listed_in(mine.ids, theirs.ids)
+    missing = torch.zeros(mine.ids.shape, dtype=torch.float64, device=mine.ids.device)
+    ratio = looked_up(mine.ids, theirs, missing) - mine.logprobs.double()
+    mass = torch.where(common, mine.logprobs.double().exp(), 0.0)
+    return (mass * torch.where(common, ratio, 0.0)).sum(-1) / mass.sum(-1)
+
+
 def looked_up(ids: Tensor, topk: TopK, missing: Tensor) -> Tensor:
     """Log-probs of ``ids`` [..., C] where a list has them, ``missing`` [..., C] where it has not: [..., C] nats, float64."""
     found = missing

@@ -204,7 +204,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
         raise InputError(
             f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; choose another "
-            "weighting, objective, advantage transform or teacher"
+            "weighting, objective, advantage transform, callback or teacher"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from lit_opd.advantage import AdvantageTransform
 from lit_opd.objective import Aggregation, Objective
@@ -12,6 +12,14 @@ from lit_opd.types import FinishReason, Rollout
 from lit_opd.weighting.base import WeightingStrategy
 
 Truncated = Literal["keep", "mask", "drop"]
+
+
+class Observer(Protocol):
+    """A callback that asks for optional signal fields by name."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Optional ``TokenSignal`` fields."""
 
 
 def with_implied(required: frozenset[str]) -> frozenset[str]:
@@ -31,6 +39,7 @@ class Recipe:
         aggregation: how token losses become one scalar.
         mini_batches: optimizer steps a pass over the batch.
         epochs: passes over the batch.
+        observers: what reads the signal without learning from it; ``requires`` of each is computed too.
     """
 
     weighting: WeightingStrategy
@@ -40,11 +49,12 @@ class Recipe:
     aggregation: Aggregation = "sequence-mean"
     mini_batches: int = 1
     epochs: int = 1
+    observers: tuple[Observer, ...] = ()
 
     @property
-    def parts(self) -> list[WeightingStrategy | Objective | AdvantageTransform]:
+    def parts(self) -> list[WeightingStrategy | Objective | AdvantageTransform | Observer]:
         """Everything that reads the signal."""
-        return [self.weighting, self.objective, *self.advantage]
+        return [self.weighting, self.objective, *self.advantage, *self.observers]
 
     @property
     def required(self) -> frozenset[str]:

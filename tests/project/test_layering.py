@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {
-        "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
+        "types", "errors", "files", "distributed", "lists", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
     "__main__": {"errors", "shipped", "callbacks", "cli", "sweep"},
 }  # fmt: skip
