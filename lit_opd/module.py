@@ -31,7 +31,15 @@ from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.preflight.module_checks import check_run, check_settings
 from lit_opd.prompts.loading import looking_ahead
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
-from lit_opd.run.lightning import attached_trainer, bound_waits, device_mesh, log_agreed, log_now, validate_now
+from lit_opd.run.lightning import (
+    attached_trainer,
+    bound_waits,
+    device_mesh,
+    log_agreed,
+    log_now,
+    observers,
+    validate_now,
+)
 from lit_opd.run.module_state import ModuleState, trained_modules
 from lit_opd.run.optimizer_state import OptimizerFactory, SchedulerFactory, by_number
 from lit_opd.scoring.model import ScoringModel
@@ -150,6 +158,7 @@ class OPDModule(L.LightningModule):
             aggregation=self.aggregation,
             mini_batches=self.mini_batches,
             epochs=self.epochs,
+            observers=observers(self),
         )
 
     @cached_property

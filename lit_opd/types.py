@@ -28,6 +28,8 @@ from torch.nn.functional import pad
 from lit_opd.errors import InputError
 from lit_opd.masked import at_least_float32
 
+LIST_LENGTH = 32  # K: entries of a top-k list, fewer where the vocabulary has fewer
+
 
 class FinishReason(IntEnum):
     """Why a response ended; the values of ``Rollout.finish_reason``."""
@@ -401,6 +403,7 @@ class TokenScores(_Record):
         logprobs: [B, T] nats, 0 where masked.
         entropy: [B, T] nats, full vocabulary, 0 where masked.
         topk: the K likeliest tokens.
+        listed: [B, T, K] nats, log-probs of tokens that were listed by another model.
         token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
         states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
@@ -410,6 +413,7 @@ class TokenScores(_Record):
     logprobs: Tensor
     entropy: Tensor | None = None
     topk: TopK | None = None
+    listed: Tensor | None = None
     token_kl: Tensor | None = None
     divergence: Tensor | None = None
     states: Tensor | None = None
@@ -438,6 +442,8 @@ class TokenSignal(_Record):
         token_kl: [B, T] nats, KL(student || teacher) over the full vocabulary.
         student_topk: the student's likeliest tokens.
         teacher_topk: the teacher's likeliest tokens.
+        student_at_teacher_topk: [B, T, K] nats, the student's log-probs of ``teacher_topk.ids``.
+        token_ids: int64 [B, T], the sampled tokens.
         validate: check that valid tokens have finite values (one host synchronisation).
 
     Raises:
@@ -457,6 +463,8 @@ class TokenSignal(_Record):
     token_kl: Tensor | None = None
     student_topk: TopK | None = None
     teacher_topk: TopK | None = None
+    student_at_teacher_topk: Tensor | None = None
+    token_ids: Tensor | None = None
     validate: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -472,6 +480,7 @@ class TokenSignal(_Record):
         if self.row_keys is None:
             self._set("row_keys", torch.arange(len(self.mask), device=self.mask.device))
         self._require_shape("row_keys", tuple(self.mask.shape[:1]), like="the rows")
+        self._require_shape("token_ids", tuple(self.mask.shape), like="`mask`")
         if self.validate:
             self._require_finite()
 

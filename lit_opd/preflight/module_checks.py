@@ -38,7 +38,9 @@ from lit_opd.step.lists import asked_of
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
-ALWAYS_AVAILABLE = frozenset({"student_entropy", "student_topk", "sampler_logprobs"})
+ALWAYS_AVAILABLE = frozenset(
+    {"student_entropy", "student_topk", "student_at_teacher_topk", "sampler_logprobs", "token_ids"}
+)
 
 
 def check_settings(module: Subject, *, max_skipped_steps: int) -> None:
@@ -212,7 +214,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
         raise InputError(
             f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; {remedy(missing, teacher)}"
-            "choose another weighting, objective, advantage transform or teacher"
+            "choose another weighting, objective, advantage transform, callback or teacher"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from lit_opd.advantage import AdvantageTransform
 from lit_opd.objective import Aggregation, Objective
@@ -12,6 +12,19 @@ from lit_opd.types import FinishReason, Rollout
 from lit_opd.weighting.base import WeightingStrategy
 
 Truncated = Literal["keep", "mask", "drop"]
+
+
+class Observer(Protocol):
+    """A callback that asks for optional signal fields by name."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Optional ``TokenSignal`` fields."""
+
+
+def with_implied(required: frozenset[str]) -> frozenset[str]:
+    """``required`` signal fields and those that they are computed from."""
+    return required | {"teacher_topk"} if "student_at_teacher_topk" in required else required
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class Recipe:
         aggregation: how token losses become one scalar.
         mini_batches: optimizer steps a pass over the batch.
         epochs: passes over the batch.
+        observers: what reads the signal without learning from it; ``requires`` of each is computed too.
     """
 
     weighting: WeightingStrategy
@@ -35,16 +49,17 @@ class Recipe:
     aggregation: Aggregation = "sequence-mean"
     mini_batches: int = 1
     epochs: int = 1
+    observers: tuple[Observer, ...] = ()
 
     @property
-    def parts(self) -> list[WeightingStrategy | Objective | AdvantageTransform]:
+    def parts(self) -> list[WeightingStrategy | Objective | AdvantageTransform | Observer]:
         """Everything that reads the signal."""
-        return [self.weighting, self.objective, *self.advantage]
+        return [self.weighting, self.objective, *self.advantage, *self.observers]
 
     @property
     def required(self) -> frozenset[str]:
         """Optional signal fields that something reads."""
-        return frozenset().union(*(part.requires for part in self.parts))
+        return with_implied(frozenset().union(*(part.requires for part in self.parts)))
 
     @property
     def updates(self) -> int:
@@ -53,8 +68,9 @@ class Recipe:
 
     @property
     def needs_scoring_pass(self) -> bool:
-        """True when weights or denominators must be known before micro-batches are cut, or the batch is reused."""
-        return self.updates > 1 or self.weighting.scope == "batch" or self.weighting.drops_tokens
+        """True when weights, advantages or denominators must be known before micro-batches are cut, or the batch is reused."""
+        whole = "batch" in (self.weighting.scope, *(transform.scope for transform in self.advantage))
+        return self.updates > 1 or whole or self.weighting.drops_tokens
 
 
 def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:

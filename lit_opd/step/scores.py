@@ -18,7 +18,7 @@ from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.tiles import Head
 from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.micro_batches import MicroBatches
-from lit_opd.step.recipe import Recipe
+from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.step.skips import finite
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import Rollout, TokenScores, TokenSignal, TopK
@@ -33,6 +33,7 @@ STUDENT_WANTS = {
 }  # as its forward names them
 READ_BESIDE_THE_STUDENT = frozenset({"token_kl", "teacher_distribution"})  # what needs the teacher's output head
 CANDIDATES = "candidates.ids"  # in the buffer: the tokens that the teacher is asked about
+LISTED = "student_at_teacher_topk"
 SIGNAL_FIELDS = (
     "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
 )  # fmt: skip
@@ -59,6 +60,8 @@ class ScoreBuffer:
         for name, lists in (("topk", scores.topk), ("candidates", scores.candidates)):
             if lists is not None:
                 found |= {f"{who}_{name}.ids": lists.ids, f"{who}_{name}.logprobs": lists.logprobs}
+        if scores.listed is not None:
+            found[LISTED] = scores.listed
         for name, value in found.items():
             if value is not None:
                 self.put(name, rows, value)
@@ -71,6 +74,8 @@ class ScoreBuffer:
             if f"{name}.ids" in cut:
                 logprobs = cut[f"{name}.logprobs"].nan_to_num(neginf=-math.inf)  # no mass is a fair answer
                 fields[name] = TopK(ids=cut[f"{name}.ids"], logprobs=logprobs)
+        if LISTED in cut:
+            fields[LISTED] = cut[LISTED].nan_to_num(neginf=-math.inf)
         return fields
 
     def part(self, name: str, rows: Rows, columns: int) -> Tensor:
@@ -249,6 +254,7 @@ class Scores:
             wants=wants,
             against=against,
             divergence=self.recipe.objective.token_divergence if on_distribution else None,
+            listed=self._teacher_list(rows, part.mask.shape[1]) if LISTED in lacking else None,
         )
         return scores
 
@@ -259,6 +265,10 @@ class Scores:
         assert k is not None  # what reads no lists needs the head
         ids, logprobs = (self.buffer.part(f"{name}.{field}", rows, columns) for field in ("ids", "logprobs"))
         return TopK(ids, logprobs).first(k)
+
+    def _teacher_list(self, rows: Rows, columns: int) -> Tensor:
+        """int64 [R, columns, K], the teacher's likeliest tokens of the batch's ``rows``."""
+        return self.buffer.part("teacher_topk.ids", rows, columns)
 
     def nothing(self) -> Tensor:
         """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
@@ -273,6 +283,7 @@ class Scores:
             mask=part.mask,
             sampler_logprobs=finite(part.sampler_logprobs),
             row_keys=part.prompts.row_keys,
+            token_ids=part.response_ids,
             step=self.step,
             validate=False,
         )
@@ -297,7 +308,7 @@ def student_signal(
         reads: optional signal fields that are wanted, of those the teacher provides.
         step: optimizer steps the student has seen.
     """
-    device, full = rollout.mask.device, "token_kl" in teacher.provides
+    device, full, reads = rollout.mask.device, "token_kl" in teacher.provides, with_implied(reads)
     with teacher.on_device(device):
         theirs = teacher.score(rollout, temperature=temperature, requires=reads & teacher.provides)
     with teacher.on_device(device), teacher.whole_head():
@@ -305,7 +316,8 @@ def student_signal(
         wants = frozenset({"token_kl"} if full else ()) | {
             want for name, want in STUDENT_WANTS.items() if name in reads and name != "token_kl"
         }
-        ours = student(rollout, temperature=temperature, wants=wants, against=against)
+        listed = theirs.topk.ids if theirs.topk is not None and LISTED in reads else None
+        ours = student(rollout, temperature=temperature, wants=wants, against=against, listed=listed)
     return TokenSignal(
         student_logprobs=ours.logprobs,
         teacher_logprobs=theirs.logprobs,
@@ -318,4 +330,6 @@ def student_signal(
         teacher_entropy=theirs.entropy,
         student_topk=ours.topk,
         teacher_topk=theirs.topk,
+        student_at_teacher_topk=ours.listed,
+        token_ids=rollout.response_ids,
     )

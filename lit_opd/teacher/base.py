@@ -14,10 +14,10 @@ from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
 from lit_opd.models.vocabulary import configured_stops
-from lit_opd.scoring.model import TOP_K, ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.stops import StopClass
 from lit_opd.scoring.tiles import Head
-from lit_opd.types import Rollout, TokenScores
+from lit_opd.types import LIST_LENGTH, Rollout, TokenScores
 
 StopMass = Literal["own", "sum"]
 
@@ -47,7 +47,7 @@ class Teacher(nn.Module, ABC):
     @property
     def list_size(self) -> int:
         """K of the lists of its likeliest tokens ("teacher_topk")."""
-        return TOP_K
+        return LIST_LENGTH
 
     def ask_candidates(self, k: int) -> str | None:
         """Find out, before a run, whether ``score_candidates`` takes ``k`` tokens a position, and note it.

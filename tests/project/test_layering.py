@@ -18,6 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "types": {"errors", "masked"},
     "files": {"errors"},
     "distributed": {"errors"},
+    "lists": {"types"},
+    "batchwise": {"masked", "distributed"},
     "hub": {"errors"},
     "shipped": set(),
     "one_name": set(),
@@ -27,8 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "servers": {"errors", "distributed"},
     "rollout": {"types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
     "teacher": {"types", "errors", "models", "scoring", "servers"},
-    "advantage": {"types", "errors", "masked"},
-    "weighting": {"types", "errors", "masked", "streams", "distributed"},
+    "advantage": {"types", "errors", "masked", "batchwise"},
+    "weighting": {"types", "errors", "masked", "streams", "distributed", "lists", "batchwise"},
     "objective": {"types", "errors", "masked", "scoring"},
     "step": {
         "types", "errors", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
@@ -55,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {
-        "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
+        "types", "errors", "files", "distributed", "lists", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
     "__main__": {"errors", "shipped", "callbacks", "cli", "sweep"},
 }  # fmt: skip
