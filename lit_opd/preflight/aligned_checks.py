@@ -33,8 +33,8 @@ def check_aligned(module: Subject, data: PromptDataModule | None) -> tuple[int, 
     _require_tokens(module, own)
     if own.prompt_tokenizer.get_vocab() == module.tokenizer.get_vocab():
         warnings.warn(
-            f"`{own.field}`: the teacher has the student's tokenizer, so nothing is to be aligned; take the wrapped teacher itself, "
-            "which scores the tokens that were sampled",
+            f"`{own.field}`: the teacher has the student's tokenizer, so nothing is to be aligned; take the wrapped teacher "
+            "itself, which scores the tokens that were sampled",
             stacklevel=3,
         )
     if data is None:
@@ -74,6 +74,6 @@ def _require_prompts(own: AlignedTeacher, data: PromptDataModule) -> None:
     theirs = None if encoder is None else encoder.tokenizer
     if theirs is None or theirs.get_vocab() != own.prompt_tokenizer.get_vocab():
         raise InputError(
-            f"`data.teacher_tokenizer` must be that of `{own.field}`, got {getattr(theirs, 'name_or_path', None)!r}; leave it out, "
-            "and the teacher's own is taken"
+            f"`data.teacher_tokenizer` must be that of `{own.field}`, got {getattr(theirs, 'name_or_path', None)!r}; leave it "
+            "out, and the teacher's own is taken"
         )

@@ -1,7 +1,7 @@
 """Two tokenisations of one response, aligned by the bytes that their tokens spell.
 
-The minimal chunks between two places where a token of both begins and ends; what such chunks are called in the literature on
-distillation across tokenizers (approximate likelihood matching, arXiv 2503.20083; dual-pointer chunk alignment, arXiv 2606.09456).
+Minimal chunks: from one place where tokens of both end to the next. The name and the idea are those of approximate likelihood
+matching (arXiv 2503.20083) and dual-pointer chunk alignment (arXiv 2606.09456).
 """
 
 from __future__ import annotations
