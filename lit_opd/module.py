@@ -172,6 +172,11 @@ class OPDModule(L.LightningModule):
             trust_remote_code=settings.trust_remote_code,
         )
 
+    @property
+    def teacher_tokenizer(self) -> Any:
+        """The tokenizer of the prompts that the teacher reads, where it has another; else None."""
+        return self.teacher.prompt_tokenizer
+
     @cached_property
     def student_config(self) -> Any:
         """The student's transformers configuration."""
@@ -273,6 +278,7 @@ class OPDModule(L.LightningModule):
             scorer.attach(student)
             scorer.know_longest_row(longest)
             scorer.know_stop_ids(self.stop_ids)
+            scorer.know_tokenizer(self.tokenizer)
             if place is not None and mesh is not None:
                 scorer.load_sharded(place, vocabulary=self.vocabulary)
                 continue

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_opd.errors import InputError
-from lit_opd.masked import at_least_float32
+from lit_opd.masked import at_least_float32, segment_sums
 
 LIST_LENGTH = 32  # K: entries of a top-k list, fewer where the vocabulary has fewer
 
@@ -396,6 +396,32 @@ class TopK(_Record):
 
 
 @dataclass(frozen=True, eq=False)
+class Chunks(_Record):
+    """Neighbouring tokens that a teacher with another tokenizer scores together; its log-prob stands at the last of them.
+
+    Args:
+        lengths: int64 [B, T], tokens of the chunk that ends here, 1 for a token that is scored alone; 0 where none ends.
+        longest: at least the largest of them.
+    """
+
+    lengths: Tensor
+    longest: int = 1
+
+    @property
+    def ends(self) -> Tensor:
+        """bool [B, T], True where a chunk ends: what of the teacher's scores is one."""
+        return self.lengths > 0
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of [B, T] over each chunk where it ends, 0 elsewhere; differentiable."""
+        return segment_sums(values, self.lengths, longest=self.longest)
+
+    def columns(self, count: int) -> Chunks:
+        """Those of the leading columns."""
+        return replace(self, lengths=self.lengths[:, :count])
+
+
+@dataclass(frozen=True, eq=False)
 class TokenScores(_Record):
     """What a policy says of given tokens; optional fields are None unless they were asked for.
 
@@ -408,6 +434,7 @@ class TokenScores(_Record):
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
         states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
         candidates: log-probs of tokens that were asked for by id.
+        chunks: where a teacher with another tokenizer has a score, which is 0 elsewhere; None where every token has one.
     """
 
     logprobs: Tensor
@@ -418,6 +445,7 @@ class TokenScores(_Record):
     divergence: Tensor | None = None
     states: Tensor | None = None
     candidates: TopK | None = None
+    chunks: Chunks | None = None
 
 
 _LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")
@@ -535,6 +563,7 @@ class StepRecord(_Record):
         skipped: True where a value was not finite and the batch's steps, or the rest of them, were not made: no token is in
             ``kept``, and what was not finite is 0 in the signal.
         response_tokens: int64 scalar, as ``sampled_tokens`` without what was cut off; None where that is the same.
+        chunks: of a teacher with another tokenizer: the signal is that of chunks, each at its last token; None: of tokens.
     """
 
     rollout: Rollout
@@ -551,6 +580,7 @@ class StepRecord(_Record):
     seconds: dict[str, float]
     skipped: bool = False
     response_tokens: Tensor | None = None
+    chunks: Chunks | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

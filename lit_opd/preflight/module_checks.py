@@ -21,6 +21,7 @@ from lit_opd.errors import InputError
 from lit_opd.models.sharding import shards
 from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
+from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.callback_checks import check_batches
 from lit_opd.preflight.list_checks import (
     check_candidates,
@@ -84,7 +85,7 @@ def check_before(
         check_checkpoint(ckpt_path, trainer.strategy, training=training)
     _ = module.vocabulary, module.stop_ids
     if data is not None:
-        data.use_tokenizer(module.tokenizer)
+        data.use_tokenizer(module.tokenizer, own_tokenizer(module, data))
         data.trainer = trainer
         data.setup("fit")
     check_run(module, data)
@@ -95,6 +96,7 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     module.longest_row = longest_row(module, data)
     check_trainer(module)
     check_scorers(module)
+    check_aligned(module, data)
     check_batch(module, data, ranks=module.trainer.world_size)
     check_window(module, data)
     check_token_budget(module, data)

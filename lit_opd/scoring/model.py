@@ -28,6 +28,7 @@ from lit_opd.scoring import heads
 from lit_opd.scoring.heads import token_entropy, token_kl, token_listed, token_logprobs, token_topk
 from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.places import FLASH, Packing, Places
+from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.stops import StopClass, with_stop_mass
 from lit_opd.scoring.tiles import Head, softly_capped
 from lit_opd.types import LIST_LENGTH, Rollout, TokenScores, TopK
@@ -53,7 +54,7 @@ Returned = TypeVar("Returned")
 class TokenDivergence(Protocol):
     """A divergence of two distributions over the same N tokens."""
 
-    def __call__(self, student: Head, teacher: Head | Listed, *, temperature: float) -> Tensor:
+    def __call__(self, student: Head, teacher: Head | SharedHead | Listed, *, temperature: float) -> Tensor:
         """[N] nats, differentiable in the student."""
 
 
@@ -114,7 +115,7 @@ class ScoringModel(nn.Module):
         *,
         temperature: float = 1.0,
         wants: frozenset[str] = frozenset(),
-        against: Head | TopK | None = None,
+        against: Head | SharedHead | TopK | None = None,
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
         head: Head | None = None,
@@ -131,7 +132,8 @@ class ScoringModel(nn.Module):
             rollout: B rows; only valid tokens are scored.
             temperature: > 0, divides the logits.
             wants: any of "entropy", "topk", "token_kl" (KL(this || against)); without gradient.
-            against: the teacher's head, for "token_kl" and ``divergence``; for the latter its lists [B, T, K] will do.
+            against: the teacher's head, for "token_kl" and ``divergence``; for the latter its lists [B, T, K], or what of
+                its vocabulary is shared, will do.
             divergence: from this head and the teacher's to [N], with gradient; None for none.
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
@@ -156,7 +158,7 @@ class ScoringModel(nn.Module):
             found["entropy"] = token_entropy(head, temperature=temperature)
         if "token_kl" in wants:
             if not isinstance(against, Head):
-                raise InputError("`ScoringModel.forward` needs a head for the KL, got a list of the likeliest tokens")
+                raise InputError("`ScoringModel.forward` needs a head for the KL, got a part of the vocabulary")
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
             theirs = Listed.of(against, places.tokens) if isinstance(against, TopK) else against

@@ -139,6 +139,7 @@ class Servers:
         start_seconds: float = 30.0,
     ) -> None:
         self.field, self.model = field, model
+        self.window: int | None = None  # tokens that all of them hold, where ``check`` was told
         limits = {"max_concurrency": max_concurrency, "timeout": timeout, "max_response_bytes": max_response_bytes}
         for name, value in limits.items():
             if not 0 < value < math.inf:
@@ -187,6 +188,8 @@ class Servers:
                     "set it, or start the server with --served-model-name"
                 )
             window, _ = served[self.model]
+            if window is not None:
+                self.window = window if self.window is None else min(self.window, window)
             if tokens is not None and window is not None and window < tokens:
                 raise InputError(
                     f"`{self.field}.urls`: {server.url} has a context of {window} tokens, but prompt, response and one more "

@@ -32,10 +32,12 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
             torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift, held,
+            record.rollout.mask, mask if record.chunks is None else record.chunks.lengths,
         )]
     )  # fmt: skip
     (
         tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift, held,
+        valid, aligned,
     ) = all_sum(sums).unbind()  # fmt: skip
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
     found = {
@@ -50,6 +52,8 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     }
     if record.skipped:
         found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
+    if record.chunks is not None:
+        found["train/aligned_fraction"] = aligned / valid.clamp(min=1)
     return found | {
         "train/tokens": sampled,
         "train/truncated_fraction": cut / rows,

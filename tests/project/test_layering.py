@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
         "step", "evaluation", "run",
     },
     "module": {
-        "types", "errors", "distributed", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "weighting", "objective",
+        "types", "errors", "distributed", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "weighting",
+        "objective",
         "step", "evaluation", "run", "preflight",
     },
     "report": {"types", "errors", "files", "shipped", "masked", "evaluation"},
