@@ -18,6 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # name for `--allow_change` -> settings
     "weighting": ("model.weighting",),
     "objective": (
         "model.objective",
+        "model.warmup",
         "model.advantage",
         "model.aggregation",
         "model.mini_batches",

@@ -268,10 +268,11 @@ class Scores:
 
     def signal(self, part: Rollout, rows: Rows) -> TokenSignal:
         """The signal of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
+        fields = self.buffer.signal_fields(rows, part.mask.shape[1])
         signal = TokenSignal(
-            **self.buffer.signal_fields(rows, part.mask.shape[1]),
+            **fields,
             mask=part.mask,
-            sampler_logprobs=finite(part.sampler_logprobs),
+            sampler_logprobs=_sampler_logprobs(part, fields["student_logprobs"]),
             row_keys=part.prompts.row_keys,
             step=self.step,
             validate=False,
@@ -281,6 +282,14 @@ class Scores:
     def values(self) -> dict[str, Tensor]:
         """Everything that must be finite, and more, as it came from the models: [B, T, ...] by field."""
         return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.buffer.values}
+
+
+def _sampler_logprobs(part: Rollout, student: Tensor) -> Tensor:
+    """[B, T] nats, finite; the student's where the sampler's are not known, so that the importance weight is 1."""
+    own = finite(part.sampler_logprobs)
+    if part.replayed is None:
+        return own
+    return torch.where(part.replayed.known.unsqueeze(-1), own, student)
 
 
 @torch.no_grad()
