@@ -189,7 +189,7 @@ def revisions(scorers: Iterable[Teacher]) -> dict[str, str]:
     for part in (part for scorer in scorers for part in scorer.modules()):
         inner = [below for below in part.modules() if isinstance(below, Teacher) and below is not part]
         revision = None if inner or not isinstance(part, Teacher) else part.revision()
-        if revision is not None:  # teachers of a user's own class may share a setting
+        if revision is not None and isinstance(part, Teacher):  # teachers of a user's own class may share a setting
             name = f"{part.field}.path"
             found[name] = f"{found.get(name, '')} {revision}".strip()
     return found
