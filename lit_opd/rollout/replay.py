@@ -214,7 +214,7 @@ class ReplaySampler(Sampler):
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
         """One response a row; ``Rollout.replayed`` says which were not sampled now."""
         if settings.replay == "none":
-            return self.fresh.sample(model, prompts, settings)
+            return _as_replay(self.fresh.sample(model, prompts, settings))
         now, count = self._sampled_now(prompts, settings)
         fresh = now.nonzero().squeeze(-1).tolist()
         old = (~now).nonzero().squeeze(-1).tolist()

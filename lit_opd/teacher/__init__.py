@@ -2,6 +2,7 @@
 
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.base_model import BaseModelTeacher
+from lit_opd.teacher.cached import CachedTeacher
 from lit_opd.teacher.local import LocalTeacher
 from lit_opd.teacher.mixed import MixedTeacher
 from lit_opd.teacher.remote import RemoteTeacher
@@ -10,6 +11,7 @@ from lit_opd.teacher.self_teacher import SelfTeacher
 
 __all__ = [
     "BaseModelTeacher",
+    "CachedTeacher",
     "LocalTeacher",
     "MixedTeacher",
     "RemoteTeacher",

@@ -25,8 +25,8 @@ _OF_HEADS = frozenset({"token_kl", "teacher_distribution"})
 GIB = 2**30
 # settings that no score depends on: where files and servers are, how they are asked, and what training keeps of a module
 _WITHOUT_EFFECT = frozenset(
-    """training field path tokenizer_path longest_row takes_candidates offload lazy rows_per_request pad_token
-    trust_remote_code""".split()
+    """training field path tokenizer_path longest_row takes_candidates offload lazy urls rows_per_request pad_token
+    trust_remote_code values""".split()
 )
 
 
@@ -36,7 +36,8 @@ class CachedTeacher(SeveralTeachers):
     Made for responses that come again (``ReplaySampler``) and for runs that share them. A row's entry is found by the teacher's
     revision, what its scores depend on (dtype, temperature, vocabulary, stop ids ...), and the tokens of prompt and response.
     It holds log-probs, and entropies and lists where they were read. Divergences over the whole vocabulary need the teacher's
-    head, which is not kept: ``Divergence(top_k=...)`` reads the lists.
+    head, which is not kept: ``Divergence(top_k=...)`` reads the lists. Of a ``ReplaySampler``'s rows only the saved ones are
+    kept, since those that were sampled now do not come again.
 
     An entry was computed in another batch, so it equals a new one up to rounding. One that is not what was written is computed
     anew, with a warning.
@@ -44,7 +45,8 @@ class CachedTeacher(SeveralTeachers):
     Args:
         teacher: whose scores never change; the student's own live or averaged weights do.
         folder: of the entries; runs and ranks may share it.
-        revision: names the weights, where the teacher cannot tell (servers). Give another one when they change.
+        revision: names the weights, where the teacher cannot tell (servers, and the student's own). Give another one when they
+            change.
         max_gib: of all entries in the folder, > 0; when they are as large, none is added. Ranks share what is left at the start.
     Raises:
         InputError: a value outside its range, or a teacher whose scores change.
@@ -54,7 +56,9 @@ class CachedTeacher(SeveralTeachers):
         super().__init__()
         require(bool(folder), "CachedTeacher.folder", "the path of a folder", folder)
         require(0 < max_gib < float("inf"), "CachedTeacher.max_gib", "> 0 and finite", max_gib)
-        require(revision is None or bool(revision), "CachedTeacher.revision", "a name of the weights, or null", revision)
+        require(
+            revision is None or bool(revision), "CachedTeacher.revision", "a name of the weights, or null", revision
+        )
         for part in teacher.modules():
             if isinstance(part, SelfTeacher) and part.update != "frozen":
                 raise InputError(
@@ -66,7 +70,7 @@ class CachedTeacher(SeveralTeachers):
         self.teachers = nn.ModuleList([teacher])
         self.folder, self.own_revision, self.max_gib = Path(folder).expanduser(), revision, max_gib
         self._files: ScoreFiles | None = None
-        self._prefix = b""  # what all entries of this run have in common
+        self._told: str | None = None  # the revision, once it was asked for
         self._vocabulary = 0
         self._said: set[str] = set()
 
@@ -96,21 +100,25 @@ class CachedTeacher(SeveralTeachers):
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """The teacher inside; and its revision is known, the folder can be written."""
         super().check(temperature=temperature, tokens=tokens)
-        if self._revision() is None:
-            raise InputError(
-                f"`{self.field}.revision` must name the weights of `{type(self.inner).__name__}`, which cannot tell them itself, got "
-                "null; give any text, and another one when the weights change"
-            )
+        self._revision()
         ScoreFiles(self.folder, room=0).require_writable(f"{self.field}.folder")
 
     def check_data(self, rows_by_teacher: dict[str | None, str]) -> None:
         """Ask the teacher inside."""
         self.inner.check_data(rows_by_teacher)
 
-    def _revision(self) -> str | None:
-        parts = (self.own_revision, next(iter(self.named().values())).revision())
-        known = [part for part in parts if part is not None]
-        return " ".join(known) or None
+    def _revision(self) -> str:
+        """Of all weights behind the teacher, asked for once."""
+        if self._told is None:
+            parts = _leaves(self.inner)
+            silent = [type(part).__name__ for part in parts if part.revision() is None]
+            if silent and self.own_revision is None:
+                raise InputError(
+                    f"`{self.field}.revision` must name the weights of `{silent[0]}`, which cannot tell them itself, got null; "
+                    "give any text, and another one when the weights change"
+                )
+            self._told = " ".join(map(str, [self.own_revision, *(part.revision() for part in parts)]))
+        return self._told
 
     def load(self, *, vocabulary: int) -> None:
         """Load the teacher inside."""
@@ -137,7 +145,8 @@ class CachedTeacher(SeveralTeachers):
         """Scores of every row, from disk where they are known; see ``Teacher.score``."""
         files = self._opened()
         keys = self._keys(rollout, temperature, requires)
-        known = [self._read(files, key, int(length), requires) for key, length in zip(keys, rollout.lengths, strict=True)]
+        lengths = rollout.lengths.tolist()
+        known = [self._read(files, key, length, requires) for key, length in zip(keys, lengths, strict=True)]
         missing = [row for row, entry in enumerate(known) if entry is None]
         asked = missing
         if holds_shards(self.inner):  # collectives must match those of other ranks
@@ -145,9 +154,11 @@ class CachedTeacher(SeveralTeachers):
         if asked:
             part = rollout.rows(torch.tensor(asked))
             scores = self.inner.score(part, temperature=temperature, requires=requires)
+            comes_again = [True] * len(rollout) if rollout.replayed is None else rollout.replayed.old.tolist()
             for place, row in enumerate(missing):
-                known[row] = _entry(scores, part.mask[place], place)
-                self._write(files, keys[row], known[row])
+                known[row] = entry = _entry(scores, part.mask[place], place)
+                if comes_again[row]:
+                    self._write(files, keys[row], entry)
         return _joined([entry for entry in known if entry is not None], rollout.mask)
 
     def _opened(self) -> ScoreFiles:
@@ -163,8 +174,7 @@ class CachedTeacher(SeveralTeachers):
             self._say("read", f"{error}; such entries are computed anew")
             return None
 
-    def _write(self, files: ScoreFiles, key: str, entry: dict[str, Tensor] | None) -> None:
-        assert entry is not None
+    def _write(self, files: ScoreFiles, key: str, entry: dict[str, Tensor]) -> None:
         try:
             if not files.write(key, entry):
                 self._say("full", f"{self.folder} holds `max_gib` {self.max_gib:g} of scores: no more are kept")
@@ -183,7 +193,7 @@ class CachedTeacher(SeveralTeachers):
         shared = {
             "revision": self._revision(),
             "settings": [_settings(part) for part in self.inner.modules() if isinstance(part, Teacher)],
-            "unused": [list(getattr(part, "_unused", ())) for part in self.inner.modules()][:1],
+            "computes": _precision(self.inner, rollout.mask.device.type),
             "vocabulary": self._vocabulary,
             "temperature": temperature,
             "fields": sorted(_names(requires)),
@@ -196,7 +206,9 @@ class CachedTeacher(SeveralTeachers):
         names = prompts.teachers or (None,) * len(rollout)
         rows = zip(names, _tokens(ids, mask), _tokens(rollout.response_ids, rollout.mask), strict=True)
         return [
-            hashlib.sha256(b"\0".join([prefix, repr(name).encode(), str(len(prompt)).encode(), prompt + answer])).hexdigest()
+            hashlib.sha256(
+                b"\0".join([prefix, repr(name).encode(), str(len(prompt)).encode(), prompt + answer])
+            ).hexdigest()
             for name, prompt, answer in rows
         ]
 
@@ -208,7 +220,20 @@ def _settings(teacher: Teacher) -> dict[str, Any]:
         for name, value in vars(teacher).items()
         if not name.startswith("_") and name not in _WITHOUT_EFFECT and _is_plain(value)
     }
-    return {"class": f"{type(teacher).__module__}.{type(teacher).__qualname__}", **plain}
+    unused = list(getattr(teacher, "_unused", ()))  # entries without a name, which have no mass
+    return {"class": f"{type(teacher).__module__}.{type(teacher).__qualname__}", "unused": unused, **plain}
+
+
+def _precision(teacher: Teacher, device: str) -> list[str]:
+    """What it computes in: dtypes of its weights, and autocast's."""
+    weights = sorted({str(value.dtype) for value in teacher.parameters()})
+    return [*weights, str(torch.get_autocast_dtype(device))] if torch.is_autocast_enabled(device) else weights
+
+
+def _leaves(teacher: Teacher) -> list[Teacher]:
+    """The teachers inside that are made of no others; itself where it is one."""
+    found = [part for part in teacher.modules() if isinstance(part, Teacher)]
+    return [part for part in found if sum(isinstance(below, Teacher) for below in part.modules()) == 1]
 
 
 def _is_plain(value: Any) -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lit_opd.errors import InputError
 
 SUFFIX = ".safetensors"
-ROUNDING = 1e-3  # nats that a log-prob may lie above 0
 
 
 class Unreadable(Exception):
@@ -38,7 +39,11 @@ class ScoreFiles:
 
     def size(self) -> int:
         """Bytes of all entries."""
-        return sum(path.stat().st_size for path in self.folder.glob(f"*/*{SUFFIX}"))
+        found = 0
+        for path in self.folder.glob(f"*/*{SUFFIX}"):
+            with suppress(FileNotFoundError):  # another process replaces it
+                found += path.stat().st_size
+        return found
 
     def require_writable(self, field: str) -> None:
         """An InputError unless an entry can be added."""
@@ -80,19 +85,19 @@ class ScoreFiles:
         Raises:
             OSError: as the disk gave it.
         """
-        need = sum(value.nbytes for value in entry.values())
-        if need > self.room:
+        entry = {name: value.contiguous() for name, value in entry.items()}
+        content = save(entry, metadata={"sha256": _hash(key, entry)})
+        if len(content) > self.room:
             return False
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {name: value.contiguous() for name, value in entry.items()}
-        draft = path.with_name(f".{path.stem}-{os.getpid()}{SUFFIX}")
+        draft = path.with_name(f".{path.stem}-{secrets.token_hex(4)}")
         try:
-            save_file(entry, draft, metadata={"sha256": _hash(key, entry)})
-            self.room -= draft.stat().st_size
+            draft.write_bytes(content)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
+        self.room -= len(content)
         return True
 
     def _path(self, key: str) -> Path:

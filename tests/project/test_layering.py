@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "servers": {"errors", "distributed"},
     "saved_steps": {"types", "errors", "files"},
     "rollout": {"saved_steps", "types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
-    "teacher": {"types", "errors", "models", "scoring", "servers"},
+    "teacher": {"types", "errors", "distributed", "models", "scoring", "servers"},
     "advantage": {"types", "errors", "masked"},
     "weighting": {"types", "errors", "masked", "streams", "distributed"},
     "objective": {"types", "errors", "masked", "scoring"},
