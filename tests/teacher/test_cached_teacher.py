@@ -191,7 +191,7 @@ def test_the_folder_does_not_grow_beyond_its_bound(folders, rows, tmp_path):
 
 
 def test_the_bound_holds_while_entries_are_added(folders, rows, tmp_path):
-    room = 1600  # of six entries of some 240 bytes in float64, five
+    room = 1000  # of six entries of some 200 bytes each, the most of them
     teacher = cached(folders[1], tmp_path, max_gib=room / 2**30)
     teacher.score(rows), teacher.score(rows.rows(torch.arange(5, -1, -1)))
     size = sum(path.stat().st_size for path in entries(tmp_path))
