@@ -45,7 +45,7 @@ from lit_opd.run.optimizer_state import OptimizerFactory, SchedulerFactory, by_n
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.optimisation import LightningOptimisation
-from lit_opd.step.recipe import Recipe, Truncated, apply_truncated, progress, total_steps
+from lit_opd.step.recipe import Recipe, Truncated, WarmUp, apply_truncated, progress, total_steps
 from lit_opd.step.sampler_gap import SamplerGap
 from lit_opd.step.scalars import logged
 from lit_opd.step.scores import Scores, student_signal
@@ -93,6 +93,8 @@ class OPDModule(L.LightningModule):
         reference: a third frozen model, for what reads its log-probs (``RewardExtrapolation``); usually the initial student.
         length_budget: ends training responses earlier than the sampler's ``max_new_tokens``; None for no budget.
         rollout_stop: ends training responses where the teacher has left them; None for no such end.
+        warmup: trains on saved responses for the first steps, with an objective of its own; needs a ``ReplaySampler``. None for
+            none.
         max_skipped_steps: rollout batches in a row that may hold a NaN or Inf before the run stops; such a batch changes no
             weight, see docs/reliability.md. 0 stops at the first.
     Raises:
@@ -121,6 +123,7 @@ class OPDModule(L.LightningModule):
         length_budget: LengthBudget | None = None,
         max_skipped_steps: int = 3,
         rollout_stop: RatioStop | None = None,
+        warmup: WarmUp | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -140,6 +143,7 @@ class OPDModule(L.LightningModule):
         self.validation = validation or ValidationSettings()
         self.evaluator = Evaluator(self.validation)
         self.seed, self.length_budget, self.rollout_stop = seed, length_budget, rollout_stop
+        self.warmup = warmup
         self.skips, self.budget, self.state = Skips(max_skipped_steps), TokenBudget(), ModuleState()
         self.gap = self._new_gap()
         self.longest_row: int | None = None  # tokens of a prompt and response, once the data is known
@@ -160,6 +164,17 @@ class OPDModule(L.LightningModule):
             epochs=self.epochs,
             observers=observers(self),
         )
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """All that is learned in the run, one phase after the other."""
+        recipe = self.recipe
+        return [recipe] if self.warmup is None else [self.warmup.recipe(recipe), recipe]
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the coming batch belongs to the warm-up."""
+        return self.warmup is not None and self.global_step < self.warmup.steps
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -285,8 +300,13 @@ class OPDModule(L.LightningModule):
             scorer.load(vocabulary=self.vocabulary)
             if place is not None:
                 scorer.shard(place)
-        self.state.teachers = revisions(self.scorers.values())
+        self.state.revisions = self._revisions()
         student.eval()
+
+    def _revisions(self) -> dict[str, str]:
+        """What a run that goes on must find as it was: files of frozen models, and saved responses."""
+        found, saved = revisions(self.scorers.values()), self.sampler.revision()
+        return found if saved is None else {**found, "model.sampler.paths": saved}
 
     def _note_student(self, adapters: frozenset[str] | None) -> None:
         """What checkpoints will hold: all weights, of a student with adapters those and the mark of the base."""
@@ -344,7 +364,7 @@ class OPDModule(L.LightningModule):
         assert self.student is not None
         older = self.sampler.ahead and rollout.provenance.weights_version != self.global_step
         compares = self.gap.bound is not None or not older  # older weights explain a gap of any size
-        recipe, temperature = self.recipe, self.sampler.temperature
+        recipe, temperature = self.recipes[0] if self.warms_up else self.recipe, self.sampler.temperature
         return Update(
             recipe,
             Scores(self.student, self.scorers, recipe, rollout, temperature=temperature, step=self.global_step),
@@ -413,7 +433,7 @@ class OPDModule(L.LightningModule):
             step: optimizer steps made before it is trained on, default those made so far.
         """
         step = self.global_step if step is None else step
-        changes: dict[str, Any] = {"step": step}
+        changes: dict[str, Any] = {"step": step, "replay": "all" if self.warms_up else "some"}
         if self.length_budget is not None:
             tokens = self.length_budget.tokens(progress(step=step, **self._length))
             changes |= {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}

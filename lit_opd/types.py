@@ -218,6 +218,27 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
+class Replayed(_Record):
+    """Which rows of a rollout were not sampled now, see ``ReplaySampler``.
+
+    Args:
+        old: bool [B], True on those.
+        known: bool [B], False where nobody knows the sampler's log-probs: they are 0, and the student's stand for them in the
+            signal.
+        weights_version: int64 [B], optimizer steps the weights had seen that sampled the row, -1 where that is not known.
+    """
+
+    old: Tensor
+    known: Tensor
+    weights_version: Tensor
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("old", torch.bool), ("known", torch.bool), ("weights_version", torch.int64)):
+            self._require_dtype(name, dtype)
+            self._require_shape(name, tuple(self.old.shape[:1]), like="`old`")
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout(_Record):
     """Responses the student sampled.
 
@@ -229,7 +250,9 @@ class Rollout(_Record):
         finish_reason: int8 [B] of ``FinishReason``.
         provenance: engine, temperature, top-p, top-k and weights version.
         teacher_logprobs: [B, T] nats, 0 where masked, where the teacher scored the tokens while they were sampled, else None.
-        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again; None where none was.
+        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again or none was sampled now;
+            None where these are the response's.
+        replayed: which rows were not sampled now; None where all were. The provenance is that of the others.
     """
 
     prompts: PromptBatch
@@ -240,6 +263,7 @@ class Rollout(_Record):
     provenance: Provenance
     teacher_logprobs: Tensor | None = None
     drawn: Tensor | None = None
+    replayed: Replayed | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_ids.shape)
@@ -253,6 +277,8 @@ class Rollout(_Record):
         for name, dtype in (("response_ids", torch.int64), ("mask", torch.bool), ("finish_reason", torch.int8)):
             self._require_dtype(name, dtype)
         self._require_dtype("drawn", torch.int64)
+        if self.replayed is not None and len(self.replayed.old) != shape[0]:
+            raise InputError(f"`Rollout.replayed` must have one entry a row ({shape[0]}), got {len(self.replayed.old)}")
         for name in ("sampler_logprobs", "teacher_logprobs"):
             if getattr(self, name) is not None:
                 values = at_least_float32(getattr(self, name).detach())

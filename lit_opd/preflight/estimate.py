@@ -97,8 +97,9 @@ def shortage(found: Budget, plan: Plan) -> str:
 
 
 def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
-    sampler, required = module.sampler, module.recipe.required
-    scored = any(name in required for name in _STATISTICS) or whose_lists(module.recipe, module.teacher) == "student"
+    sampler, required = module.sampler, frozenset().union(*(recipe.required for recipe in module.recipes))
+    chosen = any(whose_lists(recipe, module.teacher) == "student" for recipe in module.recipes)
+    scored = chosen or any(name in required for name in _STATISTICS)
     trained = "teacher_distribution" in required
     return Workload(
         rows=data.prompt_batch // plan.ranks * data.samples_per_prompt,
@@ -109,7 +110,7 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
-        decodes=isinstance(sampler, DecodeSampler),
+        decodes=isinstance(sampler.engine, DecodeSampler),
         read_along=module.rollout_stop is not None,
         engine=sampler.memory_fraction * (plan.memory or 0.0),
         engine_sleeps=sampler.sleep,
@@ -117,8 +118,8 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         val_response=module.validation.max_new_tokens or sampler.max_new_tokens,
         score_tiles=STATISTIC_TILES if scored else LOGPROB_TILES,
         train_tiles=DIVERGENCE_TILES if trained else STATISTIC_TILES if scored else LOGPROB_TILES,
-        listed=_listed(module.recipe, module.teacher),
-        mixes=_mixes(module.recipe, module.teacher),
+        listed=max(_listed(recipe, module.teacher) for recipe in module.recipes),
+        mixes=any(_mixes(recipe, module.teacher) for recipe in module.recipes),
     )
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class SamplingSettings:
         stop: makes, of the prompts and these settings, what may end a row early; see ``RatioStop``. None for nothing.
         unused_ids: rows of the student's embedding that name no token, ascending, for engines with weights of their own;
             the student's ``ScoringModel`` knows them itself.
+        replay: how many rows a ``ReplaySampler`` may answer with what it has saved: "none" outside training, "some", or "all".
     """
 
     max_new_tokens: int
@@ -78,12 +79,36 @@ class SamplingSettings:
     budgeted: bool = False
     stop: Callable[[PromptBatch, SamplingSettings], EarlyStop] | None = None
     unused_ids: tuple[int, ...] = ()
+    replay: Literal["none", "some", "all"] = "none"
 
     def provenance(self, engine: str) -> Provenance:
         """The record of how a rollout came about."""
         if self.greedy:
             return Provenance(engine, temperature=0.0, weights_version=self.weights_version)
         return Provenance(engine, self.temperature, self.top_p, self.top_k, self.weights_version)
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a sampler that reads texts must know of the run.
+
+    Args:
+        encode: ids of a text, in which a special token's name is text.
+        decode: text of ids, without special tokens.
+        stop_ids: ids that end a response.
+        end_id: the one that a text is ended with.
+        vocabulary: leading entries that count.
+        prompts: ids of every training prompt by row id; None where they are not known.
+        samples: responses a prompt.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    stop_ids: tuple[int, ...]
+    end_id: int
+    vocabulary: int
+    prompts: Mapping[str, Tensor] | None = None
+    samples: int = 1
 
 
 class Seconds:
@@ -157,6 +182,22 @@ class Sampler(ABC):
             raise InputError(
                 f"`SamplingSettings.stop` must be None for {type(self).__name__}, got {settings.stop!r}; use DecodeSampler"
             )
+
+    @property
+    def engine(self) -> Sampler:
+        """What samples: itself, or the one inside."""
+        return self
+
+    def know_texts(self, facts: TextFacts) -> None:  # noqa: B027
+        """Read what is sampled from where that is saved; before a run, again at its start.
+
+        Raises:
+            InputError: it does not fit to the run.
+        """
+
+    def revision(self) -> str | None:
+        """What names the saved responses that it reads; None where it reads none."""
+        return None
 
     def check(self, *, tokens: int | None, vocabulary: int) -> None:  # noqa: B027
         """What can be checked before a run.

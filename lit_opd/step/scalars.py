@@ -50,6 +50,7 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/sampler_gap": sampler_gap / tokens,
         "train/grad_norm": record.grad_norm.double(),
     }
+    found |= _of_replay(record)
     if record.skipped:
         found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
     if record.chunks is not None:
@@ -60,6 +61,26 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/budget_fraction": budget / rows,
         "train/stopped_fraction": drift / rows,
         "train/response_length": held / rows,
+    }
+
+
+def _of_replay(record: StepRecord) -> dict[str, Tensor]:
+    """Where responses were saved ones: their share, how far the student is from who sampled them, and the sampler's gap without
+    them; one collective."""
+    replayed, signal = record.rollout.replayed, record.signal
+    if replayed is None:
+        return {}
+    assert signal.sampler_logprobs is not None
+    gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
+    old = signal.mask & replayed.old.unsqueeze(-1)
+    known = old & replayed.known.unsqueeze(-1)
+    now = signal.mask & ~old
+    parts = (replayed.old, torch.ones_like(replayed.old), gap * known, known, gap * now, now)
+    rows, all_rows, drift, drifted, sampled, counted = all_sum(torch.stack([p.double().sum() for p in parts])).unbind()
+    return {
+        "train/replayed_fraction": rows / all_rows,
+        "train/replay_gap": drift / drifted,  # NaN where there is nothing to compare
+        "train/sampler_gap": sampled / counted,
     }
 
 

@@ -316,7 +316,8 @@ class Scores:
     def signal(self, part: Rollout, rows: Rows) -> TokenSignal:
         """The signal of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
         columns = part.mask.shape[1]
-        values = self.buffer.signal_fields(rows, columns) | {"sampler_logprobs": finite(part.sampler_logprobs)}
+        values = self.buffer.signal_fields(rows, columns)
+        values["sampler_logprobs"] = _sampler_logprobs(part, values["student_logprobs"])
         values = by_chunk(values, part.mask, self.buffer.chunks(rows, columns))
         known = {"row_keys": part.prompts.row_keys, "token_ids": part.response_ids, "step": self.step}
         signal = TokenSignal(**values, **known, validate=False)
@@ -330,6 +331,14 @@ class Scores:
     def values(self) -> dict[str, Tensor]:
         """Everything that must be finite, and more, as it came from the models: [B, T, ...] by field."""
         return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.buffer.values}
+
+
+def _sampler_logprobs(part: Rollout, student: Tensor) -> Tensor:
+    """[B, T] nats, finite; the student's where the sampler's are not known, so that the importance weight is 1."""
+    own = finite(part.sampler_logprobs)
+    if part.replayed is None:
+        return own
+    return torch.where(part.replayed.known.unsqueeze(-1), own, student)
 
 
 @torch.no_grad()

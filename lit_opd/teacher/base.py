@@ -219,5 +219,6 @@ def revisions(scorers: Iterable[Teacher]) -> dict[str, str]:
         inner = [below for below in part.modules() if isinstance(below, Teacher) and below is not part]
         revision = None if inner or not isinstance(part, Teacher) else part.revision()
         if revision is not None and isinstance(part, Teacher):  # teachers of a user's own class may share a setting
-            found[part.field] = f"{found.get(part.field, '')} {revision}".strip()
+            name = f"{part.field}.path"
+            found[name] = f"{found.get(name, '')} {revision}".strip()
     return found

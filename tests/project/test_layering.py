@@ -27,8 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "files", "distributed", "hub"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
-    "rollout": {"types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
-    "teacher": {"types", "errors", "models", "scoring", "servers"},
+    "saved_steps": {"types", "errors", "files"},
+    "rollout": {"saved_steps", "types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
+    "teacher": {"types", "errors", "distributed", "models", "scoring", "servers"},
     "advantage": {"types", "errors", "masked", "batchwise"},
     "weighting": {"types", "errors", "masked", "streams", "distributed", "lists", "batchwise"},
     "objective": {"types", "errors", "masked", "scoring"},
@@ -39,14 +40,14 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"errors", "files", "distributed", "models"},
     "preflight": {
         "types", "errors", "distributed", "shipped", "servers", "prompts", "models", "scoring", "rollout", "teacher", "advantage",
-        "step", "evaluation", "run",
+        "objective", "step", "evaluation", "run",
     },
     "module": {
         "types", "errors", "distributed", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "weighting",
         "objective",
         "step", "evaluation", "run", "preflight",
     },
-    "report": {"types", "errors", "files", "shipped", "masked", "evaluation"},
+    "report": {"saved_steps", "types", "errors", "files", "shipped", "masked", "evaluation"},
     "compare": {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
