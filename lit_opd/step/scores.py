@@ -319,7 +319,7 @@ class Scores:
         values = self.buffer.signal_fields(rows, columns)
         values["sampler_logprobs"] = _sampler_logprobs(part, values["student_logprobs"])
         values = by_chunk(values, part.mask, self.buffer.chunks(rows, columns))
-        known = {"row_keys": part.prompts.row_keys, "token_ids": part.response_ids, "step": self.step}
+        known: dict[str, Any] = {"row_keys": part.prompts.row_keys, "token_ids": part.response_ids, "step": self.step}
         signal = TokenSignal(**values, **known, validate=False)
         return apply_transforms(list(self.recipe.advantage), signal)
 
@@ -376,7 +376,7 @@ def student_signal(
         "teacher_topk": theirs.topk,
         "student_at_teacher_topk": ours.listed,
     }
-    known = {"row_keys": rollout.prompts.row_keys, "token_ids": rollout.response_ids, "step": step}
+    known: dict[str, Any] = {"row_keys": rollout.prompts.row_keys, "token_ids": rollout.response_ids, "step": step}
     return TokenSignal(**by_chunk(values, rollout.mask, theirs.chunks), **known)
 
 
