@@ -118,11 +118,11 @@ def two_way_interval(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DR
     """The mean of a table of seeds x problems, and its 95 % interval over other seeds and other problems at once.
 
     For y_sp = mean + seed_s + problem_p + rest_sp. A two-way bootstrap: each draw adds a deviation of the seeds' mean, from
-    Student's t with S - 1 degrees of freedom (why not drawn again: ``mean_interval``), and one of the problems' mean, from the problems
-    drawn again with replacement. Seeds' means hold the rest once, and so do problems' means; it must count once (resampling
-    both counts it three times, Owen 2007, "The pigeonhole bootstrap", The Annals of Applied Statistics 1), so the problems'
-    deviations are scaled down to the variance that is left of them without it, and up by what a percentile interval of P values
-    lacks (Hesterberg 2015).
+    Student's t with S - 1 degrees of freedom (why not drawn again: ``mean_interval``), and one of the problems' mean, from the
+    problems drawn again with replacement. Seeds' means hold the rest once, and so do problems' means; it must count once
+    (resampling both counts it three times, Owen 2007, "The pigeonhole bootstrap", The Annals of Applied Statistics 1), so the
+    problems' deviations are scaled down to the variance that is left of them without it, and up by what a percentile interval of
+    P values lacks (Hesterberg 2015).
 
     Args:
         table: [S, P], every seed on the same problems. Where each seed has problems of its own, take ``mean_interval`` of the
