@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_opd.errors import InputError
-from lit_opd.masked import at_least_float32
+from lit_opd.masked import at_least_float32, segment_sums
 
 LIST_LENGTH = 32  # K: entries of a top-k list, fewer where the vocabulary has fewer
 
@@ -218,6 +218,27 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
+class Replayed(_Record):
+    """Which rows of a rollout were not sampled now, see ``ReplaySampler``.
+
+    Args:
+        old: bool [B], True on those.
+        known: bool [B], False where nobody knows the sampler's log-probs: they are 0, and the student's stand for them in the
+            signal.
+        weights_version: int64 [B], optimizer steps the weights had seen that sampled the row, -1 where that is not known.
+    """
+
+    old: Tensor
+    known: Tensor
+    weights_version: Tensor
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("old", torch.bool), ("known", torch.bool), ("weights_version", torch.int64)):
+            self._require_dtype(name, dtype)
+            self._require_shape(name, tuple(self.old.shape[:1]), like="`old`")
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout(_Record):
     """Responses the student sampled.
 
@@ -229,7 +250,9 @@ class Rollout(_Record):
         finish_reason: int8 [B] of ``FinishReason``.
         provenance: engine, temperature, top-p, top-k and weights version.
         teacher_logprobs: [B, T] nats, 0 where masked, where the teacher scored the tokens while they were sampled, else None.
-        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again; None where none was.
+        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again or none was sampled now;
+            None where these are the response's.
+        replayed: which rows were not sampled now; None where all were. The provenance is that of the others.
     """
 
     prompts: PromptBatch
@@ -240,6 +263,7 @@ class Rollout(_Record):
     provenance: Provenance
     teacher_logprobs: Tensor | None = None
     drawn: Tensor | None = None
+    replayed: Replayed | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_ids.shape)
@@ -253,6 +277,8 @@ class Rollout(_Record):
         for name, dtype in (("response_ids", torch.int64), ("mask", torch.bool), ("finish_reason", torch.int8)):
             self._require_dtype(name, dtype)
         self._require_dtype("drawn", torch.int64)
+        if self.replayed is not None and len(self.replayed.old) != shape[0]:
+            raise InputError(f"`Rollout.replayed` must have one entry a row ({shape[0]}), got {len(self.replayed.old)}")
         for name in ("sampler_logprobs", "teacher_logprobs"):
             if getattr(self, name) is not None:
                 values = at_least_float32(getattr(self, name).detach())
@@ -384,11 +410,41 @@ class TopK(_Record):
 
     Args:
         ids: int64 [B, T, K].
-        logprobs: [B, T, K] nats.
+        logprobs: [B, T, K] nats, likeliest first; -inf where a server listed a token that the student does not have.
     """
 
     ids: Tensor
     logprobs: Tensor
+
+    def first(self, k: int) -> TopK:
+        """The ``k`` likeliest of them."""
+        return TopK(self.ids[..., :k], self.logprobs[..., :k])
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks(_Record):
+    """Neighbouring tokens that a teacher with another tokenizer scores together; its log-prob stands at the last of them.
+
+    Args:
+        lengths: int64 [B, T], tokens of the chunk that ends here, 1 for a token that is scored alone; 0 where none ends.
+        longest: at least the largest of them.
+    """
+
+    lengths: Tensor
+    longest: int = 1
+
+    @property
+    def ends(self) -> Tensor:
+        """bool [B, T], True where a chunk ends: what of the teacher's scores is one."""
+        return self.lengths > 0
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of [B, T] over each chunk where it ends, 0 elsewhere; differentiable."""
+        return segment_sums(values, self.lengths, longest=self.longest)
+
+    def columns(self, count: int) -> Chunks:
+        """Those of the leading columns."""
+        return replace(self, lengths=self.lengths[:, :count])
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,6 +459,8 @@ class TokenScores(_Record):
         token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
         states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
+        candidates: log-probs of tokens that were asked for by id.
+        chunks: where a teacher with another tokenizer has a score, which is 0 elsewhere; None where every token has one.
     """
 
     logprobs: Tensor
@@ -412,6 +470,8 @@ class TokenScores(_Record):
     token_kl: Tensor | None = None
     divergence: Tensor | None = None
     states: Tensor | None = None
+    candidates: TopK | None = None
+    chunks: Chunks | None = None
 
 
 _LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")
@@ -529,6 +589,7 @@ class StepRecord(_Record):
         skipped: True where a value was not finite and the batch's steps, or the rest of them, were not made: no token is in
             ``kept``, and what was not finite is 0 in the signal.
         response_tokens: int64 scalar, as ``sampled_tokens`` without what was cut off; None where that is the same.
+        chunks: of a teacher with another tokenizer: the signal is that of chunks, each at its last token; None: of tokens.
     """
 
     rollout: Rollout
@@ -545,6 +606,7 @@ class StepRecord(_Record):
     seconds: dict[str, float]
     skipped: bool = False
     response_tokens: Tensor | None = None
+    chunks: Chunks | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

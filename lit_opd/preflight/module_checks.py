@@ -21,12 +21,22 @@ from lit_opd.errors import InputError
 from lit_opd.models.sharding import shards
 from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
+from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.callback_checks import check_batches
+from lit_opd.preflight.list_checks import (
+    check_candidates,
+    remedy,
+    require_lists,
+    require_single_stops,
+    require_transforms,
+)
+from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
 from lit_opd.scoring.heads import check_choice
+from lit_opd.step.lists import asked_of
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
@@ -51,6 +61,7 @@ def check_settings(module: Subject, *, max_skipped_steps: int) -> None:
         raise InputError(f"`OPDModule.gradient_clip_norm` must be > 0 or null, got {module.gradient_clip_norm}")
     if module.length_budget is not None:
         module.length_budget.check(module.sampler.max_new_tokens)
+    require_transforms(module.recipe)
 
 
 def check_before(
@@ -75,7 +86,7 @@ def check_before(
         check_checkpoint(ckpt_path, trainer.strategy, training=training)
     _ = module.vocabulary, module.stop_ids
     if data is not None:
-        data.use_tokenizer(module.tokenizer)
+        data.use_tokenizer(module.tokenizer, own_tokenizer(module, data))
         data.trainer = trainer
         data.setup("fit")
     check_run(module, data)
@@ -86,11 +97,13 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     module.longest_row = longest_row(module, data)
     check_trainer(module)
     check_scorers(module)
+    check_aligned(module, data)
     check_batch(module, data, ranks=module.trainer.world_size)
     check_window(module, data)
     check_token_budget(module, data)
     check_rollout_stop(module, sharded=shards(module.trainer.strategy))
     check_self_teacher(module, data)
+    check_replay(module, data)
     check_servers(module, data)
     for warning in (*setting_warnings(module), *stop_warnings(module)):
         warnings.warn(warning, stacklevel=2)
@@ -187,24 +200,26 @@ def _explained(field: str) -> Iterator[None]:
 
 def check_scorers(module: Subject) -> None:
     """See ``require_scored``."""
-    require_scored(module.recipe, module.teacher, module.reference)
+    for recipe in module.recipes:
+        require_scored(recipe, module.teacher, module.reference)
 
 
 def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) -> None:
     """Weighting, objective and advantage find what they read in the teacher, and the reference where one is read."""
-    required = recipe.required
-    if reference is None and "reference_logprobs" in required:
+    if reference is None and "reference_logprobs" in recipe.required:
         raise InputError(
             "`model.reference` must be a teacher such as `LocalTeacher` when reference_logprobs are read, got null; "
             "give it the path of the initial student"
         )
-    missing = required - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
+    require_single_stops(recipe, teacher)
+    require_lists(recipe, teacher)
+    missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
     if missing:
         asking = [part for part in recipe.parts if part.requires & missing]
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
         raise InputError(
-            f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; choose another "
-            "weighting, objective, advantage transform, callback or teacher"
+            f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; {remedy(missing, teacher)}"
+            "choose another weighting, objective, advantage transform, callback or teacher"
         )
 
 
@@ -224,7 +239,8 @@ def stop_warnings(module: Subject) -> Iterator[str]:
     """Where a response of the student ends at another token than one of a teacher's."""
     for role, pairs in module.scorer_tokenizers.items():
         for tokenizer, _ in pairs:
-            warning = stop_warning(module.tokenizer, module.stop_ids, tokenizer, role=role)
+            summed = module.scorers[role].sums_stops
+            warning = stop_warning(module.tokenizer, module.stop_ids, tokenizer, role=role, summed=summed)
             if warning is not None:
                 yield warning
 
@@ -320,6 +336,9 @@ def check_servers(module: Subject, data: PromptDataModule | None) -> None:
             scorer.check_student(module.student_settings)
             scorer.check(temperature=module.sampler.temperature, tokens=tokens)
             scorer.check_data(getattr(data, "rows_by_teacher", dict)())
+        warnings_ = [check_candidates(recipe, module.teacher) for recipe in module.recipes]
         lora = module.student_settings.lora
         module.sampler.check_student(None if lora is None else lora.rank)
         module.sampler.check(tokens=tokens, vocabulary=module.student_config.get_text_config().vocab_size)
+    for warning in dict.fromkeys(filter(None, warnings_)):
+        warnings.warn(warning, stacklevel=2)

@@ -26,7 +26,10 @@ from lit_opd.errors import InputError, first_line
 from lit_opd.masked import at_least_float32
 from lit_opd.scoring import heads
 from lit_opd.scoring.heads import token_entropy, token_kl, token_listed, token_logprobs, token_topk
+from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.places import FLASH, Packing, Places
+from lit_opd.scoring.shared import SharedHead
+from lit_opd.scoring.stops import StopClass, with_stop_mass
 from lit_opd.scoring.tiles import Head, softly_capped
 from lit_opd.types import LIST_LENGTH, Rollout, TokenScores, TopK
 
@@ -49,9 +52,9 @@ Returned = TypeVar("Returned")
 
 
 class TokenDivergence(Protocol):
-    """A divergence of two heads over the same N tokens."""
+    """A divergence of two distributions over the same N tokens."""
 
-    def __call__(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
+    def __call__(self, student: Head, teacher: Head | SharedHead | Listed, *, temperature: float) -> Tensor:
         """[N] nats, differentiable in the student."""
 
 
@@ -112,10 +115,12 @@ class ScoringModel(nn.Module):
         *,
         temperature: float = 1.0,
         wants: frozenset[str] = frozenset(),
-        against: Head | None = None,
+        against: Head | SharedHead | TopK | None = None,
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
         head: Head | None = None,
+        top_k: int | None = None,
+        stops: StopClass | None = None,
         listed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Score the sampled tokens of ``rollout``.
@@ -127,10 +132,13 @@ class ScoringModel(nn.Module):
             rollout: B rows; only valid tokens are scored.
             temperature: > 0, divides the logits.
             wants: any of "entropy", "topk", "token_kl" (KL(this || against)); without gradient.
-            against: the teacher's head, for "token_kl" and ``divergence``.
+            against: the teacher's head, for "token_kl" and ``divergence``; for the latter its lists [B, T, K], or what of
+                its vocabulary is shared, will do.
             divergence: from this head and the teacher's to [N], with gradient; None for none.
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
+            top_k: K of the list "topk"; None for ``LIST_LENGTH``.
+            stops: give a token that ends a response the mass of this class, without gradient; None: its own.
             listed: int64 [B, T, K], tokens whose log-probs are wanted too, without gradient; None for none.
         Returns:
             [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
@@ -144,14 +152,21 @@ class ScoringModel(nn.Module):
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
         found: dict[str, Tensor] = {"logprobs": token_logprobs(head, targets, temperature=temperature)}
+        if stops is not None:
+            found["logprobs"] = with_stop_mass(found["logprobs"], head, targets, stops, temperature=temperature)
         if "entropy" in wants:
             found["entropy"] = token_entropy(head, temperature=temperature)
-        if against is not None and "token_kl" in wants:
+        if "token_kl" in wants:
+            if not isinstance(against, Head):
+                raise InputError("`ScoringModel.forward` needs a head for the KL, got a part of the vocabulary")
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
-            found["divergence"] = divergence(head, against, temperature=temperature)
+            theirs = Listed.of(against, places.tokens) if isinstance(against, TopK) else against
+            found["divergence"] = divergence(head, theirs, temperature=temperature)
         if "topk" in wants:
-            found["topk.ids"], found["topk.logprobs"] = token_topk(head, k=LIST_LENGTH, temperature=temperature)
+            found["topk.ids"], found["topk.logprobs"] = token_topk(
+                head, k=top_k or LIST_LENGTH, temperature=temperature
+            )
         if listed is not None:
             asked = listed.flatten(0, 1).index_select(0, places.tokens)
             found["listed"] = token_listed(head, asked, temperature=temperature)
@@ -428,7 +443,7 @@ def _soft_cap(causal_lm: Any) -> float | None:
 def _record(found: dict[str, Tensor]) -> TokenScores:
     """What ``ScoringModel.forward`` returned."""
     topk = {name.removeprefix("topk."): value for name, value in found.items() if name.startswith("topk.")}
-    rest = {name: value for name, value in found.items() if not name.startswith("topk.")}
+    rest: dict[str, Any] = {name: value for name, value in found.items() if not name.startswith("topk.")}
     return TokenScores(**rest, topk=TopK(**topk) if topk else None)
 
 

@@ -31,6 +31,7 @@ from lit_opd.distributed import is_rank_zero
 from lit_opd.errors import InputError, ServerError
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
+GENERATE = "/inference/v1/generate"  # token ids in and out; newer vLLM scores chosen ids there
 FIRST_DELAY, LONGEST_DELAY = 0.25, 15.0  # seconds between tries, doubling
 MALFORMED_TRIES = 3  # an answer that is whole but wrong rarely gets better
 SHOWN = 300  # characters of a server's own message in errors
@@ -138,6 +139,7 @@ class Servers:
         start_seconds: float = 30.0,
     ) -> None:
         self.field, self.model = field, model
+        self.window: int | None = None  # tokens that all of them hold, where ``check`` was told
         limits = {"max_concurrency": max_concurrency, "timeout": timeout, "max_response_bytes": max_response_bytes}
         for name, value in limits.items():
             if not 0 < value < math.inf:
@@ -186,6 +188,8 @@ class Servers:
                     "set it, or start the server with --served-model-name"
                 )
             window, _ = served[self.model]
+            if window is not None:
+                self.window = window if self.window is None else min(self.window, window)
             if tokens is not None and window is not None and window < tokens:
                 raise InputError(
                     f"`{self.field}.urls`: {server.url} has a context of {window} tokens, but prompt, response and one more "
@@ -203,11 +207,37 @@ class Servers:
         """
 
         async def once(http: Http, server: _Server) -> None:
-            answer = await self._exchange(http, server, "POST", COMPLETIONS, {"model": self.model, **NEUTRAL, **body})
-            parse(self._choices(answer, len(body["prompt"])))
+            parse(await self._completed(http, server, body))
 
         for server in self.servers:
             self._asked_at_start(once, server, self.start_seconds)
+
+    def refusal(
+        self, body: dict[str, Any], parse: Callable[[Any], Any], *, generates: bool = False
+    ) -> tuple[str, int | None] | None:
+        """As ``probe``, for what a server need not be able to do.
+
+        Args:
+            body: as for ``complete``, or for ``generate``.
+            parse: reads what theirs reads; may raise ``Malformed``.
+            generates: ask by ``generate``.
+        Returns:
+            what the first server that refused said, with its HTTP status; None where all could.
+        Raises:
+            ServerError: a server breaks off, or its answer lacks something.
+        """
+        refused: list[tuple[str, int | None]] = []
+        ask = self._generated if generates else self._completed
+
+        async def once(http: Http, server: _Server) -> None:
+            try:
+                parse(await ask(http, server, body))
+            except _Refused as error:
+                refused.append((f"{server.url} {error}", error.status))
+
+        for server in self.servers:
+            self._asked_at_start(once, server, self.start_seconds)
+        return refused[0] if refused else None
 
     def _asked_at_start(
         self,
@@ -260,19 +290,59 @@ class Servers:
         Raises:
             ServerError: a request failed for good; the others are given up.
         """
+        return self._run(self._completions(bodies, parse))
+
+    def _completions(
+        self, bodies: Sequence[dict[str, Any]], parse: Callable[[list[dict[str, Any]], int], Answer]
+    ) -> list[Callable[[Http], Awaitable[Answer]]]:
+        async def once(index: int, http: Http, server: _Server) -> Answer:
+            return parse(await self._completed(http, server, bodies[index]), index)
+
+        return [partial(self._retried, partial(once, index)) for index in range(len(bodies))]
+
+    def completing(
+        self, bodies: Sequence[dict[str, Any]], parse: Callable[[list[dict[str, Any]], int], Answer]
+    ) -> Future[list[Answer]]:
+        """As ``complete``, but returns at once; what it would raise is the exception of the future."""
+        return self._begun(self._completions(bodies, parse))
+
+    def generate(
+        self, bodies: Sequence[dict[str, Any]], parse: Callable[[dict[str, Any], int], Answer]
+    ) -> list[Answer]:
+        """As ``complete``, by vLLM's route of token ids: one prompt a request.
+
+        Args:
+            bodies: "token_ids" and "sampling_params"; the model's name is added.
+            parse: from the whole answer of a request and its index to a result; may raise ``Malformed``.
+        Raises:
+            ServerError: a request failed for good; the others are given up.
+        """
 
         async def once(index: int, http: Http, server: _Server) -> Answer:
-            body = {"model": self.model, **NEUTRAL, **bodies[index]}
-            answer = await self._exchange(http, server, "POST", COMPLETIONS, body)
-            return parse(self._choices(answer, len(body["prompt"])), index)
+            return parse(await self._generated(http, server, bodies[index]), index)
 
         return self._run([partial(self._retried, partial(once, index)) for index in range(len(bodies))])
 
-    def _choices(self, answer: Any, count: int) -> list[dict[str, Any]]:
+    async def _completed(self, http: Http, server: _Server, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The choices of one request, one a prompt, in order."""
+        answer = await self._exchange(http, server, "POST", COMPLETIONS, {"model": self.model, **NEUTRAL, **body})
+        return self._choices(answer, len(body["prompt"]))
+
+    async def _generated(self, http: Http, server: _Server, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request by the route of token ids."""
+        sent = {"model": self.model, **body, "sampling_params": NEUTRAL | body["sampling_params"]}
+        answer = await self._exchange(http, server, "POST", GENERATE, sent)
+        self._require_model(answer)
+        return answer  # type: ignore[no-any-return]
+
+    def _require_model(self, answer: Any) -> None:
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
             raise Malformed("has no choices")
         if answer.get("model") != self.model:
             raise Malformed(f"comes from the model {answer.get('model')!r}, not {self.model!r}")
+
+    def _choices(self, answer: Any, count: int) -> list[dict[str, Any]]:
+        self._require_model(answer)
         choices = answer["choices"]
         if not all(isinstance(choice, dict) for choice in choices):
             raise Malformed("has choices that are no objects")
@@ -315,7 +385,7 @@ class Servers:
 
         pairs = zip(self.servers, bodies, strict=True)
         jobs = [partial(self._retried, partial(post, body), only=server, seconds=0.0) for server, body in pairs]
-        return asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
+        return self._begun(jobs)
 
     def get_each(self, path: str) -> list[dict[str, Any]]:
         """The JSON objects that the servers answer with, in the order of ``urls``.
@@ -334,11 +404,14 @@ class Servers:
 
     def _run(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> list[Answer]:
         """What ``jobs`` return, in their order; one that fails, and what interrupts the caller, gives all others up."""
-        future = asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
+        future = self._begun(jobs)
         try:
             return future.result()
         finally:
             future.cancel()  # of no effect once it has ended
+
+    def _begun(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> Future[list[Answer]]:
+        return asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
 
     async def _together(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> list[Answer]:
         """As ``_run``: workers that take job after job, each with a connection of its own."""

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from lit_opd.advantage import apply_transforms
-from lit_opd.distributed import largest, shared_failure
+from lit_opd.distributed import all_sum, largest, shared_failure
+from lit_opd.errors import InputError
 from lit_opd.models.sharding import holds_shards
 from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.shared import SharedHead
+from lit_opd.scoring.tiles import Head
+from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.step.skips import finite
 from lit_opd.teacher.base import Teacher
-from lit_opd.types import Rollout, TokenScores, TokenSignal, TopK
+from lit_opd.types import Chunks, Rollout, TokenScores, TokenSignal, TopK
 
 Rows = list[int]  # row numbers of a batch
 Listener = Callable[[str, int, int], None]  # name of a phase, parts done, parts in all
@@ -30,7 +34,10 @@ STUDENT_WANTS = {
     "token_kl": "token_kl",
 }  # as its forward names them
 READ_BESIDE_THE_STUDENT = frozenset({"token_kl", "teacher_distribution"})  # what needs the teacher's output head
+CHUNKS = "chunks.lengths"  # in the buffer: where a teacher with another tokenizer has a score
+CANDIDATES = "candidates.ids"  # in the buffer: the tokens that the teacher is asked about
 LISTED = "student_at_teacher_topk"
+SUMMED = ("student_logprobs", "sampler_logprobs", "reference_logprobs", "student_entropy")  # over the tokens of a chunk
 SIGNAL_FIELDS = (
     "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
 )  # fmt: skip
@@ -43,6 +50,7 @@ class ScoreBuffer:
     def __init__(self, mask: Tensor) -> None:
         self.shape = tuple(mask.shape)
         self.values: dict[str, Tensor] = {}
+        self.longest_chunk = 1
 
     def put(self, name: str, rows: Rows, part: Tensor) -> None:
         """Store ``part`` [R, columns, ...] without its gradient."""
@@ -54,13 +62,21 @@ class ScoreBuffer:
     def put_scores(self, who: str, rows: Rows, scores: TokenScores) -> None:
         """Store what ``who`` ("student", "teacher", "reference") says of ``rows``."""
         found = {f"{who}_logprobs": scores.logprobs, f"{who}_entropy": scores.entropy, "token_kl": scores.token_kl}
+        for name, lists in (("topk", scores.topk), ("candidates", scores.candidates)):
+            if lists is not None:
+                found |= {f"{who}_{name}.ids": lists.ids, f"{who}_{name}.logprobs": lists.logprobs}
         if scores.listed is not None:
             found[LISTED] = scores.listed
-        if scores.topk is not None:
-            found |= {f"{who}_topk.ids": scores.topk.ids, f"{who}_topk.logprobs": scores.topk.logprobs}
+        if scores.chunks is not None:
+            found[CHUNKS] = scores.chunks.lengths
+            self.longest_chunk = max(self.longest_chunk, scores.chunks.longest)
         for name, value in found.items():
             if value is not None:
                 self.put(name, rows, value)
+
+    def chunks(self, rows: Rows, columns: int) -> Chunks | None:
+        """Those of ``rows`` and the leading columns; None where every token has a score."""
+        return Chunks(self.part(CHUNKS, rows, columns), self.longest_chunk) if CHUNKS in self.values else None
 
     def signal_fields(self, rows: Rows, columns: int) -> dict[str, Any]:
         """The optional and required fields of a ``TokenSignal`` of ``rows`` and the leading columns, finite."""
@@ -73,6 +89,11 @@ class ScoreBuffer:
         if LISTED in cut:
             fields[LISTED] = cut[LISTED].nan_to_num(neginf=-math.inf)
         return fields
+
+    def part(self, name: str, rows: Rows, columns: int) -> Tensor:
+        """The values ``name`` of ``rows`` and the leading columns."""
+        value = self.values[name]
+        return value[torch.tensor(rows, device=value.device), :columns]
 
 
 def leading_columns(signal: TokenSignal, columns: int) -> TokenSignal:
@@ -114,6 +135,9 @@ class Scores:
         self.buffer = ScoreBuffer(rollout.mask)
         self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
         self._states: dict[tuple[int, ...], Tensor] = {}  # the teacher's [N, H], by the rows of the micro-batch
+        self._lists = whose_lists(
+            recipe, self.teacher
+        )  # where the objective reads lists in place of the teacher's head
 
     @property
     def teacher(self) -> Teacher:
@@ -130,6 +154,8 @@ class Scores:
     def score_frozen(self, batches: MicroBatches, listener: Listener) -> None:
         """Scores of the whole batch by the frozen models."""
         rows, device = list(range(len(self.rollout))), self.rollout.mask.device
+        if self._lists == "student":
+            self._choose_candidates(batches)
         with shared_failure():  # a row over the budget is every rank's error
             groups = batches.groups(rows)
         most = largest(len(groups), device)  # a collective, which the block below must not hold
@@ -146,13 +172,44 @@ class Scores:
             if not any(holds_shards(model) for model in self.scorers.values()):
                 stack.enter_context(shared_failure())  # sharded models talk to each other while they score
             batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
+        self.buffer.values.pop(CANDIDATES, None)  # which the teacher's answer has too
+        self._require_aligned()
+
+    def _require_aligned(self) -> None:
+        """Enough of the batch's tokens, over all ranks, have a score of a teacher with another tokenizer."""
+        chunks = self.chunks
+        if chunks is None:
+            return
+        aligned, tokens = all_sum(torch.stack([chunks.lengths.sum(), self.rollout.mask.sum()])).tolist()
+        try:
+            self.teacher.require_aligned(aligned, tokens)
+        except InputError as error:
+            error.on_every_rank = True
+            raise
+
+    @property
+    def chunks(self) -> Chunks | None:
+        """Of the whole batch; None where every token has a score."""
+        return self.buffer.chunks(list(range(len(self.rollout))), self.rollout.mask.shape[1])
+
+    @property
+    def counted(self) -> Tensor:
+        """bool [B, T], where the signal has a value: the valid tokens, of a teacher with another tokenizer those that end a
+        chunk."""
+        chunks = self.chunks
+        return self.rollout.mask if chunks is None else self.rollout.mask & chunks.ends
 
     def _score_frozen(self, batches: MicroBatches, rows: Rows) -> None:
         part = batches.take(rows)
         for who, model in self.scorers.items():
-            requires = self.recipe.required if who == "teacher" else frozenset()
-            if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
+            requires = asked_of(self.recipe, model) if who == "teacher" else frozenset()
+            told = who == "teacher" and part.teacher_logprobs is not None and not model.sums_stops
+            if told and not requires & model.provides:
+                assert part.teacher_logprobs is not None  # told
                 scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
+            elif who == "teacher" and self._lists == "student":
+                ids = self.buffer.part(CANDIDATES, rows, part.mask.shape[1])
+                scores = model.score_candidates(part, ids, temperature=self.temperature, requires=requires)
             else:
                 # mini-batches are cut otherwise, so states kept for their updates would not be found
                 again = requires - {"teacher_distribution"} if self.recipe.mini_batches > 1 else requires
@@ -160,6 +217,19 @@ class Scores:
             self.buffer.put_scores(who, rows, scores)
             if scores.states is not None:
                 self._states[tuple(rows)] = scores.states
+
+    def _choose_candidates(self, batches: MicroBatches) -> None:
+        """The student's likeliest tokens at each position, about which the teacher is asked."""
+        k = self.recipe.objective.list_size
+        assert k is not None  # what reads no lists asks about none
+
+        def choose(part: Rollout, rows: Rows) -> None:
+            scores = self._student(part, temperature=self.temperature, wants=frozenset({"topk"}), top_k=k)
+            assert scores.topk is not None
+            self.buffer.put(CANDIDATES, rows, scores.topk.ids)
+
+        with torch.no_grad():
+            self._each(batches, choose)
 
     def forget(self) -> None:
         """Drop the hidden states: the micro-batches that come are cut otherwise."""
@@ -180,18 +250,25 @@ class Scores:
 
     def score_student(self, batches: MicroBatches) -> TokenSignal:
         """The student's scores of the whole batch without gradient, and the signal they complete."""
-        rows = list(range(len(self.rollout)))
 
-        def score(groups: list[Rows]) -> None:
-            for index in range(largest(len(groups), self.rollout.mask.device)):
-                part = groups[index] if index < len(groups) else groups[0]
-                with self.whole_head():
-                    self.buffer.put_scores("student", part, self.student(batches.take(part), part))
+        def score(part: Rollout, rows: Rows) -> None:
+            with self.whole_head():
+                self.buffer.put_scores("student", rows, self.student(part, rows))
 
         with torch.no_grad(), self.teacher_head():
-            batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
-        self.full = self.signal(self.rollout, rows)
+            self._each(batches, score)
+        self.full = self.signal(self.rollout, list(range(len(self.rollout))))
         return self.full
+
+    def _each(self, batches: MicroBatches, score: Callable[[Rollout, Rows], None]) -> None:
+        """``score`` every micro-batch of the batch by the student, as often on every rank."""
+
+        def all_of(groups: list[Rows]) -> None:
+            for index in range(largest(len(groups), self.rollout.mask.device)):
+                rows = groups[index] if index < len(groups) else groups[0]
+                score(batches.take(rows), rows)
+
+        batches.attempt(list(range(len(self.rollout))), all_of, step=self.step + 1, undo=self.forget)
 
     def student(self, part: Rollout, rows: Rows) -> TokenScores:
         """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted.
@@ -203,8 +280,10 @@ class Scores:
         lacking = self.recipe.required if self.full is None else frozenset()
         wants = frozenset(want for name, want in STUDENT_WANTS.items() if name in lacking)
         on_distribution = torch.is_grad_enabled() and "teacher_distribution" in self.recipe.objective.requires
-        against = None
-        if on_distribution or "token_kl" in wants:
+        against: Head | SharedHead | TopK | None = None
+        if on_distribution and self._lists is not None:
+            against = self._teacher_lists(rows, part.mask.shape[1])
+        elif on_distribution or "token_kl" in wants:
             against = self.teacher.full_head(part, states=self._states.get(tuple(rows)))
         scores: TokenScores = self._student(
             part,
@@ -216,10 +295,17 @@ class Scores:
         )
         return scores
 
+    def _teacher_lists(self, rows: Rows, columns: int) -> TopK:
+        """What the objective reads in place of the teacher's head."""
+        name = "teacher_candidates" if self._lists == "student" else "teacher_topk"
+        k = self.recipe.objective.list_size
+        assert k is not None  # what reads no lists needs the head
+        ids, logprobs = (self.buffer.part(f"{name}.{field}", rows, columns) for field in ("ids", "logprobs"))
+        return TopK(ids, logprobs).first(k)
+
     def _teacher_list(self, rows: Rows, columns: int) -> Tensor:
         """int64 [R, columns, K], the teacher's likeliest tokens of the batch's ``rows``."""
-        ids = self.buffer.values["teacher_topk.ids"]
-        return ids[torch.tensor(rows, device=ids.device), :columns]
+        return self.buffer.part("teacher_topk.ids", rows, columns)
 
     def nothing(self) -> Tensor:
         """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
@@ -229,20 +315,30 @@ class Scores:
 
     def signal(self, part: Rollout, rows: Rows) -> TokenSignal:
         """The signal of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
-        signal = TokenSignal(
-            **self.buffer.signal_fields(rows, part.mask.shape[1]),
-            mask=part.mask,
-            sampler_logprobs=finite(part.sampler_logprobs),
-            row_keys=part.prompts.row_keys,
-            token_ids=part.response_ids,
-            step=self.step,
-            validate=False,
-        )
+        columns = part.mask.shape[1]
+        values = self.buffer.signal_fields(rows, columns)
+        values["sampler_logprobs"] = _sampler_logprobs(part, values["student_logprobs"])
+        values = by_chunk(values, part.mask, self.buffer.chunks(rows, columns))
+        known = {"row_keys": part.prompts.row_keys, "token_ids": part.response_ids, "step": self.step}
+        signal = TokenSignal(**values, **known, validate=False)
         return apply_transforms(list(self.recipe.advantage), signal)
+
+    def student_sums(self, logprobs: Tensor, rows: Rows) -> Tensor:
+        """The student's log-probs [R, columns] of the batch's ``rows`` as the signal has them, with their gradient."""
+        chunks = self.buffer.chunks(rows, logprobs.shape[1])
+        return logprobs if chunks is None else chunks.sums(logprobs)
 
     def values(self) -> dict[str, Tensor]:
         """Everything that must be finite, and more, as it came from the models: [B, T, ...] by field."""
         return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.buffer.values}
+
+
+def _sampler_logprobs(part: Rollout, student: Tensor) -> Tensor:
+    """[B, T] nats, finite; the student's where the sampler's are not known, so that the importance weight is 1."""
+    own = finite(part.sampler_logprobs)
+    if part.replayed is None:
+        return own
+    return torch.where(part.replayed.known.unsqueeze(-1), own, student)
 
 
 @torch.no_grad()
@@ -269,18 +365,30 @@ def student_signal(
         }
         listed = theirs.topk.ids if theirs.topk is not None and LISTED in reads else None
         ours = student(rollout, temperature=temperature, wants=wants, against=against, listed=listed)
-    return TokenSignal(
-        student_logprobs=ours.logprobs,
-        teacher_logprobs=theirs.logprobs,
-        mask=rollout.mask,
-        row_keys=rollout.prompts.row_keys,
-        step=step,
-        sampler_logprobs=rollout.sampler_logprobs,
-        token_kl=ours.token_kl,
-        student_entropy=ours.entropy,
-        teacher_entropy=theirs.entropy,
-        student_topk=ours.topk,
-        teacher_topk=theirs.topk,
-        student_at_teacher_topk=ours.listed,
-        token_ids=rollout.response_ids,
-    )
+    values = {
+        "student_logprobs": ours.logprobs,
+        "teacher_logprobs": theirs.logprobs,
+        "sampler_logprobs": rollout.sampler_logprobs,
+        "token_kl": ours.token_kl,
+        "student_entropy": ours.entropy,
+        "teacher_entropy": theirs.entropy,
+        "student_topk": ours.topk,
+        "teacher_topk": theirs.topk,
+        "student_at_teacher_topk": ours.listed,
+    }
+    known = {"row_keys": rollout.prompts.row_keys, "token_ids": rollout.response_ids, "step": step}
+    return TokenSignal(**by_chunk(values, rollout.mask, theirs.chunks), **known)
+
+
+def by_chunk(values: dict[str, Any], mask: Tensor, chunks: Chunks | None) -> dict[str, Any]:
+    """Fields of a signal, its mask among them, with a chunk in place of its tokens.
+
+    Args:
+        values: by field of ``TokenSignal``, the teacher's at the ends of chunks already.
+        mask: bool [B, T], valid tokens.
+        chunks: None where every token has a score.
+    """
+    if chunks is None:
+        return values | {"mask": mask}
+    sums = {name: chunks.sums(values[name]) for name in SUMMED if values.get(name) is not None}
+    return values | sums | {"mask": mask & chunks.ends}
