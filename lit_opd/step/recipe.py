@@ -43,7 +43,8 @@ class WarmUp:
     def __init__(
         self, steps: int, objective: Objective | None = None, weighting: WeightingStrategy | None = None
     ) -> None:
-        require(isinstance(steps, int) and steps >= 1, "WarmUp.steps", "an integer >= 1", steps)
+        is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+        require(is_count, "WarmUp.steps", "an integer >= 1", steps)
         self.steps = steps
         self.objective = objective if objective is not None else Likelihood()
         self.weighting = weighting if weighting is not None else Uniform()

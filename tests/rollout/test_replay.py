@@ -407,6 +407,15 @@ def test_responses_to_other_prompts_are_refused_before_the_run(rows, saved, text
         read(replaying(texts, rows), prompts=own, samples=2)
 
 
+def test_a_response_must_end_where_the_student_would(rows, old, saved, texts):
+    """Stop ids of the run are others than those of the files."""
+    for stops, message in (((5, 1), "goes on behind the stop id 5"), ((60,), "ends with 1")):
+        with pytest.raises(InputError, match=f"a response must end at the first of the run's stop ids .*{message}"):
+            read(replaying(texts, rows), stop_ids=stops)
+    with pytest.raises(InputError, match="a response must end at the first of the run's stop ids"):
+        read(replaying(saved, rows), stop_ids=(1, int(old.response_ids[0, 0])))
+
+
 def test_an_objective_that_may_not_read_what_is_saved_is_refused(folders, rows, saved, texts):
     def check(sampler: ReplaySampler | None = None, **settings: Any) -> None:
         given = {} if sampler is None else {"sampler": sampler}
