@@ -424,15 +424,19 @@ def test_a_batch_used_twice_keeps_its_chunks(world):
 
 
 def test_the_share_with_a_score_is_logged(world):
-    """Of 24 tokens by hand; "single" leaves out the two that the teacher reads in pieces."""
-    batch, total = rows(world, "fewer"), sum(map(len, BY_HAND.values()))
-    assert int(batch.mask.sum()) == total
-    share = {
-        chunks: scalars(stepped(world, loaded(world, "fewer", chunks=chunks), batch)[0])["train/aligned_fraction"]
-        for chunks in ("single", "sum")
-    }
-    assert share == {"single": pytest.approx((total - 2) / total), "sum": 1.0}
-    plain = stepped(world, local(world["plain"]), without_teacher_ids(batch))[0]
+    """Of 33 tokens by hand, 13 are alone in their chunk."""
+    batch = rows(world | {"student": world["letters"]}, "permuted")
+    chunks = [chunk for row in LETTER_BY_LETTER.values() for chunk in row]
+    alone, total = sum(len(mine) == 1 for mine, _ in chunks), sum(len(mine) for mine, _ in chunks)
+    assert (alone, total) == (13, int(batch.mask.sum())) == (13, 33)
+    share = {}
+    for how in ("single", "sum"):
+        teacher = loaded(world | {"student": world["letters"]}, "permuted", chunks=how, min_aligned=0.3)
+        record, _ = stepped(world | {"student": world["letters"]}, teacher, batch)
+        share[how] = float(scalars(record)["train/aligned_fraction"])
+    assert share == {"single": pytest.approx(13 / 33), "sum": 1.0}
+    same = without_teacher_ids(rows(world, "plain"))
+    plain = stepped(world, local(world["plain"]), same)[0]
     assert plain.chunks is None and "train/aligned_fraction" not in scalars(plain)
 
 
