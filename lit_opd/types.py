@@ -28,6 +28,8 @@ from torch.nn.functional import pad
 from lit_opd.errors import InputError
 from lit_opd.masked import at_least_float32, segment_sums
 
+LIST_LENGTH = 32  # K: entries of a top-k list, fewer where the vocabulary has fewer
+
 
 class FinishReason(IntEnum):
     """Why a response ended; the values of ``Rollout.finish_reason``."""
@@ -216,6 +218,27 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
+class Replayed(_Record):
+    """Which rows of a rollout were not sampled now, see ``ReplaySampler``.
+
+    Args:
+        old: bool [B], True on those.
+        known: bool [B], False where nobody knows the sampler's log-probs: they are 0, and the student's stand for them in the
+            signal.
+        weights_version: int64 [B], optimizer steps the weights had seen that sampled the row, -1 where that is not known.
+    """
+
+    old: Tensor
+    known: Tensor
+    weights_version: Tensor
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("old", torch.bool), ("known", torch.bool), ("weights_version", torch.int64)):
+            self._require_dtype(name, dtype)
+            self._require_shape(name, tuple(self.old.shape[:1]), like="`old`")
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout(_Record):
     """Responses the student sampled.
 
@@ -227,7 +250,9 @@ class Rollout(_Record):
         finish_reason: int8 [B] of ``FinishReason``.
         provenance: engine, temperature, top-p, top-k and weights version.
         teacher_logprobs: [B, T] nats, 0 where masked, where the teacher scored the tokens while they were sampled, else None.
-        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again; None where none was.
+        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again or none was sampled now;
+            None where these are the response's.
+        replayed: which rows were not sampled now; None where all were. The provenance is that of the others.
     """
 
     prompts: PromptBatch
@@ -238,6 +263,7 @@ class Rollout(_Record):
     provenance: Provenance
     teacher_logprobs: Tensor | None = None
     drawn: Tensor | None = None
+    replayed: Replayed | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_ids.shape)
@@ -251,6 +277,8 @@ class Rollout(_Record):
         for name, dtype in (("response_ids", torch.int64), ("mask", torch.bool), ("finish_reason", torch.int8)):
             self._require_dtype(name, dtype)
         self._require_dtype("drawn", torch.int64)
+        if self.replayed is not None and len(self.replayed.old) != shape[0]:
+            raise InputError(f"`Rollout.replayed` must have one entry a row ({shape[0]}), got {len(self.replayed.old)}")
         for name in ("sampler_logprobs", "teacher_logprobs"):
             if getattr(self, name) is not None:
                 values = at_least_float32(getattr(self, name).detach())
@@ -427,6 +455,7 @@ class TokenScores(_Record):
         logprobs: [B, T] nats, 0 where masked.
         entropy: [B, T] nats, full vocabulary, 0 where masked.
         topk: the K likeliest tokens.
+        listed: [B, T, K] nats, log-probs of tokens that were listed by another model.
         token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
         states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
@@ -437,6 +466,7 @@ class TokenScores(_Record):
     logprobs: Tensor
     entropy: Tensor | None = None
     topk: TopK | None = None
+    listed: Tensor | None = None
     token_kl: Tensor | None = None
     divergence: Tensor | None = None
     states: Tensor | None = None
@@ -466,6 +496,8 @@ class TokenSignal(_Record):
         token_kl: [B, T] nats, KL(student || teacher) over the full vocabulary.
         student_topk: the student's likeliest tokens.
         teacher_topk: the teacher's likeliest tokens.
+        student_at_teacher_topk: [B, T, K] nats, the student's log-probs of ``teacher_topk.ids``.
+        token_ids: int64 [B, T], the sampled tokens.
         validate: check that valid tokens have finite values (one host synchronisation).
 
     Raises:
@@ -485,6 +517,8 @@ class TokenSignal(_Record):
     token_kl: Tensor | None = None
     student_topk: TopK | None = None
     teacher_topk: TopK | None = None
+    student_at_teacher_topk: Tensor | None = None
+    token_ids: Tensor | None = None
     validate: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -500,6 +534,7 @@ class TokenSignal(_Record):
         if self.row_keys is None:
             self._set("row_keys", torch.arange(len(self.mask), device=self.mask.device))
         self._require_shape("row_keys", tuple(self.mask.shape[:1]), like="the rows")
+        self._require_shape("token_ids", tuple(self.mask.shape), like="`mask`")
         if self.validate:
             self._require_finite()
 

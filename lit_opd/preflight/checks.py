@@ -40,6 +40,7 @@ from lit_opd.preflight.module_checks import (
 )
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
+from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.preflight.run_folder import freed_bytes, require_free
 from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.strategy_checks import check_strategy
@@ -203,9 +204,11 @@ def signals(run: PlannedRun) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
     check_scorers(run.module)
     check_rollout_stop(run.module, sharded=run.plan.shards > 1)
+    check_replay(run.module, run.data)
     for warning in setting_warnings(run.module):
         return _split("warning", warning)
-    read = ", ".join(sorted(run.module.recipe.required)) or "nothing beyond log-probs"
+    required = frozenset().union(*(recipe.required for recipe in run.module.recipes))
+    read = ", ".join(sorted(required)) or "nothing beyond log-probs"
     return Finding("ok", f"reads {read}")
 
 
@@ -237,7 +240,7 @@ def token_budget(run: PlannedRun) -> Finding:
 def servers(run: PlannedRun) -> Finding:
     """Servers answer, with the right model and room for the longest row."""
     check_servers(run.module, run.data)
-    parts = [run.module.sampler, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
+    parts = [run.module.sampler.engine, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
     urls = [url for part in parts if isinstance(found := getattr(part, "servers", None), Servers) for url in found.urls]
     return Finding("ok", f"answering: {', '.join(urls)}" if urls else "none is used")
 

@@ -404,6 +404,11 @@ class PromptDataModule(LightningDataModule):
         return max((len(ids) for ids in rendered), default=self.max_prompt_tokens)
 
     @property
+    def training_prompts(self) -> dict[str, torch.Tensor]:
+        """Ids of every training prompt by row id, as the student reads it; empty before ``setup``."""
+        return {prompt.row_id: prompt.ids for prompt in self._train_prompts or ()}
+
+    @property
     def num_prompts(self) -> tuple[int, int]:
         """Training and validation prompts that were read and kept."""
         return len(self._train_prompts or ()), len(self._val_prompts or ())

@@ -34,6 +34,8 @@ class ModuleState:
         self.base: dict[str, str] | None = None  # the mark of what adapters stand on; None for a student without
         self.trains: frozenset[str] | None = None  # names in a checkpoint; None for all of ``shapes``
         self.trained = TrainedSettings()
+        self.revisions: dict[str, str] = {}  # of frozen models and saved responses, by the setting of their files
+        self.allowed: frozenset[str] = frozenset()  # groups of settings that may be others than the checkpoint's
 
     def note_student(
         self,
@@ -89,6 +91,7 @@ class ModuleState:
         at_batch_end(checkpoint["loops"], validating=trainer.validating)
         checkpoint["trained_settings"] = self.trained.state()
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._saved_shapes().items()}
+        checkpoint["revisions"] = dict(self.revisions)
         if self.base is not None:
             checkpoint["student_base"] = dict(self.base)
 
@@ -111,7 +114,8 @@ class ModuleState:
         compared here as well.
 
         Raises:
-            InputError: the checkpoint is of another architecture, or its adapters of another base model.
+            InputError: the checkpoint is of another architecture, its adapters of another base model, or other files are where
+                those of a frozen model or of saved responses were.
         """
         from_consolidated(checkpoint)
         self._due = checkpoint.get("validation_due", False)
@@ -122,6 +126,7 @@ class ModuleState:
             self.require_same(checkpoint["student_shapes"])
         if "student_base" in checkpoint and self.base is not None:
             require_base(checkpoint["student_base"], self.base)
+        _require_revisions(checkpoint.get("revisions", {}), self.revisions, self.allowed)
 
     def require_same(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """An InputError unless a checkpoint has exactly the weights of this student, of one with adapters those that train or,
@@ -133,6 +138,17 @@ class ModuleState:
             raise InputError(
                 f"`--ckpt_path` must be a checkpoint of this student, but {len(wrong)} weights are missing, extra or of "
                 f"another shape: {', '.join(wrong[:5])}; give the config the run was started with"
+            )
+
+
+def _require_revisions(saved: Mapping[str, str], own: Mapping[str, str], allowed: frozenset[str]) -> None:
+    """Files in their places are those of the checkpoint's steps; of one that is elsewhere now its settings say so."""
+    for name in saved.keys() & own.keys():
+        group = "sampler" if name.startswith("model.sampler") else "models"
+        if saved[name] != own[name] and group not in allowed:
+            raise InputError(
+                f"`{name}` must hold what the checkpoint was trained with, {saved[name][:12]}, got other content in the same "
+                f"place, {own[name][:12]}; put it back, start a new run, or add --allow_change {group}"
             )
 
 

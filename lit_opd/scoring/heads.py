@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_opd.errors import InputError
 from lit_opd.scoring import tiles
+from lit_opd.scoring.mixed import MixedHead
 from lit_opd.scoring.tiles import Head
 
 VARIABLE = "LIT_OPD_HEAD"
@@ -89,6 +90,8 @@ def kernels(*heads: Head) -> Any | None:
 
 def _unfit(head: Head) -> str | None:
     """Why the kernels are not for this head."""
+    if isinstance(head, MixedHead):
+        return "the head is several teachers', and the kernels are for one"
     dtype = head.hidden.dtype
     if dtype not in DTYPES:
         return f"the head is {str(dtype).removeprefix('torch.')}, and the kernels are for bfloat16 and float32"
@@ -212,3 +215,8 @@ def token_kl(student: Head, teacher: Head, *, temperature: float = 1.0) -> Tenso
 def token_topk(head: Head, *, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Ids int64 and log-probs of the k likeliest entries, [N, K] each, no gradient; see ``tiles``."""
     return (kernels(head) or tiles).token_topk(head, k=k, temperature=temperature)  # type: ignore[no-any-return]
+
+
+def token_listed(head: Head, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log pi of listed entries, int64 [N, K] -> [N, K] nats, no gradient; see ``tiles``, which all devices run."""
+    return tiles.token_listed(head, ids, temperature=temperature)

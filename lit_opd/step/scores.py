@@ -20,7 +20,7 @@ from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.tiles import Head
 from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.micro_batches import MicroBatches
-from lit_opd.step.recipe import Recipe
+from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.step.skips import finite
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import Chunks, Rollout, TokenScores, TokenSignal, TopK
@@ -36,6 +36,7 @@ STUDENT_WANTS = {
 READ_BESIDE_THE_STUDENT = frozenset({"token_kl", "teacher_distribution"})  # what needs the teacher's output head
 CHUNKS = "chunks.lengths"  # in the buffer: where a teacher with another tokenizer has a score
 CANDIDATES = "candidates.ids"  # in the buffer: the tokens that the teacher is asked about
+LISTED = "student_at_teacher_topk"
 SUMMED = ("student_logprobs", "sampler_logprobs", "reference_logprobs", "student_entropy")  # over the tokens of a chunk
 SIGNAL_FIELDS = (
     "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
@@ -64,6 +65,8 @@ class ScoreBuffer:
         for name, lists in (("topk", scores.topk), ("candidates", scores.candidates)):
             if lists is not None:
                 found |= {f"{who}_{name}.ids": lists.ids, f"{who}_{name}.logprobs": lists.logprobs}
+        if scores.listed is not None:
+            found[LISTED] = scores.listed
         if scores.chunks is not None:
             found[CHUNKS] = scores.chunks.lengths
             self.longest_chunk = max(self.longest_chunk, scores.chunks.longest)
@@ -83,6 +86,8 @@ class ScoreBuffer:
             if f"{name}.ids" in cut:
                 logprobs = cut[f"{name}.logprobs"].nan_to_num(neginf=-math.inf)  # no mass is a fair answer
                 fields[name] = TopK(ids=cut[f"{name}.ids"], logprobs=logprobs)
+        if LISTED in cut:
+            fields[LISTED] = cut[LISTED].nan_to_num(neginf=-math.inf)
         return fields
 
     def part(self, name: str, rows: Rows, columns: int) -> Tensor:
@@ -286,6 +291,7 @@ class Scores:
             wants=wants,
             against=against,
             divergence=self.recipe.objective.token_divergence if on_distribution else None,
+            listed=self._teacher_list(rows, part.mask.shape[1]) if LISTED in lacking else None,
         )
         return scores
 
@@ -297,6 +303,10 @@ class Scores:
         ids, logprobs = (self.buffer.part(f"{name}.{field}", rows, columns) for field in ("ids", "logprobs"))
         return TopK(ids, logprobs).first(k)
 
+    def _teacher_list(self, rows: Rows, columns: int) -> Tensor:
+        """int64 [R, columns, K], the teacher's likeliest tokens of the batch's ``rows``."""
+        return self.buffer.part("teacher_topk.ids", rows, columns)
+
     def nothing(self) -> Tensor:
         """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
         return self.student(self.rollout.take([0]).trimmed(), [0]).logprobs.sum() * 0.0
@@ -306,9 +316,11 @@ class Scores:
     def signal(self, part: Rollout, rows: Rows) -> TokenSignal:
         """The signal of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
         columns = part.mask.shape[1]
-        values = self.buffer.signal_fields(rows, columns) | {"sampler_logprobs": finite(part.sampler_logprobs)}
+        values = self.buffer.signal_fields(rows, columns)
+        values["sampler_logprobs"] = _sampler_logprobs(part, values["student_logprobs"])
         values = by_chunk(values, part.mask, self.buffer.chunks(rows, columns))
-        signal = TokenSignal(**values, row_keys=part.prompts.row_keys, step=self.step, validate=False)
+        known = {"row_keys": part.prompts.row_keys, "token_ids": part.response_ids, "step": self.step}
+        signal = TokenSignal(**values, **known, validate=False)
         return apply_transforms(list(self.recipe.advantage), signal)
 
     def student_sums(self, logprobs: Tensor, rows: Rows) -> Tensor:
@@ -319,6 +331,14 @@ class Scores:
     def values(self) -> dict[str, Tensor]:
         """Everything that must be finite, and more, as it came from the models: [B, T, ...] by field."""
         return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.buffer.values}
+
+
+def _sampler_logprobs(part: Rollout, student: Tensor) -> Tensor:
+    """[B, T] nats, finite; the student's where the sampler's are not known, so that the importance weight is 1."""
+    own = finite(part.sampler_logprobs)
+    if part.replayed is None:
+        return own
+    return torch.where(part.replayed.known.unsqueeze(-1), own, student)
 
 
 @torch.no_grad()
@@ -335,7 +355,7 @@ def student_signal(
         reads: optional signal fields that are wanted, of those the teacher provides.
         step: optimizer steps the student has seen.
     """
-    device, full = rollout.mask.device, "token_kl" in teacher.provides
+    device, full, reads = rollout.mask.device, "token_kl" in teacher.provides, with_implied(reads)
     with teacher.on_device(device):
         theirs = teacher.score(rollout, temperature=temperature, requires=reads & teacher.provides)
     with teacher.on_device(device), teacher.whole_head():
@@ -343,7 +363,8 @@ def student_signal(
         wants = frozenset({"token_kl"} if full else ()) | {
             want for name, want in STUDENT_WANTS.items() if name in reads and name != "token_kl"
         }
-        ours = student(rollout, temperature=temperature, wants=wants, against=against)
+        listed = theirs.topk.ids if theirs.topk is not None and LISTED in reads else None
+        ours = student(rollout, temperature=temperature, wants=wants, against=against, listed=listed)
     values = {
         "student_logprobs": ours.logprobs,
         "teacher_logprobs": theirs.logprobs,
@@ -353,8 +374,10 @@ def student_signal(
         "teacher_entropy": theirs.entropy,
         "student_topk": ours.topk,
         "teacher_topk": theirs.topk,
+        "student_at_teacher_topk": ours.listed,
     }
-    return TokenSignal(**by_chunk(values, rollout.mask, theirs.chunks), row_keys=rollout.prompts.row_keys, step=step)
+    known = {"row_keys": rollout.prompts.row_keys, "token_ids": rollout.response_ids, "step": step}
+    return TokenSignal(**by_chunk(values, rollout.mask, theirs.chunks), **known)
 
 
 def by_chunk(values: dict[str, Any], mask: Tensor, chunks: Chunks | None) -> dict[str, Any]:

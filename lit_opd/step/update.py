@@ -216,6 +216,8 @@ class Update:
         index = torch.tensor(rows, device=self.rollout.mask.device)
         student, sampler = self.scores.buffer.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
         mask, step = self.rollout.mask[index], self.optimisation.step + 1
+        if self.rollout.replayed is not None:
+            mask = mask & ~self.rollout.replayed.old[index].unsqueeze(-1)
         self.gap.check(student, sampler, mask, step=step, model=self.scores.student_model)
 
     # -- what is left behind -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
 from lit_opd.models.vocabulary import configured_stops
-from lit_opd.scoring.model import TOP_K, ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.stops import StopClass
 from lit_opd.scoring.tiles import Head
-from lit_opd.types import Rollout, TokenScores
+from lit_opd.types import LIST_LENGTH, Rollout, TokenScores
 
 StopMass = Literal["own", "sum"]
 
@@ -48,7 +49,7 @@ class Teacher(nn.Module, ABC):
     @property
     def list_size(self) -> int:
         """K of the lists of its likeliest tokens ("teacher_topk")."""
-        return TOP_K
+        return LIST_LENGTH
 
     def ask_candidates(self, k: int) -> str | None:
         """Find out, before a run, whether ``score_candidates`` takes ``k`` tokens a position, and note it.
@@ -61,6 +62,11 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def tokenizers(self) -> list[Any]:
         """(tokenizer, embedding rows) of every model behind this teacher, without loading weights."""
+
+    def revision(self) -> str | None:
+        """What names the very weights behind this teacher, wherever their files lie; None where they change, or where only a
+        server has them."""
+        return None
 
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """What can be checked without weights, before a run.
@@ -204,3 +210,15 @@ class Teacher(nn.Module, ABC):
     def whole_head(self) -> AbstractContextManager[None]:
         """Keep what ``full_head`` returned usable while the block runs; a sharded teacher would free the weight."""
         return nullcontext()
+
+
+def revisions(scorers: Iterable[Teacher]) -> dict[str, str]:
+    """Of every teacher that reads files, alone or inside others: its revision by its own setting; after ``load``."""
+    found: dict[str, str] = {}
+    for part in (part for scorer in scorers for part in scorer.modules()):
+        inner = [below for below in part.modules() if isinstance(below, Teacher) and below is not part]
+        revision = None if inner or not isinstance(part, Teacher) else part.revision()
+        if revision is not None and isinstance(part, Teacher):  # teachers of a user's own class may share a setting
+            name = f"{part.field}.path"
+            found[name] = f"{found.get(name, '')} {revision}".strip()
+    return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.errors import InputError, require
+from lit_opd.models.base import weights_revision
 from lit_opd.models.lazy import fill
 from lit_opd.models.loading import (
     Dtype,
@@ -93,6 +94,10 @@ class LocalTeacher(Teacher):
         config = load_config(self.path, field, trust_remote_code=self.trust_remote_code)
         tokenizer = load_tokenizer(self.path, field, pad_token=pad, trust_remote_code=self.trust_remote_code)
         return [(tokenizer, config.get_text_config().vocab_size)]
+
+    def revision(self) -> str | None:
+        """Of the files; None where they are not safetensors."""
+        return weights_revision(self.path, f"{self.field}.path")
 
     @property
     def reader_config(self) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -11,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.errors import InputError
-from lit_opd.models.sharding import Placement, holds_shards
-from lit_opd.models.student import StudentSettings
-from lit_opd.scoring.model import ScoringModel
+from lit_opd.models.sharding import holds_shards
 from lit_opd.teacher.base import Teacher
+from lit_opd.teacher.several import SeveralTeachers
 from lit_opd.types import Rollout, TokenScores, TopK
 
 _NEEDS_ONE_HEAD = frozenset({"token_kl", "teacher_distribution"})
 
 
-class RoutedTeacher(Teacher):
+class RoutedTeacher(SeveralTeachers):
     """Each row is scored by the teacher its prompt names (``PromptBatch.teachers``, a column of the data).
 
     It provides what all of its teachers do, less the divergences over the full vocabulary: those need one output head.
@@ -63,25 +61,6 @@ class RoutedTeacher(Teacher):
         self.takes_candidates = not refused
         return refused[0] if refused else None
 
-    def tokenizers(self) -> list[Any]:
-        """Those of every teacher."""
-        return [pair for teacher in self.named().values() for pair in teacher.tokenizers()]
-
-    def check(self, *, temperature: float, tokens: int | None) -> None:
-        """Check every teacher."""
-        for teacher in self.named().values():
-            teacher.check(temperature=temperature, tokens=tokens)
-
-    def check_student(self, settings: StudentSettings) -> None:
-        """Ask every teacher."""
-        for teacher in self.named().values():
-            teacher.check_student(settings)
-
-    def attach(self, student: ScoringModel) -> None:
-        """Tell every teacher."""
-        for teacher in self.named().values():
-            teacher.attach(student)
-
     def check_data(self, rows_by_teacher: dict[str | None, str]) -> None:
         """Every row of the data names one of the teachers."""
         for name, where in rows_by_teacher.items():
@@ -93,29 +72,6 @@ class RoutedTeacher(Teacher):
             f"`{self.field}.teachers` must have the teacher that each row names, {self.names}, got {name!r} in {where}; "
             "correct the data's teacher column (`data.teacher_column`) or add the teacher"
         )
-
-    def load(self, *, vocabulary: int) -> None:
-        """Load every teacher."""
-        for teacher in self.named().values():
-            teacher.load(vocabulary=vocabulary)
-
-    def shard(self, place: Placement) -> None:
-        """Shard every teacher."""
-        for teacher in self.named().values():
-            teacher.shard(place)
-
-    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
-        """Load and shard every teacher."""
-        for teacher in self.named().values():
-            teacher.load_sharded(place, vocabulary=vocabulary)
-
-    @contextmanager
-    def on_device(self, device: torch.device) -> Iterator[None]:
-        """All of them at once."""
-        with ExitStack() as stack:
-            for teacher in self.named().values():
-                stack.enter_context(teacher.on_device(device))
-            yield
 
     @torch.no_grad()
     def score(
