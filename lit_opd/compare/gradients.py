@@ -127,7 +127,8 @@ class ReplayModels:
 
     def _read_vocabulary(self, record: StepRecord) -> None:
         rollout = record.rollout
-        largest = int(torch.cat([rollout.response_ids[rollout.mask], rollout.prompts.ids[rollout.prompts.mask]]).max())
+        read = rollout.mask if rollout.observed is None else rollout.mask | rollout.observed
+        largest = int(torch.cat([rollout.response_ids[read], rollout.prompts.ids[rollout.prompts.mask]]).max())
         if largest >= self.vocabulary:
             raise InputError(
                 f"`--student` must be the model that sampled the rollouts, got one of {self.vocabulary} tokens for id {largest}"

@@ -98,7 +98,7 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
-        decodes=isinstance(sampler, DecodeSampler),
+        decodes=isinstance(sampler.engine, DecodeSampler),
         read_along=module.rollout_stop is not None,
         engine=sampler.memory_fraction * (plan.memory or 0.0),
         engine_sleeps=sampler.sleep,

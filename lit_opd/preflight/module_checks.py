@@ -319,5 +319,6 @@ def check_servers(module: Subject, data: PromptDataModule | None) -> None:
             scorer.check(temperature=module.sampler.temperature, tokens=tokens)
             scorer.check_data(getattr(data, "rows_by_teacher", dict)())
         lora = module.student_settings.lora
+        module.sampler.attach(module.tokenizer, getattr(data, "encoder", None))
         module.sampler.check_student(None if lora is None else lora.rank)
         module.sampler.check(tokens=tokens, vocabulary=module.student_config.get_text_config().vocab_size)

@@ -15,6 +15,9 @@ from typing import Any
 from lit_opd.errors import InputError
 from lit_opd.prompts.layouts import Message
 from lit_opd.prompts.special_tokens import Part, SpecialTokens
+from lit_opd.prompts.tools import tool_names
+
+Tools = Sequence[Mapping[str, Any]] | None  # JSON schemas
 
 _SHIFT = 0xF0000  # to the private-use plane: a character that is moved there is the prompt's
 _SHIFTED = re.compile("[\U000f0000-\U000fffff]")
@@ -81,14 +84,15 @@ class Template:
         self.skeleton = lru_cache(maxsize=_KEPT)(self._skeleton)
         self.renders_system = lru_cache(maxsize=_KEPT)(self._renders_system)
 
-    def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
+    def render(self, messages: Sequence[Message], *, generation: bool = True, tools: Tools = None) -> str:
         """The text for ``messages`` of the data, behind the system prompt; raises whatever the template raises."""
         if self._adds_system(messages):
             assert self.system_prompt is not None
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        named = {} if tools is None else {"tools": list(tools)}
         return str(
             self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation, **self.options
+                list(messages), tokenize=False, add_generation_prompt=generation, **named, **self.options
             )
         )
 
@@ -152,7 +156,7 @@ class Template:
 
     # -- what it did with this prompt --------------------------------------------------------------------------------
 
-    def traced(self, messages: Sequence[Message], text: str) -> Traced | None:
+    def traced(self, messages: Sequence[Message], text: str, *, tools: Tools = None) -> Traced | None:
         """Which characters of ``text``, the rendering of ``messages``, are the prompt's; None where that cannot be told.
 
         Each way of marking is stopped by another kind of template (one that escapes, one that looks for a word, ...); a
@@ -161,7 +165,7 @@ class Template:
         contents = [message["content"] for message in messages]
         for mark, unmark, count, whole in _ways(contents, text, self.special.pattern):
             try:
-                marked = self.render([{**m, "content": mark(m["content"])} for m in messages])
+                marked = self.render([{**m, "content": mark(m["content"])} for m in messages], tools=tools)
             except Exception:  # marked text may be what the template refuses
                 continue
             if unmark(marked) == text:
@@ -180,7 +184,7 @@ class Template:
             text = text.replace(content, _shifted(content))
         return Traced([Part(_unshifted(part.text), part.special) for part in self.special.parts(text)], None)
 
-    def require_prompt(self, messages: Sequence[Message], text: str, where: str) -> str | None:
+    def require_prompt(self, messages: Sequence[Message], text: str, where: str, *, tools: Tools = None) -> str | None:
         """Whether ``text`` holds the contents of ``messages``, but for white space around them.
 
         Earlier answers are left out: many templates drop their thoughts, on purpose.
@@ -190,10 +194,12 @@ class Template:
         Raises:
             InputError: a part of a content is not there.
         """
+        if lost := next((name for name in tool_names(messages, tools) if name not in text), None):
+            raise self._error(where, f"does not render the tool {lost!r}")
         asked = [message["content"].strip() for message in messages if message["role"] != "assistant"]
         if all(content in text for content in asked):
             return None
-        traced = self.traced(messages, text) if len(asked) == len(messages) else None
+        traced = self.traced(messages, text, tools=tools) if len(asked) == len(messages) else None
         if traced is not None and traced.lost is not None:
             if traced.lost:
                 raise self._error(where, f"drops {traced.lost} characters of the prompt")

@@ -52,7 +52,7 @@ class PredictedResponse:
         prompt: as rendered, special tokens included.
         response: its text without special tokens.
         reference: the right answer, None where the data has none.
-        finish_reason: stop, length, budget or drift.
+        finish_reason: a ``FinishReason`` in small letters.
         tokens: the sampled ones, the end symbol included.
     """
 

@@ -223,6 +223,8 @@ class Scores:
             mask=part.mask,
             sampler_logprobs=finite(part.sampler_logprobs),
             row_keys=part.prompts.row_keys,
+            turn=part.turn,
+            reward=part.reward,
             step=self.step,
             validate=False,
         )
@@ -261,6 +263,8 @@ def student_signal(
         teacher_logprobs=theirs.logprobs,
         mask=rollout.mask,
         row_keys=rollout.prompts.row_keys,
+        turn=rollout.turn,
+        reward=rollout.reward,
         step=step,
         sampler_logprobs=rollout.sampler_logprobs,
         token_kl=ours.token_kl,

@@ -127,12 +127,12 @@ class RemoteTeacher(Teacher):
         if self.servers.model is None:
             self.servers.check(tokens=None)
         rows = rollout.mask.any(-1).nonzero().squeeze(-1).tolist()
-        prompts, responses = _tokens(rollout)
+        prompts, responses, sampled = _tokens(rollout)
         chunks = [rows[start : start + self.rows_per_request] for start in range(0, len(rows), self.rows_per_request)]
 
         def parse(choices: list[dict[str, Any]], index: int) -> list[list[float]]:
             pairs = zip(chunks[index], choices, strict=True)
-            return [response_logprobs(choice, prompts[row], responses[row]) for row, choice in pairs]
+            return [response_logprobs(choice, prompts[row], responses[row], sampled[row]) for row, choice in pairs]
 
         bodies = [
             {"prompt": [prompts[row] + responses[row] for row in chunk], "prompt_logprobs": 0, "max_tokens": 1}
@@ -153,12 +153,14 @@ class RemoteTeacher(Teacher):
             )
 
 
-def _tokens(rollout: Rollout) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompt and response ids of every row, without padding; the teacher's own prompt where the batch has one."""
+def _tokens(rollout: Rollout) -> tuple[list[list[int]], list[list[int]], list[list[bool]]]:
+    """Prompt and response ids of every row, without padding, and which of the response were sampled; the teacher's own prompt
+    where the batch has one."""
     prompts = rollout.prompts
     own = prompts.teacher_ids is not None
     ids, mask = (prompts.teacher_ids, prompts.teacher_mask) if own else (prompts.ids, prompts.mask)
-    return _rows(ids, mask), _rows(rollout.response_ids, rollout.mask)  # type: ignore[arg-type]
+    read = rollout.mask if rollout.observed is None else rollout.mask | rollout.observed
+    return _rows(ids, mask), _rows(rollout.response_ids, read), _rows(rollout.mask, read)  # type: ignore[arg-type, return-value]
 
 
 def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
@@ -166,13 +168,16 @@ def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
 
 
-def response_logprobs(choice: dict[str, Any], prompt: list[int], response: list[int]) -> list[float]:
-    """The log-probs of the response tokens in one choice, nats.
+def response_logprobs(
+    choice: dict[str, Any], prompt: list[int], response: list[int], sampled: list[bool] | None = None
+) -> list[float]:
+    """The log-probs of the sampled response tokens in one choice, nats.
 
     Args:
         choice: with "prompt_logprobs": one entry a token, {token id: {"logprob": nats}}, None for the first.
         prompt: token ids.
-        response: token ids, scored.
+        response: token ids.
+        sampled: which of them are scored; None for all.
     Raises:
         Malformed: log-probs are missing, of another number, or of other tokens.
     """
@@ -183,6 +188,8 @@ def response_logprobs(choice: dict[str, Any], prompt: list[int], response: list[
         raise Malformed(f"has {len(entries)} prompt_logprobs for {len(prompt) + len(response)} tokens")
     found = []
     for position, token in enumerate(response, start=len(prompt)):
+        if sampled is not None and not sampled[position - len(prompt)]:
+            continue
         entry = entries[position]
         if not isinstance(entry, dict) or not isinstance(entry.get(str(token)), dict):
             raise Malformed(f"has no log-prob of token {token} at position {position}")

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
     "rollout": {"types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
+    "turns": {"types", "errors", "distributed", "prompts", "rollout"},
     "teacher": {"types", "errors", "models", "scoring", "servers"},
     "advantage": {"types", "errors", "masked"},
     "weighting": {"types", "errors", "masked", "streams", "distributed"},
