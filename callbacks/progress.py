@@ -12,10 +12,12 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from lit_opd.errors import InputError
 from lit_opd.run.tracking import crossed
 
+BAR = 12  # characters; with a count of a thousand steps and the note a line fits 80
 EVALUATING = "evaluating"
 SHOWN = ("greedy_accuracy", "avg_at_k", "reverse_kl")
 
@@ -62,11 +64,12 @@ class Progress(ProgressBar):
             return
         columns = (
             TextColumn("{task.description:>10}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            BarColumn(BAR),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{trainer.max_steps}") * 2 + 1)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis")),
         )
-        self._bars = Bars(*columns, console=Console(file=self.stream, force_terminal=True), transient=True)
+        console = Console(file=self.stream, force_terminal=True)
+        self._bars = Bars(*columns, console=console, transient=True, expand=True)
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._tasks = {"training": self._bars.add_task("training", total=total, note="")}
         self._tasks[EVALUATING] = self._bars.add_task(EVALUATING, total=1, note="", visible=False)
@@ -105,9 +108,9 @@ class Progress(ProgressBar):
         self._last = step
         seconds = sum(outputs["step"].seconds.values())
         self._numbers = (
+            f"{self._remaining()} | KL {_number(logged, 'train/reverse_kl_k1'):.3f}"
+            f" | truncated {_number(logged, 'train/truncated_fraction'):.0%}"
             f" | {_number(logged, 'train/tokens') / seconds:,.0f} tokens/s"
-            f" | KL {_number(logged, 'train/reverse_kl_k1'):.3f}"
-            f" | truncated {_number(logged, 'train/truncated_fraction'):.0%}{self._remaining()}"
         )
         if self._bars is not None:
             self._bars.update(self._tasks["training"], completed=step, note=f"done{self._numbers}")

@@ -19,7 +19,7 @@ _PLACES = {
     "lit_opd.module": ("OPDModule",),
     "lit_opd.models.student": ("LoraSettings", "StudentSettings"),
     "lit_opd.prompts": ("PromptDataModule",),
-    "lit_opd.teacher": ("LocalTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher"),
+    "lit_opd.teacher": ("LocalTeacher", "MixedTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher"),
     "lit_opd.rollout": (
         "DecodeSampler", "LengthBudget", "RatioStop", "Sampler", "SamplingSettings", "TransformersSampler", "VLLMEngine",
         "VLLMSampler",

@@ -44,6 +44,7 @@ from lit_opd.step.skips import FOLDER, Skips
 from lit_opd.step.token_budget import TokenBudget
 from lit_opd.step.update import Clock, Update
 from lit_opd.teacher import Teacher
+from lit_opd.teacher.base import revisions
 from lit_opd.teacher.self_teacher import self_teachers
 from lit_opd.types import Prediction, PromptBatch, Rollout, StepRecord, TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
@@ -257,12 +258,14 @@ class OPDModule(L.LightningModule):
         for scorer in self.scorers.values():
             scorer.attach(student)
             scorer.know_longest_row(longest)
+            scorer.know_stop_ids(self.stop_ids)
             if place is not None and mesh is not None:
                 scorer.load_sharded(place, vocabulary=self.vocabulary)
                 continue
             scorer.load(vocabulary=self.vocabulary)
             if place is not None:
                 scorer.shard(place)
+        self.state.teachers = revisions(self.scorers.values())
         student.eval()
 
     def _note_student(self, adapters: frozenset[str] | None) -> None:

@@ -51,6 +51,12 @@ def shipped_path(text: str) -> str:
     return str(inside) if inside.exists() else text
 
 
+def shown_path(text: str) -> str:
+    """What a person is shown: a file of the installed package as "lit_opd/...", any other path as it is."""
+    path = Path(text)
+    return f"{_OWN}{path.relative_to(PACKAGE).as_posix()}" if path.is_relative_to(PACKAGE) else text
+
+
 def with_shipped_paths(value: Any) -> Any:
     """``shipped_path`` of every text in settings: mappings, namespaces and lists, changed in place."""
     if isinstance(value, str):

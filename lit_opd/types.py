@@ -320,6 +320,11 @@ class Rollout(_Record):
         return self.mask.sum(-1)
 
     @property
+    def read(self) -> Tensor:
+        """bool [B, T], tokens that a model reads: sampled and observed ones."""
+        return self.mask if self.observed is None else self.mask | self.observed
+
+    @property
     def num_turns(self) -> Tensor:
         """int64 [B], turns in which a token was sampled; 1 or 0 where ``turn`` is None."""
         if self.turn is None:
@@ -455,11 +460,15 @@ class TopK(_Record):
 
     Args:
         ids: int64 [B, T, K].
-        logprobs: [B, T, K] nats.
+        logprobs: [B, T, K] nats, likeliest first; -inf where a server listed a token that the student does not have.
     """
 
     ids: Tensor
     logprobs: Tensor
+
+    def first(self, k: int) -> TopK:
+        """The ``k`` likeliest of them."""
+        return TopK(self.ids[..., :k], self.logprobs[..., :k])
 
 
 @dataclass(frozen=True, eq=False)
@@ -473,6 +482,7 @@ class TokenScores(_Record):
         token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
         states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
+        candidates: log-probs of tokens that were asked for by id.
     """
 
     logprobs: Tensor
@@ -481,6 +491,7 @@ class TokenScores(_Record):
     token_kl: Tensor | None = None
     divergence: Tensor | None = None
     states: Tensor | None = None
+    candidates: TopK | None = None
 
 
 _LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")

@@ -350,6 +350,7 @@ class OPDCLI(PlainCLI):
     def fit(self, **arguments: Any) -> None:
         """The trainer's fit; a run that is refused or stopped while it loads leaves everything as it was."""
         self.model.state.trained = TrainedSettings(trained_settings(self.plain_config()), self._before)
+        self.model.state.allowed = frozenset(self.settings.get("allow_change") or [])
         self.datamodule.may_differ = bool({"data", "seed"} & {*self._changed})
         try:
             self.trainer.fit(**arguments)

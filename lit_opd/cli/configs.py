@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -41,20 +42,33 @@ def run(words: Sequence[str]) -> None:
 
 
 def _list() -> None:
-    """Names in groups, an experiment with the first line of its comment."""
+    """Names in groups, what runs by itself with the first sentence of its comment."""
     names = config_names()
+    whole = [name for name in names if _runs_alone(name)]
     print("experiments, for --config NAME:")
-    for name in (name for name in names if "/" not in name):
-        print(f"  {name:<35} {_about(name)}".rstrip()[:WIDTH])
-    for folder in sorted({name.split("/")[0] for name in names if "/" in name}):
-        group = [name.split("/")[1] for name in names if name.startswith(f"{folder}/")]
+    for name in whole:
+        print(f"  {name}")
+        print(textwrap.fill(_about(name), WIDTH, initial_indent="      ", subsequent_indent="      "))
+    laid_over = [name for name in names if name not in whole]
+    for folder in sorted({name.split("/")[0] for name in laid_over}):
+        group = [name.split("/")[1] for name in laid_over if name.startswith(f"{folder}/")]
         print(f"\n{folder}, laid over an experiment by a second --config {folder}/NAME:")
         print(textwrap.fill(", ".join(group), WIDTH, initial_indent="  ", subsequent_indent="  "))
 
 
+def _runs_alone(name: str) -> bool:
+    """Whether the command in the first line of a config names no other."""
+    return _comments(name)[0].count("--config ") == 1
+
+
 def _about(name: str) -> str:
-    """The second comment line of a config, behind its command, up to the first full stop."""
+    """The comment of a config behind its command, up to the first full stop or colon."""
+    return " ".join(_comments(name)[1:]).split(". ")[0].split(": ")[0].rstrip(".")
+
+
+def _comments(name: str) -> list[str]:
+    """The lines of comment at the top of a shipped config; the first is the command that runs it."""
     path = config_file(name)
     lines = path.read_text(encoding="utf-8").splitlines() if path is not None else []
-    comments = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
-    return comments[1].split(". ")[0].split(": ")[0].rstrip(".") if len(comments) > 1 else ""
+    top = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return [line.removeprefix("#").strip() for line in top] or [""]

@@ -151,7 +151,9 @@ def _no_class(message: str, key: str, value: str, match: re.Match[str]) -> str:
     known = sorted({cls.__name__ for cls in _subclasses(base)}) if base is not None else []
     found = get_close_matches(got.rpartition(".")[2], known, n=1)
     remedy = f"the nearest is {found[0]}" if found else "give a class path"
-    if known and not found:
+    if (base.__name__ if base is not None else "", got.rpartition(".")[2]) == ("AdvantageTransform", "Divergence"):
+        remedy = "as a detached advantage a divergence has an expected gradient of zero, set `model.objective` to it"
+    elif known and not found:
         remedy = f"give one of {', '.join(known[:_KNOWN])}, ... or the class path of your own"
     return f"`{key}` must {wanted}, got {got}{reason}; {remedy}"
 

@@ -44,7 +44,8 @@ def replay_document(found: Replay, folder: Path) -> Document:
         "exact_kl": gradients.get(REFERENCES[1]),
         "notes": found.notes,
     }
-    headline = f"{len(weights)} weightings on {len(found.files)} saved rollout{'' if len(found.files) == 1 else 's'}"
+    batches = f"{len(found.files)} saved batch{'' if len(found.files) == 1 else 'es'} of rollouts"
+    headline = f"{len(weights)} weighting{'' if len(weights) == 1 else 's'} on {batches}"
     brief = [_line(name, own, gradients.get(name)) for name, own in weights.items()]
     return Document("Saved rollouts under other weightings", sections, data, headline, [*brief, *found.notes])
 

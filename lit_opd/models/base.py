@@ -41,6 +41,15 @@ def base_mark(path: str, setting: str) -> dict[str, str]:
     }
 
 
+def weights_revision(path: str, setting: str) -> str | None:
+    """One SHA-256 of what ``base_mark`` tells of a model, whatever its path; None where it has no safetensors files."""
+    try:
+        mark = base_mark(path, setting)
+    except InputError:
+        return None
+    return hashlib.sha256(f"{mark['config']} {mark['weights']}".encode()).hexdigest()
+
+
 def _weights_mark(files: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name in sorted(files.files):

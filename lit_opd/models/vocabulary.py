@@ -87,7 +87,9 @@ def configured_stops(path: str, tokenizer: Any) -> set[int]:
     return found - unknown
 
 
-def stop_warning(student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role: str = "teacher") -> str | None:
+def stop_warning(
+    student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role: str = "teacher", summed: bool = False
+) -> str | None:
     """A warning where student and teacher end a response differently, as Base and Instruct models of one family do.
 
     A stop id that the teacher never writes makes it call every end of a response unlikely; an end of turn of the teacher's
@@ -98,10 +100,15 @@ def stop_warning(student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role:
         stop_ids: ids that end a response of the student.
         teacher: the teacher's tokenizer, which names its folder.
         role: what the warning calls it.
+        summed: the teacher scores a stop token with the mass of all stop tokens, so it need not write the student's.
     Returns:
         None where all stop ids are the teacher's too, and the end of turn of its tokenizer is among them.
     """
     theirs = configured_stops(teacher.name_or_path, teacher)
+    if summed:
+        if {*stop_ids, *theirs} == {*stop_ids[:1]}:
+            return f"`model.{role}.stop_mass` sum has no effect: there is one stop token, {stop_ids[0]}"
+        return _end_of_turn_warning(stop_ids, teacher, role=role)
     if not theirs or (set(stop_ids) <= theirs and teacher.eos_token_id in (None, *stop_ids)):
         return None
     ours = ", ".join(f"{student.convert_ids_to_tokens(stop)!r} ({stop})" for stop in sorted(stop_ids))
@@ -109,5 +116,16 @@ def stop_warning(student: Any, stop_ids: tuple[int, ...], teacher: Any, *, role:
     end = "none" if teacher.eos_token_id is None else f"{teacher.eos_token!r} ({teacher.eos_token_id})"
     return (
         f"the student stops at {ours}, but the {role} at {other} with the end of turn {end}: a stop that the {role} never "
-        "writes is scored as unlikely; set `model.sampler.stop_token_ids` to ids that both end a response with"
+        "writes is scored as unlikely; set `model.sampler.stop_token_ids` to ids that both end a response with, or score a stop "
+        f"with the mass of all of them (`model.{role}.stop_mass` sum)"
+    )
+
+
+def _end_of_turn_warning(stop_ids: tuple[int, ...], teacher: Any, *, role: str) -> str | None:
+    """A warning where the student does not stop at the teacher's end of turn, and so writes on behind it."""
+    if teacher.eos_token_id in (None, *stop_ids):
+        return None
+    return (
+        f"the student does not stop at the {role}'s end of turn {teacher.eos_token!r} ({teacher.eos_token_id}), and would write "
+        "on behind it; add it to `model.sampler.stop_token_ids`"
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
+from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.tiles import Head
 from lit_opd.types import TokenSignal
+
+Whose = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +41,27 @@ class Objective(ABC):
         """False when advantage transforms would have no effect."""
         return True
 
-    def token_divergence(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
-        """What an objective that requires "teacher_distribution" makes of both heads: [N], with gradient."""
+    @property
+    def list_size(self) -> int | None:
+        """Entries that ``token_divergence`` reads where the teacher has no head but lists; None where it needs the head."""
+        return None
+
+    def whose_list(self, *, asked: bool) -> Whose:
+        """Whose likeliest tokens the teacher's lists must hold.
+
+        Args:
+            asked: the teacher can be asked about chosen tokens, else it lists its own likeliest ones only.
+        """
+        return "teacher"
+
+    def token_divergence(self, student: Head, teacher: Head | Listed, *, temperature: float) -> Tensor:
+        """What an objective that requires "teacher_distribution" makes of both distributions: [N], with gradient.
+
+        Args:
+            student: its head.
+            teacher: its head, or its lists where ``list_size`` is not None.
+            temperature: divides the logits of heads.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define token_divergence")
 
     @abstractmethod

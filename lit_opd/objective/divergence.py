@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lit_opd.errors import require
 from lit_opd.masked import exp_
-from lit_opd.objective.base import Objective, TokenLoss
+from lit_opd.objective.base import Objective, TokenLoss, Whose
 from lit_opd.scoring import heads
+from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
 from lit_opd.types import TokenSignal
 
@@ -34,8 +35,13 @@ class Divergence(Objective):
     jsd / beta -> KL(q || p) as beta -> 0 and jsd / (1 - beta) -> KL(p || q) as beta -> 1.
 
     With ``top_k`` the vocabulary is cut to k tokens and one bucket that holds the rest of the mass: the k likeliest of
-    the distribution that the average runs over (p for reverse_kl, q for forward_kl, m for jsd), chosen anew at every
-    token. This is a lower bound that rises with k; k >= V - 1 is the full divergence.
+    the distribution that the average runs over (p for reverse_kl, q for forward_kl, m for jsd), or of the one that
+    ``top_k_of`` names, chosen anew at every token. This is a lower bound that rises with k; k >= V - 1 is the full
+    divergence.
+
+    A teacher on a server lists its K likeliest tokens only (``RemoteTeacher.top_k``). Then k must be given, at most K, and
+    the k tokens are the teacher's; or the student's, where the servers can be asked about chosen tokens: for reverse_kl, or
+    where ``top_k_of`` says so. The student's are chosen once a rollout batch, when the teacher is asked.
 
     Left out: advantage, its transforms, clips and the sampler's importance weight; the prefixes are those that were
     sampled, also in later updates of the same batch. Source: method.md section 4.7.
@@ -44,18 +50,23 @@ class Divergence(Objective):
         kind: "reverse_kl", "forward_kl" or "jsd".
         top_k: >= 1, None for the full vocabulary.
         beta: the teacher's share of the mixture, in (0, 1); read by "jsd" only.
+        top_k_of: "student" or "teacher": whose k likeliest tokens are kept; None as said above.
     Raises:
-        ValueError: a value outside its range, or a ``beta`` that would have no effect.
+        ValueError: a value outside its range, or a ``beta`` or ``top_k_of`` that would have no effect.
     """
 
-    def __init__(self, kind: DivergenceKind, top_k: int | None = None, beta: float = 0.5) -> None:
-        self.kind, self.top_k, self.beta = kind, top_k, beta
+    def __init__(
+        self, kind: DivergenceKind, top_k: int | None = None, beta: float = 0.5, top_k_of: Whose | None = None
+    ) -> None:
+        self.kind, self.top_k, self.beta, self.top_k_of = kind, top_k, beta, top_k_of
         name = type(self).__name__
         require(kind in get_args(DivergenceKind), f"{name}.kind", f"one of {', '.join(get_args(DivergenceKind))}", kind)
         is_count = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 1
         require(top_k is None or is_count, f"{name}.top_k", "an integer >= 1 or null", top_k)
         require(0.0 < beta < 1.0, f"{name}.beta", "in (0, 1)", beta)
         require(kind == "jsd" or beta == 0.5, f"{name}.beta", "left out unless kind is jsd", beta)
+        require(top_k_of in (None, *get_args(Whose)), f"{name}.top_k_of", "student, teacher or null", top_k_of)
+        require(top_k is not None or top_k_of is None, f"{name}.top_k_of", "null unless top_k is set", top_k_of)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -67,8 +78,21 @@ class Divergence(Objective):
         """The divergence takes its place."""
         return False
 
-    def token_divergence(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
+    @property
+    def list_size(self) -> int | None:
+        """``top_k``."""
+        return self.top_k
+
+    def whose_list(self, *, asked: bool) -> Whose:
+        """``top_k_of``; where it is None the student's for reverse_kl, if the teacher can be asked."""
+        if self.top_k_of is not None:
+            return self.top_k_of
+        return "student" if self.kind == "reverse_kl" and asked else "teacher"
+
+    def token_divergence(self, student: Head, teacher: Head | Listed, *, temperature: float) -> Tensor:
         """D_t, [N] nats, differentiable in the student's head and hidden states."""
+        if isinstance(teacher, Listed):
+            return per_token(student, _ListTerm(self, teacher), temperature=temperature)
         cut = self.top_k is not None and self.top_k < student.num_tokens
         fused = None if cut else heads.kernels(student, teacher)
         if fused is not None:
@@ -182,19 +206,37 @@ class _TopKTerm(WholeTerm):
             teacher = self.teacher.logits(rows, self.temperature).log_softmax(-1)
         student = logits.log_softmax(-1)
         chosen = self._averaged_over(student.detach(), teacher).topk(self.spec.top_k).indices
-        student, teacher = _bucketed(student, chosen), _bucketed(teacher, chosen)
-        if self.spec.kind == "reverse_kl":
-            return _kl(student, teacher)
-        if self.spec.kind == "forward_kl":
-            return _kl(teacher, student)
-        mixture = _mixture(student, teacher, self.spec.beta)
-        return self.spec.beta * _kl(teacher, mixture) + (1.0 - self.spec.beta) * _kl(student, mixture)
+        return _between(self.spec, _bucketed(student, chosen), _bucketed(teacher, chosen))
 
     def _averaged_over(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Log-probs [n, V] of the distribution whose likeliest tokens are kept."""
+        if self.spec.top_k_of is not None:
+            return student if self.spec.top_k_of == "student" else teacher
         if self.spec.kind == "jsd":
             return _mixture(student, teacher, self.spec.beta)
         return student if self.spec.kind == "reverse_kl" else teacher
+
+
+class _ListTerm(WholeTerm):
+    """``Divergence`` from a teacher of which only lists are known, of a block of tokens."""
+
+    def __init__(self, spec: Divergence, teacher: Listed) -> None:
+        self.spec, self.teacher = spec, teacher
+
+    def value(self, logits: Tensor, rows: slice) -> Tensor:
+        """[n] nats."""
+        student = self.teacher.buckets_of(logits.log_softmax(-1), rows)
+        return _between(self.spec, student, self.teacher.buckets(rows).to(student.dtype))
+
+
+def _between(spec: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
+    """D [n] nats of two distributions over the same few entries, log-probs [n, K + 1]; an entry that is 0 in both adds 0."""
+    if spec.kind == "reverse_kl":
+        return _kl(student, teacher)
+    if spec.kind == "forward_kl":
+        return _kl(teacher, student)
+    mixture = _mixture(student, teacher, spec.beta)
+    return spec.beta * _kl(teacher, mixture) + (1.0 - spec.beta) * _kl(student, mixture)
 
 
 def _column(values: Tensor, head: Head) -> Tensor:

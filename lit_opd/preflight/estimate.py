@@ -25,12 +25,16 @@ from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimiz
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
+from lit_opd.scoring.model import TOP_K
 from lit_opd.shipped import program
-from lit_opd.teacher import LocalTeacher, Teacher
+from lit_opd.step.lists import asked_of, whose_lists
+from lit_opd.step.recipe import Recipe
+from lit_opd.teacher import LocalTeacher, MixedTeacher, Teacher
 from lit_opd.teacher.self_teacher import self_teachers
 
 FLOAT32 = 4  # bytes
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
+HEAD_READERS = frozenset({"teacher_entropy", "teacher_topk", "token_kl", "teacher_distribution"})
 _STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")
 
 
@@ -87,7 +91,7 @@ def shortage(found: Budget, plan: Plan) -> str:
 
 def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
     sampler, required = module.sampler, module.recipe.required
-    scored = any(name in required for name in _STATISTICS)
+    scored = any(name in required for name in _STATISTICS) or whose_lists(module.recipe, module.teacher) == "student"
     trained = "teacher_distribution" in required
     return Workload(
         rows=data.prompt_batch // plan.ranks * data.samples_per_prompt,
@@ -106,7 +110,23 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         val_response=module.validation.max_new_tokens or sampler.max_new_tokens,
         score_tiles=STATISTIC_TILES if scored else LOGPROB_TILES,
         train_tiles=DIVERGENCE_TILES if trained else STATISTIC_TILES if scored else LOGPROB_TILES,
+        listed=_listed(module.recipe, module.teacher),
+        mixes=_mixes(module.recipe, module.teacher),
     )
+
+
+def _listed(recipe: Recipe, teacher: Teacher) -> int:
+    """Entries a token of the lists that are kept."""
+    asked = asked_of(recipe, teacher)
+    sizes = {"teacher_topk": teacher.list_size, "student_topk": TOP_K}
+    chosen = recipe.objective.list_size if whose_lists(recipe, teacher) == "student" else None
+    return sum(size for name, size in sizes.items() if name in asked) + (chosen or 0)
+
+
+def _mixes(recipe: Recipe, teacher: Teacher) -> bool:
+    """Whether the heads of several models are read together."""
+    mixed = [part for part in teacher.modules() if isinstance(part, MixedTeacher)]
+    return any(part.how == "product" for part in mixed) or bool(mixed and recipe.required & HEAD_READERS)
 
 
 def _validates(module: Subject, data: PromptDataModule) -> bool:

@@ -9,6 +9,7 @@ padded. What a phase holds comes on top of what a rank always holds; the peak is
 - head: activations of a micro-batch, gradient of the output head, tiles of logits;
 - layers: activations of a micro-batch, and one block's backward pass;
 - optimizer: gradients and the temporaries of the update;
+- these four: the lists of likely tokens that something reads; the two before: every head of a ``MixedTeacher`` that is read;
 - validation: sampling and scoring of a whole validation batch.
 
 The counts below are the tensors that transformers' decoder blocks keep (RMSNorm, gated MLP, rotary attention through sdpa); a
@@ -33,7 +34,9 @@ from lit_opd.scoring.tiles import (
     WHOLE_ELEMENTS,
 )
 
-FLOAT32, HALF = 4, 2  # bytes
+FLOAT32, HALF, INT64 = 4, 2, 8  # bytes
+LISTED = "lists of likely tokens"
+MIXED = "heads of several teachers"
 PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")
 ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/preflight/test_preflight.py
 
@@ -65,6 +68,8 @@ REMEDIES = {
     "weights cast to 16 bits": "take a smaller student, or sample with vLLM",
     "optimizer state": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
     "gradients": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
+    LISTED: "lower the top_k of teacher and objective, or data.prompt_batch",
+    MIXED: "lower model.token_budget",
     "frozen models": "set the teacher's dtype to bfloat16, shard over more ranks, or put it on servers (RemoteTeacher)",
 }
 _DEFAULT_REMEDY = "shard over more ranks, or take smaller models"
@@ -106,6 +111,8 @@ class Workload:
         val_response: longest response in validation.
         score_tiles: blocks of logits while a model scores.
         train_tiles: blocks of logits in the forward pass of the loss.
+        listed: entries a token of the lists of likely tokens that are kept from scoring to the last update.
+        mixes: the heads of all frozen models are met together, as one distribution.
     """
 
     rows: int
@@ -124,6 +131,8 @@ class Workload:
     val_response: int = 0
     score_tiles: int = LOGPROB_TILES
     train_tiles: int = LOGPROB_TILES
+    listed: int = 0
+    mixes: bool = False
 
     @property
     def length(self) -> int:
@@ -213,6 +222,11 @@ def budget(*, student: Held, frozen: list[Held], state_bytes: int, work: Workloa
         "optimizer": formula.optimizer(),
         "validation": formula.validation(),
     }
+    for phase in ("scoring", "head", "layers", "optimizer"):
+        phases[phase] |= formula.lists()
+    if work.mixes:
+        phases["scoring"] |= formula.heads(work.score_rows, work.score_tiles)
+        phases["head"] |= formula.heads(work.micro_rows, work.train_tiles)
     fragmentation = CUDA_FRAGMENTATION if plan.accelerator == "gpu" else 0.0
     return Budget(formula.always(), phases if work.val_rows else _without(phases, "validation"), fragmentation)
 
@@ -323,6 +337,18 @@ class _Formula:
             temporaries = UPDATE_TEMPORARIES * self.student.width * self.size.largest / self.plan.shards
         return {"gradients": self.gradient_bytes, "temporaries": temporaries if self.state_bytes else 0.0}
 
+    def lists(self) -> Parts:
+        """Ids and log-probs [rows, response, K] of the whole batch."""
+        work = self.work
+        held = work.rows * work.response * work.listed * (INT64 + FLOAT32)
+        return {LISTED: float(held)} if work.listed else {}
+
+    def heads(self, rows: int, tiles: int) -> Parts:
+        """Hidden states of the responses of all frozen models, and one more tile to add them up in."""
+        tokens = rows * self.work.response
+        states = sum(tokens * model.size.hidden * self._width(model) for model in self.frozen)
+        return {MIXED: states + self._tiles(self.size, tokens, tiles) / tiles}
+
     def validation(self) -> Parts:
         """The worse of sampling and scoring a validation batch, which no token budget cuts."""
         rows, response = self.work.val_rows, self.work.val_response
@@ -415,7 +441,7 @@ class _Formula:
 
     def _tiles(self, size: ModelSize, tokens: int, count: int) -> float:
         """Bytes of ``count`` tiles of logits, or blocks of whole rows where more than log-probs is asked for."""
-        if self.plan.accelerator == "gpu" and heads.choice() != "tiles":
+        if self.plan.accelerator == "gpu" and heads.choice() != "tiles" and not self.work.mixes:
             return self._kernel_tiles(size, tokens, count)
         elements = DEVICE_TILE_ELEMENTS if self.plan.accelerator == "gpu" else TILE_ELEMENTS
         if count > LOGPROB_TILES:

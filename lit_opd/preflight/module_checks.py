@@ -22,11 +22,19 @@ from lit_opd.models.sharding import shards
 from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
 from lit_opd.preflight.callback_checks import check_batches
+from lit_opd.preflight.list_checks import (
+    check_candidates,
+    remedy,
+    require_lists,
+    require_single_stops,
+    require_transforms,
+)
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
 from lit_opd.scoring.heads import check_choice
+from lit_opd.step.lists import asked_of
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
@@ -49,6 +57,7 @@ def check_settings(module: Subject, *, max_skipped_steps: int) -> None:
         raise InputError(f"`OPDModule.gradient_clip_norm` must be > 0 or null, got {module.gradient_clip_norm}")
     if module.length_budget is not None:
         module.length_budget.check(module.sampler.max_new_tokens)
+    require_transforms(module.recipe)
 
 
 def check_before(
@@ -190,19 +199,20 @@ def check_scorers(module: Subject) -> None:
 
 def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) -> None:
     """Weighting, objective and advantage find what they read in the teacher, and the reference where one is read."""
-    required = recipe.required
-    if reference is None and "reference_logprobs" in required:
+    if reference is None and "reference_logprobs" in recipe.required:
         raise InputError(
             "`model.reference` must be a teacher such as `LocalTeacher` when reference_logprobs are read, got null; "
             "give it the path of the initial student"
         )
-    missing = required - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
+    require_single_stops(recipe, teacher)
+    require_lists(recipe, teacher)
+    missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
     if missing:
         asking = [part for part in recipe.parts if part.requires & missing]
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
         raise InputError(
-            f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; choose another "
-            "weighting, objective, advantage transform or teacher"
+            f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; {remedy(missing, teacher)}"
+            "choose another weighting, objective, advantage transform or teacher"
         )
 
 
@@ -222,7 +232,8 @@ def stop_warnings(module: Subject) -> Iterator[str]:
     """Where a response of the student ends at another token than one of a teacher's."""
     for role, pairs in module.scorer_tokenizers.items():
         for tokenizer, _ in pairs:
-            warning = stop_warning(module.tokenizer, module.stop_ids, tokenizer, role=role)
+            summed = module.scorers[role].sums_stops
+            warning = stop_warning(module.tokenizer, module.stop_ids, tokenizer, role=role, summed=summed)
             if warning is not None:
                 yield warning
 
@@ -318,7 +329,10 @@ def check_servers(module: Subject, data: PromptDataModule | None) -> None:
             scorer.check_student(module.student_settings)
             scorer.check(temperature=module.sampler.temperature, tokens=tokens)
             scorer.check_data(getattr(data, "rows_by_teacher", dict)())
+        warning = check_candidates(module.recipe, module.teacher)
         lora = module.student_settings.lora
         module.sampler.attach(module.tokenizer, getattr(data, "encoder", None))
         module.sampler.check_student(None if lora is None else lora.rank)
         module.sampler.check(tokens=tokens, vocabulary=module.student_config.get_text_config().vocab_size)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -13,18 +14,24 @@ from lit_opd.preflight.checks import Finding
 from lit_opd.preflight.memory import Budget
 from lit_opd.preflight.plan import GIB, Plan
 
-WIDTH = 150  # characters, where the output is no terminal
+WIDTH = 150  # characters, where no terminal is near; 80, what rich takes, breaks every second word
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def show(findings: Sequence[Finding], found: Budget | None, plan: Plan, stream: TextIO) -> None:
     """Print the checks, and the memory budget where there is one."""
-    console = Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False)
+    console = Console(file=stream, width=_width(stream), highlight=False)
     if found is not None:
         console.print(budget_table(found, plan))
     console.print(checks_table(findings))
     counts = {status: sum(finding.status == status for finding in findings) for status in _STYLES}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
+
+
+def _width(stream: TextIO) -> int | None:
+    """Of the table; None for that of the terminal, which in a pipe is the one behind input or errors, or of COLUMNS."""
+    near = stream.isatty() or "COLUMNS" in os.environ or any(os.isatty(place) for place in (0, 1, 2))
+    return None if near else WIDTH
 
 
 def checks_table(findings: Sequence[Finding]) -> Table:

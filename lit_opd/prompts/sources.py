@@ -22,6 +22,7 @@ from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
 from lit_opd.prompts.teacher_prompt import TeacherPrompt, rendered
 from lit_opd.prompts.tools import KEPT_WITH_MESSAGE, Schema, checked_calls, row_tools
+from lit_opd.shipped import shown_path
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -256,7 +257,7 @@ def _invisible(prompt: str | list[Message]) -> str | None:
 def _report(source: DataSource, names: ColumnNames, tests: Sequence[RowFilter], *, kept: int, total: int) -> None:
     rules = " and ".join(test.text for test in tests) or "no filter"
     rank_zero_info(
-        f"{source.path}: {kept} of {total} rows kept, {total - kept} filtered out ({rules}); "
+        f"{shown_path(source.path)}: {kept} of {total} rows kept, {total - kept} filtered out ({rules}); "
         f"prompt column {names.prompt!r}, answer column {names.answer!r}"
     )
     if not kept:

@@ -184,13 +184,19 @@ def _described(value: Any, default: str) -> str:
         return default
     if isinstance(value, Mapping) and "class_path" in value:
         given = {name: part for name, part in (value.get("init_args") or {}).items() if part is not None}
-        inner = ", ".join(f"{name}={_described(part, '')}" for name, part in given.items())
+        inner = ", ".join(f"{name}={_argument(part)}" for name, part in given.items())
         return f"{str(value['class_path']).rsplit('.', 1)[-1]}({inner})"
     if isinstance(value, Mapping) and "path" in value:
         return str(value["path"])
     if isinstance(value, list):
         return ", ".join(_described(part, "") for part in value)
     return str(value)
+
+
+def _argument(value: Any) -> str:
+    """As ``_described``, a list in brackets: commas part the arguments."""
+    text = _described(value, "")
+    return f"[{text}]" if isinstance(value, list) else text
 
 
 def _shown(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,8 +38,9 @@ Group = Literal["weighting", "objective", "models", "data", "sampler", "seed"]  
 WITHOUT_EFFECT = frozenset(
     """gradient_checkpointing compile lazy attn_implementation offload trust_remote_code val_batch
     urls sync api_key_env folder max_concurrency rows_per_request timeout retry_seconds start_seconds max_response_bytes
-    memory_fraction sleep max_logprob_gap weights""".split()
+    memory_fraction sleep max_logprob_gap""".split()
 )
+WAY_OF_WEIGHTS = "weights"  # the same, where it is a text: how they travel to an engine; numbers are of teachers
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # what a setting that one side does not have counts as
 
 
@@ -190,15 +193,32 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-def _differing(before: Any, after: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, before, after), the longest common way down; another class is one difference."""
+def _differing(before: Any, after: Any, name: str, owner: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(setting, before, after), the longest common way down; another class is one difference. ``owner`` has them as arguments:
+    one that a side does not name, since its version did not have it, is at its default."""
     if isinstance(before, dict) and isinstance(after, dict) and before.get("class_path") == after.get("class_path"):
         for key in dict.fromkeys([*before, *after]):
-            if key not in WITHOUT_EFFECT:
+            of_teachers = isinstance(before.get(key), list) or isinstance(after.get(key), list)
+            if key not in WITHOUT_EFFECT and (key != WAY_OF_WEIGHTS or of_teachers):
                 inner = f"{name}.{key}".lstrip(".").replace(".init_args", "")
-                yield from _differing(before.get(key), after.get(key), inner)
+                default = _default(owner, key)
+                yield from _differing(
+                    before.get(key, default), after.get(key, default), inner, str(after.get("class_path", ""))
+                )
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from _differing(old, new, f"{name}.{number}".lstrip("."))
     elif not _same(before, after):
         yield name, before, after
+
+
+def _default(class_path: str, argument: str) -> Any:
+    """Of an argument of a class that is loaded; None where there is none, or nothing is known."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    parameter = inspect.signature(found).parameters.get(argument) if inspect.isclass(found) else None
+    known = parameter is not None and parameter.default is not inspect.Parameter.empty
+    return _plain(parameter.default) if known and parameter is not None else None
 
 
 def _same(before: Any, after: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_opd.errors import InputError
 from lit_opd.scoring import tiles
+from lit_opd.scoring.mixed import MixedHead
 from lit_opd.scoring.tiles import Head
 
 VARIABLE = "LIT_OPD_HEAD"
@@ -89,6 +90,8 @@ def kernels(*heads: Head) -> Any | None:
 
 def _unfit(head: Head) -> str | None:
     """Why the kernels are not for this head."""
+    if isinstance(head, MixedHead):
+        return "the head is several teachers', and the kernels are for one"
     dtype = head.hidden.dtype
     if dtype not in DTYPES:
         return f"the head is {str(dtype).removeprefix('torch.')}, and the kernels are for bfloat16 and float32"

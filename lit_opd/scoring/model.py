@@ -26,7 +26,9 @@ from lit_opd.errors import InputError, first_line
 from lit_opd.masked import at_least_float32
 from lit_opd.scoring import heads
 from lit_opd.scoring.heads import token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.places import FLASH, Packing, Places
+from lit_opd.scoring.stops import StopClass, with_stop_mass
 from lit_opd.scoring.tiles import Head, softly_capped
 from lit_opd.types import Rollout, TokenScores, TopK
 
@@ -50,9 +52,9 @@ Returned = TypeVar("Returned")
 
 
 class TokenDivergence(Protocol):
-    """A divergence of two heads over the same N tokens."""
+    """A divergence of two distributions over the same N tokens."""
 
-    def __call__(self, student: Head, teacher: Head, *, temperature: float) -> Tensor:
+    def __call__(self, student: Head, teacher: Head | Listed, *, temperature: float) -> Tensor:
         """[N] nats, differentiable in the student."""
 
 
@@ -113,10 +115,12 @@ class ScoringModel(nn.Module):
         *,
         temperature: float = 1.0,
         wants: frozenset[str] = frozenset(),
-        against: Head | None = None,
+        against: Head | TopK | None = None,
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
         head: Head | None = None,
+        top_k: int | None = None,
+        stops: StopClass | None = None,
     ) -> dict[str, Tensor]:
         """Score the sampled tokens of ``rollout``.
 
@@ -127,10 +131,12 @@ class ScoringModel(nn.Module):
             rollout: B rows; only valid tokens are scored.
             temperature: > 0, divides the logits.
             wants: any of "entropy", "topk", "token_kl" (KL(this || against)); without gradient.
-            against: the teacher's head, for "token_kl" and ``divergence``.
+            against: the teacher's head, for "token_kl" and ``divergence``; for the latter its lists [B, T, K] will do.
             divergence: from this head and the teacher's to [N], with gradient; None for none.
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
+            top_k: K of the list "topk"; None for ``TOP_K``.
+            stops: give a token that ends a response the mass of this class, without gradient; None: its own.
         Returns:
             [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
             The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
@@ -143,14 +149,19 @@ class ScoringModel(nn.Module):
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")
         found: dict[str, Tensor] = {"logprobs": token_logprobs(head, targets, temperature=temperature)}
+        if stops is not None:
+            found["logprobs"] = with_stop_mass(found["logprobs"], head, targets, stops, temperature=temperature)
         if "entropy" in wants:
             found["entropy"] = token_entropy(head, temperature=temperature)
-        if against is not None and "token_kl" in wants:
+        if "token_kl" in wants:
+            if not isinstance(against, Head):
+                raise InputError("`ScoringModel.forward` needs a head for the KL, got a list of the likeliest tokens")
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
-            found["divergence"] = divergence(head, against, temperature=temperature)
+            theirs = Listed.of(against, places.tokens) if isinstance(against, TopK) else against
+            found["divergence"] = divergence(head, theirs, temperature=temperature)
         if "topk" in wants:
-            found["topk.ids"], found["topk.logprobs"] = token_topk(head, k=TOP_K, temperature=temperature)
+            found["topk.ids"], found["topk.logprobs"] = token_topk(head, k=top_k or TOP_K, temperature=temperature)
         # no views: what changes a view in place takes the hook off it
         return {name: places.scatter(value).clone() for name, value in found.items()}
 
@@ -424,7 +435,7 @@ def _soft_cap(causal_lm: Any) -> float | None:
 def _record(found: dict[str, Tensor]) -> TokenScores:
     """What ``ScoringModel.forward`` returned."""
     topk = {name.removeprefix("topk."): value for name, value in found.items() if name.startswith("topk.")}
-    rest = {name: value for name, value in found.items() if not name.startswith("topk.")}
+    rest: dict[str, Any] = {name: value for name, value in found.items() if not name.startswith("topk.")}
     return TokenScores(**rest, topk=TopK(**topk) if topk else None)
 
 

@@ -31,6 +31,7 @@ from lit_opd.distributed import is_rank_zero
 from lit_opd.errors import InputError, ServerError
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
+GENERATE = "/inference/v1/generate"  # token ids in and out; newer vLLM scores chosen ids there
 FIRST_DELAY, LONGEST_DELAY = 0.25, 15.0  # seconds between tries, doubling
 MALFORMED_TRIES = 3  # an answer that is whole but wrong rarely gets better
 SHOWN = 300  # characters of a server's own message in errors
@@ -203,11 +204,37 @@ class Servers:
         """
 
         async def once(http: Http, server: _Server) -> None:
-            answer = await self._exchange(http, server, "POST", COMPLETIONS, {"model": self.model, **NEUTRAL, **body})
-            parse(self._choices(answer, len(body["prompt"])))
+            parse(await self._completed(http, server, body))
 
         for server in self.servers:
             self._asked_at_start(once, server, self.start_seconds)
+
+    def refusal(
+        self, body: dict[str, Any], parse: Callable[[Any], Any], *, generates: bool = False
+    ) -> tuple[str, int | None] | None:
+        """As ``probe``, for what a server need not be able to do.
+
+        Args:
+            body: as for ``complete``, or for ``generate``.
+            parse: reads what theirs reads; may raise ``Malformed``.
+            generates: ask by ``generate``.
+        Returns:
+            what the first server that refused said, with its HTTP status; None where all could.
+        Raises:
+            ServerError: a server breaks off, or its answer lacks something.
+        """
+        refused: list[tuple[str, int | None]] = []
+        ask = self._generated if generates else self._completed
+
+        async def once(http: Http, server: _Server) -> None:
+            try:
+                parse(await ask(http, server, body))
+            except _Refused as error:
+                refused.append((f"{server.url} {error}", error.status))
+
+        for server in self.servers:
+            self._asked_at_start(once, server, self.start_seconds)
+        return refused[0] if refused else None
 
     def _asked_at_start(
         self,
@@ -262,17 +289,47 @@ class Servers:
         """
 
         async def once(index: int, http: Http, server: _Server) -> Answer:
-            body = {"model": self.model, **NEUTRAL, **bodies[index]}
-            answer = await self._exchange(http, server, "POST", COMPLETIONS, body)
-            return parse(self._choices(answer, len(body["prompt"])), index)
+            return parse(await self._completed(http, server, bodies[index]), index)
 
         return self._run([partial(self._retried, partial(once, index)) for index in range(len(bodies))])
 
-    def _choices(self, answer: Any, count: int) -> list[dict[str, Any]]:
+    def generate(
+        self, bodies: Sequence[dict[str, Any]], parse: Callable[[dict[str, Any], int], Answer]
+    ) -> list[Answer]:
+        """As ``complete``, by vLLM's route of token ids: one prompt a request.
+
+        Args:
+            bodies: "token_ids" and "sampling_params"; the model's name is added.
+            parse: from the whole answer of a request and its index to a result; may raise ``Malformed``.
+        Raises:
+            ServerError: a request failed for good; the others are given up.
+        """
+
+        async def once(index: int, http: Http, server: _Server) -> Answer:
+            return parse(await self._generated(http, server, bodies[index]), index)
+
+        return self._run([partial(self._retried, partial(once, index)) for index in range(len(bodies))])
+
+    async def _completed(self, http: Http, server: _Server, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The choices of one request, one a prompt, in order."""
+        answer = await self._exchange(http, server, "POST", COMPLETIONS, {"model": self.model, **NEUTRAL, **body})
+        return self._choices(answer, len(body["prompt"]))
+
+    async def _generated(self, http: Http, server: _Server, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request by the route of token ids."""
+        sent = {"model": self.model, **body, "sampling_params": NEUTRAL | body["sampling_params"]}
+        answer = await self._exchange(http, server, "POST", GENERATE, sent)
+        self._require_model(answer)
+        return answer  # type: ignore[no-any-return]
+
+    def _require_model(self, answer: Any) -> None:
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
             raise Malformed("has no choices")
         if answer.get("model") != self.model:
             raise Malformed(f"comes from the model {answer.get('model')!r}, not {self.model!r}")
+
+    def _choices(self, answer: Any, count: int) -> list[dict[str, Any]]:
+        self._require_model(answer)
         choices = answer["choices"]
         if not all(isinstance(choice, dict) for choice in choices):
             raise Malformed("has choices that are no objects")

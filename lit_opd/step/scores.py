@@ -15,6 +15,8 @@ from lit_opd.advantage import apply_transforms
 from lit_opd.distributed import largest, shared_failure
 from lit_opd.models.sharding import holds_shards
 from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.tiles import Head
+from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.recipe import Recipe
 from lit_opd.step.skips import finite
@@ -30,6 +32,7 @@ STUDENT_WANTS = {
     "token_kl": "token_kl",
 }  # as its forward names them
 READ_BESIDE_THE_STUDENT = frozenset({"token_kl", "teacher_distribution"})  # what needs the teacher's output head
+CANDIDATES = "candidates.ids"  # in the buffer: the tokens that the teacher is asked about
 SIGNAL_FIELDS = (
     "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
 )  # fmt: skip
@@ -53,8 +56,9 @@ class ScoreBuffer:
     def put_scores(self, who: str, rows: Rows, scores: TokenScores) -> None:
         """Store what ``who`` ("student", "teacher", "reference") says of ``rows``."""
         found = {f"{who}_logprobs": scores.logprobs, f"{who}_entropy": scores.entropy, "token_kl": scores.token_kl}
-        if scores.topk is not None:
-            found |= {f"{who}_topk.ids": scores.topk.ids, f"{who}_topk.logprobs": scores.topk.logprobs}
+        for name, lists in (("topk", scores.topk), ("candidates", scores.candidates)):
+            if lists is not None:
+                found |= {f"{who}_{name}.ids": lists.ids, f"{who}_{name}.logprobs": lists.logprobs}
         for name, value in found.items():
             if value is not None:
                 self.put(name, rows, value)
@@ -68,6 +72,11 @@ class ScoreBuffer:
                 logprobs = cut[f"{name}.logprobs"].nan_to_num(neginf=-math.inf)  # no mass is a fair answer
                 fields[name] = TopK(ids=cut[f"{name}.ids"], logprobs=logprobs)
         return fields
+
+    def part(self, name: str, rows: Rows, columns: int) -> Tensor:
+        """The values ``name`` of ``rows`` and the leading columns."""
+        value = self.values[name]
+        return value[torch.tensor(rows, device=value.device), :columns]
 
 
 def leading_columns(signal: TokenSignal, columns: int) -> TokenSignal:
@@ -109,6 +118,9 @@ class Scores:
         self.buffer = ScoreBuffer(rollout.mask)
         self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
         self._states: dict[tuple[int, ...], Tensor] = {}  # the teacher's [N, H], by the rows of the micro-batch
+        self._lists = whose_lists(
+            recipe, self.teacher
+        )  # where the objective reads lists in place of the teacher's head
 
     @property
     def teacher(self) -> Teacher:
@@ -125,6 +137,8 @@ class Scores:
     def score_frozen(self, batches: MicroBatches, listener: Listener) -> None:
         """Scores of the whole batch by the frozen models."""
         rows, device = list(range(len(self.rollout))), self.rollout.mask.device
+        if self._lists == "student":
+            self._choose_candidates(batches)
         with shared_failure():  # a row over the budget is every rank's error
             groups = batches.groups(rows)
         most = largest(len(groups), device)  # a collective, which the block below must not hold
@@ -141,13 +155,19 @@ class Scores:
             if not any(holds_shards(model) for model in self.scorers.values()):
                 stack.enter_context(shared_failure())  # sharded models talk to each other while they score
             batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
+        self.buffer.values.pop(CANDIDATES, None)  # which the teacher's answer has too
 
     def _score_frozen(self, batches: MicroBatches, rows: Rows) -> None:
         part = batches.take(rows)
         for who, model in self.scorers.items():
-            requires = self.recipe.required if who == "teacher" else frozenset()
-            if who == "teacher" and part.teacher_logprobs is not None and not requires & model.provides:
+            requires = asked_of(self.recipe, model) if who == "teacher" else frozenset()
+            told = who == "teacher" and part.teacher_logprobs is not None and not model.sums_stops
+            if told and not requires & model.provides:
+                assert part.teacher_logprobs is not None  # told
                 scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
+            elif who == "teacher" and self._lists == "student":
+                ids = self.buffer.part(CANDIDATES, rows, part.mask.shape[1])
+                scores = model.score_candidates(part, ids, temperature=self.temperature, requires=requires)
             else:
                 # mini-batches are cut otherwise, so states kept for their updates would not be found
                 again = requires - {"teacher_distribution"} if self.recipe.mini_batches > 1 else requires
@@ -155,6 +175,19 @@ class Scores:
             self.buffer.put_scores(who, rows, scores)
             if scores.states is not None:
                 self._states[tuple(rows)] = scores.states
+
+    def _choose_candidates(self, batches: MicroBatches) -> None:
+        """The student's likeliest tokens at each position, about which the teacher is asked."""
+        k = self.recipe.objective.list_size
+        assert k is not None  # what reads no lists asks about none
+
+        def choose(part: Rollout, rows: Rows) -> None:
+            scores = self._student(part, temperature=self.temperature, wants=frozenset({"topk"}), top_k=k)
+            assert scores.topk is not None
+            self.buffer.put(CANDIDATES, rows, scores.topk.ids)
+
+        with torch.no_grad():
+            self._each(batches, choose)
 
     def forget(self) -> None:
         """Drop the hidden states: the micro-batches that come are cut otherwise."""
@@ -175,18 +208,25 @@ class Scores:
 
     def score_student(self, batches: MicroBatches) -> TokenSignal:
         """The student's scores of the whole batch without gradient, and the signal they complete."""
-        rows = list(range(len(self.rollout)))
 
-        def score(groups: list[Rows]) -> None:
-            for index in range(largest(len(groups), self.rollout.mask.device)):
-                part = groups[index] if index < len(groups) else groups[0]
-                with self.whole_head():
-                    self.buffer.put_scores("student", part, self.student(batches.take(part), part))
+        def score(part: Rollout, rows: Rows) -> None:
+            with self.whole_head():
+                self.buffer.put_scores("student", rows, self.student(part, rows))
 
         with torch.no_grad(), self.teacher_head():
-            batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
-        self.full = self.signal(self.rollout, rows)
+            self._each(batches, score)
+        self.full = self.signal(self.rollout, list(range(len(self.rollout))))
         return self.full
+
+    def _each(self, batches: MicroBatches, score: Callable[[Rollout, Rows], None]) -> None:
+        """``score`` every micro-batch of the batch by the student, as often on every rank."""
+
+        def all_of(groups: list[Rows]) -> None:
+            for index in range(largest(len(groups), self.rollout.mask.device)):
+                rows = groups[index] if index < len(groups) else groups[0]
+                score(batches.take(rows), rows)
+
+        batches.attempt(list(range(len(self.rollout))), all_of, step=self.step + 1, undo=self.forget)
 
     def student(self, part: Rollout, rows: Rows) -> TokenScores:
         """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted.
@@ -198,8 +238,10 @@ class Scores:
         lacking = self.recipe.required if self.full is None else frozenset()
         wants = frozenset(want for name, want in STUDENT_WANTS.items() if name in lacking)
         on_distribution = torch.is_grad_enabled() and "teacher_distribution" in self.recipe.objective.requires
-        against = None
-        if on_distribution or "token_kl" in wants:
+        against: Head | TopK | None = None
+        if on_distribution and self._lists is not None:
+            against = self._teacher_lists(rows, part.mask.shape[1])
+        elif on_distribution or "token_kl" in wants:
             against = self.teacher.full_head(part, states=self._states.get(tuple(rows)))
         scores: TokenScores = self._student(
             part,
@@ -209,6 +251,14 @@ class Scores:
             divergence=self.recipe.objective.token_divergence if on_distribution else None,
         )
         return scores
+
+    def _teacher_lists(self, rows: Rows, columns: int) -> TopK:
+        """What the objective reads in place of the teacher's head."""
+        name = "teacher_candidates" if self._lists == "student" else "teacher_topk"
+        k = self.recipe.objective.list_size
+        assert k is not None  # what reads no lists needs the head
+        ids, logprobs = (self.buffer.part(f"{name}.{field}", rows, columns) for field in ("ids", "logprobs"))
+        return TopK(ids, logprobs).first(k)
 
     def nothing(self) -> Tensor:
         """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""

@@ -3,8 +3,17 @@
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.base_model import BaseModelTeacher
 from lit_opd.teacher.local import LocalTeacher
+from lit_opd.teacher.mixed import MixedTeacher
 from lit_opd.teacher.remote import RemoteTeacher
 from lit_opd.teacher.routed import RoutedTeacher
 from lit_opd.teacher.self_teacher import SelfTeacher
 
-__all__ = ["BaseModelTeacher", "LocalTeacher", "RemoteTeacher", "RoutedTeacher", "SelfTeacher", "Teacher"]
+__all__ = [
+    "BaseModelTeacher",
+    "LocalTeacher",
+    "MixedTeacher",
+    "RemoteTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "Teacher",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
-from lit_opd.scoring.model import ScoringModel
+from lit_opd.models.vocabulary import configured_stops
+from lit_opd.scoring.model import TOP_K, ScoringModel
+from lit_opd.scoring.stops import StopClass
 from lit_opd.scoring.tiles import Head
 from lit_opd.types import Rollout, TokenScores
+
+StopMass = Literal["own", "sum"]
 
 # name in a signal's requirements -> name in the model's forward
 SCORE_WANTS = {"teacher_entropy": "entropy", "teacher_topk": "topk"}
@@ -29,15 +34,37 @@ class Teacher(nn.Module, ABC):
         None  # tokens of a prompt and response, which the module knows before ``load``; None for unknown
     )
 
+    stop_mass: StopMass = "own"  # what a sampled stop token is scored with: its own mass, or that of all stop tokens
+    stop_ids: tuple[int, ...] = ()  # at which a response of the student ends, which the module knows before ``load``
+    takes_candidates = False  # whether ``score_candidates`` can be called; ``ask_candidates`` finds out
+
     @property
     @abstractmethod
     def provides(self) -> frozenset[str]:
         """What this teacher can give beyond log-probs: "teacher_entropy", "teacher_topk", "token_kl" and
         "teacher_distribution"; the last two need ``full_head``."""
 
+    @property
+    def list_size(self) -> int:
+        """K of the lists of its likeliest tokens ("teacher_topk")."""
+        return TOP_K
+
+    def ask_candidates(self, k: int) -> str | None:
+        """Find out, before a run, whether ``score_candidates`` takes ``k`` tokens a position, and note it.
+
+        Returns:
+            why not; None where it can.
+        """
+        return f"`{type(self).__name__}` lists its own likeliest tokens only"
+
     @abstractmethod
     def tokenizers(self) -> list[Any]:
         """(tokenizer, embedding rows) of every model behind this teacher, without loading weights."""
+
+    def revision(self) -> str | None:
+        """What names the very weights behind this teacher, wherever their files lie; None where they change, or where only a
+        server has them."""
+        return None
 
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """What can be checked without weights, before a run.
@@ -74,6 +101,23 @@ class Teacher(nn.Module, ABC):
             if isinstance(part, Teacher):
                 part.longest_row = tokens
 
+    def know_stop_ids(self, ids: tuple[int, ...]) -> None:
+        """Note, before ``load``, at which ids a response of the student ends."""
+        for part in self.modules():
+            if isinstance(part, Teacher):
+                part.stop_ids = ids
+
+    @property
+    def sums_stops(self) -> bool:
+        """Whether it, or a teacher inside it, scores a stop token with the mass of all."""
+        return any(isinstance(part, Teacher) and part.stop_mass == "sum" for part in self.modules())
+
+    def _stop_class(self, path: str, tokenizer: Any) -> StopClass:
+        """The student's stop ids, and with them those of the model at ``path``."""
+        if not self.stop_ids:
+            raise RuntimeError(f"{type(self).__name__}.know_stop_ids has not been called")
+        return StopClass(self.stop_ids, tuple(sorted({*self.stop_ids, *configured_stops(path, tokenizer)})))
+
     @abstractmethod
     def load(self, *, vocabulary: int) -> None:
         """Load the weights; ``vocabulary`` leading entries count. Idempotent."""
@@ -99,6 +143,17 @@ class Teacher(nn.Module, ABC):
         Returns:
             [B, T] nats, 0 where masked; with ``states`` where ``full_head`` is to be asked next and they save it a forward.
         """
+
+    def score_candidates(
+        self,
+        rollout: Rollout,
+        candidates: Tensor,
+        *,
+        temperature: float = 1.0,
+        requires: frozenset[str] = frozenset(),
+    ) -> TokenScores:
+        """As ``score``, with log-probs of further tokens: those of ``candidates``, int64 [B, T, K], in the field of that name."""
+        raise InputError(f"`{self.field}`: {self.ask_candidates(candidates.shape[-1])}")
 
     @property
     def reader_config(self) -> Any:
@@ -126,3 +181,14 @@ class Teacher(nn.Module, ABC):
     def whole_head(self) -> AbstractContextManager[None]:
         """Keep what ``full_head`` returned usable while the block runs; a sharded teacher would free the weight."""
         return nullcontext()
+
+
+def revisions(scorers: Iterable[Teacher]) -> dict[str, str]:
+    """Of every teacher that reads files, alone or inside others: its revision by its own setting; after ``load``."""
+    found: dict[str, str] = {}
+    for part in (part for scorer in scorers for part in scorer.modules()):
+        inner = [below for below in part.modules() if isinstance(below, Teacher) and below is not part]
+        revision = None if inner or not isinstance(part, Teacher) else part.revision()
+        if revision is not None and isinstance(part, Teacher):  # teachers of a user's own class may share a setting
+            found[part.field] = f"{found.get(part.field, '')} {revision}".strip()
+    return found

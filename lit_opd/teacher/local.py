@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, require
+from lit_opd.models.base import weights_revision
 from lit_opd.models.lazy import fill
 from lit_opd.models.loading import (
     Dtype,
@@ -23,8 +25,9 @@ from lit_opd.models.loading import (
 from lit_opd.models.positions import fix_positions
 from lit_opd.models.sharding import Placement, gathered, is_sharded
 from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.stops import StopClass
 from lit_opd.scoring.tiles import Head
-from lit_opd.teacher.base import SCORE_WANTS, Teacher
+from lit_opd.teacher.base import SCORE_WANTS, StopMass, Teacher
 from lit_opd.types import Rollout, TokenScores
 
 _HEAD_READERS = frozenset({"token_kl", "teacher_distribution"})
@@ -48,8 +51,11 @@ class LocalTeacher(Teacher):
             teacher for the time it scores a batch. No effect on a CPU.
         quantization: transformers' quantisation config as a dictionary, such as ``{"load_in_8bit": true}`` (bitsandbytes);
             neither sharded nor offloaded.
+        stop_mass: what a sampled stop token is scored with: "own", its own mass, or "sum", the mass of all stop ids together,
+            the student's and this model's: for a student whose end token this model never writes. Entropies, top-k lists and
+            ``token_kl`` are those of single tokens.
     Raises:
-        InputError: quantised and offloaded.
+        InputError: quantised and offloaded, or a value outside its range.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class LocalTeacher(Teacher):
         lazy: bool = True,
         offload: bool = False,
         quantization: dict[str, Any] | None = None,
+        stop_mass: StopMass = "own",
     ) -> None:
         super().__init__()
         if quantization is not None and offload:
@@ -69,6 +76,8 @@ class LocalTeacher(Teacher):
                 f"`LocalTeacher.offload` must be false with `quantization`, got true and {quantization}: quantised weights "
                 "stay on their device; choose one of the two"
             )
+        require(stop_mass in get_args(StopMass), "LocalTeacher.stop_mass", "own or sum", stop_mass)
+        self.stop_mass = stop_mass
         self.lazy, self.offload, self.quantization = lazy, offload, quantization
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
@@ -86,6 +95,10 @@ class LocalTeacher(Teacher):
         config = load_config(self.path, field, trust_remote_code=self.trust_remote_code)
         tokenizer = load_tokenizer(self.path, field, pad_token=pad, trust_remote_code=self.trust_remote_code)
         return [(tokenizer, config.get_text_config().vocab_size)]
+
+    def revision(self) -> str | None:
+        """Of the files; None where they are not safetensors."""
+        return weights_revision(self.path, f"{self.field}.path")
 
     @property
     def reader_config(self) -> Any:
@@ -196,8 +209,18 @@ class LocalTeacher(Teacher):
         wants = frozenset(want for name, want in SCORE_WANTS.items() if name in requires)
         policy = self._loaded()
         head = policy.head(rollout, own_template=True) if self._serves_states(requires) else None
-        scores: TokenScores = policy(rollout, temperature=temperature, wants=wants, own_template=True, head=head)
+        scores: TokenScores = policy(
+            rollout, temperature=temperature, wants=wants, own_template=True, head=head, stops=self._stops
+        )
         return scores if head is None else replace(scores, states=head.hidden)
+
+    @cached_property
+    def _stops(self) -> StopClass | None:
+        """What a stop token is scored with; None where that is its own mass."""
+        if self.stop_mass == "own":
+            return None
+        ((tokenizer, _),) = self.tokenizers()
+        return self._stop_class(self.path, tokenizer)
 
     def _serves_states(self, requires: frozenset[str]) -> bool:
         """Whether the update will ask for the head again; sharded ranks must run the same forwards, so they do."""

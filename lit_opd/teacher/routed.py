@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -11,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.errors import InputError
-from lit_opd.models.sharding import Placement, holds_shards
-from lit_opd.models.student import StudentSettings
-from lit_opd.scoring.model import ScoringModel
+from lit_opd.models.sharding import holds_shards
 from lit_opd.teacher.base import Teacher
+from lit_opd.teacher.several import SeveralTeachers
 from lit_opd.types import Rollout, TokenScores, TopK
 
 _NEEDS_ONE_HEAD = frozenset({"token_kl", "teacher_distribution"})
 
 
-class RoutedTeacher(Teacher):
+class RoutedTeacher(SeveralTeachers):
     """Each row is scored by the teacher its prompt names (``PromptBatch.teachers``, a column of the data).
 
     It provides what all of its teachers do, less the divergences over the full vocabulary: those need one output head.
@@ -52,24 +50,16 @@ class RoutedTeacher(Teacher):
         """What all of them can give, less what needs one head."""
         return frozenset.intersection(*(teacher.provides for teacher in self.named().values())) - _NEEDS_ONE_HEAD
 
-    def tokenizers(self) -> list[Any]:
-        """Those of every teacher."""
-        return [pair for teacher in self.named().values() for pair in teacher.tokenizers()]
+    @property
+    def list_size(self) -> int:
+        """Of the shortest list: longer ones are cut to it."""
+        return min(teacher.list_size for teacher in self.named().values())
 
-    def check(self, *, temperature: float, tokens: int | None) -> None:
-        """Check every teacher."""
-        for teacher in self.named().values():
-            teacher.check(temperature=temperature, tokens=tokens)
-
-    def check_student(self, settings: StudentSettings) -> None:
+    def ask_candidates(self, k: int) -> str | None:
         """Ask every teacher."""
-        for teacher in self.named().values():
-            teacher.check_student(settings)
-
-    def attach(self, student: ScoringModel) -> None:
-        """Tell every teacher."""
-        for teacher in self.named().values():
-            teacher.attach(student)
+        refused = [why for teacher in self.named().values() if (why := teacher.ask_candidates(k)) is not None]
+        self.takes_candidates = not refused
+        return refused[0] if refused else None
 
     def check_data(self, rows_by_teacher: dict[str | None, str]) -> None:
         """Every row of the data names one of the teachers."""
@@ -83,29 +73,6 @@ class RoutedTeacher(Teacher):
             "correct the data's teacher column (`data.teacher_column`) or add the teacher"
         )
 
-    def load(self, *, vocabulary: int) -> None:
-        """Load every teacher."""
-        for teacher in self.named().values():
-            teacher.load(vocabulary=vocabulary)
-
-    def shard(self, place: Placement) -> None:
-        """Shard every teacher."""
-        for teacher in self.named().values():
-            teacher.shard(place)
-
-    def load_sharded(self, place: Placement, *, vocabulary: int) -> None:
-        """Load and shard every teacher."""
-        for teacher in self.named().values():
-            teacher.load_sharded(place, vocabulary=vocabulary)
-
-    @contextmanager
-    def on_device(self, device: torch.device) -> Iterator[None]:
-        """All of them at once."""
-        with ExitStack() as stack:
-            for teacher in self.named().values():
-                stack.enter_context(teacher.on_device(device))
-            yield
-
     @torch.no_grad()
     def score(
         self, rollout: Rollout, *, temperature: float = 1.0, requires: frozenset[str] = frozenset()
@@ -115,13 +82,36 @@ class RoutedTeacher(Teacher):
         Raises:
             InputError: a row names no teacher, or one that is not here.
         """
+
+        def scored(teacher: Teacher, part: Rollout, rows: list[int]) -> TokenScores:
+            return teacher.score(part, temperature=temperature, requires=requires)
+
+        return self._by_teacher(rollout, scored)
+
+    @torch.no_grad()
+    def score_candidates(
+        self,
+        rollout: Rollout,
+        candidates: Tensor,
+        *,
+        temperature: float = 1.0,
+        requires: frozenset[str] = frozenset(),
+    ) -> TokenScores:
+        """As ``score``, with log-probs of ``candidates``, int64 [B, T, K]."""
+
+        def scored(teacher: Teacher, part: Rollout, rows: list[int]) -> TokenScores:
+            return teacher.score_candidates(part, candidates[rows], temperature=temperature, requires=requires)
+
+        return self._by_teacher(rollout, scored)
+
+    def _by_teacher(self, rollout: Rollout, score: Callable[[Teacher, Rollout, list[int]], TokenScores]) -> TokenScores:
+        """Every row as its own teacher scores it."""
         rows = self._rows_by_name(rollout)
         parts: list[tuple[Tensor, TokenScores]] = []
         for name, teacher in self.named().items():
             wanted = rows[name] or ([0] if holds_shards(teacher) else [])  # collectives must match those of other ranks
             if wanted:
-                part = rollout.rows(torch.tensor(wanted))
-                scores = teacher.score(part, temperature=temperature, requires=requires)
+                scores = score(teacher, rollout.rows(torch.tensor(wanted)), wanted)
                 if rows[name]:
                     parts.append((torch.tensor(wanted), scores))
         return _merged(parts, len(rollout))
@@ -150,8 +140,10 @@ def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
         values = [getattr(scores, field.name) for _, scores in parts]
         if any(value is None for value in values):
             continue
-        if field.name == "topk":
-            found["topk"] = TopK(spread([v.ids for v in values]), spread([v.logprobs for v in values]))
+        if isinstance(values[0], TopK):
+            shortest = min(lists.ids.shape[-1] for lists in values)
+            cut = [lists.first(shortest) for lists in values]
+            found[field.name] = TopK(spread([v.ids for v in cut]), spread([v.logprobs for v in cut]))
         else:
             found[field.name] = spread(values)
     return TokenScores(**found)

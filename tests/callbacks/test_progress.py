@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import re
+import termios
 import threading
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_log_file_gets_a_line_every_few_steps_with_the_numbers(folders):
     out = io.StringIO()
     run(folders, Progress(every=2, stream=out))
     lines = out.getvalue().splitlines()
-    pattern = r"step (\d)/4 \| [\d,]+ tokens/s \| KL -?\d+\.\d{3} \| truncated \d+% \| \d+ s left"
+    pattern = r"step (\d)/4 \| \d+ s left \| KL -?\d+\.\d{3} \| truncated \d+% \| [\d,]+ tokens/s"
     assert [re.fullmatch(pattern, line).group(1) for line in lines] == ["2", "4"]
 
 
@@ -43,8 +44,9 @@ def test_several_updates_a_batch_get_a_line_where_a_multiple_was_passed(folders,
 
 
 def test_a_terminal_gets_a_bar_with_phases_and_is_left_clean(folders):
-    """Written to the slave end of a pseudo terminal and read back from the master."""
+    """Written to the slave end of a narrow pseudo terminal and read back from the master."""
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 50))
     seen: list[bytes] = []
 
     def read() -> None:
@@ -63,7 +65,7 @@ def test_a_terminal_gets_a_bar_with_phases_and_is_left_clean(folders):
     reader.join(timeout=10)
     os.close(master)
     text = b"".join(seen).decode()
-    assert "training" in text and "4/4" in text and "tokens/s" in text
+    assert "training" in text and "4/4" in text and "s left" in text and "/…" not in text  # the count is never cut
     assert any(phase in text for phase in ("sampling", "scoring", "updating"))
     assert "a line of its own" in text and progress._bars is None
 

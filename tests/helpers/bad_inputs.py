@@ -24,7 +24,7 @@ from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.prompts.encoding import PromptEncoder, pad_token_id
 from lit_opd.prompts.sources import DataSource, read_prompts
 from lit_opd.rollout import LengthBudget, RatioStop, TransformersSampler, VLLMEngine, VLLMSampler
-from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
+from lit_opd.teacher import LocalTeacher, MixedTeacher, RemoteTeacher, RoutedTeacher
 from tests.helpers import tiny
 from tests.helpers.encoded import encode_prompts
 from tests.prompts.test_prompts import TEMPLATE, make_tokenizer
@@ -419,6 +419,8 @@ RANGES: list[tuple[Any, dict[str, list[Any]], dict[str, Any]]] = [
     (RatioStop, {"threshold": [0.0, 1.0, float("nan")], "chunk": [0]}, {}),
     (RemoteTeacher, {"rows_per_request": [0]}, {"urls": URLS, "tokenizer_path": "x"}),
     (RoutedTeacher, {"teachers": [{}]}, {}),
+    (MixedTeacher, {"weights": [[0.5], [0.5, 0.6], [1.5, -0.5], [float("nan")] * 2], "how": ["mean"]},
+     {"teachers": [LocalTeacher("x"), LocalTeacher("y")]}),
     (LocalTeacher, {"offload": [True]}, {"path": "x", "quantization": {"load_in_4bit": True}}),
     (ValidationSettings, {"samples": [-1], "max_new_tokens": [0], "batch_limit": [0]}, {}),
     (LoraSettings, {"rank": [0], "alpha": [0.0], "dropout": [1.0], "target_modules": [""]}, {}),

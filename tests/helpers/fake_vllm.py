@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import queue
 import ssl
@@ -13,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +75,8 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, path: str, *, model: str, window: int, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.causal_lm = AutoModelForCausalLM.from_pretrained(path)
+        self.max_logprobs = 64  # as ``--max-logprobs``
+        self.scores_ids = False  # whether the route of token ids is there, and knows chosen ids
         self.served_model, self.window = model, window
         self.lock = threading.Lock()
         self.faults: list[Fault] = []
@@ -114,12 +119,36 @@ class FakeServer(ThreadingHTTPServer):
             values.append(float(logprobs[token]))
         choice: dict[str, Any] = {"index": index, "finish_reason": "stop", "text": ""}
         if "prompt_logprobs" in body:
-            scored = self.logprobs(prompt)
-            pairs = [{str(token): {"logprob": float(scored[at, token])}} for at, token in enumerate(prompt[1:])]
-            choice["prompt_logprobs"] = [None, *pairs]
+            choice["prompt_logprobs"] = self._listed(prompt, body["prompt_logprobs"])
         if body.get("return_token_ids"):
             choice |= {"token_ids": ids[start:], "prompt_token_ids": prompt, "logprobs": {"token_logprobs": values}}
         return choice
+
+    def _listed(self, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
+        """As vLLM writes it: the position's own token first, then the k likeliest; each token once."""
+        entries: list[dict[str, Any] | None] = [None]
+        for row, own in zip(self.logprobs(prompt), prompt[1:], strict=False):
+            ranks = row.argsort(descending=True).argsort() + 1
+            tokens = dict.fromkeys([own, *row.topk(k).indices.tolist()])
+            entries.append(
+                {str(t): {"logprob": float(row[t]), "rank": int(ranks[t]), "decoded_token": f"t{t}"} for t in tokens}
+            )
+        return entries
+
+    @torch.no_grad()
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As ``/inference/v1/generate``."""
+        ids, settings = body["token_ids"], body["sampling_params"]
+        answer = {"model": body["model"], "choices": [{"index": 0, "token_ids": [EOS]}], "prompt_logprobs": None}
+        if settings.get("prompt_logprobs") is not None:
+            answer["prompt_logprobs"] = self._listed(ids, settings["prompt_logprobs"])
+        start, chosen = settings["prompt_logprob_start"], settings["prompt_logprob_token_ids"]
+        assert len(chosen) == len(ids) - 1 - start
+        rows = self.logprobs(ids)[start : start + len(chosen)]
+        values = io.BytesIO()
+        numpy.save(values, rows.gather(-1, torch.tensor(chosen)).numpy())
+        answer["prompt_token_id_logprobs"] = base64.b64encode(values.getvalue()).decode()
+        return answer
 
     def load_adapter(self, name: str, path: str) -> None:
         """A copy of the model with the adapter of a PEFT folder."""
@@ -208,6 +237,11 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             fault = server.faults.pop(0) if server.faults else server.always
         rows = server.causal_lm.config.vocab_size
+        if self.path == "/inference/v1/generate":
+            return self.generated(fault, body)
+        if (wanted := body.get("prompt_logprobs", 0)) > server.max_logprobs:
+            said = f"Requested prompt logprobs of {wanted}, which is greater than max allowed: {server.max_logprobs}"
+            return self.reply(json.dumps({"error": {"message": said}}).encode(), 400)
         if any(token >= rows for prompt in body["prompt"] for token in prompt):
             return self.reply(b'{"error": {"message": "Token id is out of vocabulary"}}', 400)
         if fault is None or not fault(server, self, body):
@@ -216,6 +250,18 @@ class _Handler(BaseHTTPRequestHandler):
                 if body["model"] not in (server.served_model, *server.adapters):
                     return self.reply(b'{"error": {"message": "The model does not exist"}}', 404)
                 data = json.dumps(server.complete(body)).encode()
+            self.reply(data)
+
+    def generated(self, fault: Fault | None, body: dict[str, Any]) -> None:
+        server = self.server
+        if not server.scores_ids:
+            return self.reply(b'{"error": {"message": "Scale-out endpoints are disabled"}}', 403)
+        if any(len(row) > server.max_logprobs for row in body["sampling_params"]["prompt_logprob_token_ids"]):
+            return self.reply(b'{"error": {"message": "Set max_logprobs (--max-logprobs)"}}', 400)
+        if fault is None or not fault(server, self, body):
+            with server.lock:
+                server.requests += 1
+                data = json.dumps(server.generate(body)).encode()
             self.reply(data)
 
 
@@ -269,7 +315,7 @@ def changed(change: Callable[[dict], Any]) -> Fault:
     """The right answer after ``change``."""
 
     def fault(server: FakeServer, handler: Any, body: dict) -> bool:
-        answer = server.complete(body)
+        answer = server.generate(body) if "token_ids" in body else server.complete(body)
         change(answer)
         handler.reply(json.dumps(answer).encode())
         return True

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_opd import __main__ as command
 from lit_opd import shipped
@@ -154,6 +156,27 @@ def test_a_config_is_found_by_its_name_unless_a_file_is_here(tmp_path, monkeypat
     assert shipped.with_config_files(["fit", "--config"]) == ["fit", "--config"]
     (tmp_path / "quickstart").write_text("seed_everything: 1")
     assert shipped.with_config_files(["--config", "quickstart"]) == ["--config", "quickstart"]
+
+
+def test_the_list_tells_what_runs_by_itself_from_what_is_laid_over_it(capsys):
+    """A config with a model of its own runs by itself; the list fits 80 columns and cuts no sentence."""
+    configs.run([])
+    out = capsys.readouterr().out
+    listed = set(re.findall(r"^  (\S+)$", out.split("laid over")[0], flags=re.M))
+    whole = {
+        name
+        for name in shipped.config_names()
+        if "student" in yaml.safe_load(shipped.config_file(name).read_text()).get("model", {})
+    }
+    assert listed == whole and "recipes/opsd" in whole and "weighting/uniform" not in whole
+    assert max(map(len, out.splitlines())) <= 80
+    assert "The embedded task on two cores" in out
+
+
+def test_a_file_of_the_package_is_shown_as_such():
+    inside = str(shipped.PACKAGE / "testbed/assets/train.jsonl")
+    assert shipped.shown_path(inside) == "lit_opd/testbed/assets/train.jsonl"
+    assert shipped.shown_path("data/train.jsonl") == "data/train.jsonl" and shipped.shown_path("org/name") == "org/name"
 
 
 def test_a_path_into_the_package_is_the_package_s_own_unless_it_is_here(tmp_path, monkeypatch):

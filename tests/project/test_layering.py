@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors"},
     "shipped": set(),
     "one_name": set(),
-    "prompts": {"types", "errors", "answers", "streams", "distributed", "hub"},
+    "prompts": {"types", "errors", "answers", "streams", "distributed", "hub", "shipped"},
     "models": {"errors", "files", "distributed", "hub"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},

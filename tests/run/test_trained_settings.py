@@ -13,6 +13,7 @@ import yaml
 from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.runs import read_run
 from lit_opd.errors import InputError
+from lit_opd.rollout import TransformersSampler
 from lit_opd.run.trained_settings import (
     GROUPS,
     TrainedSettings,
@@ -21,7 +22,9 @@ from lit_opd.run.trained_settings import (
     settings_of,
     trained_settings,
 )
+from lit_opd.teacher import RemoteTeacher
 
+LOADED = (RemoteTeacher, TransformersSampler)  # as in a run, whose classes are loaded
 CONFIG: dict[str, Any] = {
     "seed_everything": 7,
     "trainer": {"max_steps": 4},
@@ -68,6 +71,7 @@ WEIGHTING = {"class_path": "lit_opd.weighting.Uniform", "init_args": {}}
         ("data", {"data__template_options": {}}),
         ("sampler", {"model__sampler__init_args__max_new_tokens": 9}),
         ("sampler", {"model__sampler__init_args__temperature": 0.7}),  # a setting that one side has only
+        ("models", {"model__teacher__init_args__stop_mass": "sum"}),  # one side has it, not at its default
         ("seed", {"seed_everything": 8}),
     ],
 )
@@ -88,6 +92,8 @@ def test_a_change_is_refused_until_its_group_is_named(group, changes):
         {"model__student__gradient_checkpointing": True},
         {"model__teacher__init_args__urls": ["http://b"]},  # a server that started anew elsewhere
         {"model__sampler__init_args__top_k": None},  # an option that came with a later version, off
+        {"model__teacher__init_args__stop_mass": "own"},  # the same, at a default that is not nothing
+        {"model__sampler__init_args__temperature": 1.0},
     ],
 )
 def test_what_changes_no_weight_is_no_change(changes):

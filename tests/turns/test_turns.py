@@ -57,7 +57,7 @@ def sampled(kind: str, policy: Any, environment: Environment | None = None, **op
 
 def turns_of(rollout: Rollout, row: int) -> list[list[int]]:
     """Ids of a row, cut where sampled and observed tokens meet."""
-    read = (rollout.mask | rollout.observed)[row]
+    read = rollout.read[row]
     ids, mine = rollout.response_ids[row][read].tolist(), rollout.mask[row][read].tolist()
     cuts = [0, *(place for place in range(1, len(ids)) if mine[place] != mine[place - 1]), len(ids)]
     return [ids[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
@@ -102,9 +102,11 @@ def test_turns_lengths_rewards_and_reasons_say_what_happened(conversations):
         mine = [len(part) for part in parts[::2]]
         assert conversations.turn_lengths[row][: len(mine)].tolist() == mine
         assert int(conversations.turn_lengths[row].sum()) == int(conversations.lengths[row]) == sum(mine)
-        read = (conversations.mask | conversations.observed)[row]
+        read = conversations.read[row]
         turn = [place // 2 + place % 2 for place, part in enumerate(parts) for _ in part]
-        assert conversations.turn[row][read].tolist() == turn and not (conversations.mask & conversations.observed).any()
+        assert (
+            conversations.turn[row][read].tolist() == turn and not (conversations.mask & conversations.observed).any()
+        )
         answered = sum(part[-1] in STOPS for part in parts[::2])
         assert float(conversations.reward[row].nan_to_num()) == 0.5 * answered
         assert finish[row] == (stop if answered == 3 else length)
@@ -148,7 +150,7 @@ def test_greedy_answers_are_greedy_in_every_turn(policy, engine):
     assert int(rollout.num_turns.max()) == 3
     logits = policy.causal_lm
     for row in range(len(rollout)):
-        read = (rollout.mask | rollout.observed)[row]
+        read = rollout.read[row]
         ids = rollout.prompts.ids[row][rollout.prompts.mask[row]].tolist() + rollout.response_ids[row][read].tolist()
         start = int(rollout.prompts.mask[row].sum())
         best = logits(torch.tensor([ids])).logits[0].argmax(-1).tolist()
@@ -421,9 +423,7 @@ def test_cutting_joining_and_saving_keep_every_token(policy, tmp_path):
     rollout = sampled("decode", policy)
     whole = policy(rollout).logprobs
     parts = [rollout.take([row]).trimmed() for row in (3, 1, 4)]
-    assert [part.mask.shape[1] for part in parts] == [
-        int((rollout.mask | rollout.observed)[row].sum()) for row in (3, 1, 4)
-    ]
+    assert [part.mask.shape[1] for part in parts] == [int(rollout.read[row].sum()) for row in (3, 1, 4)]
     again = Rollout.joined(parts)
     for place, row in enumerate((3, 1, 4)):
         gap = policy(again).logprobs[place] - whole[row][: again.mask.shape[1]]

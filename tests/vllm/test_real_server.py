@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_opd.errors import InputError
 from lit_opd.models import LoraSettings
 from lit_opd.rollout import AdapterEndpoint, ReloadEndpoint, RestartCommand, SamplingSettings, VLLMSampler
 from lit_opd.scoring.model import ScoringModel
@@ -59,6 +60,35 @@ def test_scores_samples_and_new_weights_agree_with_transformers(folders, rows, t
         assert (drawn.sampler_logprobs - old).abs().max() > 1.0  # the weights are other ones
         with pytest.raises(Exception, match="400.*out of vocabulary"):
             sampler.check(tokens=64, vocabulary=65)
+    finally:
+        server.kill()
+
+
+def test_lists_and_chosen_tokens_agree_with_transformers(folders, rows, tmp_path):
+    """The lists of K, what is above --max-logprobs, and the student's own tokens where this vLLM scores chosen ones."""
+    server = servers.RealServer(folders[0], tmp_path / "server.log", flags=("--enable-scale-out",))
+    server.start()
+    try:
+        settings = {"start_seconds": servers.START_SECONDS}
+        teacher = RemoteTeacher([server.url], folders[0], top_k=20, **settings)
+        teacher.check(temperature=1.0, tokens=63)
+        with torch.no_grad():
+            head = ScoringModel(AutoModelForCausalLM.from_pretrained(folders[0]), vocabulary=64).head(rows)
+        table = head.logits(slice(None), 1.0).log_softmax(-1)
+        best = table.topk(20)
+        found = teacher.score(rows, requires=frozenset({"teacher_topk"})).topk
+        assert torch.equal(found.ids[rows.mask], best.indices)
+        assert torch.allclose(found.logprobs[rows.mask], best.values, atol=TOLERANCE, rtol=0)
+        with pytest.raises(InputError, match="`model.teacher.top_k` must be at most.*got 65.*max allowed: 64"):
+            teacher._check_lists(65, 63)
+        why = teacher.ask_candidates(8)
+        if why is not None:  # the first model runner, which CPUs get
+            assert "model runner" in why
+            return
+        chosen = torch.randint(0, 64, (*rows.mask.shape, 8), generator=torch.Generator().manual_seed(0))
+        scores = teacher.score_candidates(rows, chosen)
+        wanted = table.gather(-1, chosen[rows.mask])
+        assert torch.allclose(scores.candidates.logprobs[rows.mask], wanted, atol=TOLERANCE, rtol=0)
     finally:
         server.kill()
 

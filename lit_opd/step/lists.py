@@ -1,0 +1,27 @@
+"""Where an objective that compares distributions reads lists of the teacher's likeliest tokens in place of its output head."""
+
+from __future__ import annotations
+
+from lit_opd.objective.base import Whose
+from lit_opd.step.recipe import Recipe
+from lit_opd.teacher.base import Teacher
+
+HEAD, LISTS = "teacher_distribution", "teacher_topk"
+
+
+def whose_lists(recipe: Recipe, teacher: Teacher) -> Whose | None:
+    """Whose likeliest tokens the teacher's lists hold; None where the objective reads no lists."""
+    objective = recipe.objective
+    if HEAD not in objective.requires or HEAD in teacher.provides or LISTS not in teacher.provides:
+        return None
+    return None if objective.list_size is None else objective.whose_list(asked=teacher.takes_candidates)
+
+
+def asked_of(recipe: Recipe, teacher: Teacher) -> frozenset[str]:
+    """What the teacher's ``score`` is asked for: all that is required, lists in place of a head that is not there."""
+    whose = whose_lists(recipe, teacher)
+    if whose is None:
+        return recipe.required
+    others = (part.requires for part in recipe.parts if part is not recipe.objective)
+    own = recipe.objective.requires - {HEAD} | ({LISTS} if whose == "teacher" else set())
+    return own.union(*others)
