@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "nothing but the position": (
         "#1f5fa8",
         ("Uniform", "Constant", "FirstFraction", "LastFraction", "RandomFraction", "FirstTokens", "LinearDecay")
-        + ("Geometric", "AnnealedPrefixWeight", "AnnealedPrefixMask", "LateRising"),
+        + ("Geometric", "AnnealedPrefixWeight", "AnnealedPrefixMask", "LateRising", "AfterObservation"),
     ),
     "log-probs of student and teacher": (
         "#b8500c",
@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "entropies": ("#2f7d32", ("FiRe", "TIP", "EntropyGate")),
     "other strategies (combinators)": (
         "#7a3b9a",
-        ("Product", "SequenceMeanOne", "BatchMeanOne", "Reversed", "Shuffled"),
+        ("Product", "SequenceMeanOne", "BatchMeanOne", "PerTurn", "TurnBalanced", "Reversed", "Shuffled"),
     ),
 }
 

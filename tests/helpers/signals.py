@@ -26,10 +26,12 @@ def random_field(name: str, shape: tuple[int, ...], generator: torch.Generator) 
 
 
 def random_signal(mask: Tensor, *, seed: int = 0, dtype: torch.dtype = torch.float64, step: int = 3) -> TokenSignal:
-    """A signal with every optional field but top-k lists, on ``mask`` (bool [B, T]); row keys 100, 101, ..."""
+    """A signal of three turns with every optional field but top-k lists, on ``mask`` (bool [B, T]); row keys 100, 101, ..."""
     generator = torch.Generator().manual_seed(seed)
     content = {name: random_field(name, tuple(mask.shape), generator).to(dtype) for name in FLOAT_FIELDS}
-    return TokenSignal(mask=mask, row_keys=100 + torch.arange(len(mask)), step=step, **content)
+    columns = mask.shape[1]
+    turn = (3 * torch.arange(columns) // max(columns, 1)).expand(mask.shape)
+    return TokenSignal(mask=mask, row_keys=100 + torch.arange(len(mask)), step=step, turn=turn, **content)
 
 
 def holey_mask(rows: int, columns: int, *, seed: int = 0) -> Tensor:
@@ -68,6 +70,8 @@ def padded(signal: TokenSignal, left: int, right: int, value: float) -> TokenSig
     """The signal with masked columns on both sides that hold ``value``."""
     sides = (left, right)
     content = {n: torch.nn.functional.pad(getattr(signal, n), sides, value=value) for n in FLOAT_FIELDS}
+    if signal.turn is not None:
+        content["turn"] = torch.nn.functional.pad(signal.turn, sides, value=-7)
     return replace(signal, mask=torch.nn.functional.pad(signal.mask, sides, value=False), **content)
 
 

@@ -123,7 +123,7 @@ def test_weights_ignore_extra_padding(strategy):
 def test_holes_in_the_mask_count_for_nothing(strategy):
     signal = random_signal(holey_mask(8, 23))
     order = signal.mask.int().argsort(dim=-1, descending=True, stable=True)
-    squeezed = replace(signal, **{n: getattr(signal, n).gather(1, order) for n in (*FLOAT_FIELDS, "mask")})
+    squeezed = replace(signal, **{n: getattr(signal, n).gather(1, order) for n in (*FLOAT_FIELDS, "mask", "turn")})
     weights, kept = outputs(strategy, signal)
     squeezed_weights, squeezed_kept = outputs(strategy, squeezed)
     assert_close(weights.gather(1, order), squeezed_weights)
