@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from lit_opd.errors import InputError
 from lit_opd.prompts.layouts import Message
 from lit_opd.prompts.special_tokens import Part, SpecialTokens
-from lit_opd.prompts.tools import tool_names
+from lit_opd.prompts.tools import first_called
 
 Tools = Sequence[Mapping[str, Any]] | None  # JSON schemas
 
@@ -24,6 +24,9 @@ _SHIFTED = re.compile("[\U000f0000-\U000fffff]")
 _MARKS = range(0xE000, 0xF8FF)  # private-use characters, of which one that occurs nowhere marks those of the prompt
 _KEPT = 64  # conversations of different roles that are remembered
 _REPLY = "zqreply7xw"
+_PROBE_TOOL: dict[str, Any] = {
+    "name": "zqtool5xw", "description": "zqword1xw", "parameters": {"type": "object", "properties": {}, "required": []},
+}  # fmt: skip
 _ENOUGH = 0.5  # share of a text's words that must be found where its characters cannot be followed
 
 
@@ -148,6 +151,24 @@ class Template:
         skeleton = other.skeleton(roles)
         return skeleton is None or word in skeleton.text.lower()
 
+    @cached_property
+    def shows_tools(self) -> bool:
+        """The name of a tool is in the text; True where the template refuses our words."""
+        return self._shows([{"role": "user", "content": "zqword0xw"}], [{"type": "function", "function": _PROBE_TOOL}])
+
+    @cached_property
+    def shows_calls(self) -> bool:
+        """Likewise the name of a tool that an earlier answer called."""
+        call = {"type": "function", "function": {"name": _PROBE_TOOL["name"], "arguments": {}}}
+        asked, heard = ({"role": role, "content": "zqword0xw"} for role in ("user", "tool"))
+        return self._shows([asked, {"role": "assistant", "content": "", "tool_calls": [call]}, heard], None)
+
+    def _shows(self, messages: list[Message], tools: Tools) -> bool:
+        try:
+            return str(_PROBE_TOOL["name"]) in self.render(messages, tools=tools).lower()
+        except Exception:  # a template is a program of the tokenizer's author and may raise anything
+            return True
+
     def _error(self, where: str, what: str) -> InputError:
         return InputError(
             f"{where}: {self.name} {what}; give another template (`template_options: {{chat_template: ...}}` or the "
@@ -194,8 +215,10 @@ class Template:
         Raises:
             InputError: a part of a content is not there.
         """
-        if lost := next((name for name in tool_names(messages, tools) if name not in text), None):
-            raise self._error(where, f"does not render the tool {lost!r}")
+        if tools and not self.shows_tools:
+            raise self._error(where, f"does not render the tool {tools[0]['function']['name']!r}")
+        if (called := first_called(messages)) is not None and not self.shows_calls:
+            raise self._error(where, f"does not render the call of {called!r}")
         asked = [message["content"].strip() for message in messages if message["role"] != "assistant"]
         if all(content in text for content in asked):
             return None

@@ -74,10 +74,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {**kept, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
-def tool_names(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """Of all tools, and of all that are called."""
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    return [str(part["function"]["name"]) for part in (*(tools or ()), *calls)]
+def first_called(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name of the first tool that is called, None where none is."""
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    return next((str(call["function"]["name"]) for call in calls), None)
 
 
 def texts_beside(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> Iterator[str]:

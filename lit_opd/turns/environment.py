@@ -80,6 +80,13 @@ class Environment(ABC):
         None  # JSON schemas that prompts are rendered with, where a row names none
     )
 
+    def check(self) -> None:  # noqa: B027
+        """What can be checked before a run.
+
+        Raises:
+            InputError: it cannot be played here.
+        """
+
     def reset(self, row: DataRow) -> Messages:
         """The messages that a conversation begins with.
 

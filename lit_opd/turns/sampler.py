@@ -144,13 +144,14 @@ class TurnsSampler(Sampler):
         self.sampler.prepare(student, weights_version)
 
     def attach(self, tokenizer: Any, encoder: Any | None) -> None:
-        """The chat template can render what the environment answers.
+        """The chat template can render what the environment answers, and the environment works.
 
         Raises:
             InputError: it cannot.
         """
         self._following = Following(encoder or PromptEncoder(tokenizer))
         self._following.check(self.environment.role)
+        self.environment.check()
 
     # -- the conversation --------------------------------------------------------------------------------------------
 

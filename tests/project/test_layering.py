@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
     "rollout": {"types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
-    "turns": {"types", "errors", "distributed", "prompts", "rollout"},
+    "turns": {"types", "errors", "answers", "distributed", "prompts", "rollout"},
     "teacher": {"types", "errors", "models", "scoring", "servers"},
     "advantage": {"types", "errors", "masked"},
     "weighting": {"types", "errors", "masked", "streams", "distributed"},
@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
     },
-    "testbed": {"errors", "files", "shipped", "prompts"},
+    "testbed": {"errors", "files", "shipped", "prompts", "turns"},
     "cli": {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "rollout", "run", "preflight", "module",
         "report", "compare",
