@@ -146,7 +146,7 @@ def tokenizers(run: PlannedRun) -> Finding:
 
 def data(run: PlannedRun) -> Finding:
     """Every source can be read, rendered and leaves prompts."""
-    run.data.use_tokenizer(run.module.tokenizer)
+    run.data.use_tokenizer(run.module.tokenizer).use_sampler(run.module.sampler)
     run.data.trainer = run.trainer
     with _messages(_DATA_LOGGER) as said:
         run.data.setup("fit")

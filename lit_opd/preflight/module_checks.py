@@ -82,7 +82,7 @@ def check_before(
         check_checkpoint(ckpt_path, trainer.strategy, training=training)
     _ = module.vocabulary, module.stop_ids
     if data is not None:
-        data.use_tokenizer(module.tokenizer)
+        data.use_tokenizer(module.tokenizer).use_sampler(module.sampler)
         data.trainer = trainer
         data.setup("fit")
     check_run(module, data)

@@ -126,6 +126,7 @@ class PromptDataModule(LightningDataModule):
         self.tokenizer_path, self.pad_token, self.keep_rows = tokenizer, pad_token, keep_rows
         self.may_differ = False  # from the checkpoint's data, where a run goes on and was told so
         self._tokenizers: tuple[Any | None, Any | None] = (None, None)  # what `use_tokenizer` was given
+        self._sampler: Any = None  # what `use_sampler` was given
         self._forget()
 
     def _forget(self) -> None:
@@ -142,6 +143,13 @@ class PromptDataModule(LightningDataModule):
         """Tokenise with these objects before those of the settings; other ones forget what was set up with the last."""
         if self._tokenizers[0] is not tokenizer or self._tokenizers[1] is not teacher_tokenizer:
             self._tokenizers = (tokenizer, teacher_tokenizer)
+            self._forget()
+        return self
+
+    def use_sampler(self, sampler: Any) -> PromptDataModule:
+        """Make of each row what this sampler asks for: its columns (``reads_rows``), and the ``tools`` that prompts show."""
+        if self._sampler is not sampler:
+            self._sampler = sampler
             self._forget()
         return self
 
@@ -190,9 +198,10 @@ class PromptDataModule(LightningDataModule):
         )
 
     def _sampler_has(self, name: str) -> Any:
-        """An attribute of the trainer's sampler; None without one."""
+        """An attribute of the sampler given to ``use_sampler``, else of the trainer's; None without one."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(getattr(module, "sampler", None), name, None)
+        sampler = getattr(module, "sampler", None) if self._sampler is None else self._sampler
+        return getattr(sampler, name, None)
 
     def _both_tokenizers(self) -> tuple[Any, Any | None]:
         student = self._found_tokenizer(self._tokenizers[0], self.tokenizer_path, "tokenizer")
