@@ -24,7 +24,7 @@ _PLACES = {
         "DecodeSampler", "LengthBudget", "RatioStop", "Sampler", "SamplingSettings", "TransformersSampler", "VLLMEngine",
         "VLLMSampler",
     ),
-    "lit_opd.turns": ("Answer", "Environment", "Episode", "Response", "TurnsSampler"),
+    "lit_opd.turns": ("Answer", "Environment", "Episode", "PythonTool", "Response", "Tool", "ToolEnvironment", "TurnsSampler"),
     "lit_opd.advantage": ("AdvantageTransform",),
     "lit_opd.weighting": ("ImportanceWeighting", "Uniform", "WeightingStrategy"),
     "lit_opd.objective": ("Divergence", "Objective", "PolicyLoss"),
