@@ -19,11 +19,14 @@ _PLACES = {
     "lit_opd.module": ("OPDModule",),
     "lit_opd.models.student": ("LoraSettings", "StudentSettings"),
     "lit_opd.prompts": ("PromptDataModule",),
-    "lit_opd.teacher": ("CachedTeacher", "LocalTeacher", "MixedTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher"),
+    "lit_opd.teacher": (
+        "AlignedTeacher", "CachedTeacher", "LocalTeacher", "MixedTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher",
+    ),
     "lit_opd.rollout": (
         "DecodeSampler", "LengthBudget", "RatioStop", "ReplaySampler", "Sampler", "SamplingSettings", "TransformersSampler",
         "VLLMEngine", "VLLMSampler",
     ),
+    "lit_opd.turns": ("Answer", "Environment", "Episode", "Response", "TurnsSampler"),
     "lit_opd.advantage": ("AdvantageTransform",),
     "lit_opd.weighting": ("ImportanceWeighting", "Uniform", "WeightingStrategy"),
     "lit_opd.objective": ("Divergence", "Likelihood", "Objective", "PolicyLoss"),

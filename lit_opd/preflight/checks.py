@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
+from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.module_checks import (
@@ -48,6 +49,7 @@ from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
 from lit_opd.run.lightning import callbacks_of
 from lit_opd.servers.client import Servers
+from lit_opd.teacher import AlignedTeacher
 
 Status = Literal["ok", "warning", "error"]
 _STATES: tuple[Status, ...] = ("ok", "warning", "error")
@@ -147,7 +149,8 @@ def tokenizers(run: PlannedRun) -> Finding:
 
 def data(run: PlannedRun) -> Finding:
     """Every source can be read, rendered and leaves prompts."""
-    run.data.use_tokenizer(run.module.tokenizer)
+    own = own_tokenizer(run.module, run.data)
+    run.data.use_tokenizer(run.module.tokenizer, own).use_sampler(run.module.sampler)
     run.data.trainer = run.trainer
     with _messages(_DATA_LOGGER) as said:
         run.data.setup("fit")
@@ -181,6 +184,21 @@ def stop_ids(run: PlannedRun) -> Finding:
     for warning in stop_warnings(run.module):
         return _split("warning", warning)
     return Finding("ok", f"a response ends at {names}, for the teacher too")
+
+
+def alignment(run: PlannedRun) -> Finding:
+    """A teacher with another tokenizer scores enough of the tokens."""
+    found = check_aligned(run.module, run.data)
+    own = run.module.teacher
+    if found is None or not isinstance(own, AlignedTeacher):
+        return Finding("ok", "student and teacher have the same tokens")
+    scored, total = found
+    ends = {own.prompt_tokenizer.convert_ids_to_tokens(own.aligner.roles[stop]) for stop in run.module.stop_ids}
+    return Finding(
+        "ok",
+        f"the teacher would score {scored} of the first prompts' {total} tokens (chunks: {own.chunks}); its end of turn is "
+        + ", ".join(sorted(map(repr, ends))),
+    )
 
 
 def signals(run: PlannedRun) -> Finding:
@@ -351,6 +369,7 @@ CHECKS: dict[str, Check] = {
     "data": data,
     "chat template": templates,
     "stop ids": stop_ids,
+    "alignment": alignment,
     "signals": signals,
     "batch": batch,
     "context window": window,

@@ -25,17 +25,24 @@ from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimiz
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
-from lit_opd.scoring.model import TOP_K
 from lit_opd.shipped import program
 from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import LocalTeacher, MixedTeacher, Teacher
 from lit_opd.teacher.self_teacher import self_teachers
+from lit_opd.types import LIST_LENGTH
 
 FLOAT32 = 4  # bytes
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
 HEAD_READERS = frozenset({"teacher_entropy", "teacher_topk", "token_kl", "teacher_distribution"})
-_STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")
+_STATISTICS = (
+    "student_entropy",
+    "student_topk",
+    "teacher_entropy",
+    "teacher_topk",
+    "student_at_teacher_topk",
+    "token_kl",
+)
 
 
 def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
@@ -119,7 +126,7 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
 def _listed(recipe: Recipe, teacher: Teacher) -> int:
     """Entries a token of the lists that are kept."""
     asked = asked_of(recipe, teacher)
-    sizes = {"teacher_topk": teacher.list_size, "student_topk": TOP_K}
+    sizes = {"teacher_topk": teacher.list_size, "student_topk": LIST_LENGTH}
     chosen = recipe.objective.list_size if whose_lists(recipe, teacher) == "student" else None
     return sum(size for name, size in sizes.items() if name in asked) + (chosen or 0)
 

@@ -32,10 +32,12 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
             torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift, held,
+            record.rollout.mask, mask if record.chunks is None else record.chunks.lengths,
         )]
     )  # fmt: skip
     (
         tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift, held,
+        valid, aligned,
     ) = all_sum(sums).unbind()  # fmt: skip
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
     found = {
@@ -51,6 +53,8 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     found |= _of_replay(record)
     if record.skipped:
         found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
+    if record.chunks is not None:
+        found["train/aligned_fraction"] = aligned / valid.clamp(min=1)
     return found | {
         "train/tokens": sampled,
         "train/truncated_fraction": cut / rows,
@@ -80,6 +84,42 @@ def _of_replay(record: StepRecord) -> dict[str, Tensor]:
     }
 
 
+def turn_scalars(record: StepRecord) -> dict[str, Tensor]:
+    """What an environment adds, over all ranks, one collective; nothing where responses are one turn.
+
+    Returns:
+        scalars by metric name; the reward is NaN where no row has one.
+    """
+    rollout, reasons = record.rollout, record.finish_reason
+    if rollout.turn is None or rollout.observed is None:
+        return {}
+    reward = torch.full_like(reasons, math.nan, dtype=torch.float32) if rollout.reward is None else rollout.reward
+    known = ~reward.isnan()
+    failed, cut = (reasons == int(reason) for reason in (FinishReason.ENVIRONMENT, FinishReason.TURNS))
+    ones = torch.ones_like(reasons)
+    values = (
+        rollout.num_turns,
+        rollout.mask,
+        rollout.observed,
+        reward.nan_to_num(),
+        known,
+        failed,
+        cut,
+        ones,
+        rollout.mask.any(-1),
+    )
+    sums = all_sum(torch.stack([value.double().sum() for value in values]))
+    turns, sampled, observed, reward, known, failed, cut, rows, trained = sums.unbind()
+    return {
+        "train/turns": turns / trained.clamp(min=1),
+        "train/turn_length": sampled / turns.clamp(min=1),
+        "train/observed_tokens": observed,
+        "train/environment_failed_fraction": failed / rows.clamp(min=1),
+        "train/turns_cut_fraction": cut / rows.clamp(min=1),
+        "train/reward": reward / known,
+    }
+
+
 def logged(
     record: StepRecord,
     *,
@@ -90,6 +130,7 @@ def logged(
     length_budget: int | None,
     stops_early: bool,
     engine_seconds: Mapping[str, float],
+    weights_behind: int | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a training step logs, float64 scalars on the host by metric name: counts stay exact, and one transfer
     serves every logger and callback.
@@ -102,13 +143,17 @@ def logged(
         max_new_tokens: the sampler's.
         length_budget: tokens a response might have at this step, None without a budget.
         stops_early: something ends responses before ``max_new_tokens``.
+        weights_behind: optimizer steps that the weights which sampled had not seen, None for a sampler that reads the student.
         engine_seconds: what a sampler with an engine of its own spent since the step before, by name.
     """
     values: dict[str, Any] = {
         "train/loss": torch.full_like(loss, math.nan) if record.skipped else loss,
         "train/skipped_steps": skipped_steps,
         **scalars(record),
+        **turn_scalars(record),
     }
+    if weights_behind is not None:
+        values["train/weights_behind"] = weights_behind
     if length_budget is not None:
         values["train/length_budget"] = length_budget
     if stops_early:

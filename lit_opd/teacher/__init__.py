@@ -1,5 +1,6 @@
 """The frozen teacher that scores sampled tokens."""
 
+from lit_opd.teacher.aligned import AlignedTeacher
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.base_model import BaseModelTeacher
 from lit_opd.teacher.cached import CachedTeacher
@@ -10,6 +11,7 @@ from lit_opd.teacher.routed import RoutedTeacher
 from lit_opd.teacher.self_teacher import SelfTeacher
 
 __all__ = [
+    "AlignedTeacher",
     "BaseModelTeacher",
     "CachedTeacher",
     "LocalTeacher",

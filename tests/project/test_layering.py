@@ -18,6 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "types": {"errors", "masked"},
     "files": {"errors"},
     "distributed": {"errors"},
+    "lists": {"types"},
+    "batchwise": {"masked", "distributed"},
     "hub": {"errors"},
     "shipped": set(),
     "one_name": set(),
@@ -27,9 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "servers": {"errors", "distributed"},
     "saved_steps": {"types", "errors", "files"},
     "rollout": {"saved_steps", "types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
+    "turns": {"types", "errors", "answers", "distributed", "prompts", "rollout"},
     "teacher": {"types", "errors", "distributed", "models", "scoring", "servers"},
-    "advantage": {"types", "errors", "masked"},
-    "weighting": {"types", "errors", "masked", "streams", "distributed"},
+    "advantage": {"types", "errors", "masked", "batchwise"},
+    "weighting": {"types", "errors", "masked", "streams", "distributed", "lists", "batchwise"},
     "objective": {"types", "errors", "masked", "scoring"},
     "step": {
         "types", "errors", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
@@ -41,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
         "objective", "step", "evaluation", "run",
     },
     "module": {
-        "types", "errors", "distributed", "models", "scoring", "rollout", "teacher", "advantage", "weighting", "objective",
+        "types", "errors", "distributed", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "weighting",
+        "objective",
         "step", "evaluation", "run", "preflight",
     },
     "report": {"saved_steps", "types", "errors", "files", "shipped", "masked", "evaluation"},
@@ -49,14 +53,14 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
     },
-    "testbed": {"errors", "files", "shipped", "prompts"},
+    "testbed": {"errors", "files", "shipped", "prompts", "turns"},
     "cli": {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "rollout", "run", "preflight", "module",
         "report", "compare",
     },
     "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {
-        "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
+        "types", "errors", "files", "distributed", "lists", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
     "__main__": {"errors", "shipped", "callbacks", "cli", "sweep"},
 }  # fmt: skip

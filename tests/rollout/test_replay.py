@@ -22,7 +22,7 @@ from lit_opd.objective import Divergence, Likelihood, PolicyLoss
 from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.prompts.encoding import row_key
 from lit_opd.report.replay import load_record, save_record
-from lit_opd.rollout import DecodeSampler, ReplaySampler, SamplingSettings
+from lit_opd.rollout import DecodeSampler, ReplaySampler, SamplingSettings, VLLMSampler
 from lit_opd.rollout.base import TextFacts
 from lit_opd.step.recipe import WarmUp
 from lit_opd.step.scalars import scalars
@@ -366,6 +366,10 @@ def test_rollouts_of_a_replay_are_saved_with_who_sampled_them(folders, rows, sav
         ({"unknown_sampler": "one"}, "`ReplaySampler.unknown_sampler` must be refuse or as_student, got 'one'"),
         ({"missing": "skip"}, "`ReplaySampler.missing` must be error or sample, got 'skip'"),
         ({"paths": []}, "`ReplaySampler.paths` must be at least one file or folder"),
+        (
+            {"fresh": VLLMSampler(["http://a"], ahead=1)},
+            "`ReplaySampler.fresh.ahead` must be 0: part of a batch cannot be .*, got 1",
+        ),
         ({"fresh": ReplaySampler("x")}, "`ReplaySampler.fresh` must be a sampler that samples, got 'ReplaySampler'"),
     ],
 )
