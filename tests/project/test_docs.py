@@ -250,6 +250,31 @@ def reference_answers(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
+def test_answers_that_predict_wrote_are_replayed(tmp_path):
+    """The page's first command with fewer rows, then its run on them; other prompts are sampled."""
+    quick = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--run_dir", str(tmp_path / "answers")]
+    rows = ROOT / "lit_opd" / "testbed" / "assets"
+    small = ["--data.val", str(rows / "train.jsonl"), "--data.val_limit", "16", "--data.val_batch", "16"]
+    main(default_callbacks, ["predict", *quick, "--model.student.path", str(rows / "teacher"), *small])
+    settings = [
+        "--model.sampler.paths",
+        str(tmp_path / "answers" / "predictions.jsonl"),
+        "--model.sampler.missing",
+        "sample",
+    ]
+    words = [
+        "--config",
+        str(ROOT / "configs" / "recipes" / "replay.yaml"),
+        "--run_dir",
+        str(tmp_path / "run"),
+        *settings,
+    ]
+    words += ["--model.warmup", "null", "--trainer.max_steps", "1", "--data.val_limit", "4", "--wandb.mode", "disabled"]
+    main(default_callbacks, ["fit", *words])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
 @pytest.mark.parametrize("name", ["opsd", "sdft", "replay"])
 def test_every_recipe_trains_a_step(name, tmp_path):
     """As it stands, on the embedded task, with smaller batches; its command is on line 1 and its page names it."""

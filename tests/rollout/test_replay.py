@@ -25,6 +25,7 @@ from lit_opd.report.replay import load_record, save_record
 from lit_opd.rollout import DecodeSampler, ReplaySampler, SamplingSettings, VLLMSampler
 from lit_opd.rollout.base import TextFacts
 from lit_opd.step.recipe import WarmUp
+from lit_opd.step.scalars import scalars
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 from lit_opd.weighting.uniform import Uniform
@@ -318,6 +319,29 @@ def test_a_warm_up_imitates_then_learns_from_the_teacher_and_resumes_exactly(fol
         InputError, match="`model.sampler.paths` must hold what the checkpoint .*--allow_change sampler"
     ):
         fixed.fit(warming(folders, texts), rows.prompts, steps=5, load=half)
+
+
+def test_metrics_tell_old_rows_from_new_ones(folders, rows, old, saved, texts):
+    """By slow sums; NaN where there is nothing to compare."""
+    near = replace(rows, sampler_logprobs=torch.full_like(rows.sampler_logprobs, -2.0))
+    module = fixed.module(folders, rows, weighting=Uniform(), sampler=replaying(saved, near, on_policy_fraction=0.5))
+    record = fixed.fit(module, rows.prompts).records[0]
+    found, signal = scalars(record), record.signal
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    for row in range(6):
+        is_old = bool(record.rollout.replayed.old[row])
+        b = old.sampler_logprobs.float() if is_old else near.sampler_logprobs
+        for t in range(int(record.rollout.lengths[row])):
+            gaps[is_old].append(abs(float(signal.student_logprobs[row, t]) - float(b[row, t])))
+    assert found["train/replayed_fraction"] == 0.5
+    assert float(found["train/replay_gap"]) == pytest.approx(sum(gaps[True]) / len(gaps[True]), rel=1e-6)
+    assert float(found["train/sampler_gap"]) == pytest.approx(sum(gaps[False]) / len(gaps[False]), rel=1e-6)
+    assert found["train/tokens"] == len(gaps[False])  # sampled now
+    told = fixed.module(folders, rows, weighting=Uniform(), sampler=replaying(texts, rows), objective=Likelihood())
+    found = scalars(fixed.fit(told, rows.prompts).records[0])
+    assert found["train/replayed_fraction"] == 1.0 and math.isnan(
+        found["train/replay_gap"] + found["train/sampler_gap"]
+    )
 
 
 def test_rollouts_of_a_replay_are_saved_with_who_sampled_them(folders, rows, saved, tmp_path):
