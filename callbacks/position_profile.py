@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_opd.distributed import gather_objects, rank, world_size
 from lit_opd.errors import InputError
 from lit_opd.files import append_lines, drop_lines_after
+from lit_opd.lists import is_list_length, overlap, overlap_advantage, teacher_mass
 from lit_opd.report.profile import BinnedProfile, ProfileWindow, Scale
 from lit_opd.report.profile_history import ProfileHistory
 from lit_opd.report.profile_sums import (
@@ -26,7 +27,7 @@ from lit_opd.report.profile_sums import (
     token_quantities,
 )
 from lit_opd.run.tracking import Allowance, crossed, log_media, log_numbers, log_pictures, wandb_runs
-from lit_opd.types import StepRecord
+from lit_opd.types import LIST_LENGTH, StepRecord
 
 FILE = "profile.jsonl"
 PICTURES = "pictures"
@@ -48,6 +49,8 @@ class PositionProfile(Callback):
             is logged too.
         pictures_share: drawing on the way is put off while it would take more than this share of the training time (a set
             takes seconds, a tiny model's step too); None for no limit.
+        lists: leading entries of student's and teacher's lists of likely tokens that are compared; None for no comparison. It
+            makes a run compute both lists, and needs a teacher that gives its own.
     Raises:
         InputError: a value outside its range.
     """
@@ -61,16 +64,19 @@ class PositionProfile(Callback):
         length: int | None = None,
         pictures_every: int | None = 10,
         pictures_share: float | None = 0.01,
+        lists: int | None = None,
     ) -> None:
         self.every, self.bins, self.scale = every, bins, scale
         self.relative_bins, self.length = relative_bins, length
-        self.pictures_every, self.pictures_share = pictures_every, pictures_share
+        self.pictures_every, self.pictures_share, self.lists = pictures_every, pictures_share, lists
         for name in ("every", "bins", "relative_bins", "length", "pictures_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`PositionProfile.{name}` must be >= 1, got {value}")
         if scale not in ("linear", "log"):
             raise InputError(f"`PositionProfile.scale` must be 'linear' or 'log', got {scale!r}")
+        if lists is not None and not is_list_length(lists):
+            raise InputError(f"`PositionProfile.lists` must be an integer in [1, {LIST_LENGTH}] or null, got {lists!r}")
         self.metric: PositionProfileSums | None = None
         self.history = ProfileHistory()
         self._now: ProfileWindow | None = None
@@ -81,6 +87,11 @@ class PositionProfile(Callback):
         self._restored: dict[str, Any] | None = None
         self._drawing = Allowance(pictures_share)
         self._reads_advantage = True
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Optional fields of the signal that it reads; the run computes them."""
+        return frozenset({"student_topk", "teacher_topk"} if self.lists else ())
 
     # -- the run's life ----------------------------------------------------------------------------------------------
 
@@ -161,8 +172,8 @@ class PositionProfile(Callback):
     def add(self, record: StepRecord) -> None:
         """Add one rollout batch to the window; no host synchronisation."""
         assert self.metric is not None
-        turn = record.signal.turn
-        self.metric.update(record_quantities(record), mask=record.signal.mask, kept=record.kept, turn=turn)
+        values, turn = record_quantities(record, lists=self.lists), record.signal.turn
+        self.metric.update(values, mask=record.signal.mask, kept=record.kept, turn=turn)
         self._pending += 1
 
     def _close_window(self, trainer: Trainer, step: int) -> None:
@@ -248,8 +259,8 @@ class PositionProfile(Callback):
         self._restored = state_dict
 
 
-def record_quantities(record: StepRecord) -> dict[str, Tensor]:
-    """Quantity -> [B, T] of ``PROFILE_QUANTITIES``; entropies only where the run computes them."""
+def record_quantities(record: StepRecord, *, lists: int | None = None) -> dict[str, Tensor]:
+    """Quantity -> [B, T] of ``PROFILE_QUANTITIES``; entropies only where the run computes them, lists where asked for."""
     signal = record.signal
     found = token_quantities(
         mask=signal.mask,
@@ -264,6 +275,11 @@ def record_quantities(record: StepRecord) -> dict[str, Tensor]:
         value = getattr(signal, name)
         if value is not None:
             found[name] = value
+    if lists is not None:
+        assert signal.student_topk is not None and signal.teacher_topk is not None  # required
+        both = signal.student_topk, signal.teacher_topk
+        found["list_overlap"], found["list_teacher_mass"] = overlap(*both, lists), teacher_mass(*both, lists)
+        found["list_advantage"] = overlap_advantage(*both, lists)
     return found
 
 

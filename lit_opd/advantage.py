@@ -10,11 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from lit_opd.batchwise import extremes, least_likely
 from lit_opd.errors import InputError, require
 from lit_opd.masked import masked_values, return_to_go
 from lit_opd.types import TokenSignal
@@ -27,6 +28,11 @@ class AdvantageTransform(ABC):
     def requires(self) -> frozenset[str]:
         """Optional ``TokenSignal`` fields it reads; they are computed only when named here."""
         return frozenset()
+
+    @property
+    def scope(self) -> Literal["sequence", "batch"]:
+        """Either "sequence", or "batch" when A' depends on other rows: then no micro-batch is cut before it."""
+        return "sequence"
 
     @property
     def is_baseline(self) -> bool:
@@ -220,6 +226,134 @@ class ValueBaseline(AdvantageTransform):
         """A + KL, [B, T] nats."""
         assert signal.token_kl is not None  # required above
         return advantage + signal.token_kl
+
+
+class RewardFloor(AdvantageTransform):
+    """A' = max(A, log(strength) / (1 - strength)): no token is punished without bound.
+
+    Source: REOPOLD, arXiv 2603.11137, read in two public re-implementations (see the weighting ``REOPOLD``). The floor is -2.56
+    nats at 0.1; 1 would be the limit -1.
+
+    Args:
+        strength: the paper's lambda, in (0, 1); smaller clips less.
+    Raises:
+        ValueError: strength outside (0, 1).
+    """
+
+    def __init__(self, strength: float = 0.1) -> None:
+        self.strength = strength
+        require(0.0 < strength < 1.0, f"{type(self).__name__}.strength", "in (0, 1)", strength)
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """max(A, floor), [B, T] nats."""
+        return advantage.clamp(min=math.log(self.strength) / (1.0 - self.strength))
+
+
+class InfluenceShrinkage(AdvantageTransform):
+    """Shrinks the advantages that would lower the student's entropy.
+
+        D_t  = sum_v p_v^2 (log p_v + H) - p_y (log p_y + H),   p the student's distribution at t, H its entropy
+        A'_t = A_t where A_t D_t >= 0, else A_t abs(q_t - p_t)/(q_t + p_t)
+
+    A_t D_t is the first-order change of the entropy under a step on the logits. The sum runs over the student's list, whose end
+    leaves out less than 1/32^2 a token.
+
+    Source: IDA-OPD, reported in arXiv 2608.29846; D as a public recipe has it, which agrees with the derivative of the entropy.
+    """
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The student's list and its entropy."""
+        return frozenset({"student_topk", "student_entropy"})
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """A, smaller where it contracts, [B, T] nats."""
+        assert signal.student_topk is not None and signal.student_entropy is not None  # required above
+        logp, entropy = signal.student_topk.logprobs.double(), signal.student_entropy.double()
+        terms = torch.where(logp > -torch.inf, (2 * logp).exp() * (logp + entropy.unsqueeze(-1)), 0.0)
+        own = signal.student_logprobs.double()
+        direction = terms.sum(-1) - own.exp() * (own + entropy)
+        shrink = (signal.log_ratio.abs() / 2).tanh()  # abs(q - p) / (q + p)
+        return torch.where(advantage * direction >= 0, advantage, advantage * shrink)
+
+
+class NullAdvantage(AdvantageTransform):
+    """A' = value on every token: the control without a teacher.
+
+    What it still does is push every sampled token down (for a value below 0), the unlikely ones furthest in logits: it sharpens
+    the student. What a run with a teacher gains must be compared with this. The teacher is asked all the same, because the run
+    measures disagreement; nothing of it reaches the loss unless the weighting reads it.
+
+    Source: arXiv 2608.31046, fixed mode, read in its published code (repository DripNowhy/On-Policy-Self-Adaptation, ``opsa.py``
+    at commit ebebe09), which trains the 20 % least likely tokens only: the weighting ``LeastLikely``.
+
+    Args:
+        value: nats, not 0.
+    Raises:
+        ValueError: 0, or no finite number.
+    """
+
+    def __init__(self, value: float = -0.5) -> None:
+        self.value = value
+        require(math.isfinite(value) and value != 0, f"{type(self).__name__}.value", "a finite number, not 0", value)
+
+    @property
+    def replaces(self) -> bool:
+        """Reads nothing."""
+        return True
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """``value`` everywhere, [B, T] nats."""
+        return torch.full_like(advantage, self.value)
+
+
+class EntropyNull(AdvantageTransform):
+    """A' from the student's entropy alone, on the tokens it found least likely: the other control without a teacher.
+
+        A'_t = high + (low - high) (H_t - min H)/(max H - min H) on the max(1, floor(fraction N)) lowest s_t of the batch's N
+               tokens, minimum and maximum over these; ``low`` where all are equal; 0 on all other tokens
+
+    Source: arXiv 2608.31046, entropy mode, read as for ``NullAdvantage``. The other tokens stay in the denominator unless the
+    weighting is ``LeastLikely`` with the same fraction, as in the source. Scope "batch".
+
+    Args:
+        low: nats, at the highest entropy.
+        high: nats, at the lowest; low < high < 0.
+        fraction: of the batch's tokens, in (0, 1].
+    Raises:
+        ValueError: a parameter out of its range.
+    """
+
+    def __init__(self, low: float = -1.0, high: float = -0.5, fraction: float = 0.2) -> None:
+        self.low, self.high, self.fraction = low, high, fraction
+        name = type(self).__name__
+        require(math.isfinite(high) and high < 0, f"{name}.high", "a finite number < 0", high)
+        require(math.isfinite(low) and low < high, f"{name}.low", f"a finite number < high = {high:g}", low)
+        require(0.0 < fraction <= 1.0, f"{name}.fraction", "in (0, 1]", fraction)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The student's entropy."""
+        return frozenset({"student_entropy"})
+
+    @property
+    def scope(self) -> Literal["sequence", "batch"]:
+        """Ranks tokens of all rows."""
+        return "batch"
+
+    @property
+    def replaces(self) -> bool:
+        """Reads the student only."""
+        return True
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """Between low and high on the chosen tokens, else 0, [B, T] nats."""
+        assert signal.student_entropy is not None and signal.row_keys is not None  # required above; the record fills it
+        chosen = least_likely(signal.student_logprobs, signal.mask, signal.row_keys, self.fraction)
+        smallest, largest = extremes(signal.student_entropy[chosen])
+        width = largest - smallest
+        rank = torch.where(width > 0, (signal.student_entropy - smallest) / torch.where(width > 0, width, 1.0), 1.0)
+        return torch.where(chosen, self.high + (self.low - self.high) * rank, 0.0)
 
 
 class ReadsTokens(Protocol):

@@ -29,14 +29,23 @@ from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, unus
 from lit_opd.models.weights import StudentWeights
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.preflight.module_checks import check_run, check_settings
+from lit_opd.prompts.loading import looking_ahead
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
-from lit_opd.run.lightning import attached_trainer, bound_waits, device_mesh, log_agreed, log_now, validate_now
+from lit_opd.run.lightning import (
+    attached_trainer,
+    bound_waits,
+    device_mesh,
+    log_agreed,
+    log_now,
+    observers,
+    validate_now,
+)
 from lit_opd.run.module_state import ModuleState, trained_modules
 from lit_opd.run.optimizer_state import OptimizerFactory, SchedulerFactory, by_number
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.optimisation import LightningOptimisation
-from lit_opd.step.recipe import Recipe, Truncated, apply_truncated, progress
+from lit_opd.step.recipe import Recipe, Truncated, WarmUp, apply_truncated, progress, total_steps
 from lit_opd.step.sampler_gap import SamplerGap
 from lit_opd.step.scalars import logged
 from lit_opd.step.scores import Scores, student_signal
@@ -84,6 +93,8 @@ class OPDModule(L.LightningModule):
         reference: a third frozen model, for what reads its log-probs (``RewardExtrapolation``); usually the initial student.
         length_budget: ends training responses earlier than the sampler's ``max_new_tokens``; None for no budget.
         rollout_stop: ends training responses where the teacher has left them; None for no such end.
+        warmup: trains on saved responses for the first steps, with an objective of its own; needs a ``ReplaySampler``. None for
+            none.
         max_skipped_steps: rollout batches in a row that may hold a NaN or Inf before the run stops; such a batch changes no
             weight, see docs/reliability.md. 0 stops at the first.
     Raises:
@@ -112,6 +123,7 @@ class OPDModule(L.LightningModule):
         length_budget: LengthBudget | None = None,
         max_skipped_steps: int = 3,
         rollout_stop: RatioStop | None = None,
+        warmup: WarmUp | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -131,6 +143,7 @@ class OPDModule(L.LightningModule):
         self.validation = validation or ValidationSettings()
         self.evaluator = Evaluator(self.validation)
         self.seed, self.length_budget, self.rollout_stop = seed, length_budget, rollout_stop
+        self.warmup = warmup
         self.skips, self.budget, self.state = Skips(max_skipped_steps), TokenBudget(), ModuleState()
         self.gap = self._new_gap()
         self.longest_row: int | None = None  # tokens of a prompt and response, once the data is known
@@ -149,7 +162,19 @@ class OPDModule(L.LightningModule):
             aggregation=self.aggregation,
             mini_batches=self.mini_batches,
             epochs=self.epochs,
+            observers=observers(self),
         )
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """All that is learned in the run, one phase after the other."""
+        recipe = self.recipe
+        return [recipe] if self.warmup is None else [self.warmup.recipe(recipe), recipe]
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the coming batch belongs to the warm-up."""
+        return self.warmup is not None and self.global_step < self.warmup.steps
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -161,6 +186,11 @@ class OPDModule(L.LightningModule):
             pad_token=settings.pad_token,
             trust_remote_code=settings.trust_remote_code,
         )
+
+    @property
+    def teacher_tokenizer(self) -> Any:
+        """The tokenizer of the prompts that the teacher reads, where it has another; else None."""
+        return self.teacher.prompt_tokenizer
 
     @cached_property
     def student_config(self) -> Any:
@@ -215,16 +245,20 @@ class OPDModule(L.LightningModule):
     @property
     def progress(self) -> float:
         """Training progress p in [0, 1] of the coming optimizer step."""
+        return progress(step=self.global_step, **self._length)
+
+    @property
+    def _length(self) -> dict[str, Any]:
+        """Of the run, as ``progress`` and ``total_steps`` read it."""
         trainer = self.trainer
         batches = trainer.estimated_stepping_batches if trainer.max_steps < 0 else 0
-        return progress(
-            step=self.global_step, max_steps=trainer.max_steps, batches=batches, updates=self.recipe.updates
-        )
+        return {"max_steps": trainer.max_steps, "batches": batches, "updates": self.recipe.updates}
 
     # -- Lightning: before the run -----------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Every check that needs no weights, for those who call the trainer themselves."""
+        self.sampler.forget_ahead()
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self.skips.folder = Path(self.trainer.default_root_dir) / FOLDER
@@ -259,14 +293,20 @@ class OPDModule(L.LightningModule):
             scorer.attach(student)
             scorer.know_longest_row(longest)
             scorer.know_stop_ids(self.stop_ids)
+            scorer.know_tokenizer(self.tokenizer)
             if place is not None and mesh is not None:
                 scorer.load_sharded(place, vocabulary=self.vocabulary)
                 continue
             scorer.load(vocabulary=self.vocabulary)
             if place is not None:
                 scorer.shard(place)
-        self.state.teachers = revisions(self.scorers.values())
+        self.state.revisions = self._revisions()
         student.eval()
+
+    def _revisions(self) -> dict[str, str]:
+        """What a run that goes on must find as it was: files of frozen models, and saved responses."""
+        found, saved = revisions(self.scorers.values()), self.sampler.revision()
+        return found if saved is None else {**found, "model.sampler.paths": saved}
 
     def _note_student(self, adapters: frozenset[str] | None) -> None:
         """What checkpoints will hold: all weights, of a student with adapters those and the mark of the base."""
@@ -297,13 +337,14 @@ class OPDModule(L.LightningModule):
         Returns:
             {"loss": scalar, "step": ``StepRecord``}.
         """
-        clock, settings = Clock(), self.training_settings()
+        clock, settings, before = Clock(), self.training_settings(), self.global_step
         with clock("sampling"):
             self.phase("sampling", 0, 1)
             sampled = self._sample(prompts, settings)
+            self._sample_ahead()
             update = self._update(apply_truncated(sampled, self.truncated))
         record = update.run(sampled, clock)
-        self._log_step(update.loss, record, settings)
+        self._log_step(update.loss, record, settings, behind=before - sampled.provenance.weights_version)
         return {"loss": update.loss, "step": record}
 
     def _sample(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
@@ -311,10 +352,19 @@ class OPDModule(L.LightningModule):
         with reads_along, memory_for("sampling", "lower `data.prompt_batch` or `model.sampler.max_new_tokens`"):
             return self.generate(prompts, settings)
 
+    def _sample_ahead(self) -> None:
+        """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
+        step = self.global_step + self.recipe.updates
+        if self.sampler.ahead and step < total_steps(**self._length):
+            coming = looking_ahead(self.trainer.train_dataloader).coming()
+            self.sampler.begin(coming, self.training_settings(step))
+
     def _update(self, rollout: Rollout) -> Update:
         """The optimizer steps that a rollout batch will make."""
         assert self.student is not None
-        recipe, temperature = self.recipe, self.sampler.temperature
+        older = self.sampler.ahead and rollout.provenance.weights_version != self.global_step
+        compares = self.gap.bound is not None or not older  # older weights explain a gap of any size
+        recipe, temperature = self.recipes[0] if self.warms_up else self.recipe, self.sampler.temperature
         return Update(
             recipe,
             Scores(self.student, self.scorers, recipe, rollout, temperature=temperature, step=self.global_step),
@@ -325,7 +375,7 @@ class OPDModule(L.LightningModule):
             self.phase,
             skips=self.skips,
             progress=self.progress,
-            gap=self.gap,
+            gap=self.gap if compares else None,
         )
 
     @property
@@ -338,7 +388,7 @@ class OPDModule(L.LightningModule):
         own = self.sampler
         return SamplerGap(own.max_logprob_gap, top_p=own.top_p, top_k=own.top_k, in_process=own.in_process)
 
-    def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings) -> None:
+    def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings, *, behind: int) -> None:
         values = logged(
             record,
             loss=loss,
@@ -347,6 +397,7 @@ class OPDModule(L.LightningModule):
             max_new_tokens=self.sampler.max_new_tokens,
             length_budget=settings.max_new_tokens if self.length_budget is not None else None,
             stops_early=self.length_budget is not None or self.rollout_stop is not None,
+            weights_behind=None if self.sampler.in_process else behind,
             engine_seconds=self.sampler.seconds.take() if self.sampler.seconds is not None else {},
         )
         self.log_dict(values, logger=False)
@@ -375,12 +426,17 @@ class OPDModule(L.LightningModule):
         with gathered(self.student) if read_here else nullcontext():
             return self.sampler.sample(self.student, prompts, settings)
 
-    def training_settings(self) -> SamplingSettings:
-        """Those of a training rollout at this step: as ``sampling_settings``, within the length budget and the stop."""
-        changes: dict[str, Any] = {}
+    def training_settings(self, step: int | None = None) -> SamplingSettings:
+        """Those of a training rollout: as ``sampling_settings``, within the length budget and the stop.
+
+        Args:
+            step: optimizer steps made before it is trained on, default those made so far.
+        """
+        step = self.global_step if step is None else step
+        changes: dict[str, Any] = {"step": step, "replay": "all" if self.warms_up else "some"}
         if self.length_budget is not None:
-            tokens = self.length_budget.tokens(self.progress)
-            changes = {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}
+            tokens = self.length_budget.tokens(progress(step=step, **self._length))
+            changes |= {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}
         if self.rollout_stop is not None:
             changes["stop"] = self.rollout_stop.watching(self.teacher.reader())
         return self.sampling_settings(**changes)
@@ -407,6 +463,8 @@ class OPDModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Measure the start of a new run; of one that goes on, make the validation that its checkpoint was saved before."""
         self.gap = self._new_gap()
+        if self.sampler.ahead:
+            looking_ahead(self.trainer.train_dataloader)
         for teacher in self_teachers(self.scorers).values():
             teacher.begin()
         if self.state.take_due(self, at_start=self.validation.before_training):
@@ -484,6 +542,9 @@ class OPDModule(L.LightningModule):
         whole, at_start = is_sharded(self.student), self.validation.before_training
         self.state.save(self, checkpoint, whole=whole, at_start=at_start)
         checkpoint["self_teachers"] = {name: part.state() for name, part in self_teachers(self.scorers).items()}
+        ahead = self.sampler.ahead_state()
+        if ahead is not None:
+            checkpoint["sampled_ahead"] = ahead
         checkpoint["skipped_steps"] = self.skips.total
         checkpoint["halved_token_budget"] = self.budget.state()
 
@@ -492,6 +553,8 @@ class OPDModule(L.LightningModule):
         self.state.load(checkpoint)
         for name, part in self_teachers(self.scorers).items():
             part.restore(checkpoint.get("self_teachers", {}).get(name))
+        if "sampled_ahead" in checkpoint:
+            self.sampler.restore_ahead(checkpoint["sampled_ahead"], self.sampling_settings())
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
         self.budget.restore(checkpoint.get("halved_token_budget", [None, None]), self.token_budget)
 

@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_opd.errors import InputError
-from lit_opd.masked import at_least_float32
+from lit_opd.masked import at_least_float32, segment_sums
+
+LIST_LENGTH = 32  # K: entries of a top-k list, fewer where the vocabulary has fewer
 
 
 class FinishReason(IntEnum):
@@ -259,6 +261,27 @@ _ROLLOUT_DTYPES = {
 
 
 @dataclass(frozen=True, eq=False)
+class Replayed(_Record):
+    """Which rows of a rollout were not sampled now, see ``ReplaySampler``.
+
+    Args:
+        old: bool [B], True on those.
+        known: bool [B], False where nobody knows the sampler's log-probs: they are 0, and the student's stand for them in the
+            signal.
+        weights_version: int64 [B], optimizer steps the weights had seen that sampled the row, -1 where that is not known.
+    """
+
+    old: Tensor
+    known: Tensor
+    weights_version: Tensor
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("old", torch.bool), ("known", torch.bool), ("weights_version", torch.int64)):
+            self._require_dtype(name, dtype)
+            self._require_shape(name, tuple(self.old.shape[:1]), like="`old`")
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout(_Record):
     """Responses the student sampled.
 
@@ -270,7 +293,9 @@ class Rollout(_Record):
         finish_reason: int8 [B] of ``FinishReason``.
         provenance: engine, temperature, top-p, top-k and weights version.
         teacher_logprobs: [B, T] nats, 0 where masked, where the teacher scored the tokens while they were sampled, else None.
-        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again; None where none was.
+        drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again or none was sampled now;
+            None where these are the response's.
+        replayed: which rows were not sampled now; None where all were. The provenance is that of the others.
         observed: bool [B, T], True on what an environment answered between two turns: every model reads these tokens, nothing
             scores or trains them. None for responses of one turn; then holes of the mask are read by nobody.
         turn: int64 [B, T], 0-based turn of each sampled token, and of an observed one that of the turn it opens; 0 on padding.
@@ -286,6 +311,7 @@ class Rollout(_Record):
     provenance: Provenance
     teacher_logprobs: Tensor | None = None
     drawn: Tensor | None = None
+    replayed: Replayed | None = None
     observed: Tensor | None = None
     turn: Tensor | None = None
     reward: Tensor | None = None
@@ -304,6 +330,8 @@ class Rollout(_Record):
             self._require_shape(name, shape, like="`response_ids`")
         for name, dtype in _ROLLOUT_DTYPES.items():
             self._require_dtype(name, dtype)
+        if self.replayed is not None and len(self.replayed.old) != shape[0]:
+            raise InputError(f"`Rollout.replayed` must have one entry a row ({shape[0]}), got {len(self.replayed.old)}")
         if (self.observed is None) != (self.turn is None):
             raise InputError("`Rollout.observed` and `turn` must be given together")
         for name in ("sampler_logprobs", "teacher_logprobs"):
@@ -472,6 +500,32 @@ class TopK(_Record):
 
 
 @dataclass(frozen=True, eq=False)
+class Chunks(_Record):
+    """Neighbouring tokens that a teacher with another tokenizer scores together; its log-prob stands at the last of them.
+
+    Args:
+        lengths: int64 [B, T], tokens of the chunk that ends here, 1 for a token that is scored alone; 0 where none ends.
+        longest: at least the largest of them.
+    """
+
+    lengths: Tensor
+    longest: int = 1
+
+    @property
+    def ends(self) -> Tensor:
+        """bool [B, T], True where a chunk ends: what of the teacher's scores is one."""
+        return self.lengths > 0
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of [B, T] over each chunk where it ends, 0 elsewhere; differentiable."""
+        return segment_sums(values, self.lengths, longest=self.longest)
+
+    def columns(self, count: int) -> Chunks:
+        """Those of the leading columns."""
+        return replace(self, lengths=self.lengths[:, :count])
+
+
+@dataclass(frozen=True, eq=False)
 class TokenScores(_Record):
     """What a policy says of given tokens; optional fields are None unless they were asked for.
 
@@ -479,19 +533,23 @@ class TokenScores(_Record):
         logprobs: [B, T] nats, 0 where masked.
         entropy: [B, T] nats, full vocabulary, 0 where masked.
         topk: the K likeliest tokens.
+        listed: [B, T, K] nats, log-probs of tokens that were listed by another model.
         token_kl: [B, T] nats, KL(this || teacher) over the full vocabulary, 0 where masked.
         divergence: [B, T] nats, what a ``Divergence`` objective minimises, with gradient, 0 where masked.
         states: [N, H] hidden states of the N valid tokens, row by row, from which a frozen model makes its head again.
         candidates: log-probs of tokens that were asked for by id.
+        chunks: where a teacher with another tokenizer has a score, which is 0 elsewhere; None where every token has one.
     """
 
     logprobs: Tensor
     entropy: Tensor | None = None
     topk: TopK | None = None
+    listed: Tensor | None = None
     token_kl: Tensor | None = None
     divergence: Tensor | None = None
     states: Tensor | None = None
     candidates: TopK | None = None
+    chunks: Chunks | None = None
 
 
 _LOGPROB_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs")
@@ -516,6 +574,8 @@ class TokenSignal(_Record):
         token_kl: [B, T] nats, KL(student || teacher) over the full vocabulary.
         student_topk: the student's likeliest tokens.
         teacher_topk: the teacher's likeliest tokens.
+        student_at_teacher_topk: [B, T, K] nats, the student's log-probs of ``teacher_topk.ids``.
+        token_ids: int64 [B, T], the sampled tokens.
         turn: int64 [B, T], 0-based turn of each token; None where a response is one turn.
         reward: float32 [B], of the row, NaN where it has none; None without rewards.
         validate: check that valid tokens have finite values (one host synchronisation).
@@ -537,6 +597,8 @@ class TokenSignal(_Record):
     token_kl: Tensor | None = None
     student_topk: TopK | None = None
     teacher_topk: TopK | None = None
+    student_at_teacher_topk: Tensor | None = None
+    token_ids: Tensor | None = None
     turn: Tensor | None = None
     reward: Tensor | None = None
     validate: bool = field(default=True, repr=False)
@@ -555,7 +617,8 @@ class TokenSignal(_Record):
             self._set("row_keys", torch.arange(len(self.mask), device=self.mask.device))
         for name in ("row_keys", "reward"):
             self._require_shape(name, tuple(self.mask.shape[:1]), like="the rows")
-        self._require_shape("turn", tuple(self.mask.shape), like="`mask`")
+        for name in ("token_ids", "turn"):
+            self._require_shape(name, tuple(self.mask.shape), like="`mask`")
         if self.validate:
             self._require_finite()
 
@@ -610,6 +673,7 @@ class StepRecord(_Record):
         skipped: True where a value was not finite and the batch's steps, or the rest of them, were not made: no token is in
             ``kept``, and what was not finite is 0 in the signal.
         response_tokens: int64 scalar, as ``sampled_tokens`` without what was cut off; None where that is the same.
+        chunks: of a teacher with another tokenizer: the signal is that of chunks, each at its last token; None: of tokens.
     """
 
     rollout: Rollout
@@ -626,6 +690,7 @@ class StepRecord(_Record):
     seconds: dict[str, float]
     skipped: bool = False
     response_tokens: Tensor | None = None
+    chunks: Chunks | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

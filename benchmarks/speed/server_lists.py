@@ -5,7 +5,8 @@
 
 Without a server the answers are made up in the form of vLLM 0.32 (an entry has log-prob, rank and decoded token; ids below
 151,936, tokens of 1 to 8 letters), and only their reading is timed: from the bytes to tensors, as ``RemoteTeacher`` does it.
-With ``--url`` the answers are the server's, and the seconds are whole requests, one after the other.
+With ``--url`` the answers are the server's, and the seconds are whole requests, one after the other: its forward pass, the
+network and the reading.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import httpx
 import numpy
 import torch
 
+from lit_opd.servers.client import COMPLETIONS
 from lit_opd.teacher import RemoteTeacher
 from lit_opd.teacher.answers import asked_logprobs
-from lit_opd.teacher.remote import _read
+from lit_opd.teacher.remote import _body, _read
 from lit_opd.types import PromptBatch, Provenance, Rollout
 
 VOCABULARY, TOKENS, REPEATS = 151_936, 2048, 5
@@ -97,8 +100,10 @@ def of_server(url: str, tokenizer: str, tokens: int) -> None:
     for k in SIZES:
         teacher = RemoteTeacher([url], tokenizer, top_k=k or None)
         teacher.check(temperature=1.0, tokens=tokens + 1)
+        body = {"model": teacher.servers.model, **_body(ids.tolist(), k)}
+        answer = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=600.0).raise_for_status()
         seconds = best(partial(teacher.score, rollout, requires=teacher.provides))
-        print(f"| likeliest | {k} | | {1e6 * seconds / tokens:.1f} |")
+        print(f"| likeliest | {k} | {len(answer.content) / tokens:,.0f} | {1e6 * seconds / tokens:.1f} |", flush=True)
 
 
 def main() -> None:

@@ -45,12 +45,23 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "log-probs of student and teacher": (
         "#b8500c",
-        ("ImportanceWeighting", "PrefixRatioTilt", "WindowedPrefixRatio", "TeacherConfidence", "TrustRegion", "DASH"),
+        ("ImportanceWeighting", "PrefixRatioTilt", "WindowedPrefixRatio", "TeacherConfidence", "TrustRegion", "DASH")
+        + ("DIALOPD", "SparseTokens", "LeastLikely", "FiReRows"),
     ),
-    "entropies": ("#2f7d32", ("FiRe", "TIP", "EntropyGate")),
+    "entropies": ("#2f7d32", ("FiRe", "TIP", "EntropyGate", "REOPOLD")),
+    "lists of likely tokens": ("#8c1d40", ("CDD", "PruneOPD", "SelecTKD", "TAOPD", "PGT", "IEROPD")),
     "other strategies (combinators)": (
         "#7a3b9a",
-        ("Product", "SequenceMeanOne", "BatchMeanOne", "PerTurn", "TurnBalanced", "Reversed", "Shuffled"),
+        (
+            "Product",
+            "SequenceMeanOne",
+            "BatchMeanOne",
+            "PerTurn",
+            "TurnBalanced",
+            "Reversed",
+            "Shuffled",
+            "MatchedCurve",
+        ),
     ),
 }
 
@@ -77,18 +88,25 @@ class Panel:
 
 @torch.no_grad()
 def real_signal(config: dict[str, Any], *, rows: int, seed: int) -> TokenSignal:
-    """Log-probs and entropies of student and teacher on the student's own responses, [B, T] nats."""
+    """Log-probs, entropies and lists of student and teacher on the student's own responses, [B, T] nats."""
     path, new_tokens = config["model"]["student"]["path"], config["model"]["sampler"]["init_args"]["max_new_tokens"]
     tokenizer = load_tokenizer(path, "model.student.path")
     student, teacher = load_policy(path), load_policy(config["model"]["teacher"]["init_args"]["path"])
     prompts = held_out(config["data"] | {"val_batch": rows, "val_limit": rows}, tokenizer)
     rollout = sample(student, prompts, tokenizer, path, new_tokens=new_tokens, seed=seed)
-    ours, theirs = (policy(rollout, wants=frozenset({"entropy"})) for policy in (student, teacher))
+    wants = frozenset({"entropy", "topk"})
+    theirs = teacher(rollout, wants=wants)
+    assert theirs.topk is not None  # wanted
+    ours = student(rollout, wants=wants, listed=theirs.topk.ids)
     return TokenSignal(
         student_logprobs=ours.logprobs,
         teacher_logprobs=theirs.logprobs,
         student_entropy=ours.entropy,
         teacher_entropy=theirs.entropy,
+        student_topk=ours.topk,
+        teacher_topk=theirs.topk,
+        student_at_teacher_topk=ours.listed,
+        token_ids=rollout.response_ids,
         mask=rollout.mask,
         row_keys=rollout.prompts.row_keys,
     )

@@ -4,7 +4,15 @@ from lit_opd.compare.differences import RunsComparison, compare_runs
 from lit_opd.compare.document import Document, Section, Table, markdown_table, show
 from lit_opd.compare.runs import Run, read_run, read_runs
 from lit_opd.compare.runs_report import runs_document
-from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, reached
+from lit_opd.compare.statistics import (
+    Estimate,
+    mean_height,
+    mean_interval,
+    paired,
+    paired_two_way,
+    reached,
+    two_way_interval,
+)
 
 __all__ = [
     "Document",
@@ -18,9 +26,11 @@ __all__ = [
     "mean_height",
     "mean_interval",
     "paired",
+    "paired_two_way",
     "reached",
     "read_run",
     "read_runs",
     "runs_document",
     "show",
+    "two_way_interval",
 ]

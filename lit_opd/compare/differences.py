@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lit_opd.compare.runs import Curve, Run
-from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, reached
+from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, paired_two_way, reached
 from lit_opd.errors import InputError
 from lit_opd.evaluation.rows import PastEvaluation
 from lit_opd.evaluation.statistics import paired_difference
@@ -49,12 +49,14 @@ class ProblemCell:
         difference: from the baseline, with the ends of its interval over problems.
         problems: that both have.
         seeds: paired ones that were evaluated.
+        both: the difference with its interval over seeds and problems, None where no problem is everyone's.
     """
 
     mean: float
     difference: tuple[float, float, float]
     problems: int
     seeds: int
+    both: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -208,15 +210,26 @@ def _compare_problems(found: RunsComparison) -> None:
             for variant, runs in found.variants.items()
         }
         for variant in [other for other in last if other != found.baseline]:
-            seeds = last[variant].keys() & last[found.baseline].keys()
+            seeds = sorted(last[variant].keys() & last[found.baseline].keys(), key=str)
             ours, theirs = (_by_problem([last[side][seed] for seed in seeds]) for side in (variant, found.baseline))
             difference = paired_difference(ours, theirs)
             if difference is not None:
                 common = len(ours.keys() & theirs.keys())
-                found.problems[name, variant] = ProblemCell(fmean(ours.values()), difference, common, len(seeds))
+                both = _both_ways(last[variant], last[found.baseline], seeds)
+                found.problems[name, variant] = ProblemCell(fmean(ours.values()), difference, common, len(seeds), both)
         fingerprints = {past.settings for by_seed in last.values() for past in by_seed.values()}
         if len(fingerprints) > 1:
             found.notes.append(f"{name}: the runs were evaluated with differing settings or at differing prompts")
+
+
+def _both_ways(
+    ours: Mapping[Any, PastEvaluation], theirs: Mapping[Any, PastEvaluation], seeds: Sequence[Any]
+) -> Estimate | None:
+    """The difference over seeds and problems, of problems that every evaluation has."""
+    everyone = [side[seed].accuracy.keys() for side in (ours, theirs) for seed in seeds]
+    if not set.intersection(*map(set, everyone)):
+        return None
+    return paired_two_way(*({seed: side[seed].accuracy for seed in seeds} for side in (ours, theirs)))
 
 
 def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:

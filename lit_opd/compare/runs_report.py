@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_opd.compare import verdict
 from lit_opd.compare.curves import LABELS, TITLES, curve_chart, position_charts
-from lit_opd.compare.differences import QUANTITIES, Cell, RunsComparison
+from lit_opd.compare.differences import QUANTITIES, Cell, ProblemCell, RunsComparison
 from lit_opd.compare.document import Document, Section, Table, show
 from lit_opd.compare.pictures import draw_curves, draw_positions
 
@@ -33,8 +33,9 @@ _POSITIONS = (
 )
 _CURVES = "Means over the seeds of a variant, bands: 95 % intervals of the mean, dotted: the target."
 _PROBLEMS = (
-    "Differences by problem at each run's last evaluation, averaged over paired seeds; 95 % bootstrap over problems. That "
-    "interval says how far other problems would agree about these trained students, not how far other seeds would."
+    "Differences by problem at each run's last evaluation, averaged over paired seeds; 95 % intervals. Over problems "
+    "(bootstrap): how far other problems would agree about these trained students, not how far other seeds would. Over seeds and "
+    "problems (two-way bootstrap): how far both would; it needs two seeds, and problems that all of them have."
 )
 
 
@@ -150,10 +151,12 @@ def _problems(found: RunsComparison) -> Table:
             str(cell.seeds),
             f"{cell.mean:.3f}",
             "{:+.3f} [{:+.3f}, {:+.3f}]".format(*cell.difference),
+            show(cell.both, 3, signed=True),
         ]
         for (name, variant), cell in found.problems.items()
     ]
-    return Table(["set", "variant", "problems", "seeds", "avg@k", f"difference from {found.baseline}"], rows)
+    columns = [f"difference from {found.baseline}, over problems", "over seeds and problems"]
+    return Table(["set", "variant", "problems", "seeds", "avg@k", *columns], rows)
 
 
 # -- compare.json ------------------------------------------------------------------------------------------------------
@@ -171,12 +174,16 @@ def _data(found: RunsComparison) -> dict[str, Any]:
             name: {
                 "runs": [{"folder": str(run.folder), "seed": run.seed, "summary": run.summary} for run in runs],
                 "metrics": _variant_data(found, name),
-                "problems": {key[0]: vars(cell) for key, cell in found.problems.items() if key[1] == name},
+                "problems": {key[0]: _problem_data(cell) for key, cell in found.problems.items() if key[1] == name},
             }
             for name, runs in found.variants.items()
         },
         "notes": found.notes,
     }
+
+
+def _problem_data(cell: ProblemCell) -> dict[str, Any]:
+    return {**vars(cell), "both": None if cell.both is None else cell.both.to_json()}
 
 
 def _variant_data(found: RunsComparison, variant: str) -> dict[str, Any]:

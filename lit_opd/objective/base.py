@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from lit_opd.scoring.listed import Listed
+from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.tiles import Head
 from lit_opd.types import TokenSignal
 
@@ -54,12 +55,12 @@ class Objective(ABC):
         """
         return "teacher"
 
-    def token_divergence(self, student: Head, teacher: Head | Listed, *, temperature: float) -> Tensor:
+    def token_divergence(self, student: Head, teacher: Head | SharedHead | Listed, *, temperature: float) -> Tensor:
         """What an objective that requires "teacher_distribution" makes of both distributions: [N], with gradient.
 
         Args:
             student: its head.
-            teacher: its head, or its lists where ``list_size`` is not None.
+            teacher: its head, or its lists where ``list_size`` is not None; of one with another vocabulary what both share.
             temperature: divides the logits of heads.
         """
         raise NotImplementedError(f"{type(self).__name__} must define token_divergence")

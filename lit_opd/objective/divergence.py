@@ -14,6 +14,7 @@ from lit_opd.masked import exp_
 from lit_opd.objective.base import Objective, TokenLoss, Whose
 from lit_opd.scoring import heads
 from lit_opd.scoring.listed import Listed
+from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.tiles import Head, PairedSums, TokenTerm, WholeTerm, paired_sums, per_token, tiles
 from lit_opd.types import TokenSignal
 
@@ -44,7 +45,8 @@ class Divergence(Objective):
     where ``top_k_of`` says so. The student's are chosen once a rollout batch, when the teacher is asked.
 
     Left out: advantage, its transforms, clips and the sampler's importance weight; the prefixes are those that were
-    sampled, also in later updates of the same batch. Source: method.md section 4.7.
+    sampled, also in later updates of the same batch. A teacher with another tokenizer (``AlignedTeacher``) is compared on the
+    tokens that both vocabularies have and one bucket for all others. Source: method.md section 4.7.
 
     Args:
         kind: "reverse_kl", "forward_kl" or "jsd".
@@ -89,8 +91,10 @@ class Divergence(Objective):
             return self.top_k_of
         return "student" if self.kind == "reverse_kl" and asked else "teacher"
 
-    def token_divergence(self, student: Head, teacher: Head | Listed, *, temperature: float) -> Tensor:
+    def token_divergence(self, student: Head, teacher: Head | SharedHead | Listed, *, temperature: float) -> Tensor:
         """D_t, [N] nats, differentiable in the student's head and hidden states."""
+        if isinstance(teacher, SharedHead):
+            return per_token(student, _SharedTerm(self, teacher, temperature), temperature=temperature)
         if isinstance(teacher, Listed):
             return per_token(student, _ListTerm(self, teacher), temperature=temperature)
         cut = self.top_k is not None and self.top_k < student.num_tokens
@@ -205,16 +209,35 @@ class _TopKTerm(WholeTerm):
         with torch.no_grad():
             teacher = self.teacher.logits(rows, self.temperature).log_softmax(-1)
         student = logits.log_softmax(-1)
-        chosen = self._averaged_over(student.detach(), teacher).topk(self.spec.top_k).indices
+        chosen = _averaged_over(self.spec, student.detach(), teacher).topk(self.spec.top_k).indices
         return _between(self.spec, _bucketed(student, chosen), _bucketed(teacher, chosen))
 
-    def _averaged_over(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Log-probs [n, V] of the distribution whose likeliest tokens are kept."""
-        if self.spec.top_k_of is not None:
-            return student if self.spec.top_k_of == "student" else teacher
-        if self.spec.kind == "jsd":
-            return _mixture(student, teacher, self.spec.beta)
-        return student if self.spec.kind == "reverse_kl" else teacher
+
+class _SharedTerm(WholeTerm):
+    """``Divergence`` from a teacher with another vocabulary, of a block of tokens."""
+
+    def __init__(self, spec: Divergence, teacher: SharedHead, temperature: float) -> None:
+        self.spec, self.teacher, self.temperature = spec, teacher, temperature
+
+    def value(self, logits: Tensor, rows: slice) -> Tensor:
+        """[n] nats."""
+        student = self.teacher.student(logits.log_softmax(-1))
+        teacher = self.teacher.teacher(rows, self.temperature).to(student.dtype)
+        pairs, k = len(self.teacher.student_ids), self.spec.top_k
+        if k is not None and k < pairs:
+            likely = _averaged_over(self.spec, student.detach()[:, :pairs], teacher[:, :pairs])
+            chosen = likely.topk(k).indices
+            student, teacher = _bucketed(student, chosen), _bucketed(teacher, chosen)
+        return _between(self.spec, student, teacher)
+
+
+def _averaged_over(spec: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
+    """Log-probs [n, V] of the distribution whose likeliest tokens are kept."""
+    if spec.top_k_of is not None:
+        return student if spec.top_k_of == "student" else teacher
+    if spec.kind == "jsd":
+        return _mixture(student, teacher, spec.beta)
+    return student if spec.kind == "reverse_kl" else teacher
 
 
 class _ListTerm(WholeTerm):

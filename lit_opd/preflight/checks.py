@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
+from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.module_checks import (
@@ -39,6 +40,7 @@ from lit_opd.preflight.module_checks import (
 )
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
+from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.preflight.run_folder import freed_bytes, require_free
 from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimizer_bytes
 from lit_opd.preflight.strategy_checks import check_strategy
@@ -47,6 +49,7 @@ from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
 from lit_opd.run.lightning import callbacks_of
 from lit_opd.servers.client import Servers
+from lit_opd.teacher import AlignedTeacher
 
 Status = Literal["ok", "warning", "error"]
 _STATES: tuple[Status, ...] = ("ok", "warning", "error")
@@ -146,7 +149,8 @@ def tokenizers(run: PlannedRun) -> Finding:
 
 def data(run: PlannedRun) -> Finding:
     """Every source can be read, rendered and leaves prompts."""
-    run.data.use_tokenizer(run.module.tokenizer).use_sampler(run.module.sampler)
+    own = own_tokenizer(run.module, run.data)
+    run.data.use_tokenizer(run.module.tokenizer, own).use_sampler(run.module.sampler)
     run.data.trainer = run.trainer
     with _messages(_DATA_LOGGER) as said:
         run.data.setup("fit")
@@ -182,13 +186,30 @@ def stop_ids(run: PlannedRun) -> Finding:
     return Finding("ok", f"a response ends at {names}, for the teacher too")
 
 
+def alignment(run: PlannedRun) -> Finding:
+    """A teacher with another tokenizer scores enough of the tokens."""
+    found = check_aligned(run.module, run.data)
+    own = run.module.teacher
+    if found is None or not isinstance(own, AlignedTeacher):
+        return Finding("ok", "student and teacher have the same tokens")
+    scored, total = found
+    ends = {own.prompt_tokenizer.convert_ids_to_tokens(own.aligner.roles[stop]) for stop in run.module.stop_ids}
+    return Finding(
+        "ok",
+        f"the teacher would score {scored} of the first prompts' {total} tokens (chunks: {own.chunks}); its end of turn is "
+        + ", ".join(sorted(map(repr, ends))),
+    )
+
+
 def signals(run: PlannedRun) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
     check_scorers(run.module)
     check_rollout_stop(run.module, sharded=run.plan.shards > 1)
+    check_replay(run.module, run.data)
     for warning in setting_warnings(run.module):
         return _split("warning", warning)
-    read = ", ".join(sorted(run.module.recipe.required)) or "nothing beyond log-probs"
+    required = frozenset().union(*(recipe.required for recipe in run.module.recipes))
+    read = ", ".join(sorted(required)) or "nothing beyond log-probs"
     return Finding("ok", f"reads {read}")
 
 
@@ -220,7 +241,7 @@ def token_budget(run: PlannedRun) -> Finding:
 def servers(run: PlannedRun) -> Finding:
     """Servers answer, with the right model and room for the longest row."""
     check_servers(run.module, run.data)
-    parts = [run.module.sampler, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
+    parts = [run.module.sampler.engine, *(part for scorer in run.module.scorers.values() for part in scorer.modules())]
     urls = [url for part in parts if isinstance(found := getattr(part, "servers", None), Servers) for url in found.urls]
     return Finding("ok", f"answering: {', '.join(urls)}" if urls else "none is used")
 
@@ -348,6 +369,7 @@ CHECKS: dict[str, Check] = {
     "data": data,
     "chat template": templates,
     "stop ids": stop_ids,
+    "alignment": alignment,
     "signals": signals,
     "batch": batch,
     "context window": window,

@@ -25,17 +25,24 @@ from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimiz
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
-from lit_opd.scoring.model import TOP_K
 from lit_opd.shipped import program
 from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import LocalTeacher, MixedTeacher, Teacher
 from lit_opd.teacher.self_teacher import self_teachers
+from lit_opd.types import LIST_LENGTH
 
 FLOAT32 = 4  # bytes
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
 HEAD_READERS = frozenset({"teacher_entropy", "teacher_topk", "token_kl", "teacher_distribution"})
-_STATISTICS = ("student_entropy", "student_topk", "teacher_entropy", "teacher_topk", "token_kl")
+_STATISTICS = (
+    "student_entropy",
+    "student_topk",
+    "teacher_entropy",
+    "teacher_topk",
+    "student_at_teacher_topk",
+    "token_kl",
+)
 
 
 def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
@@ -90,8 +97,9 @@ def shortage(found: Budget, plan: Plan) -> str:
 
 
 def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
-    sampler, required = module.sampler, module.recipe.required
-    scored = any(name in required for name in _STATISTICS) or whose_lists(module.recipe, module.teacher) == "student"
+    sampler, required = module.sampler, frozenset().union(*(recipe.required for recipe in module.recipes))
+    chosen = any(whose_lists(recipe, module.teacher) == "student" for recipe in module.recipes)
+    scored = chosen or any(name in required for name in _STATISTICS)
     trained = "teacher_distribution" in required
     return Workload(
         rows=data.prompt_batch // plan.ranks * data.samples_per_prompt,
@@ -110,15 +118,15 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         val_response=module.validation.max_new_tokens or sampler.max_new_tokens,
         score_tiles=STATISTIC_TILES if scored else LOGPROB_TILES,
         train_tiles=DIVERGENCE_TILES if trained else STATISTIC_TILES if scored else LOGPROB_TILES,
-        listed=_listed(module.recipe, module.teacher),
-        mixes=_mixes(module.recipe, module.teacher),
+        listed=max(_listed(recipe, module.teacher) for recipe in module.recipes),
+        mixes=any(_mixes(recipe, module.teacher) for recipe in module.recipes),
     )
 
 
 def _listed(recipe: Recipe, teacher: Teacher) -> int:
     """Entries a token of the lists that are kept."""
     asked = asked_of(recipe, teacher)
-    sizes = {"teacher_topk": teacher.list_size, "student_topk": TOP_K}
+    sizes = {"teacher_topk": teacher.list_size, "student_topk": LIST_LENGTH}
     chosen = recipe.objective.list_size if whose_lists(recipe, teacher) == "student" else None
     return sum(size for name, size in sizes.items() if name in asked) + (chosen or 0)
 

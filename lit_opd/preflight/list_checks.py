@@ -6,7 +6,7 @@ from lit_opd.advantage import AdvantageTransform
 from lit_opd.errors import InputError
 from lit_opd.step.lists import whose_lists
 from lit_opd.step.recipe import Recipe
-from lit_opd.teacher import RemoteTeacher, Teacher
+from lit_opd.teacher import AlignedTeacher, CachedTeacher, RemoteTeacher, Teacher
 
 NO_ADVANTAGE = (
     "a divergence is the same for every token that might have been sampled, so as a detached advantage its expected gradient is "
@@ -25,7 +25,11 @@ def require_transforms(recipe: Recipe) -> None:
 
 
 def remedy(missing: frozenset[str], teacher: Teacher) -> str:
-    """What a teacher on servers can be asked for in place of ``missing``."""
+    """What a teacher on servers, behind a cache or with another tokenizer, can be asked for in place of ``missing``."""
+    if isinstance(teacher, AlignedTeacher) and teacher.chunks == "sum" and "teacher_distribution" in missing:
+        return f"set `{teacher.field}.chunks: single`, whose chunks are tokens, or "
+    if isinstance(teacher, CachedTeacher) and teacher.list_size and "teacher_distribution" in missing:
+        return f"set the objective's `top_k`, at most {teacher.list_size}, to read the teacher's lists, or "
     if not isinstance(teacher, RemoteTeacher):
         return ""
     if "token_kl" in missing:

@@ -21,6 +21,7 @@ from lit_opd.errors import InputError
 from lit_opd.models.sharding import shards
 from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
+from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.callback_checks import check_batches
 from lit_opd.preflight.list_checks import (
     check_candidates,
@@ -29,6 +30,7 @@ from lit_opd.preflight.list_checks import (
     require_single_stops,
     require_transforms,
 )
+from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
@@ -38,7 +40,9 @@ from lit_opd.step.lists import asked_of
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
-ALWAYS_AVAILABLE = frozenset({"student_entropy", "student_topk", "sampler_logprobs"})
+ALWAYS_AVAILABLE = frozenset(
+    {"student_entropy", "student_topk", "student_at_teacher_topk", "sampler_logprobs", "token_ids"}
+)
 
 
 def check_settings(module: Subject, *, max_skipped_steps: int) -> None:
@@ -82,7 +86,7 @@ def check_before(
         check_checkpoint(ckpt_path, trainer.strategy, training=training)
     _ = module.vocabulary, module.stop_ids
     if data is not None:
-        data.use_tokenizer(module.tokenizer).use_sampler(module.sampler)
+        data.use_tokenizer(module.tokenizer, own_tokenizer(module, data)).use_sampler(module.sampler)
         data.trainer = trainer
         data.setup("fit")
     check_run(module, data)
@@ -93,11 +97,13 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     module.longest_row = longest_row(module, data)
     check_trainer(module)
     check_scorers(module)
+    check_aligned(module, data)
     check_batch(module, data, ranks=module.trainer.world_size)
     check_window(module, data)
     check_token_budget(module, data)
     check_rollout_stop(module, sharded=shards(module.trainer.strategy))
     check_self_teacher(module, data)
+    check_replay(module, data)
     check_servers(module, data)
     for warning in (*setting_warnings(module), *stop_warnings(module)):
         warnings.warn(warning, stacklevel=2)
@@ -194,7 +200,8 @@ def _explained(field: str) -> Iterator[None]:
 
 def check_scorers(module: Subject) -> None:
     """See ``require_scored``."""
-    require_scored(module.recipe, module.teacher, module.reference)
+    for recipe in module.recipes:
+        require_scored(recipe, module.teacher, module.reference)
 
 
 def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) -> None:
@@ -212,7 +219,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
         raise InputError(
             f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; {remedy(missing, teacher)}"
-            "choose another weighting, objective, advantage transform or teacher"
+            "choose another weighting, objective, advantage transform, callback or teacher"
         )
 
 
@@ -329,10 +336,10 @@ def check_servers(module: Subject, data: PromptDataModule | None) -> None:
             scorer.check_student(module.student_settings)
             scorer.check(temperature=module.sampler.temperature, tokens=tokens)
             scorer.check_data(getattr(data, "rows_by_teacher", dict)())
-        warning = check_candidates(module.recipe, module.teacher)
+        warnings_ = [check_candidates(recipe, module.teacher) for recipe in module.recipes]
         lora = module.student_settings.lora
         module.sampler.attach(module.tokenizer, getattr(data, "encoder", None))
         module.sampler.check_student(None if lora is None else lora.rank)
         module.sampler.check(tokens=tokens, vocabulary=module.student_config.get_text_config().vocab_size)
-    if warning is not None:
+    for warning in dict.fromkeys(filter(None, warnings_)):
         warnings.warn(warning, stacklevel=2)

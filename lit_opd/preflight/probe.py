@@ -20,8 +20,9 @@ from lit_opd.preflight.plan import GIB, Plan, host_memory
 from lit_opd.preflight.sizes import NotEstimated, model_size
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
+from lit_opd.step.scores import by_chunk
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import Rollout
+from lit_opd.types import Rollout, TokenScores
 
 ROWS, TOKENS = 4, 16  # responses and their length
 LARGEST = 2 * GIB  # bytes of weights that are loaded without being asked to: seconds on a CPU
@@ -126,21 +127,29 @@ def _probed(module: Subject, data: PromptDataModule) -> Probe:
     temperature = module.sampler.temperature
     student = module.student(rollout, temperature=temperature).logprobs
     _require_finite("student", student, rollout)
-    teacher = student
+    disagreement = 0.0
     for role, scorer in module.scorers.items():
         with scorer.on_device(rollout.mask.device):
-            scored = scorer.score(rollout, temperature=temperature).logprobs
-        _require_finite(role, scored, rollout)
-        teacher = scored if role == "teacher" else teacher
+            scored = scorer.score(rollout, temperature=temperature)
+        _require_finite(role, scored.logprobs, rollout)
+        if role == "teacher":
+            disagreement = _disagreement(scored, student, rollout)
     half = student.dtype != torch.float64 and _computes_in_half(module)
     return Probe(
         tokens=int(rollout.mask.sum()),
         gap=_mean((student - rollout.sampler_logprobs).abs(), rollout.mask),
         gap_bound=module.sampler.max_logprob_gap or gap_bound(half=half),
-        disagreement=_mean((teacher - student).abs(), rollout.mask),
+        disagreement=disagreement,
         own=_own_signal(module, rollout, student) if _local(module) else None,
         own_bound=HALF_OWN if half else OWN,
     )
+
+
+def _disagreement(teacher: TokenScores, student: Tensor, rollout: Rollout) -> float:
+    """Mean |teacher - student| over what the teacher scores: tokens, or chunks where it has another tokenizer."""
+    values = {"student_logprobs": student, "teacher_logprobs": teacher.logprobs}
+    both = by_chunk(values, rollout.mask, teacher.chunks)
+    return _mean((both["teacher_logprobs"] - both["student_logprobs"]).abs(), both["mask"])
 
 
 def _computes_in_half(module: Subject) -> bool:

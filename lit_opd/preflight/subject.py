@@ -11,7 +11,7 @@ from lit_opd.evaluation.validation import ValidationSettings
 from lit_opd.models.student import StudentSettings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings
 from lit_opd.run.optimizer_state import OptimizerFactory, SchedulerFactory
-from lit_opd.step.recipe import Recipe
+from lit_opd.step.recipe import Recipe, WarmUp
 from lit_opd.teacher import Teacher
 
 
@@ -25,6 +25,7 @@ class Subject(Protocol):
     validation: ValidationSettings
     length_budget: LengthBudget | None
     rollout_stop: RatioStop | None
+    warmup: WarmUp | None
     token_budget: int | None
     gradient_clip_norm: float | None
     optimizer_factory: OptimizerFactory
@@ -36,6 +37,10 @@ class Subject(Protocol):
     @property
     def recipe(self) -> Recipe:
         """What is learned."""
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """What is learned, phase by phase."""
 
     @property
     def scorers(self) -> Mapping[str, Teacher]:

@@ -349,6 +349,10 @@ class PromptDataModule(LightningDataModule):
                 found.setdefault(prompt.teacher, f"{stage} row {prompt.row_id!r}")
         return found
 
+    def first_prompts(self, count: int) -> list[list[int]]:
+        """The student's ids of the first training prompts, once set up; fewer where there are fewer."""
+        return [prompt.ids.tolist() for prompt in (self._train_prompts or ())[:count]]
+
     @property
     def teacher_reads_more(self) -> bool:
         """The training prompts, once set up, are others for the teacher than for the student."""
@@ -421,13 +425,20 @@ class PromptDataModule(LightningDataModule):
         return max((len(ids) for ids in rendered), default=self.max_prompt_tokens)
 
     @property
+    def training_prompts(self) -> dict[str, torch.Tensor]:
+        """Ids of every training prompt by row id, as the student reads it; empty before ``setup``."""
+        return {prompt.row_id: prompt.ids for prompt in self._train_prompts or ()}
+
+    @property
     def num_prompts(self) -> tuple[int, int]:
         """Training and validation prompts that were read and kept."""
         return len(self._train_prompts or ()), len(self._val_prompts or ())
 
-    @staticmethod
-    def _without_needless_teacher_ids(prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
+    def _without_needless_teacher_ids(self, prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
         """Where the teacher's rendering equals the student's on all rows, one copy is enough."""
+        teacher = self.teacher_encoder
+        if teacher is not None and teacher.tokenizer.get_vocab() != self.encoder.tokenizer.get_vocab():
+            return prompts  # equal numbers are other tokens
         if any(p.teacher_ids is not None and not torch.equal(p.ids, p.teacher_ids) for p in prompts):
             return prompts
         return [replace(prompt, teacher_ids=None) for prompt in prompts]

@@ -17,21 +17,12 @@ from lit_opd.prompts.sources import Message, PromptRow
 from lit_opd.prompts.special_tokens import SpecialTokens
 from lit_opd.prompts.templates import Skeleton, Template, Tools
 from lit_opd.prompts.tools import texts_beside
-from lit_opd.streams import stable_hash
+from lit_opd.streams import row_key
 from lit_opd.types import DataRow, PromptBatch
 
 ChatTemplate = bool | Literal["auto"]
 SpecialTokensInText = Literal["escape", "refuse", "allow"]
 _OURS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
-
-
-def row_key(row_id: str, sample: int) -> int:
-    """The 63-bit name of the random stream of one sample of one prompt; the same on every machine and run.
-
-    >>> row_key("aime-0", 0) == row_key("aime-0", 0), row_key("aime-0", 0) == row_key("aime-0", 1)
-    (True, False)
-    """
-    return stable_hash(f"{row_id}\0{sample}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,6 +131,11 @@ class PromptLoader:
             index, self._handed_out = self._handed_out, self._handed_out + 1
             yield self.batch(index if self.repeated is None else index % self.repeated)
 
+    def coming(self) -> PromptBatch:
+        """The batch after the one that was handed out last, which stays the next to be handed out."""
+        index = self._handed_out
+        return self.batch(index if self.repeated is None else index % self.repeated)
+
     @property
     def num_finished(self) -> int:
         """Batches trained on so far; the next run starts with this index."""
@@ -192,6 +197,20 @@ class PromptLoader:
                 )
         self._handed_out = int(state_dict["batches"])
         self._processed_before = None
+
+
+def looking_ahead(loader: object) -> PromptLoader:
+    """The training loader, which knows the batch to come.
+
+    Raises:
+        InputError: it is another.
+    """
+    if not isinstance(loader, PromptLoader):
+        raise InputError(
+            f"`model.sampler.ahead` must be 0 with training data of `{type(loader).__name__}`: only PromptDataModule knows the "
+            "batch to come; set it to 0"
+        )
+    return loader
 
 
 class EvaluationLoader:

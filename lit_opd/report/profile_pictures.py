@@ -71,6 +71,13 @@ PANELS = (
     ),
     Panel("entropy", "nats", {"student_entropy": "student", "teacher_entropy": "teacher"}),
     Panel(
+        "lists of likely tokens",
+        "%",
+        {"list_overlap": "in both lists", "list_teacher_mass": "teacher's mass on the student's"},
+        100.0,
+    ),
+    Panel("A on tokens in both lists", "nats", {"list_advantage": "mean under the student"}),
+    Panel(
         "truncated, clipped",
         "% of tokens",
         {"truncated_fraction": "in responses cut short", "clip_fraction": "gradient clipped"},

@@ -23,7 +23,11 @@ PROFILE_QUANTITIES = (
     "truncated_fraction",
     "student_entropy",
     "teacher_entropy",
+    "list_overlap",
+    "list_teacher_mass",
+    "list_advantage",
 )
+UNDEFINED_SOMEWHERE = frozenset({"list_advantage"})  # NaN on a valid token leaves it uncounted
 PROFILE_BANDS = {"first_10": 0.1, "first_30": 0.3, "last_30": 0.3}
 _BAND_CELLS = 2 ** len(PROFILE_BANDS)  # a token may be in several bands, so cells are the subsets of bands
 
@@ -119,7 +123,8 @@ class PositionProfileSums(Metric):
         """Add one batch; no host synchronisation.
 
         Args:
-            quantities: name -> [B, T], of ``PROFILE_QUANTITIES``; an absent one stays uncounted.
+            quantities: name -> [B, T], of ``PROFILE_QUANTITIES``; an absent one stays uncounted, and so does a token where one of
+                ``UNDEFINED_SOMEWHERE`` is NaN.
             mask: bool [B, T].
             kept: bool [B, T], tokens in the denominator.
             turn: int64 [B, T], of conversations.
@@ -129,9 +134,12 @@ class PositionProfileSums(Metric):
             cells = torch.cat([cells, self._turn_cells(mask, torch.where(mask, turn, 0))])
         counts = self._by_cell(mask, cells)
         for name, values in quantities.items():
-            place = PROFILE_QUANTITIES.index(name)
+            place, known = PROFILE_QUANTITIES.index(name), counts
+            if name in UNDEFINED_SOMEWHERE:
+                defined = ~values.isnan()
+                values, known = torch.where(defined, values, 0.0), self._by_cell(mask & defined, cells)
             self.sums[0, place] += self._by_cell(values, cells)
-            self.sums[1, place] += counts
+            self.sums[1, place] += known
         weighted, plain = quantities["gradient_size"].double(), quantities["advantage"].double()
         squares = [torch.where(kept, values.square(), 0.0).sum() for values in (weighted, plain)]
         self.extra += torch.stack([mask.any(-1).sum().double(), *squares])

@@ -152,6 +152,9 @@ def by_position(run: RunFiles) -> list[Drawing]:
         share = _against(run, "relative", "Share of the gradient", "% of the sum of |w A|", "gradient_share", PERCENT)
         charts.append(share)
     charts += [
+        _against(run, "relative", "Likely tokens in both lists", "% of a list", "list_overlap", PERCENT),
+        _against(run, "relative", "Teacher's mass on the student's likely tokens", "%", "list_teacher_mass", PERCENT),
+        _against(run, "relative", "A on tokens in both lists", "nats", "list_advantage"),
         _against(run, "absolute", "Disagreement by token", "nats/token", "disagreement"),
         _against(run, "absolute", "Drift: |q - s| summed before", "nats", "drift"),
         _against(run, "absolute", "Who is still writing", "% of responses", "survivor_fraction", PERCENT),

@@ -123,7 +123,8 @@ def _tokens(prediction: Prediction, row: int, tokenizer: Any) -> Iterable[Predic
     numbers = zip(*(column[row][mask].tolist() for column in columns), strict=True)
     told = turns_of(prediction.rollout, row, tokenizer)
     for token, text, values, where in zip(ids, token_texts(tokenizer, ids), numbers, told, strict=True):
-        yield PredictedToken(token, text, *(round(value, DIGITS) for value in values), *where)
+        student, teacher, weight = (round(value, DIGITS) for value in values)
+        yield PredictedToken(token, text, student, teacher, weight, *where)
 
 
 def turns_of(rollout: Rollout, row: int, tokenizer: Any) -> list[tuple[int | None, int | None, str | None]]:

@@ -7,6 +7,7 @@ from lit_opd.rollout.engine import VLLMEngine
 from lit_opd.rollout.generate import TransformersSampler
 from lit_opd.rollout.nccl import NCCLTransfer
 from lit_opd.rollout.ratio_stop import RatioStop
+from lit_opd.rollout.replay import ReplaySampler
 from lit_opd.rollout.sync import AdapterEndpoint, ReloadEndpoint, RestartCommand, WeightSync
 from lit_opd.rollout.vllm import VLLMSampler
 
@@ -17,6 +18,7 @@ __all__ = [
     "NCCLTransfer",
     "RatioStop",
     "ReloadEndpoint",
+    "ReplaySampler",
     "RestartCommand",
     "Sampler",
     "SamplingSettings",

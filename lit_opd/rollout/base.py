@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ class SamplingSettings:
         stop: makes, of the prompts and these settings, what may end a row early; see ``RatioStop``. None for nothing.
         unused_ids: rows of the student's embedding that name no token, ascending, for engines with weights of their own;
             the student's ``ScoringModel`` knows them itself.
+        replay: how many rows a ``ReplaySampler`` may answer with what it has saved: "none" outside training, "some", or "all".
     """
 
     max_new_tokens: int
@@ -119,12 +120,36 @@ class SamplingSettings:
     budgeted: bool = False
     stop: Callable[[PromptBatch, SamplingSettings], EarlyStop] | None = None
     unused_ids: tuple[int, ...] = ()
+    replay: Literal["none", "some", "all"] = "none"
 
     def provenance(self, engine: str) -> Provenance:
         """The record of how a rollout came about."""
         if self.greedy:
             return Provenance(engine, temperature=0.0, weights_version=self.weights_version)
         return Provenance(engine, self.temperature, self.top_p, self.top_k, self.weights_version)
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a sampler that reads texts must know of the run.
+
+    Args:
+        encode: ids of a text, in which a special token's name is text.
+        decode: text of ids, without special tokens.
+        stop_ids: ids that end a response.
+        end_id: the one that a text is ended with.
+        vocabulary: leading entries that count.
+        prompts: ids of every training prompt by row id; None where they are not known.
+        samples: responses a prompt.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    stop_ids: tuple[int, ...]
+    end_id: int
+    vocabulary: int
+    prompts: Mapping[str, Tensor] | None = None
+    samples: int = 1
 
 
 class Seconds:
@@ -171,6 +196,7 @@ class Sampler(ABC):
     sleep = True  # the engine gives most of that back between rollouts
     max_logprob_gap: float | None = None  # nats, bound on the step's mean |student - sampler log-prob|
     seconds: Seconds | None = None  # what such an engine spends beside sampling, logged as time/NAME
+    ahead = 0  # batches it samples while an earlier one trains, see ``begin``
     reads_rows = False  # it asks for the data rows behind the prompts
     tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas that prompts are rendered with
 
@@ -205,6 +231,17 @@ class Sampler(ABC):
                 f"`SamplingSettings.stop` must be None for {type(self).__name__}, got {settings.stop!r}; use DecodeSampler"
             )
 
+    def know_texts(self, facts: TextFacts) -> None:  # noqa: B027
+        """Read what is sampled from where that is saved; before a run, again at its start.
+
+        Raises:
+            InputError: it does not fit to the run.
+        """
+
+    def revision(self) -> str | None:
+        """What names the saved responses that it reads; None where it reads none."""
+        return None
+
     def check(self, *, tokens: int | None, vocabulary: int) -> None:  # noqa: B027
         """What can be checked before a run.
 
@@ -229,6 +266,26 @@ class Sampler(ABC):
             student: gives the weights: as a Hugging Face folder when it is called, or unit by unit; on every rank or none.
             weights_version: optimizer steps the weights have seen.
         """
+
+    def begin(self, prompts: PromptBatch, settings: SamplingSettings) -> None:
+        """Start to sample a batch of training prompts and return; ``sample`` of the same rows takes the responses. Called on
+        every rank, with weights that ``prepare`` brought.
+
+        Args:
+            prompts: B left-padded prompts.
+            settings: of the step that will train on them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} samples nothing ahead")
+
+    def forget_ahead(self) -> None:  # noqa: B027
+        """Drop what was begun: a new run starts."""
+
+    def ahead_state(self) -> dict[str, Any] | None:
+        """For a checkpoint: what was begun, once it has arrived; None where nothing was, or it failed. Called on every rank."""
+        return None
+
+    def restore_ahead(self, state: Mapping[str, Any] | None, settings: SamplingSettings) -> None:  # noqa: B027
+        """Go on with what ``ahead_state`` kept; ``settings`` are those of training now."""
 
     def attach(self, tokenizer: Any, encoder: Any | None) -> None:  # noqa: B027
         """Take note of how prompts are rendered, before a run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 
 from lit_opd.distributed import gather_objects, shared_failure
 from lit_opd.errors import InputError, ServerError, require
+from lit_opd.rollout.ahead import Ahead, Row, collected, from_state, to_state
 from lit_opd.rollout.base import Sampler, SamplingSettings, Seconds, finish
 from lit_opd.rollout.sync import WeightSync
 from lit_opd.rollout.weights import StudentWeights
@@ -45,6 +47,8 @@ class VLLMSampler(Sampler):
         start_seconds: the same before the run, for a server that is not up yet.
         max_response_bytes: longest answer that is read.
         api_key_env: environment variable with the servers' key, None for none.
+        ahead: 1 samples each batch while the one before it trains, so by weights that are one batch older (recorded as the
+            rollout's weights version); 0 samples a batch when it is trained on.
         max_new_tokens: response slots, >= 1.
         temperature: > 0; scoring divides the logits by the same value.
         top_p: nucleus mass in (0, 1].
@@ -75,6 +79,7 @@ class VLLMSampler(Sampler):
         top_p: float = 1.0,
         top_k: int = 0,
         stop_token_ids: list[int] | None = None,
+        ahead: int = 0,
     ) -> None:
         super().__init__(max_new_tokens, temperature, top_p, top_k, stop_token_ids)
         self.max_logprob_gap, self.logprobs_mode, self.sync = max_logprob_gap, logprobs_mode, sync
@@ -102,6 +107,9 @@ class VLLMSampler(Sampler):
         self._version = STARTED_WITH if sync is None else None
         self._student: StudentWeights | None = None
         self._told_stale = False
+        require(ahead in (0, 1) and not isinstance(ahead, bool), f"{name}.ahead", "0 or 1 batches", ahead)
+        self.ahead = ahead
+        self._ahead: Ahead | None = None
         self.seconds = Seconds("weights")
 
     def check(self, *, tokens: int | None, vocabulary: int) -> None:
@@ -127,6 +135,8 @@ class VLLMSampler(Sampler):
         if self.sync is None:
             self._say_stale()
             return
+        if self._ahead is not None:
+            self._ahead.wait()  # weights that change under a request would give a row two versions
         self._student, self._version = student, None  # of no version until they arrived
         with self.seconds("weights"):
             self.sync.write(student)
@@ -149,6 +159,38 @@ class VLLMSampler(Sampler):
         with shared_failure():
             self.sync.bring(self._student, self.servers)
 
+    def begin(self, prompts: PromptBatch, settings: SamplingSettings) -> None:
+        """See ``Sampler.begin``; requests go out from a thread of their own."""
+        if self.servers.model is None:
+            self.servers.check(tokens=None)
+        version = settings.weights_version if self._version is None else self._version
+        lost, keys = self.servers.num_lost, tuple(prompts.row_keys.tolist())
+        rows = self.servers.completing(*self._requests(prompts, settings))
+        self._ahead = Ahead(keys, settings, version, rows, lost=lost)
+
+    def forget_ahead(self) -> None:
+        """See ``Sampler.forget_ahead``."""
+        if self._ahead is not None:
+            self._ahead.drop()
+            self._ahead = None
+
+    def ahead_state(self) -> dict[str, Any] | None:
+        """See ``Sampler.ahead_state``."""
+        return None if self._ahead is None else to_state(self._ahead, lost=self.servers.num_lost)
+
+    def restore_ahead(self, state: Mapping[str, Any] | None, settings: SamplingSettings) -> None:
+        """See ``Sampler.restore_ahead``."""
+        self._ahead = from_state(state, settings) if state is not None and self.ahead else None
+
+    def _begun(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout | None:
+        """The responses to a batch that was begun, taken once; called on every rank."""
+        ahead = self._ahead
+        if ahead is None or ahead.settings.domain != settings.domain:
+            return None
+        self._ahead = None
+        rows = collected(ahead, prompts.row_keys.tolist(), lost=self.servers.num_lost)
+        return None if rows is None else self._rollout(prompts, rows, ahead.settings, version=ahead.version)
+
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``. ``model`` is not read.
@@ -162,6 +204,9 @@ class VLLMSampler(Sampler):
         self._refuse_stop(settings)
         if self.servers.model is None:
             self.servers.check(tokens=None)
+        begun = self._begun(prompts, settings)
+        if begun is not None:
+            return begun
         for _ in range(_TRIES):
             lost, rows = self.servers.num_lost, []
             try:
@@ -181,23 +226,30 @@ class VLLMSampler(Sampler):
         """Whether any rank lost a server since it had lost ``count``; called on every rank."""
         return any(gather_objects([self.servers.num_lost > count]))
 
-    def _sampled(self, prompts: PromptBatch, settings: SamplingSettings) -> list[tuple[list[int], list[float]]]:
+    def _sampled(self, prompts: PromptBatch, settings: SamplingSettings) -> list[Row]:
+        return self.servers.complete(*self._requests(prompts, settings))
+
+    def _requests(
+        self, prompts: PromptBatch, settings: SamplingSettings
+    ) -> tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]], int], Row]]:
+        """A body a row, and what reads its answer."""
         texts, common = row_texts(prompts), _request(settings)
 
         def parse(choices: list[dict[str, Any]], index: int) -> tuple[list[int], list[float]]:
             return sampled_tokens(choices[0], texts[index], settings)
 
         seeds = row_seeds(prompts, settings)
-        bodies = [common | {"prompt": [text], "seed": seed} for text, seed in zip(texts, seeds, strict=True)]
-        return self.servers.complete(bodies, parse)
+        return [common | {"prompt": [text], "seed": seed} for text, seed in zip(texts, seeds, strict=True)], parse
 
     def _rollout(
-        self, prompts: PromptBatch, rows: list[tuple[list[int], list[float]]], settings: SamplingSettings
+        self, prompts: PromptBatch, rows: list[Row], settings: SamplingSettings, *, version: int | None = None
     ) -> Rollout:
+        """The record of ``rows``; ``version`` of the weights that sampled, default those that the servers have."""
         known = settings.greedy or self.logprobs_mode == "processed_logprobs"
         if not known and not _plain(settings.temperature, settings.top_p, settings.top_k):
             rows = [(tokens, [math.nan] * len(values)) for tokens, values in rows]
-        version = settings.weights_version if self._version is None else self._version
+        if version is None:
+            version = settings.weights_version if self._version is None else self._version
         return as_rollout(prompts, rows, settings, version=version)
 
 

@@ -85,6 +85,13 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def observers(module: LightningModule) -> tuple[Any, ...]:
+    """The callbacks around a module that ask for fields of the signal by a set of names, ``requires``."""
+    trainer = attached_trainer(module)
+    found = callbacks_of(trainer) if trainer is not None else []
+    return tuple(callback for callback in found if isinstance(getattr(callback, "requires", None), frozenset))
+
+
 def log_agreed(module: LightningModule, metrics: Mapping[str, float]) -> None:
     """Log from an evaluation's end what is the same on every rank, in float64.
 

@@ -34,7 +34,7 @@ class ModuleState:
         self.base: dict[str, str] | None = None  # the mark of what adapters stand on; None for a student without
         self.trains: frozenset[str] | None = None  # names in a checkpoint; None for all of ``shapes``
         self.trained = TrainedSettings()
-        self.teachers: dict[str, str] = {}  # revision of every frozen model here, by its setting
+        self.revisions: dict[str, str] = {}  # of frozen models and saved responses, by the setting of their files
         self.allowed: frozenset[str] = frozenset()  # groups of settings that may be others than the checkpoint's
 
     def note_student(
@@ -91,7 +91,7 @@ class ModuleState:
         at_batch_end(checkpoint["loops"], validating=trainer.validating)
         checkpoint["trained_settings"] = self.trained.state()
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._saved_shapes().items()}
-        checkpoint["teacher_revisions"] = dict(self.teachers)
+        checkpoint["revisions"] = dict(self.revisions)
         if self.base is not None:
             checkpoint["student_base"] = dict(self.base)
 
@@ -114,7 +114,8 @@ class ModuleState:
         compared here as well.
 
         Raises:
-            InputError: the checkpoint is of another architecture, its adapters of another base model, or a frozen model another.
+            InputError: the checkpoint is of another architecture, its adapters of another base model, or other files are where
+                those of a frozen model or of saved responses were.
         """
         from_consolidated(checkpoint)
         self._due = checkpoint.get("validation_due", False)
@@ -125,8 +126,7 @@ class ModuleState:
             self.require_same(checkpoint["student_shapes"])
         if "student_base" in checkpoint and self.base is not None:
             require_base(checkpoint["student_base"], self.base)
-        if "models" not in self.allowed:
-            _require_revisions(checkpoint.get("teacher_revisions", {}), self.teachers)
+        _require_revisions(checkpoint.get("revisions", {}), self.revisions, self.allowed)
 
     def require_same(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """An InputError unless a checkpoint has exactly the weights of this student, of one with adapters those that train or,
@@ -141,14 +141,15 @@ class ModuleState:
             )
 
 
-def _require_revisions(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """The frozen models are those that scored the checkpoint's steps; of one that is elsewhere now its settings say so."""
-    other = [name for name in saved if name in own and saved[name] != own[name]]
-    if other:
-        raise InputError(
-            f"`{other[0]}.path` must hold the weights that the checkpoint was trained with, {saved[other[0]][:12]}, got others "
-            f"in the same place, {own[other[0]][:12]}; put them back, start a new run, or add --allow_change models"
-        )
+def _require_revisions(saved: Mapping[str, str], own: Mapping[str, str], allowed: frozenset[str]) -> None:
+    """Files in their places are those of the checkpoint's steps; of one that is elsewhere now its settings say so."""
+    for name in saved.keys() & own.keys():
+        group = "sampler" if name.startswith("model.sampler") else "models"
+        if saved[name] != own[name] and group not in allowed:
+            raise InputError(
+                f"`{name}` must hold what the checkpoint was trained with, {saved[name][:12]}, got other content in the same "
+                f"place, {own[name][:12]}; put it back, start a new run, or add --allow_change {group}"
+            )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # name for `--allow_change` -> settings
     "weighting": ("model.weighting",),
     "objective": (
         "model.objective",
+        "model.warmup",
         "model.advantage",
         "model.aggregation",
         "model.mini_batches",
@@ -38,7 +39,7 @@ Group = Literal["weighting", "objective", "models", "data", "sampler", "seed"]  
 WITHOUT_EFFECT = frozenset(
     """gradient_checkpointing compile lazy attn_implementation offload trust_remote_code val_batch
     urls sync api_key_env folder max_concurrency rows_per_request timeout retry_seconds start_seconds max_response_bytes
-    memory_fraction sleep max_logprob_gap""".split()
+    memory_fraction sleep max_logprob_gap max_gib""".split()
 )
 WAY_OF_WEIGHTS = "weights"  # the same, where it is a text: how they travel to an engine; numbers are of teachers
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # what a setting that one side does not have counts as

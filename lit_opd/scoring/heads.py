@@ -215,3 +215,8 @@ def token_kl(student: Head, teacher: Head, *, temperature: float = 1.0) -> Tenso
 def token_topk(head: Head, *, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Ids int64 and log-probs of the k likeliest entries, [N, K] each, no gradient; see ``tiles``."""
     return (kernels(head) or tiles).token_topk(head, k=k, temperature=temperature)  # type: ignore[no-any-return]
+
+
+def token_listed(head: Head, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log pi of listed entries, int64 [N, K] -> [N, K] nats, no gradient; see ``tiles``, which all devices run."""
+    return tiles.token_listed(head, ids, temperature=temperature)

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from lit_opd.errors import InputError, first_line
 from lit_opd.masked import at_least_float32
 from lit_opd.scoring import heads
-from lit_opd.scoring.heads import token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring.heads import token_entropy, token_kl, token_listed, token_logprobs, token_topk
 from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.places import FLASH, Packing, Places
+from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.stops import StopClass, with_stop_mass
 from lit_opd.scoring.tiles import Head, softly_capped
-from lit_opd.types import Rollout, TokenScores, TopK
+from lit_opd.types import LIST_LENGTH, Rollout, TokenScores, TopK
 
 PROBE_TOKENS = 4
 PROBE_SIZES = (None, 1.0, 1e2, 1e4)  # spread of the logits; a soft cap of 30 moves those of size 1 by 4e-4 only
@@ -43,7 +44,6 @@ _ONE_OF_MANY = re.compile(r"experts?\.\d+\.")  # an expert that these tokens did
 
 FEW_ROWS = 8  # up to so many, and for a float32 head of so many elements,
 LARGE_HEAD = 2**22  # head @ states.T takes half the time of states @ head.T on the CPU; more than that otherwise
-TOP_K = 32  # entries of the top-k lists that strategies may require
 
 FLEX = "flex_attention"  # attention over sequences of any length, as FlashAttention is
 PACKED_PROBE = (5, 2, 3)  # tokens of the rows that are compared packed and one by one
@@ -54,7 +54,7 @@ Returned = TypeVar("Returned")
 class TokenDivergence(Protocol):
     """A divergence of two distributions over the same N tokens."""
 
-    def __call__(self, student: Head, teacher: Head | Listed, *, temperature: float) -> Tensor:
+    def __call__(self, student: Head, teacher: Head | SharedHead | Listed, *, temperature: float) -> Tensor:
         """[N] nats, differentiable in the student."""
 
 
@@ -115,12 +115,13 @@ class ScoringModel(nn.Module):
         *,
         temperature: float = 1.0,
         wants: frozenset[str] = frozenset(),
-        against: Head | TopK | None = None,
+        against: Head | SharedHead | TopK | None = None,
         divergence: TokenDivergence | None = None,
         own_template: bool = False,
         head: Head | None = None,
         top_k: int | None = None,
         stops: StopClass | None = None,
+        listed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Score the sampled tokens of ``rollout``.
 
@@ -131,15 +132,17 @@ class ScoringModel(nn.Module):
             rollout: B rows; only valid tokens are scored.
             temperature: > 0, divides the logits.
             wants: any of "entropy", "topk", "token_kl" (KL(this || against)); without gradient.
-            against: the teacher's head, for "token_kl" and ``divergence``; for the latter its lists [B, T, K] will do.
+            against: the teacher's head, for "token_kl" and ``divergence``; for the latter its lists [B, T, K], or what of
+                its vocabulary is shared, will do.
             divergence: from this head and the teacher's to [N], with gradient; None for none.
             own_template: read ``prompts.teacher_ids`` where the batch has them.
             head: what ``head`` gave for this rollout; None to compute it.
-            top_k: K of the list "topk"; None for ``TOP_K``.
+            top_k: K of the list "topk"; None for ``LIST_LENGTH``.
             stops: give a token that ends a response the mass of this class, without gradient; None: its own.
+            listed: int64 [B, T, K], tokens whose log-probs are wanted too, without gradient; None for none.
         Returns:
             [B, T] in nats by field of ``TokenScores``, 0 where masked; the log-probs and the divergence carry gradient.
-            The top-k list is "topk.ids" and "topk.logprobs", [B, T, K].
+            The top-k list is "topk.ids" and "topk.logprobs", [B, T, K], and so is "listed".
         """
         self._be_probed(rollout)
         places = Places.of(rollout, own_template=own_template, packed=self.packs)
@@ -155,13 +158,18 @@ class ScoringModel(nn.Module):
             found["entropy"] = token_entropy(head, temperature=temperature)
         if "token_kl" in wants:
             if not isinstance(against, Head):
-                raise InputError("`ScoringModel.forward` needs a head for the KL, got a list of the likeliest tokens")
+                raise InputError("`ScoringModel.forward` needs a head for the KL, got a part of the vocabulary")
             found["token_kl"] = token_kl(head, against, temperature=temperature)
         if against is not None and divergence is not None:
             theirs = Listed.of(against, places.tokens) if isinstance(against, TopK) else against
             found["divergence"] = divergence(head, theirs, temperature=temperature)
         if "topk" in wants:
-            found["topk.ids"], found["topk.logprobs"] = token_topk(head, k=top_k or TOP_K, temperature=temperature)
+            found["topk.ids"], found["topk.logprobs"] = token_topk(
+                head, k=top_k or LIST_LENGTH, temperature=temperature
+            )
+        if listed is not None:
+            asked = listed.flatten(0, 1).index_select(0, places.tokens)
+            found["listed"] = token_listed(head, asked, temperature=temperature)
         # no views: what changes a view in place takes the hook off it
         return {name: places.scatter(value).clone() for name, value in found.items()}
 

@@ -434,3 +434,13 @@ def token_topk(head: Head, *, k: int, temperature: float = 1.0) -> tuple[Tensor,
         best = logits.topk(k)
         ids[rows], logprobs[rows] = best.indices, best.values - logits.logsumexp(-1, keepdim=True)
     return ids, logprobs
+
+
+@torch.no_grad()
+def token_listed(head: Head, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log pi of listed entries at each token, int64 [N, K] -> [N, K] nats, no gradient."""
+    found = head.hidden.new_zeros(ids.shape, dtype=head.dtype)
+    for rows in _whole_rows(head):
+        logits = head.logits(rows, temperature)
+        found[rows] = logits.gather(-1, ids[rows]) - logits.logsumexp(-1, keepdim=True)
+    return found

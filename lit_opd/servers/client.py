@@ -139,6 +139,7 @@ class Servers:
         start_seconds: float = 30.0,
     ) -> None:
         self.field, self.model = field, model
+        self.window: int | None = None  # tokens that all of them hold, where ``check`` was told
         limits = {"max_concurrency": max_concurrency, "timeout": timeout, "max_response_bytes": max_response_bytes}
         for name, value in limits.items():
             if not 0 < value < math.inf:
@@ -187,6 +188,8 @@ class Servers:
                     "set it, or start the server with --served-model-name"
                 )
             window, _ = served[self.model]
+            if window is not None:
+                self.window = window if self.window is None else min(self.window, window)
             if tokens is not None and window is not None and window < tokens:
                 raise InputError(
                     f"`{self.field}.urls`: {server.url} has a context of {window} tokens, but prompt, response and one more "
@@ -287,11 +290,21 @@ class Servers:
         Raises:
             ServerError: a request failed for good; the others are given up.
         """
+        return self._run(self._completions(bodies, parse))
 
+    def _completions(
+        self, bodies: Sequence[dict[str, Any]], parse: Callable[[list[dict[str, Any]], int], Answer]
+    ) -> list[Callable[[Http], Awaitable[Answer]]]:
         async def once(index: int, http: Http, server: _Server) -> Answer:
             return parse(await self._completed(http, server, bodies[index]), index)
 
-        return self._run([partial(self._retried, partial(once, index)) for index in range(len(bodies))])
+        return [partial(self._retried, partial(once, index)) for index in range(len(bodies))]
+
+    def completing(
+        self, bodies: Sequence[dict[str, Any]], parse: Callable[[list[dict[str, Any]], int], Answer]
+    ) -> Future[list[Answer]]:
+        """As ``complete``, but returns at once; what it would raise is the exception of the future."""
+        return self._begun(self._completions(bodies, parse))
 
     def generate(
         self, bodies: Sequence[dict[str, Any]], parse: Callable[[dict[str, Any], int], Answer]
@@ -372,7 +385,7 @@ class Servers:
 
         pairs = zip(self.servers, bodies, strict=True)
         jobs = [partial(self._retried, partial(post, body), only=server, seconds=0.0) for server, body in pairs]
-        return asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
+        return self._begun(jobs)
 
     def get_each(self, path: str) -> list[dict[str, Any]]:
         """The JSON objects that the servers answer with, in the order of ``urls``.
@@ -391,11 +404,14 @@ class Servers:
 
     def _run(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> list[Answer]:
         """What ``jobs`` return, in their order; one that fails, and what interrupts the caller, gives all others up."""
-        future = asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
+        future = self._begun(jobs)
         try:
             return future.result()
         finally:
             future.cancel()  # of no effect once it has ended
+
+    def _begun(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> Future[list[Answer]]:
+        return asyncio.run_coroutine_threadsafe(self._together(jobs), _loop(os.getpid()))
 
     async def _together(self, jobs: Sequence[Callable[[Http], Awaitable[Answer]]]) -> list[Answer]:
         """As ``_run``: workers that take job after job, each with a connection of its own."""

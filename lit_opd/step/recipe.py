@@ -4,14 +4,54 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from lit_opd.advantage import AdvantageTransform
-from lit_opd.objective import Aggregation, Objective
+from lit_opd.errors import require
+from lit_opd.objective import Aggregation, Likelihood, Objective
 from lit_opd.types import FinishReason, Rollout
 from lit_opd.weighting.base import WeightingStrategy
+from lit_opd.weighting.uniform import Uniform
 
 Truncated = Literal["keep", "mask", "drop"]
+
+
+class Observer(Protocol):
+    """A callback that asks for optional signal fields by name."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Optional ``TokenSignal`` fields."""
+
+
+def with_implied(required: frozenset[str]) -> frozenset[str]:
+    """``required`` signal fields and those that they are computed from."""
+    return required | {"teacher_topk"} if "student_at_teacher_topk" in required else required
+
+
+class WarmUp:
+    """The first steps of a run, which train on saved responses alone (``ReplaySampler``); the teacher still scores them.
+
+    Args:
+        steps: optimizer steps, >= 1; a batch that begins before belongs to it as a whole.
+        objective: default ``Likelihood()``; ``Divergence("forward_kl")`` where the teacher gives distributions.
+        weighting: how much each token counts, default ``Uniform()``.
+    Raises:
+        InputError: no step.
+    """
+
+    def __init__(
+        self, steps: int, objective: Objective | None = None, weighting: WeightingStrategy | None = None
+    ) -> None:
+        is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+        require(is_count, "WarmUp.steps", "an integer >= 1", steps)
+        self.steps = steps
+        self.objective = objective if objective is not None else Likelihood()
+        self.weighting = weighting if weighting is not None else Uniform()
+
+    def recipe(self, later: Recipe) -> Recipe:
+        """What is learned until then, of what is learned ``later``: an advantage has no transforms yet."""
+        return replace(later, objective=self.objective, weighting=self.weighting, advantage=())
 
 
 @dataclass(frozen=True)
@@ -26,6 +66,7 @@ class Recipe:
         aggregation: how token losses become one scalar.
         mini_batches: optimizer steps a pass over the batch.
         epochs: passes over the batch.
+        observers: what reads the signal without learning from it; ``requires`` of each is computed too.
     """
 
     weighting: WeightingStrategy
@@ -35,16 +76,17 @@ class Recipe:
     aggregation: Aggregation = "sequence-mean"
     mini_batches: int = 1
     epochs: int = 1
+    observers: tuple[Observer, ...] = ()
 
     @property
-    def parts(self) -> list[WeightingStrategy | Objective | AdvantageTransform]:
+    def parts(self) -> list[WeightingStrategy | Objective | AdvantageTransform | Observer]:
         """Everything that reads the signal."""
-        return [self.weighting, self.objective, *self.advantage]
+        return [self.weighting, self.objective, *self.advantage, *self.observers]
 
     @property
     def required(self) -> frozenset[str]:
         """Optional signal fields that something reads."""
-        return frozenset().union(*(part.requires for part in self.parts))
+        return with_implied(frozenset().union(*(part.requires for part in self.parts)))
 
     @property
     def updates(self) -> int:
@@ -53,8 +95,9 @@ class Recipe:
 
     @property
     def needs_scoring_pass(self) -> bool:
-        """True when weights or denominators must be known before micro-batches are cut, or the batch is reused."""
-        return self.updates > 1 or self.weighting.scope == "batch" or self.weighting.drops_tokens
+        """True when weights, advantages or denominators must be known before micro-batches are cut, or the batch is reused."""
+        whole = "batch" in (self.weighting.scope, *(transform.scope for transform in self.advantage))
+        return self.updates > 1 or whole or self.weighting.drops_tokens
 
 
 def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
@@ -82,5 +125,10 @@ def progress(*, step: int, max_steps: int, batches: float, updates: int) -> floa
         batches: rollout batches of the run where ``max_steps`` is no bound, maybe infinite.
         updates: optimizer steps a batch makes.
     """
-    total = max_steps if max_steps > 0 else int(batches) * updates if math.isfinite(batches) else 1
-    return 1.0 if total <= 1 else min(1.0, step / (total - 1))
+    total = total_steps(max_steps=max_steps, batches=batches, updates=updates)
+    return 1.0 if total <= 1 or math.isinf(total) else min(1.0, step / (total - 1))
+
+
+def total_steps(*, max_steps: int, batches: float, updates: int) -> float:
+    """Optimizer steps of a run, infinite where its length is not known; see ``progress``."""
+    return max_steps if max_steps > 0 else math.inf if math.isinf(batches) else int(batches) * updates

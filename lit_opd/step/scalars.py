@@ -32,10 +32,12 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         [value.double().sum() for value in (
             mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
             torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift, held,
+            record.rollout.mask, mask if record.chunks is None else record.chunks.lengths,
         )]
     )  # fmt: skip
     (
         tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift, held,
+        valid, aligned,
     ) = all_sum(sums).unbind()  # fmt: skip
     tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
     found = {
@@ -48,14 +50,37 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/sampler_gap": sampler_gap / tokens,
         "train/grad_norm": record.grad_norm.double(),
     }
+    found |= _of_replay(record)
     if record.skipped:
         found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
+    if record.chunks is not None:
+        found["train/aligned_fraction"] = aligned / valid.clamp(min=1)
     return found | {
         "train/tokens": sampled,
         "train/truncated_fraction": cut / rows,
         "train/budget_fraction": budget / rows,
         "train/stopped_fraction": drift / rows,
         "train/response_length": held / rows,
+    }
+
+
+def _of_replay(record: StepRecord) -> dict[str, Tensor]:
+    """Where responses were saved ones: their share, how far the student is from who sampled them, and the sampler's gap without
+    them; one collective."""
+    replayed, signal = record.rollout.replayed, record.signal
+    if replayed is None:
+        return {}
+    assert signal.sampler_logprobs is not None
+    gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
+    old = signal.mask & replayed.old.unsqueeze(-1)
+    known = old & replayed.known.unsqueeze(-1)
+    now = signal.mask & ~old
+    parts = (replayed.old, torch.ones_like(replayed.old), gap * known, known, gap * now, now)
+    rows, all_rows, drift, drifted, sampled, counted = all_sum(torch.stack([p.double().sum() for p in parts])).unbind()
+    return {
+        "train/replayed_fraction": rows / all_rows,
+        "train/replay_gap": drift / drifted,  # NaN where there is nothing to compare
+        "train/sampler_gap": sampled / counted,
     }
 
 
@@ -105,6 +130,7 @@ def logged(
     length_budget: int | None,
     stops_early: bool,
     engine_seconds: Mapping[str, float],
+    weights_behind: int | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a training step logs, float64 scalars on the host by metric name: counts stay exact, and one transfer
     serves every logger and callback.
@@ -117,6 +143,7 @@ def logged(
         max_new_tokens: the sampler's.
         length_budget: tokens a response might have at this step, None without a budget.
         stops_early: something ends responses before ``max_new_tokens``.
+        weights_behind: optimizer steps that the weights which sampled had not seen, None for a sampler that reads the student.
         engine_seconds: what a sampler with an engine of its own spent since the step before, by name.
     """
     values: dict[str, Any] = {
@@ -125,6 +152,8 @@ def logged(
         **scalars(record),
         **turn_scalars(record),
     }
+    if weights_behind is not None:
+        values["train/weights_behind"] = weights_behind
     if length_budget is not None:
         values["train/length_budget"] = length_budget
     if stops_early:

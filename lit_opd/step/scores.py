@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from lit_opd.advantage import apply_transforms
-from lit_opd.distributed import largest, shared_failure
+from lit_opd.distributed import all_sum, largest, shared_failure
+from lit_opd.errors import InputError
 from lit_opd.models.sharding import holds_shards
 from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.tiles import Head
 from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.micro_batches import MicroBatches
-from lit_opd.step.recipe import Recipe
+from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.step.skips import finite
 from lit_opd.teacher.base import Teacher
-from lit_opd.types import Rollout, TokenScores, TokenSignal, TopK
+from lit_opd.types import Chunks, Rollout, TokenScores, TokenSignal, TopK
 
 Rows = list[int]  # row numbers of a batch
 Listener = Callable[[str, int, int], None]  # name of a phase, parts done, parts in all
@@ -32,7 +34,10 @@ STUDENT_WANTS = {
     "token_kl": "token_kl",
 }  # as its forward names them
 READ_BESIDE_THE_STUDENT = frozenset({"token_kl", "teacher_distribution"})  # what needs the teacher's output head
+CHUNKS = "chunks.lengths"  # in the buffer: where a teacher with another tokenizer has a score
 CANDIDATES = "candidates.ids"  # in the buffer: the tokens that the teacher is asked about
+LISTED = "student_at_teacher_topk"
+SUMMED = ("student_logprobs", "sampler_logprobs", "reference_logprobs", "student_entropy")  # over the tokens of a chunk
 SIGNAL_FIELDS = (
     "student_logprobs", "teacher_logprobs", "reference_logprobs", "student_entropy", "teacher_entropy", "token_kl"
 )  # fmt: skip
@@ -45,6 +50,7 @@ class ScoreBuffer:
     def __init__(self, mask: Tensor) -> None:
         self.shape = tuple(mask.shape)
         self.values: dict[str, Tensor] = {}
+        self.longest_chunk = 1
 
     def put(self, name: str, rows: Rows, part: Tensor) -> None:
         """Store ``part`` [R, columns, ...] without its gradient."""
@@ -59,9 +65,18 @@ class ScoreBuffer:
         for name, lists in (("topk", scores.topk), ("candidates", scores.candidates)):
             if lists is not None:
                 found |= {f"{who}_{name}.ids": lists.ids, f"{who}_{name}.logprobs": lists.logprobs}
+        if scores.listed is not None:
+            found[LISTED] = scores.listed
+        if scores.chunks is not None:
+            found[CHUNKS] = scores.chunks.lengths
+            self.longest_chunk = max(self.longest_chunk, scores.chunks.longest)
         for name, value in found.items():
             if value is not None:
                 self.put(name, rows, value)
+
+    def chunks(self, rows: Rows, columns: int) -> Chunks | None:
+        """Those of ``rows`` and the leading columns; None where every token has a score."""
+        return Chunks(self.part(CHUNKS, rows, columns), self.longest_chunk) if CHUNKS in self.values else None
 
     def signal_fields(self, rows: Rows, columns: int) -> dict[str, Any]:
         """The optional and required fields of a ``TokenSignal`` of ``rows`` and the leading columns, finite."""
@@ -71,6 +86,8 @@ class ScoreBuffer:
             if f"{name}.ids" in cut:
                 logprobs = cut[f"{name}.logprobs"].nan_to_num(neginf=-math.inf)  # no mass is a fair answer
                 fields[name] = TopK(ids=cut[f"{name}.ids"], logprobs=logprobs)
+        if LISTED in cut:
+            fields[LISTED] = cut[LISTED].nan_to_num(neginf=-math.inf)
         return fields
 
     def part(self, name: str, rows: Rows, columns: int) -> Tensor:
@@ -156,6 +173,31 @@ class Scores:
                 stack.enter_context(shared_failure())  # sharded models talk to each other while they score
             batches.attempt(rows, score, step=self.step + 1, undo=self.forget)
         self.buffer.values.pop(CANDIDATES, None)  # which the teacher's answer has too
+        self._require_aligned()
+
+    def _require_aligned(self) -> None:
+        """Enough of the batch's tokens, over all ranks, have a score of a teacher with another tokenizer."""
+        chunks = self.chunks
+        if chunks is None:
+            return
+        aligned, tokens = all_sum(torch.stack([chunks.lengths.sum(), self.rollout.mask.sum()])).tolist()
+        try:
+            self.teacher.require_aligned(aligned, tokens)
+        except InputError as error:
+            error.on_every_rank = True
+            raise
+
+    @property
+    def chunks(self) -> Chunks | None:
+        """Of the whole batch; None where every token has a score."""
+        return self.buffer.chunks(list(range(len(self.rollout))), self.rollout.mask.shape[1])
+
+    @property
+    def counted(self) -> Tensor:
+        """bool [B, T], where the signal has a value: the valid tokens, of a teacher with another tokenizer those that end a
+        chunk."""
+        chunks = self.chunks
+        return self.rollout.mask if chunks is None else self.rollout.mask & chunks.ends
 
     def _score_frozen(self, batches: MicroBatches, rows: Rows) -> None:
         part = batches.take(rows)
@@ -238,7 +280,7 @@ class Scores:
         lacking = self.recipe.required if self.full is None else frozenset()
         wants = frozenset(want for name, want in STUDENT_WANTS.items() if name in lacking)
         on_distribution = torch.is_grad_enabled() and "teacher_distribution" in self.recipe.objective.requires
-        against: Head | TopK | None = None
+        against: Head | SharedHead | TopK | None = None
         if on_distribution and self._lists is not None:
             against = self._teacher_lists(rows, part.mask.shape[1])
         elif on_distribution or "token_kl" in wants:
@@ -249,6 +291,7 @@ class Scores:
             wants=wants,
             against=against,
             divergence=self.recipe.objective.token_divergence if on_distribution else None,
+            listed=self._teacher_list(rows, part.mask.shape[1]) if LISTED in lacking else None,
         )
         return scores
 
@@ -260,6 +303,10 @@ class Scores:
         ids, logprobs = (self.buffer.part(f"{name}.{field}", rows, columns) for field in ("ids", "logprobs"))
         return TopK(ids, logprobs).first(k)
 
+    def _teacher_list(self, rows: Rows, columns: int) -> Tensor:
+        """int64 [R, columns, K], the teacher's likeliest tokens of the batch's ``rows``."""
+        return self.buffer.part("teacher_topk.ids", rows, columns)
+
     def nothing(self) -> Tensor:
         """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
         return self.student(self.rollout.take([0]).trimmed(), [0]).logprobs.sum() * 0.0
@@ -268,21 +315,29 @@ class Scores:
 
     def signal(self, part: Rollout, rows: Rows) -> TokenSignal:
         """The signal of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
-        signal = TokenSignal(
-            **self.buffer.signal_fields(rows, part.mask.shape[1]),
-            mask=part.mask,
-            sampler_logprobs=finite(part.sampler_logprobs),
-            row_keys=part.prompts.row_keys,
-            turn=part.turn,
-            reward=part.reward,
-            step=self.step,
-            validate=False,
-        )
+        columns = part.mask.shape[1]
+        values = self.buffer.signal_fields(rows, columns)
+        values["sampler_logprobs"] = _sampler_logprobs(part, values["student_logprobs"])
+        values = by_chunk(values, part.mask, self.buffer.chunks(rows, columns))
+        signal = TokenSignal(**values, **_known(part), step=self.step, validate=False)
         return apply_transforms(list(self.recipe.advantage), signal)
+
+    def student_sums(self, logprobs: Tensor, rows: Rows) -> Tensor:
+        """The student's log-probs [R, columns] of the batch's ``rows`` as the signal has them, with their gradient."""
+        chunks = self.buffer.chunks(rows, logprobs.shape[1])
+        return logprobs if chunks is None else chunks.sums(logprobs)
 
     def values(self) -> dict[str, Tensor]:
         """Everything that must be finite, and more, as it came from the models: [B, T, ...] by field."""
         return {"sampler_logprobs": self.rollout.sampler_logprobs, **self.buffer.values}
+
+
+def _sampler_logprobs(part: Rollout, student: Tensor) -> Tensor:
+    """[B, T] nats, finite; the student's where the sampler's are not known, so that the importance weight is 1."""
+    own = finite(part.sampler_logprobs)
+    if part.replayed is None:
+        return own
+    return torch.where(part.replayed.known.unsqueeze(-1), own, student)
 
 
 @torch.no_grad()
@@ -299,7 +354,7 @@ def student_signal(
         reads: optional signal fields that are wanted, of those the teacher provides.
         step: optimizer steps the student has seen.
     """
-    device, full = rollout.mask.device, "token_kl" in teacher.provides
+    device, full, reads = rollout.mask.device, "token_kl" in teacher.provides, with_implied(reads)
     with teacher.on_device(device):
         theirs = teacher.score(rollout, temperature=temperature, requires=reads & teacher.provides)
     with teacher.on_device(device), teacher.whole_head():
@@ -307,19 +362,41 @@ def student_signal(
         wants = frozenset({"token_kl"} if full else ()) | {
             want for name, want in STUDENT_WANTS.items() if name in reads and name != "token_kl"
         }
-        ours = student(rollout, temperature=temperature, wants=wants, against=against)
-    return TokenSignal(
-        student_logprobs=ours.logprobs,
-        teacher_logprobs=theirs.logprobs,
-        mask=rollout.mask,
-        row_keys=rollout.prompts.row_keys,
-        turn=rollout.turn,
-        reward=rollout.reward,
-        step=step,
-        sampler_logprobs=rollout.sampler_logprobs,
-        token_kl=ours.token_kl,
-        student_entropy=ours.entropy,
-        teacher_entropy=theirs.entropy,
-        student_topk=ours.topk,
-        teacher_topk=theirs.topk,
-    )
+        listed = theirs.topk.ids if theirs.topk is not None and LISTED in reads else None
+        ours = student(rollout, temperature=temperature, wants=wants, against=against, listed=listed)
+    values = {
+        "student_logprobs": ours.logprobs,
+        "teacher_logprobs": theirs.logprobs,
+        "sampler_logprobs": rollout.sampler_logprobs,
+        "token_kl": ours.token_kl,
+        "student_entropy": ours.entropy,
+        "teacher_entropy": theirs.entropy,
+        "student_topk": ours.topk,
+        "teacher_topk": theirs.topk,
+        "student_at_teacher_topk": ours.listed,
+    }
+    return TokenSignal(**by_chunk(values, rollout.mask, theirs.chunks), **_known(rollout), step=step)
+
+
+def _known(rollout: Rollout) -> dict[str, Any]:
+    """Fields of a signal that no model says."""
+    return {
+        "row_keys": rollout.prompts.row_keys,
+        "token_ids": rollout.response_ids,
+        "turn": rollout.turn,
+        "reward": rollout.reward,
+    }
+
+
+def by_chunk(values: dict[str, Any], mask: Tensor, chunks: Chunks | None) -> dict[str, Any]:
+    """Fields of a signal, its mask among them, with a chunk in place of its tokens.
+
+    Args:
+        values: by field of ``TokenSignal``, the teacher's at the ends of chunks already.
+        mask: bool [B, T], valid tokens.
+        chunks: None where every token has a score.
+    """
+    if chunks is None:
+        return values | {"mask": mask}
+    sums = {name: chunks.sums(values[name]) for name in SUMMED if values.get(name) is not None}
+    return values | sums | {"mask": mask & chunks.ends}

@@ -159,7 +159,7 @@ class Update:
     def _denominator(self, rows: Rows) -> Tensor:
         index = torch.tensor(rows, device=self.rollout.mask.device)
         mask = self.rollout.mask[index]
-        kept = mask if self.kept is None else self.kept[index]
+        kept = self.scores.counted[index] if self.kept is None else self.kept[index]
         aggregation, slots = self.recipe.aggregation, self.recipe.max_new_tokens
         return all_sum(denominator(aggregation, kept=kept, mask=mask, max_new_tokens=slots))
 
@@ -168,7 +168,8 @@ class Update:
         part = self.batches.take(rows)
         scores = self.scores.student(part, rows)
         signal, weights, kept = self._weighted(part, rows, scores)
-        result = self.recipe.objective.token_loss(scores.logprobs, signal, weights, divergence=scores.divergence)
+        logprobs = self.scores.student_sums(scores.logprobs, rows)
+        result = self.recipe.objective.token_loss(logprobs, signal, weights, divergence=scores.divergence)
         self.scores.buffer.put("loss", rows, result.values)
         self.scores.buffer.put("clipped", rows, result.clipped)
         return aggregate(result.values, kept=kept, aggregation=self.recipe.aggregation, denominator=total)
@@ -183,7 +184,7 @@ class Update:
         signal = self.scores.signal(part, rows)
         weights = self.recipe.weighting(signal, self.progress)
         self.scores.buffer.put("weights", rows, weights)
-        return signal, weights, part.mask
+        return signal, weights, signal.mask
 
     # -- before weights change ---------------------------------------------------------------------------------------
 
@@ -215,6 +216,8 @@ class Update:
         index = torch.tensor(rows, device=self.rollout.mask.device)
         student, sampler = self.scores.buffer.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
         mask, step = self.rollout.mask[index], self.optimisation.step + 1
+        if self.rollout.replayed is not None:
+            mask = mask & ~self.rollout.replayed.old[index].unsqueeze(-1)
         self.gap.check(student, sampler, mask, step=step, model=self.scores.student_model)
 
     # -- what is left behind -----------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ class Update:
         signal = self.scores.full
         if signal is None:
             signal = self.scores.signal(self.rollout, list(range(len(self.rollout))))
-        kept = self.kept if self.kept is not None else self.rollout.mask
+        kept = self.kept if self.kept is not None else self.scores.counted
         return StepRecord(
             rollout=replace(self.rollout, teacher_logprobs=None),  # which the signal has, and a replay makes anew
             signal=signal,
@@ -241,4 +244,5 @@ class Update:
             step=self.optimisation.step,
             seconds=seconds,
             skipped=self.skipped,
+            chunks=self.scores.chunks,
         )

@@ -1,7 +1,9 @@
 """The frozen teacher that scores sampled tokens."""
 
+from lit_opd.teacher.aligned import AlignedTeacher
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.base_model import BaseModelTeacher
+from lit_opd.teacher.cached import CachedTeacher
 from lit_opd.teacher.local import LocalTeacher
 from lit_opd.teacher.mixed import MixedTeacher
 from lit_opd.teacher.remote import RemoteTeacher
@@ -9,7 +11,9 @@ from lit_opd.teacher.routed import RoutedTeacher
 from lit_opd.teacher.self_teacher import SelfTeacher
 
 __all__ = [
+    "AlignedTeacher",
     "BaseModelTeacher",
+    "CachedTeacher",
     "LocalTeacher",
     "MixedTeacher",
     "RemoteTeacher",

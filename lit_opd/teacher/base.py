@@ -14,10 +14,11 @@ from lit_opd.errors import InputError
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
 from lit_opd.models.vocabulary import configured_stops
-from lit_opd.scoring.model import TOP_K, ScoringModel
+from lit_opd.scoring.model import ScoringModel
+from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.stops import StopClass
 from lit_opd.scoring.tiles import Head
-from lit_opd.types import Rollout, TokenScores
+from lit_opd.types import LIST_LENGTH, Rollout, TokenScores
 
 StopMass = Literal["own", "sum"]
 
@@ -36,6 +37,7 @@ class Teacher(nn.Module, ABC):
 
     stop_mass: StopMass = "own"  # what a sampled stop token is scored with: its own mass, or that of all stop tokens
     stop_ids: tuple[int, ...] = ()  # at which a response of the student ends, which the module knows before ``load``
+    unused_ids: tuple[int, ...] = ()  # below the last id that counts, which name no token; known before ``load``
     takes_candidates = False  # whether ``score_candidates`` can be called; ``ask_candidates`` finds out
 
     @property
@@ -47,7 +49,7 @@ class Teacher(nn.Module, ABC):
     @property
     def list_size(self) -> int:
         """K of the lists of its likeliest tokens ("teacher_topk")."""
-        return TOP_K
+        return LIST_LENGTH
 
     def ask_candidates(self, k: int) -> str | None:
         """Find out, before a run, whether ``score_candidates`` takes ``k`` tokens a position, and note it.
@@ -107,6 +109,32 @@ class Teacher(nn.Module, ABC):
             if isinstance(part, Teacher):
                 part.stop_ids = ids
 
+    def know_unused_ids(self, ids: tuple[int, ...]) -> None:
+        """Note, before ``load``, which ids name no token, where the student does not say (``attach``)."""
+        for part in self.modules():
+            if isinstance(part, Teacher):
+                part.unused_ids = ids
+
+    def know_tokenizer(self, tokenizer: Any) -> None:
+        """Note, before ``load``, the student's tokenizer, for a teacher that has another."""
+
+    @property
+    def prompt_tokenizer(self) -> Any:
+        """The tokenizer of the prompts that only the teacher reads; None where it is the student's."""
+        return None
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of a prompt and response that it can read; None where that is not known."""
+        return getattr(self.reader_config, "max_position_embeddings", None)
+
+    def require_aligned(self, aligned: int, tokens: int) -> None:
+        """A batch of ``tokens`` has a score for ``aligned`` of them.
+
+        Raises:
+            InputError: too few.
+        """
+
     @property
     def sums_stops(self) -> bool:
         """Whether it, or a teacher inside it, scores a stop token with the mass of all."""
@@ -165,8 +193,9 @@ class Teacher(nn.Module, ABC):
         """The model of ``reader_config``."""
         raise InputError(f"`{type(self).__name__}` has no model in this process that could read responses along")
 
-    def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> Head:
-        """Hidden states of the valid tokens and the output head, for full-vocabulary divergences.
+    def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> Head | SharedHead:
+        """Hidden states of the valid tokens and the output head, for full-vocabulary divergences; of a teacher with another
+        vocabulary what both have in common.
 
         Args:
             rollout: B rows.
@@ -190,5 +219,6 @@ def revisions(scorers: Iterable[Teacher]) -> dict[str, str]:
         inner = [below for below in part.modules() if isinstance(below, Teacher) and below is not part]
         revision = None if inner or not isinstance(part, Teacher) else part.revision()
         if revision is not None and isinstance(part, Teacher):  # teachers of a user's own class may share a setting
-            found[part.field] = f"{found.get(part.field, '')} {revision}".strip()
+            name = f"{part.field}.path"
+            found[name] = f"{found.get(name, '')} {revision}".strip()
     return found

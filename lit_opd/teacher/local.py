@@ -82,7 +82,6 @@ class LocalTeacher(Teacher):
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
         self.policy: ScoringModel | None = None
-        self._unused: tuple[int, ...] = ()  # ids that name no token, told by ``attach``
 
     @property
     def provides(self) -> frozenset[str]:
@@ -112,7 +111,7 @@ class LocalTeacher(Teacher):
 
     def attach(self, student: ScoringModel) -> None:
         """The student's tokenizer is the teacher's: what it has no token for has no mass here either."""
-        self._unused = student.unused
+        self.unused_ids = student.unused
 
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """The quantisation is one that transformers can apply here."""
@@ -162,7 +161,7 @@ class LocalTeacher(Teacher):
 
     def _hold(self, model: Any, vocabulary: int) -> ScoringModel:
         fix_positions(model, field=self.field, longest=self.longest_row)
-        policy = ScoringModel(model, vocabulary=vocabulary, unused=self._unused)
+        policy = ScoringModel(model, vocabulary=vocabulary, unused=self.unused_ids)
         policy.choose_path(self.field.removeprefix("model."))
         policy.requires_grad_(False)
         policy.eval()

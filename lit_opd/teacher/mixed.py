@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from lit_opd.errors import InputError, require
 from lit_opd.scoring import tiles
 from lit_opd.scoring.mixed import MixedHead, Mixing, log_sums
-from lit_opd.scoring.model import TOP_K
 from lit_opd.scoring.places import Places
 from lit_opd.scoring.tiles import Head
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.several import SeveralTeachers
-from lit_opd.types import Rollout, TokenScores, TopK
+from lit_opd.types import LIST_LENGTH, Rollout, TokenScores, TopK
 
 SUM_ROUNDING = 1e-6  # that weights may miss 1 by
 _OF_HEADS = frozenset({"teacher_entropy", "teacher_topk", "token_kl", "teacher_distribution"})
@@ -116,7 +115,9 @@ class MixedTeacher(SeveralTeachers):
     @torch.no_grad()
     def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> MixedHead:
         """All of their heads as one."""
-        parts = tuple(teacher.full_head(rollout) for teacher in self.named().values())
+        found = [teacher.full_head(rollout) for teacher in self.named().values()]
+        parts = tuple(head for head in found if isinstance(head, Head))
+        assert len(parts) == len(found)  # a teacher with another tokenizer is refused before the run
         return MixedHead.of(parts, self.weights, self.how)
 
     @contextmanager
@@ -148,5 +149,5 @@ def _with_statistics(
     if "teacher_entropy" in reads:
         entropy = places.scatter(tiles.token_entropy(head, temperature=temperature))
     if "teacher_topk" in reads:
-        topk = TopK(*map(places.scatter, tiles.token_topk(head, k=TOP_K, temperature=temperature)))
+        topk = TopK(*map(places.scatter, tiles.token_topk(head, k=LIST_LENGTH, temperature=temperature)))
     return TokenScores(scores.logprobs, entropy=entropy, topk=topk)

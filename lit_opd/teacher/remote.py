@@ -94,7 +94,6 @@ class RemoteTeacher(Teacher):
         self.rows_per_request, self.top_k, self.entropy_bound = rows_per_request, top_k, entropy_bound
         self.pad_token, self.trust_remote_code = pad_token, trust_remote_code
         self._vocabulary: int | None = None  # leading entries that count, told by ``load``
-        self._unused: tuple[int, ...] = ()  # ids below them that name no token, told by ``attach``
         self.servers = Servers(
             urls,
             model=model,
@@ -134,6 +133,13 @@ class RemoteTeacher(Teacher):
         return int(self._config.get_text_config().vocab_size)
 
     # -- before a run ------------------------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int | None:
+        """Of the model, or of the servers where theirs is smaller; one token is sampled behind what they score."""
+        model = getattr(self._config.get_text_config(), "max_position_embeddings", None)
+        servers = None if self.servers.window is None else self.servers.window - 1
+        return min((window for window in (model, servers) if window is not None), default=None)
 
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """Temperature 1; every server answers, serves the model, holds ``tokens`` and the one it must sample, scores the
@@ -197,12 +203,12 @@ class RemoteTeacher(Teacher):
 
     def attach(self, student: ScoringModel) -> None:
         """Take note of ids for which the student has no token."""
-        self._unused = student.unused
+        self.unused_ids = student.unused
 
     def load(self, *, vocabulary: int) -> None:
         """Ask the servers for their model, where ``check`` has not."""
         self._vocabulary, rows = vocabulary, self._embedding_rows
-        entries = vocabulary - len(self._unused)
+        entries = vocabulary - len(self.unused_ids)
         require(
             self.list_size < entries, f"{self.field}.top_k", f"below the student's {entries} tokens", self.list_size
         )
@@ -330,8 +336,8 @@ class RemoteTeacher(Teacher):
     def _known(self, lists: TopK) -> TopK:
         """``lists`` without tokens that the student does not have: theirs is no log-prob of an entry, but mass of the rest."""
         foreign = lists.ids >= (self._vocabulary or self._embedding_rows)
-        if self._unused:
-            foreign |= torch.isin(lists.ids, lists.ids.new_tensor(self._unused))
+        if self.unused_ids:
+            foreign |= torch.isin(lists.ids, lists.ids.new_tensor(self.unused_ids))
         return TopK(lists.ids.masked_fill(foreign, 0), lists.logprobs.masked_fill(foreign, -torch.inf))
 
     def _entropy(self, lists: TopK, mask: Tensor) -> Tensor:

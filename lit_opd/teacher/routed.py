@@ -135,6 +135,11 @@ def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
             out[rows.to(out.device)] = value.to(out)
         return out
 
+    if any(scores.chunks is not None for _, scores in parts):
+        raise InputError(
+            "`RoutedTeacher.teachers` must not hold an AlignedTeacher, which scores chunks; wrap the RoutedTeacher in it, with "
+            "teachers of one tokenizer"
+        )
     found: dict[str, Any] = {}
     for field in fields(TokenScores):
         values = [getattr(scores, field.name) for _, scores in parts]

@@ -105,7 +105,8 @@ def tool_problems(*, count: int, seed: int) -> list[ToolProblem]:
     limit = NUM_KEYS**NUM_WORDS // 16
     if not 1 <= count <= limit:
         raise InputError(f"`tool_problems.count` must be 1 to {limit}, got {count}; ask for fewer problems")
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[str, ToolProblem] = {}
     while len(found) < count:
         problem = draw_problem(rng)
         found.setdefault(problem.prompt, problem)

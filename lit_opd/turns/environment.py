@@ -93,7 +93,7 @@ class Environment(ABC):
         Args:
             row: its columns by name, and ``row.prompt``, ``row.answer``, ``row.row_id``; not to be changed.
         """
-        return list(row.prompt)
+        return [dict(message) for message in row.prompt]
 
     @abstractmethod
     def step(self, state: Episode, response: Response) -> Any:

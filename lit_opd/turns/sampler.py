@@ -290,12 +290,14 @@ class TurnsSampler(Sampler):
     def _heard(self, row: _Row, answer: Any, turn: int, settings: SamplingSettings) -> list[int] | None:
         """Ids that the row reads next, which are added to it; None where it ends."""
         if isinstance(answer, Failure):
-            return self._failed(row, answer)
+            self._failed(row, answer)
+            return None
         try:
             answer = checked_answer(answer, self.environment.role)
             ids = [] if answer.done else self._observed(row, answer, settings)
         except (Refused, InputError) as error:
-            return self._failed(row, Failure(str(error)))
+            self._failed(row, Failure(str(error)))
+            return None
         if answer.reward is not None:
             row.reward = answer.reward + (row.reward or 0.0)
         if answer.done:

@@ -22,7 +22,9 @@ from callbacks import PositionProfile
 from callbacks.position_profile import build_window, record_quantities
 from lit_opd.errors import InputError
 from lit_opd.report.profile import ProfileWindow, read_profile
+from lit_opd.report.profile_pictures import profile_figure
 from lit_opd.report.profile_sums import PositionProfileSums, position_edges
+from lit_opd.teacher import LocalTeacher
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, StepRecord
 from tests.helpers import cases, profiled, tiny, wandb_file
 from tests.helpers.signals import holey_mask, random_signal
@@ -188,6 +190,45 @@ def test_bands_are_the_tokens_that_first_and_last_fraction_keep():
     same(scalars, expected)
 
 
+def slow_lists(signal: Any, at: tuple[int, int], k: int) -> dict[str, float]:
+    """What two lists of one position say together, by plain loops."""
+    ours, theirs = (
+        dict(zip(top.ids[at].tolist(), top.logprobs[at].tolist(), strict=True))
+        for top in (signal.student_topk, signal.teacher_topk)
+    )
+    mine, others = list(ours)[:k], list(theirs)[:k]
+    common = [token for token in mine if token in others]
+    mass = math.fsum(math.exp(ours[token]) for token in common)
+    ratios = [math.exp(ours[token]) * (theirs[token] - ours[token]) for token in common]
+    return {
+        "list_overlap": len(common) / len(mine),
+        "list_teacher_mass": math.fsum(math.exp(theirs[token]) for token in mine if token in theirs),
+        "list_advantage": math.fsum(ratios) / mass if common else math.nan,
+    }
+
+
+@pytest.mark.parametrize("k", [1, 4, 20])
+def test_lists_by_position_equal_slow_loops(k):
+    one = record(0)
+    metric = PositionProfileSums(COLUMNS, bins=COLUMNS)
+    metric.update(record_quantities(one, lists=k), mask=one.signal.mask, kept=one.kept)
+    window = build_window(metric.tables(metric.compute()), edges=metric.edges, step=1, previous_step=0, scale="linear")
+    found: dict[int, list[dict[str, float]]] = defaultdict(list)
+    for row in range(ROWS):
+        for index, column in enumerate(one.signal.mask[row].nonzero().flatten().tolist()):
+            found[index].append(slow_lists(one.signal, (row, column), k))
+    undefined = 0
+    for place, group in found.items():
+        for name in group[0]:
+            values = [token[name] for token in group if not math.isnan(token[name])]
+            undefined += len(group) - len(values)
+            want = math.fsum(values) / len(values) if values else None
+            got = window.absolute.values[name][place]
+            assert got == (want if want is None else pytest.approx(want, rel=1e-10)), (name, place)
+    assert (undefined > 0) == (k == 1)
+    assert not {"list_overlap", "list_advantage"} & profile([one], length=COLUMNS).absolute.values.keys()
+
+
 def test_shares_of_the_gradient_add_up_to_one():
     found = profile(RECORDS, length=COLUMNS)
     for binned in (found.absolute, found.relative):
@@ -227,7 +268,10 @@ def test_log_bins_are_narrow_at_the_start():
 
 
 def test_wrong_settings_are_named():
-    for setting in ({"every": 0}, {"bins": 0}, {"scale": "cubic"}, {"relative_bins": 0}, {"pictures_every": 0}):
+    for setting in (
+        {"every": 0}, {"bins": 0}, {"scale": "cubic"}, {"relative_bins": 0}, {"pictures_every": 0}, {"lists": 0}, {"lists": 33},
+        {"lists": True},
+    ):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(setting))):
             PositionProfile(**setting)
 
@@ -369,6 +413,33 @@ def test_entropies_are_profiled_where_the_run_computes_them(folders, tmp_path, n
     (window,) = read_profile(tmp_path / "profile.jsonl")
     assert 0 < window.scalars["profile/first_30/teacher_entropy"] < math.log(64)
     assert window.relative.values["student_entropy"] != window.relative.values["teacher_entropy"]
+
+
+def test_lists_are_computed_and_profiled_where_the_profile_asks(folders, tmp_path, no_pictures):
+    records = Records()
+    profiled.fit(folders, tmp_path, [PositionProfile(lists=16), records], steps=1)
+    (window,) = read_profile(tmp_path / "profile.jsonl")
+    signal = records.seen[0].signal
+    valid = [slow_lists(signal, tuple(place), 16) for place in signal.mask.nonzero().tolist()]
+    for name in ("list_overlap", "list_teacher_mass"):
+        count, values = window.relative.count, window.relative.values[name]
+        mean = sum((value or 0.0) * number for value, number in zip(values, count, strict=True)) / sum(count)
+        assert mean == pytest.approx(sum(token[name] for token in valid) / len(valid), rel=1e-6)
+        assert 0 < window.scalars[f"profile/last_30/{name}"] < 1
+    shown = profile_figure(window, window, "relative").axes
+    assert {"lists of likely tokens", "A on tokens in both lists"} <= {axis.get_title() for axis in shown}
+
+
+def test_a_teacher_without_lists_is_refused_before_it_is_loaded(folders, tmp_path):
+    class Mute(LocalTeacher):
+        """Log-probs of the sampled tokens only."""
+
+        @property
+        def provides(self) -> frozenset[str]:
+            return frozenset()
+
+    with pytest.raises(InputError, match=r"`PositionProfile` must have \['teacher_topk'\], which `Mute` cannot give"):
+        profiled.fit(folders, tmp_path, [PositionProfile(lists=16)], steps=1, settings={"teacher": Mute(folders[1])})
 
 
 def test_several_updates_a_batch_count_optimizer_steps(folders, tmp_path, no_pictures):

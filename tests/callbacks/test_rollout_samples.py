@@ -14,9 +14,9 @@ from torch import Tensor
 
 from callbacks import RolloutSamples
 from callbacks.rollout_samples import _verdict, sample_rows
+from lit_opd import saved_steps
 from lit_opd.errors import InputError
 from lit_opd.files import append_lines, drop_lines_after, read_lines
-from lit_opd.report import replay
 from lit_opd.report.replay import load_record, load_rollout, save_record
 from lit_opd.types import FinishReason, StepRecord, TopK
 from lit_opd.weighting.fire import FiRe
@@ -197,7 +197,7 @@ def test_a_write_that_fails_leaves_no_file(finished, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(replay, "save_file", break_off)
+    monkeypatch.setattr(saved_steps, "save_file", break_off)
     with pytest.raises(OSError, match="disk full"):
         save_record(finished[1][0], tmp_path / "step-1.safetensors")
     assert not (tmp_path / "step-1.safetensors").exists()

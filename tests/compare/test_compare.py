@@ -31,8 +31,17 @@ from lit_opd.compare.pictures import draw_cosines, draw_weights, plain
 from lit_opd.compare.replay import REFERENCES, GradientSums, Replay, WeightSums, find_files, replay_files
 from lit_opd.compare.replay_report import replay_document
 from lit_opd.compare.runs import Curve, Run, read_run, read_runs
-from lit_opd.compare.runs_report import runs_document
-from lit_opd.compare.statistics import Estimate, mean_height, paired, reached, t_quantile
+from lit_opd.compare.runs_report import _data, runs_document
+from lit_opd.compare.statistics import (
+    Estimate,
+    mean_height,
+    mean_interval,
+    paired,
+    paired_two_way,
+    reached,
+    t_quantile,
+    two_way_interval,
+)
 from lit_opd.compare.strategies import read_strategies
 from lit_opd.compare.verdict import reading
 from lit_opd.errors import InputError
@@ -314,6 +323,77 @@ def test_problems_are_paired_and_averaged_over_common_seeds(tmp_path):
     cell = found.problems["aime", "b"]
     assert cell.mean == 0.25 and cell.difference[0] == 0.25 and (cell.problems, cell.seeds) == (8, 2)
     assert 0.0 < cell.difference[1] < 0.25 < cell.difference[2] <= 0.5
+    assert cell.both.mean == 0.25 and cell.both.low < 0.25 < cell.both.high and cell.both.count == 2
+    (written,) = json.loads(json.dumps(_data(found)))["variants"]["b"]["problems"].values()
+    assert (written["both"]["low"], written["both"]["high"]) == (cell.both.low, cell.both.high)
+
+
+# -- seeds and problems at once ----------------------------------------------------------------------------------------
+
+# standard deviations of seeds, problems and what is left
+SOURCES = {"seeds": (1.0, 0.5, 1.0), "problems": (0.05, 1.0, 0.5), "neither": (0.0, 0.0, 1.0), "both": (0.15, 1.0, 1.0)}
+SIMULATED, FEW_DRAWS = 150, 400
+
+
+def simulated_table(seeds: int, problems: int, source: str, generator: np.random.Generator) -> np.ndarray:
+    """[seeds, problems] around 0."""
+    shapes = ((seeds, 1), (1, problems), (seeds, problems))
+    return sum(
+        (deviation * generator.normal(size=shape) for deviation, shape in zip(SOURCES[source], shapes, strict=True)),
+        start=np.zeros((seeds, problems)),
+    )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_two_way_intervals_hold_the_truth_as_often_as_they_say(seeds, source):
+    generator = np.random.default_rng(seeds)
+    tables = [simulated_table(seeds, 50, source, generator) for _ in range(SIMULATED)]
+    found = [two_way_interval(table, seed=number, draws=FEW_DRAWS) for number, table in enumerate(tables)]
+    held = sum(each.low <= 0 <= each.high for each in found)
+    assert 0.92 * SIMULATED <= held <= 0.98 * SIMULATED, held / SIMULATED
+
+
+def test_an_interval_over_seeds_or_over_problems_alone_would_not():
+    generator = np.random.default_rng(3)
+    by_seed = [mean_interval(simulated_table(10, 50, "problems", generator).mean(1).tolist()) for _ in range(SIMULATED)]
+    assert sum(each.low <= 0 <= each.high for each in by_seed) < 0.7 * SIMULATED
+    held = 0
+    for _ in range(SIMULATED):
+        means = simulated_table(10, 50, "seeds", generator).mean(0)
+        held += abs(means.mean()) <= 1.96 * means.std(ddof=1) / 50**0.5
+    assert held < 0.7 * SIMULATED
+
+
+def test_a_two_way_interval_is_that_over_seeds_where_problems_do_not_vary_and_the_other_way_round():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=8)
+    by_seed = two_way_interval(np.repeat(values[:, None], 40, axis=1), draws=40_000)
+    exact = mean_interval(values.tolist())
+    assert (by_seed.low, by_seed.high) == (pytest.approx(exact.low, abs=0.03), pytest.approx(exact.high, abs=0.03))
+    values = generator.normal(size=400)
+    by_problem = two_way_interval(np.repeat(values[None], 8, axis=0), draws=8_000)
+    exact = mean_interval(values.tolist())
+    assert (by_problem.low, by_problem.high) == (
+        pytest.approx(exact.low, abs=0.01),
+        pytest.approx(exact.high, abs=0.01),
+    )
+    assert by_problem == two_way_interval(np.repeat(values[None], 8, axis=0), draws=8_000)  # the same draws
+
+
+def test_a_two_way_difference_is_of_what_all_have():
+    """Seed 3 is unpaired, problem "c" is missing once: differences 1, 2 and 3, 4."""
+    ours = {1: {"a": 2.0, "b": 3.0, "c": 9.0}, 2: {"a": 4.0, "b": 5.0}, 3: {"a": 99.0}}
+    theirs = {1: {"a": 1.0, "b": 1.0, "c": 1.0}, 2: {"a": 1.0, "b": 1.0}}
+    found = paired_two_way(ours, theirs)
+    assert found.mean == 2.5 and found.count == 2 and found == two_way_interval([[1.0, 2.0], [3.0, 4.0]])
+    assert two_way_interval([[1.0, 2.0]]).low is None and two_way_interval([[1.0], [2.0]]).high is None
+    for sides in (({1: {"a": 1.0}}, {2: {"a": 1.0}}), ({1: {"a": 1.0}}, {1: {"b": 1.0}})):
+        with pytest.raises(InputError, match="common seed and a problem"):
+            paired_two_way(*sides)
+    for table in ([1.0, 2.0], [[1.0, math.nan]], [[]]):
+        with pytest.raises(InputError, match=r"table \[seeds, problems\] of finite numbers"):
+            two_way_interval(table)
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------

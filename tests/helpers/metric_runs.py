@@ -234,8 +234,9 @@ class Scripted(Sampler):
 
     max_logprob_gap = math.inf  # written by hand
 
-    def __init__(self, train: list[Rollout], **settings: Any) -> None:
+    def __init__(self, train: list[Rollout], *, in_process: bool, **settings: Any) -> None:
         super().__init__(**settings)
+        self.in_process = in_process
         self.train, self.evaluated = train, {draw: evaluated(draw) for draw in range(GREEDY, 4)}
         self.calls = 0
         self.seconds = Seconds(*ENGINE)
@@ -257,7 +258,8 @@ class Scripted(Sampler):
         self.calls += 1
         with torch.no_grad():
             model.head(chosen)
-        return replace(chosen, prompts=prompts)
+        version = settings.weights_version - settings.step // UPDATES
+        return replace(chosen, prompts=prompts, provenance=replace(chosen.provenance, weights_version=version))
 
 
 def module(folders: tuple[str, str], case: Case) -> OPDModule:
@@ -265,7 +267,7 @@ def module(folders: tuple[str, str], case: Case) -> OPDModule:
     return fixed.module(
         folders,
         case.rollouts[0],
-        sampler=Scripted(case.rollouts, max_new_tokens=SLOTS, temperature=TEMPERATURE),
+        sampler=Scripted(case.rollouts, in_process=not case.budgeted, max_new_tokens=SLOTS, temperature=TEMPERATURE),
         weighting=STRATEGIES[case.weighting](),
         advantage=[Clip(A_CLIP)],
         objective=PolicyLoss(clip=CLIP, dual_clip=DUAL, importance_cap=CAP),

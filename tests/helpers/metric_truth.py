@@ -185,6 +185,7 @@ STEP: dict[str, Callable[[Step], float]] = {
 WITH_BUDGET: dict[str, Callable[[Step], float]] = {
     "train/length_budget": lambda step: step.budget or NAN,
     "train/tokens_saved_at_most": saved,
+    "train/weights_behind": lambda step: step.number // runs.UPDATES - 1,  # the k-th batch is scripted as k steps old
 }
 
 

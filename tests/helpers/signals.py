@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import lit_opd.weighting  # noqa: F401  importing it imports every strategy
-from lit_opd.types import TokenSignal
+from lit_opd.types import TokenSignal, TopK
 from lit_opd.weighting.base import WeightingStrategy
 
 TOKEN_FIELDS = ("student_logprobs", "teacher_logprobs", "sampler_logprobs", "reference_logprobs", "advantage")
 STATE_FIELDS = ("student_entropy", "teacher_entropy", "token_kl")  # column t is a function of the tokens before t
 FLOAT_FIELDS = TOKEN_FIELDS + STATE_FIELDS
+LIST_FIELDS = ("student_topk", "teacher_topk")  # functions of the tokens before t too
+LISTED = "student_at_teacher_topk"
+VOCABULARY, LISTED_TOKENS = (
+    24,
+    20,
+)  # of the made-up distributions; lists shorter than the vocabulary, longer than k = 16
 
 
 def random_field(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -25,13 +32,44 @@ def random_field(name: str, shape: tuple[int, ...], generator: torch.Generator) 
     return 4.0 * draws - 2.0 if name == "advantage" else -6.0 * draws**2 - 1e-3
 
 
+def random_lists(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> dict[str, object]:
+    """Top-k lists of two distributions that agree in part, and the student's log-probs of the teacher's list."""
+    shared, own, other = torch.randn((3, *shape, VOCABULARY), generator=generator, dtype=torch.float64)
+    student, teacher = ((2 * shared + part).log_softmax(-1) for part in (own, other))
+    found = [logprobs.topk(LISTED_TOKENS, -1) for logprobs in (student, teacher)]
+    lists = {
+        name: TopK(ids=top.indices, logprobs=top.values.to(dtype)) for name, top in zip(LIST_FIELDS, found, strict=True)
+    }
+    return {**lists, LISTED: student.gather(-1, found[1].indices).to(dtype)}
+
+
 def random_signal(mask: Tensor, *, seed: int = 0, dtype: torch.dtype = torch.float64, step: int = 3) -> TokenSignal:
-    """A signal of three turns with every optional field but top-k lists, on ``mask`` (bool [B, T]); row keys 100, 101, ..."""
+    """A signal of three turns with every optional field, on ``mask`` (bool [B, T]); row keys 100, 101, ..."""
     generator = torch.Generator().manual_seed(seed)
-    content = {name: random_field(name, tuple(mask.shape), generator).to(dtype) for name in FLOAT_FIELDS}
-    columns = mask.shape[1]
-    turn = (3 * torch.arange(columns) // max(columns, 1)).expand(mask.shape)
-    return TokenSignal(mask=mask, row_keys=100 + torch.arange(len(mask)), step=step, turn=turn, **content)
+    shape = tuple(mask.shape)
+    content = {name: random_field(name, shape, generator).to(dtype) for name in FLOAT_FIELDS}
+    lists = random_lists(shape, generator, dtype)
+    ids = torch.randint(VOCABULARY, shape, generator=generator)
+    turn = (3 * torch.arange(shape[1]) // max(shape[1], 1)).expand(shape)
+    known = {"row_keys": 100 + torch.arange(len(mask)), "step": step, "token_ids": ids, "turn": turn}
+    return TokenSignal(mask=mask, **known, **content, **lists)  # type: ignore[arg-type]
+
+
+def mapped(signal: TokenSignal, function: Callable[[str, Tensor], Tensor]) -> TokenSignal:
+    """The signal with every per-token tensor replaced: ``function`` of its name and the tensor [B, T] or [B, T, K]."""
+    changes: dict[str, object] = {}
+    for name in (*FLOAT_FIELDS, "mask", "token_ids", "turn", LISTED, *LIST_FIELDS):
+        value = getattr(signal, name)
+        if isinstance(value, TopK):
+            changes[name] = TopK(ids=function("ids", value.ids), logprobs=function("logprobs", value.logprobs))
+        elif value is not None:
+            changes[name] = function(name, value)
+    return replace(signal, **changes)  # type: ignore[arg-type]
+
+
+def along(columns: Tensor, value: Tensor) -> Tensor:
+    """``columns`` [B, T] or [T] with further dimensions, so that it meets ``value`` [B, T] or [B, T, K]."""
+    return columns if value.ndim == 2 else columns.unsqueeze(-1)
 
 
 def holey_mask(rows: int, columns: int, *, seed: int = 0) -> Tensor:
@@ -59,20 +97,36 @@ def small_signal(student: list[float], teacher: list[float], dtype: torch.dtype 
 
 
 def changed_columns(signal: TokenSignal, names: tuple[str, ...], columns: Tensor, *, seed: int) -> TokenSignal:
-    """The signal with fresh random content in ``columns`` (bool [T]) of the fields ``names``."""
+    """The signal with fresh random content in ``columns`` (bool [T]) of the fields ``names``; with state fields go the lists,
+    with token fields the tokens."""
+    fresh = random_signal(signal.mask, seed=seed + 10_000)
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(signal.mask.shape)
-    fresh = {n: torch.where(columns, random_field(n, shape, generator), getattr(signal, n)) for n in names}
-    return replace(signal, **fresh)
+    changes = {n: torch.where(columns, random_field(n, shape, generator), getattr(signal, n)) for n in names}
+    others = ((LISTED, *LIST_FIELDS) if set(STATE_FIELDS) <= set(names) else ()) + (
+        ("token_ids",) if set(TOKEN_FIELDS) <= set(names) else ()
+    )
+
+    def mixed(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(along(columns, old), new, old)
+
+    for name in others:
+        new, old = getattr(fresh, name), getattr(signal, name)
+        if isinstance(old, TopK):
+            changes[name] = TopK(ids=mixed(new.ids, old.ids), logprobs=mixed(new.logprobs, old.logprobs))
+        elif old is not None:
+            changes[name] = mixed(new, old)
+    return replace(signal, **changes)
 
 
 def padded(signal: TokenSignal, left: int, right: int, value: float) -> TokenSignal:
     """The signal with masked columns on both sides that hold ``value``."""
-    sides = (left, right)
-    content = {n: torch.nn.functional.pad(getattr(signal, n), sides, value=value) for n in FLOAT_FIELDS}
-    if signal.turn is not None:
-        content["turn"] = torch.nn.functional.pad(signal.turn, sides, value=-7)
-    return replace(signal, mask=torch.nn.functional.pad(signal.mask, sides, value=False), **content)
+
+    def grown(name: str, tensor: Tensor) -> Tensor:
+        fill = value if tensor.is_floating_point() else -7 if name == "turn" else 0
+        return torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (left, right), value=fill)
+
+    return mapped(signal, grown)
 
 
 def strategy_classes() -> list[type[WeightingStrategy]]:

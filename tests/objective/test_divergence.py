@@ -476,7 +476,7 @@ class TeacherMass(WeightingStrategy):
 
     @property
     def requires(self):
-        return frozenset({"student_topk", "teacher_topk"})
+        return frozenset({"student_topk", "student_at_teacher_topk"})  # which the teacher's list comes with
 
     def weights(self, signal, progress):
         ours, theirs = signal.student_topk, signal.teacher_topk
@@ -487,7 +487,7 @@ class TeacherMass(WeightingStrategy):
 @pytest.mark.parametrize("k", [32, 7])
 @pytest.mark.parametrize("early", [False, True], ids=["inside", "before"])
 def test_top_k_lists_are_those_of_the_models_tables(folders, rollout, early, k, monkeypatch):
-    monkeypatch.setattr(scoring, "TOP_K", k)
+    monkeypatch.setattr(scoring, "LIST_LENGTH", k)
     monkeypatch.setattr(tiles, "WHOLE_ELEMENTS", 64 * 3)
     strategy = BatchMeanOne(TeacherMass()) if early else TeacherMass()
     trained = fixed.module(folders, rollout, weighting=strategy, token_budget=20)
@@ -506,13 +506,26 @@ def test_top_k_lists_are_those_of_the_models_tables(folders, rollout, early, k, 
                 found.logprobs[row, : len(response)], best.values[:, :k].log(), rtol=1e-6, atol=1e-6
             )
     assert float(record.weights[rollout.mask].std()) > 0.01
+    student = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float64)
+    for row in range(len(rollout)):
+        prompt = rollout.prompts.ids[row][rollout.prompts.mask[row]]
+        response = rollout.response_ids[row][rollout.mask[row]]
+        with torch.no_grad():
+            logits = student(torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        asked = record.signal.teacher_topk.ids[row, : len(response)]
+        want, got = (
+            logits.log_softmax(-1).gather(-1, asked),
+            record.signal.student_at_teacher_topk[row, : len(response)],
+        )
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(record.signal.token_ids, rollout.response_ids)
 
 
 def test_nothing_is_computed_that_nothing_requires(folders, rollout, monkeypatch):
     def never(*arguments, **settings):
         raise AssertionError("not required")
 
-    for name in ("token_entropy", "token_kl", "token_topk"):
+    for name in ("token_entropy", "token_kl", "token_topk", "token_listed"):
         monkeypatch.setattr(scoring, name, never)
     for objective in (None, Divergence("forward_kl")):
         fixed.fit(fixed.module(folders, rollout, objective=objective), rollout.prompts)

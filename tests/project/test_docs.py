@@ -17,6 +17,8 @@ from callbacks import RunCheckpoint, default_callbacks
 from examples.half_life import HalfLife
 from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
+from lit_opd.testbed.hints import path_of
+from lit_opd.testbed.task import make_automaton
 from tests.helpers import signals, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +241,41 @@ def test_every_test_that_the_reliability_page_names_exists_and_its_yaml_parses()
         RunCheckpoint(**callback["init_args"])
 
 
-@pytest.mark.parametrize("name", ["opsd", "sdft"])
+def reference_answers(path: Path) -> Path:
+    """Right answers to the embedded training prompts, in the place of the teacher's."""
+    rows = [json.loads(line) for line in (ROOT / "lit_opd/testbed/assets/train.jsonl").read_text().splitlines()]
+    paths = {row["id"]: path_of(make_automaton(), row["prompt"]) for row in rows}
+    lines = [{"id": name, "response": "".join(codes) + f"\\boxed{{{codes[-1]}}}"} for name, codes in paths.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.slow
+def test_answers_that_predict_wrote_are_replayed(tmp_path):
+    """The page's first command with fewer rows, then its run on them; other prompts are sampled."""
+    quick = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--run_dir", str(tmp_path / "answers")]
+    rows = ROOT / "lit_opd" / "testbed" / "assets"
+    small = ["--data.val", str(rows / "train.jsonl"), "--data.val_limit", "16", "--data.val_batch", "16"]
+    main(default_callbacks, ["predict", *quick, "--model.student.path", str(rows / "teacher"), *small])
+    settings = [
+        "--model.sampler.paths",
+        str(tmp_path / "answers" / "predictions.jsonl"),
+        "--model.sampler.missing",
+        "sample",
+    ]
+    words = [
+        "--config",
+        str(ROOT / "configs" / "recipes" / "replay.yaml"),
+        "--run_dir",
+        str(tmp_path / "run"),
+        *settings,
+    ]
+    words += ["--model.warmup", "null", "--trainer.max_steps", "1", "--data.val_limit", "4", "--wandb.mode", "disabled"]
+    main(default_callbacks, ["fit", *words])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
+@pytest.mark.parametrize("name", ["opsd", "sdft", "replay"])
 def test_every_recipe_trains_a_step(name, tmp_path):
     """As it stands, on the embedded task, with smaller batches; its command is on line 1 and its page names it."""
     path = ROOT / "configs" / "recipes" / f"{name}.yaml"
@@ -247,6 +283,8 @@ def test_every_recipe_trains_a_step(name, tmp_path):
     assert path.read_text().splitlines()[0] == f"# {command}"
     assert command in (ROOT / "docs" / "recipes" / f"{name}.md").read_text()
     small = ["--trainer.max_steps", "1", "--data.prompt_batch", "4", "--data.val_batch", "4", "--data.val_limit", "4"]
+    if name == "replay":
+        small += ["--model.sampler.paths", str(reference_answers(tmp_path / "answers.jsonl"))]
     words = ["--config", str(path), "--run_dir", str(tmp_path / "run"), "--wandb.mode", "disabled", *small]
     main(default_callbacks, ["fit", *words])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1

@@ -18,6 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "types": {"errors", "masked"},
     "files": {"errors"},
     "distributed": {"errors"},
+    "lists": {"types"},
+    "batchwise": {"masked", "distributed"},
     "hub": {"errors"},
     "shipped": set(),
     "one_name": set(),
@@ -25,11 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "files", "distributed", "hub"},
     "scoring": {"types", "errors", "masked"},
     "servers": {"errors", "distributed"},
-    "rollout": {"types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
+    "saved_steps": {"types", "errors", "files"},
+    "rollout": {"saved_steps", "types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
     "turns": {"types", "errors", "answers", "distributed", "prompts", "rollout"},
-    "teacher": {"types", "errors", "models", "scoring", "servers"},
-    "advantage": {"types", "errors", "masked"},
-    "weighting": {"types", "errors", "masked", "streams", "distributed"},
+    "teacher": {"types", "errors", "distributed", "models", "scoring", "servers"},
+    "advantage": {"types", "errors", "masked", "batchwise"},
+    "weighting": {"types", "errors", "masked", "streams", "distributed", "lists", "batchwise"},
     "objective": {"types", "errors", "masked", "scoring"},
     "step": {
         "types", "errors", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
@@ -38,13 +41,14 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"errors", "files", "distributed", "models"},
     "preflight": {
         "types", "errors", "distributed", "shipped", "servers", "prompts", "models", "scoring", "rollout", "teacher", "advantage",
-        "step", "evaluation", "run",
+        "objective", "step", "evaluation", "run",
     },
     "module": {
-        "types", "errors", "distributed", "models", "scoring", "rollout", "teacher", "advantage", "weighting", "objective",
+        "types", "errors", "distributed", "prompts", "models", "scoring", "rollout", "teacher", "advantage", "weighting",
+        "objective",
         "step", "evaluation", "run", "preflight",
     },
-    "report": {"types", "errors", "files", "shipped", "masked", "evaluation"},
+    "report": {"saved_steps", "types", "errors", "files", "shipped", "masked", "evaluation"},
     "compare": {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
@@ -56,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sweep": {"errors", "files", "shipped", "run", "compare", "report", "cli"},
     "callbacks": {
-        "types", "errors", "files", "distributed", "shipped", "one_name", "prompts", "evaluation", "run", "report",
+        "types", "errors", "files", "distributed", "lists", "shipped", "one_name", "prompts", "evaluation", "run", "report",
     },
     "__main__": {"errors", "shipped", "callbacks", "cli", "sweep"},
 }  # fmt: skip

@@ -21,7 +21,7 @@ from lit_opd.preflight.memory import LISTED, Held, Workload, budget
 from lit_opd.preflight.module_checks import require_scored
 from lit_opd.preflight.plan import read_plan
 from lit_opd.preflight.sizes import model_size
-from lit_opd.scoring.model import TOP_K, ScoringModel
+from lit_opd.scoring.model import ScoringModel
 from lit_opd.servers.client import Malformed
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.recipe import Recipe
@@ -30,7 +30,7 @@ from lit_opd.step.token_budget import TokenBudget
 from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from lit_opd.teacher.answers import asked_logprobs
 from lit_opd.teacher.remote import _chosen_body, _read
-from lit_opd.types import Rollout
+from lit_opd.types import LIST_LENGTH, Rollout
 from lit_opd.weighting.entropy_gate import EntropyGate
 from lit_opd.weighting.uniform import Uniform
 from tests.helpers import fake_vllm as fake
@@ -141,7 +141,7 @@ def test_rows_go_to_the_teacher_they_name_and_lists_are_cut_to_the_shortest(fold
     near = LocalTeacher(folders[0])
     near.load(vocabulary=64)
     routed = RoutedTeacher({"a": near, "b": remote(folders, server)})
-    assert routed.provides == LISTS and routed.list_size == 20 < TOP_K
+    assert routed.provides == LISTS and routed.list_size == 20 < LIST_LENGTH
     found = routed.score(named, requires=LISTS).topk
     for row, folder in enumerate([folders[1], folders[0], folders[0], folders[1], folders[0], folders[1]]):
         best = tables(folder, rows)[row].topk(20).indices

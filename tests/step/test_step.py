@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_opd.advantage import EntropyNull
 from lit_opd.objective import PolicyLoss
 from lit_opd.step.recipe import Recipe
 from lit_opd.weighting.combinators import SequenceMeanOne
 from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.least_likely import LeastLikely
 from lit_opd.weighting.uniform import Uniform
 from tests.helpers import fixed, tiny
 
@@ -206,3 +208,21 @@ def test_the_record_holds_rows_in_batch_order(folders, rollout):
     for name in ("student_logprobs", "teacher_logprobs", "mask"):
         torch.testing.assert_close(getattr(collect.records[0].signal, name), getattr(whole.records[0].signal, name))
     torch.testing.assert_close(collect.records[0].weights, whole.records[0].weights)
+
+
+def test_an_advantage_of_the_whole_batch_does_not_depend_on_the_micro_batches(folders, rollout):
+    """Entropies are ranked over all rows, wherever the batch is cut; the teacher has no part in it."""
+    transform = EntropyNull(fraction=0.3)
+    settings = {"advantage": [transform], "weighting": LeastLikely(0.3)}
+    whole, cut = (
+        fixed.fit(fixed.module(folders, rollout, token_budget=budget, **settings), rollout.prompts)
+        for budget in (None, 20)
+    )
+    for collected in (whole, cut):
+        signal = collected.records[0].signal
+        want = transform(signal.log_ratio, signal)
+        torch.testing.assert_close(signal.effective_advantage, want, rtol=1e-12, atol=1e-12)
+        assert len(want[want != 0].unique()) > 3
+        assert torch.equal(collected.records[0].kept, want != 0)
+    assert whole.losses == pytest.approx(cut.losses, rel=1e-9)
+    torch.testing.assert_close(whole.records[0].grad_norm, cut.records[0].grad_norm, rtol=1e-9, atol=0)

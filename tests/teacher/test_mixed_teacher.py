@@ -195,7 +195,7 @@ def test_other_weights_in_a_teachers_place_are_refused_unless_asked_for(folders,
     fixed.fit(module(), rows.prompts, steps=2, load=saved)
     tiny.save(tiny.qwen3(seed=6), place)
     with pytest.raises(
-        InputError, match="`model.teacher.teachers.1.path` must hold the weights .*--allow_change models"
+        InputError, match="`model.teacher.teachers.1.path` must hold what the checkpoint .*--allow_change models"
     ):
         fixed.fit(module(), rows.prompts, steps=2, load=saved)
     asked = module()

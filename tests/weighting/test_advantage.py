@@ -10,13 +10,28 @@ import torch
 
 from lit_opd import advantage as adv
 from lit_opd.errors import InputError
+from lit_opd.objective import PolicyLoss
+from lit_opd.step.recipe import Recipe
+from lit_opd.types import TopK
 from lit_opd.weighting.combinators import Product
 from lit_opd.weighting.entropy_gate import EntropyGate
 from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.least_likely import LeastLikely
+from lit_opd.weighting.sparse import SparseTokens
 from lit_opd.weighting.tilt import PrefixRatioTilt
 from lit_opd.weighting.trust_region import TrustRegion
 from lit_opd.weighting.uniform import Uniform
-from tests.helpers.signals import FLOAT_FIELDS, holey_mask, padded, random_signal, small_signal
+from tests.helpers.signals import (
+    FLOAT_FIELDS,
+    LIST_FIELDS,
+    LISTED,
+    along,
+    holey_mask,
+    mapped,
+    padded,
+    random_signal,
+    small_signal,
+)
 
 LOG2 = math.log(2)
 TRANSFORMS = [
@@ -31,6 +46,11 @@ TRANSFORMS = [
     adv.DiscountedReturn(0.9),
     adv.DiscountedReturn(1.0),
     adv.ValueBaseline(),
+    adv.RewardFloor(),
+    adv.RewardFloor(0.9),
+    adv.InfluenceShrinkage(),
+    adv.NullAdvantage(),
+    adv.NullAdvantage(0.3),
 ]
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: f"{type(t).__name__}{vars(t) or ''}")
 
@@ -51,8 +71,18 @@ def slow_row(transform: adv.AdvantageTransform, row: dict[str, list[float]]) -> 
         adv.RewardExtrapolation: lambda t: a[t] + (transform.strength - 1) * (row["q"][t] - row["reference"][t]),
         adv.DiscountedReturn: lambda t: sum(transform.discount ** (k - t) * a[k] for k in range(t, n)),
         adv.ValueBaseline: lambda t: a[t] + row["kl"][t],
+        adv.RewardFloor: lambda t: max(a[t], math.log(transform.strength) / (1 - transform.strength)),
+        adv.NullAdvantage: lambda t: transform.value,
+        adv.InfluenceShrinkage: lambda t: slow_influence(row, t),
     }
     return [formulas[type(transform)](t) for t in range(n)]
+
+
+def slow_influence(row: dict[str, list[float]], t: int) -> float:
+    """A, times |q - p| / (q + p) where a step along it would lower the entropy."""
+    p, q, h = math.exp(row["s"][t]), math.exp(row["q"][t]), row["entropy"][t]
+    direction = sum(math.exp(x) ** 2 * (x + h) for x in row["list"][t]) - p * (math.log(p) + h)
+    return row["a"][t] * (1.0 if row["a"][t] * direction >= 0 else abs(q - p) / (q + p))
 
 
 @every_transform
@@ -61,8 +91,10 @@ def test_transforms_equal_a_slow_loop_written_from_the_formula(transform):
     given = torch.linspace(-9, 9, signal.mask.numel(), dtype=torch.float64).reshape(signal.mask.shape)
     got = transform(given, signal)
     names = {"q": "teacher_logprobs", "s": "student_logprobs", "reference": "reference_logprobs", "kl": "token_kl"}
+    names["entropy"] = "student_entropy"
     for r, valid in enumerate(signal.mask):
         row = {short: getattr(signal, name)[r][valid].tolist() for short, name in names.items()}
+        row["list"] = signal.student_topk.logprobs[r][valid].tolist()
         want = slow_row(transform, row | {"a": given[r][valid].tolist()})
         torch.testing.assert_close(got[r][valid], torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     assert (got[~signal.mask] == 0).all()
@@ -108,9 +140,13 @@ def test_transforms_keep_precision_and_carry_no_gradient(transform, given):
 def test_transforms_ignore_padding_content_and_extra_padding(transform):
     signal = random_signal(holey_mask(8, 23))
     given = torch.where(signal.mask, signal.log_ratio, math.nan)
-    dirty = {n: torch.where(signal.mask, getattr(signal, n), math.nan) for n in FLOAT_FIELDS}
+
+    def dirtied(name, value):
+        fill = math.nan if value.is_floating_point() else value.flip(0)
+        return value if name == "mask" else torch.where(along(signal.mask, value), value, fill)
+
     want = transform(signal.log_ratio, signal)
-    assert torch.equal(transform(given, replace(signal, **dirty)), want)
+    assert torch.equal(transform(given, mapped(signal, dirtied)), want)
     wide = padded(signal, 2, 5, math.nan)
     got = transform(torch.nn.functional.pad(given, (2, 5), value=math.nan), wide)
     torch.testing.assert_close(got[:, 2:-5], want, rtol=1e-12, atol=1e-12)
@@ -135,7 +171,8 @@ def test_a_missing_required_field_is_an_error_naming_class_and_field(transform):
 @every_transform
 def test_transforms_read_no_field_they_do_not_require(transform):
     signal = random_signal(holey_mask(6, 11))
-    optional = set(FLOAT_FIELDS) - {"student_logprobs", "teacher_logprobs"} - transform.requires
+    optional = {*FLOAT_FIELDS, *LIST_FIELDS, LISTED, "token_ids"} - {"student_logprobs", "teacher_logprobs"}
+    optional -= transform.requires
     bare = replace(signal, **dict.fromkeys(optional))
     assert torch.equal(transform(signal.log_ratio, bare), transform(signal.log_ratio, signal))
 
@@ -194,6 +231,59 @@ def test_transforms_before_one_that_starts_anew_are_named():
     assert "`Clip`, `Sign` have no effect" in message and "`Power`" in message and "SoftLog" not in message
 
 
+# -- controls and shrinkage --------------------------------------------------------------------------------------------
+
+
+def test_the_entropy_null_equals_a_slow_loop_over_the_batch():
+    signal = random_signal(holey_mask(8, 23))
+    for fraction in (1e-6, 0.2, 0.5, 1.0):
+        got = adv.EntropyNull(low=-2.0, high=-0.5, fraction=fraction)(signal.log_ratio, signal)
+        tokens = [(float(signal.student_logprobs[r, t]), r, t) for r, t in signal.mask.nonzero().tolist()]
+        chosen = sorted(tokens)[: max(1, math.floor(fraction * len(tokens)))]
+        entropies = [float(signal.student_entropy[r, t]) for _, r, t in chosen]
+        low, high = min(entropies), max(entropies)
+        want = torch.zeros_like(got)
+        for (_, r, t), entropy in zip(chosen, entropies, strict=True):
+            share = (entropy - low) / (high - low) if high > low else 1.0
+            want[r, t] = -0.5 - 1.5 * share
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert torch.equal(got != 0, LeastLikely(fraction).kept(signal))
+
+
+def test_the_controls_without_a_teacher_ignore_the_teacher():
+    signal = random_signal(holey_mask(8, 23))
+    other = replace(signal, teacher_logprobs=signal.teacher_logprobs - 1.0, teacher_topk=None, teacher_entropy=None)
+    for control in (adv.NullAdvantage(), adv.EntropyNull()):
+        assert torch.equal(control(signal.log_ratio, signal), control(other.log_ratio, other))
+        assert control.replaces and adv.order_warning([adv.Clip(), control]) is not None
+    for kept in (LeastLikely(), SparseTokens("random")):
+        assert torch.equal(kept(signal), kept(other))
+
+
+def test_the_shrunk_advantage_is_the_one_that_lowers_the_entropy():
+    """The sign is that of the entropy's derivative along A (onehot - p) in the logits, by finite differences over six symbols."""
+    logits = torch.tensor([1.0, 0.2, -0.4, 0.5, -2.0, 0.0], dtype=torch.float64)
+    p, logp = logits.softmax(-1), logits.log_softmax(-1)
+    entropy = -(p * logp).sum()
+    for a in (0.7, -0.7):
+        signal = small_signal(logp.tolist(), (logp + a).tolist())
+        lists = TopK(torch.arange(6).expand(1, 6, 6), logp.expand(1, 6, 6))
+        signal = replace(signal, student_topk=lists, student_entropy=entropy.expand(1, 6))
+        got = adv.InfluenceShrinkage()(signal.log_ratio, signal)[0]
+        for y in range(6):
+            step = 1e-6 * a * (torch.eye(6, dtype=torch.float64)[y] - p)
+            there = (logits + step).softmax(-1)
+            contracts = -(there * there.log()).sum() < entropy
+            assert math.isclose(float(got[y]), a * (math.tanh(abs(a) / 2) if contracts else 1.0), rel_tol=1e-12)
+        assert len(got.round(decimals=9).unique()) == 2
+
+
+def test_transforms_of_the_whole_batch_ask_for_one_scoring_pass():
+    parts = {"weighting": Uniform(), "objective": PolicyLoss(), "max_new_tokens": 4}
+    assert not Recipe(**parts, advantage=(adv.NullAdvantage(), adv.RewardFloor())).needs_scoring_pass
+    assert Recipe(**parts, advantage=(adv.RewardFloor(), adv.EntropyNull())).needs_scoring_pass
+
+
 class Shifted(adv.AdvantageTransform):
     def transform(self, advantage, signal):
         return advantage + advantage.sum(-1, keepdim=True) + 1.0
@@ -236,6 +326,11 @@ def test_a_subclass_that_breaks_the_contract_is_named(transform, message):
         *((adv.Power, {"alpha": value}) for value in (0.0, -1.0, math.nan, math.inf)),
         *((adv.RewardExtrapolation, {"strength": value}) for value in (-0.1, math.nan, math.inf)),
         *((adv.DiscountedReturn, {"discount": value}) for value in (-0.1, 1.1, math.nan)),
+        *((adv.RewardFloor, {"strength": value}) for value in (0.0, 1.0, math.nan)),
+        *((adv.NullAdvantage, {"value": value}) for value in (0.0, math.nan, math.inf)),
+        *((adv.EntropyNull, {"high": value}) for value in (0.0, math.nan)),
+        *((adv.EntropyNull, {"low": value}) for value in (-0.5, -math.inf)),
+        *((adv.EntropyNull, {"fraction": value}) for value in (0.0, 1.1, math.nan)),
     ],
 )
 def test_parameters_out_of_range_name_class_field_value_and_range(cls, arguments):

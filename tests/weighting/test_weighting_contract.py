@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from dataclasses import replace
@@ -16,19 +17,31 @@ from torch import Tensor
 from lit_opd.errors import InputError
 from lit_opd.types import TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
+from lit_opd.weighting.cdd import CDD
 from lit_opd.weighting.combinators import BatchMeanOne, Product, Reversed, SequenceMeanOne, Shuffled
+from lit_opd.weighting.fire_rows import FiReRows
 from lit_opd.weighting.fractions import FirstFraction
+from lit_opd.weighting.ier_opd import IEROPD
 from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.least_likely import LeastLikely
+from lit_opd.weighting.matched_curve import MatchedCurve
+from lit_opd.weighting.pgt import PGT
+from lit_opd.weighting.reopold import REOPOLD
+from lit_opd.weighting.ta_opd import TAOPD
 from lit_opd.weighting.tip import TIP
 from lit_opd.weighting.trust_region import TrustRegion
 from lit_opd.weighting.uniform import Uniform
 from tests.helpers.signals import (
     FLOAT_FIELDS,
+    LIST_FIELDS,
+    LISTED,
     STATE_FIELDS,
     TOKEN_FIELDS,
     all_examples,
+    along,
     changed_columns,
     holey_mask,
+    mapped,
     mask_of,
     padded,
     random_signal,
@@ -58,6 +71,7 @@ def outputs(strategy: WeightingStrategy, signal: TokenSignal) -> tuple[Tensor, T
 
 def only_required(strategy: WeightingStrategy, signal: TokenSignal) -> TokenSignal:
     optional = {name for name in FLOAT_FIELDS if name not in ("student_logprobs", "teacher_logprobs")}
+    optional |= {"token_ids", LISTED, *LIST_FIELDS}
     return replace(signal, **dict.fromkeys(optional - strategy.requires))
 
 
@@ -102,8 +116,12 @@ def test_weights_carry_no_gradient(strategy):
 @pytest.mark.parametrize("content", [float("nan"), float("inf"), -1e30])
 def test_weights_ignore_padding_content(strategy, content):
     signal = random_signal(holey_mask(8, 23))
-    dirty = {n: torch.where(signal.mask, getattr(signal, n), content) for n in FLOAT_FIELDS}
-    weights, kept = outputs(strategy, replace(signal, **dirty))
+
+    def dirtied(name: str, value: Tensor) -> Tensor:
+        fill = content if value.is_floating_point() else value.flip(0)
+        return value if name == "mask" else torch.where(along(signal.mask, value), value, fill)
+
+    weights, kept = outputs(strategy, mapped(signal, dirtied))
     want_weights, want_kept = outputs(strategy, signal)
     assert torch.equal(weights, want_weights) and torch.equal(kept, want_kept)
 
@@ -123,7 +141,7 @@ def test_weights_ignore_extra_padding(strategy):
 def test_holes_in_the_mask_count_for_nothing(strategy):
     signal = random_signal(holey_mask(8, 23))
     order = signal.mask.int().argsort(dim=-1, descending=True, stable=True)
-    squeezed = replace(signal, **{n: getattr(signal, n).gather(1, order) for n in (*FLOAT_FIELDS, "mask", "turn")})
+    squeezed = mapped(signal, lambda _, value: value.gather(1, along(order, value).expand(value.shape)))
     weights, kept = outputs(strategy, signal)
     squeezed_weights, squeezed_kept = outputs(strategy, squeezed)
     assert_close(weights.gather(1, order), squeezed_weights)
@@ -210,12 +228,18 @@ def test_equal_and_zero_disagreement_give_finite_weights(strategy, gap):
     assert torch.isfinite(weights).all() and (weights >= 0).all() and (weights[~kept] == 0).all()
 
 
-@every_strategy
-def test_rows_of_16k_tokens_agree_with_float64_and_take_under_two_seconds(strategy):
+@functools.cache
+def long_signals() -> tuple[TokenSignal, TokenSignal]:
+    """The same content in both precisions; strategies change neither."""
     mask = mask_of([LONG, LONG - 1000], LONG)
     mask[1, ::7] = False
     single = random_signal(mask, dtype=torch.float32)
-    double = replace(single, **{n: getattr(single, n).double() for n in FLOAT_FIELDS})
+    return single, mapped(single, lambda _, value: value.double() if value.is_floating_point() else value)
+
+
+@every_strategy
+def test_rows_of_16k_tokens_agree_with_float64_and_take_under_two_seconds(strategy):
+    single, double = long_signals()
     start = time.perf_counter()
     weights = strategy(single, PROGRESS)
     assert time.perf_counter() - start < LONG_SECONDS
@@ -327,13 +351,25 @@ def test_every_overlay_builds_its_strategy_with_the_command_line_parser():
 
 
 def _batch_strategies() -> list[WeightingStrategy]:
-    return [BatchMeanOne(Product([ImportanceWeighting(), FirstFraction(0.5)])), TIP(), TIP(0.1), TIP(1.0)]
+    inner = Product([ImportanceWeighting(), FirstFraction(0.5)])
+    lists = [CDD(0.3, 0.1), TAOPD(0.3), PGT(0.2), IEROPD(0.2, fuse="or"), IEROPD(0.01, fuse="and")]
+    curves = [
+        MatchedCurve(inner),
+        MatchedCurve(inner, by="absolute"),
+        FiReRows(0.4),
+        LeastLikely(),
+        REOPOLD(switch=0.0),
+    ]
+    return [BatchMeanOne(inner), TIP(), TIP(0.1), TIP(1.0), *lists, *curves]
 
 
 def _batch_signals() -> list[TokenSignal]:
     signal = random_signal(holey_mask(8, 23))
     tied = torch.full_like(signal.student_logprobs, -1.0)
-    level = replace(signal, student_logprobs=tied, teacher_logprobs=tied, student_entropy=tied * 0, token_kl=None)
+    same = dict.fromkeys(LIST_FIELDS, signal.teacher_topk)
+    level = replace(
+        signal, student_logprobs=tied, teacher_logprobs=tied, student_entropy=tied * 0, token_kl=None, **same
+    )
     return [signal, level, random_signal(torch.zeros(8, 23, dtype=torch.bool))]
 
 
@@ -356,4 +392,6 @@ def test_two_ranks_give_batch_scope_weights_of_one_batch(tmp_path):
 
 def test_docstrings_name_source_and_range():
     for cls in strategy_classes():
-        assert re.search(r"Source: ", cls.__doc__ or "") and re.search(r"mean weight", cls.__doc__ or ""), cls.__name__
+        assert re.search(r"Source: ", cls.__doc__ or "") and re.search(r"mean\s+weight", cls.__doc__ or ""), (
+            cls.__name__
+        )

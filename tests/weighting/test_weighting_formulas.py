@@ -19,7 +19,8 @@ from torch import Tensor
 from lit_opd import weighting as w
 from lit_opd.errors import InputError
 from lit_opd.streams import row_uniforms, stream_seed, token_uniforms
-from lit_opd.types import TokenSignal
+from lit_opd.types import TokenSignal, TopK
+from lit_opd.weighting.ier_opd import signal_to_noise
 from tests.helpers.signals import all_examples, holey_mask, mask_of, random_signal, small_signal, strategy_classes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "weights.json"
@@ -117,6 +118,10 @@ class Row:
     student_entropy: list[float]
     teacher_entropy: list[float]
     token_kl: list[float]
+    tokens: list[int]
+    student_list: list[dict[int, float]]  # of each token: log-probs by id, likeliest first
+    teacher_list: list[dict[int, float]]
+    student_at_teacher: list[dict[int, float]]
 
     def __len__(self) -> int:
         return len(self.student)
@@ -325,6 +330,204 @@ def _(strategy, batch, progress):
     return [[1.0 if (r, i) in chosen else None for i in range(len(row))] for r, row in enumerate(batch)]
 
 
+# -- two lists ---------------------------------------------------------------------------------------------------------
+
+
+def first(table: dict[int, float], k: int) -> dict[int, float]:
+    return dict(list(table.items())[:k])
+
+
+@of_batch(w.CDD)
+def _(strategy, batch, progress):
+    raw = []
+    for row in batch:
+        divergences = []
+        for theirs, ours in zip(row.teacher_list, row.student_at_teacher, strict=True):
+            terms = [math.exp(q) * (q - ours[v]) for v, q in first(theirs, strategy.k).items()]
+            divergences.append(max(sum(terms), 0.0))
+        raw.append([max(strategy.floor, math.exp(-strategy.rate * sum(divergences[:t]))) for t in range(len(row))])
+    return slow_scaled(raw, [value for values in raw for value in values])
+
+
+@of_row(w.PruneOPD)
+def _(strategy, row, progress):
+    weights, bad = [], 0
+    for ours, theirs in zip(row.student_list, row.teacher_list, strict=True):
+        common = len(set(first(ours, strategy.k)) & set(first(theirs, strategy.k)))
+        bad += common / len(first(ours, strategy.k)) < strategy.threshold
+        weights.append(min(max(1 - strategy.drop * bad, 0.0), 1.0) + strategy.base)
+    return weights
+
+
+@of_row(w.SelecTKD)
+def _(strategy, row, progress):
+    pairs = zip(row.student_list, row.teacher_list, strict=True)
+    return [1.0 if next(iter(ours)) in first(theirs, strategy.k) else strategy.low for ours, theirs in pairs]
+
+
+def tokens_of(batch: list[Row]) -> list[tuple[int, int]]:
+    return [(r, i) for r, row in enumerate(batch) for i in range(len(row))]
+
+
+def slow_best(batch: list[Row], score: dict[tuple[int, int], float], count: int) -> set[tuple[int, int]]:
+    return set(sorted(score, key=lambda at: (-score[at], at[1], batch[at[0]].key))[:count])
+
+
+def slow_kept(batch: list[Row], chosen: set[tuple[int, int]]) -> Weights:
+    return [[1.0 if (r, i) in chosen else None for i in range(len(row))] for r, row in enumerate(batch)]
+
+
+def slow_quantile(values: list[float], share: float) -> float:
+    ordered, place = sorted(values), share * (len(values) - 1)
+    low = math.floor(place)
+    return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def slow_robust(values: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    low, high = (slow_quantile(list(values.values()), share) for share in (0.05, 0.95))
+    return {at: min(max((x - low) / (high - low), 0.0), 1.0) if high > low else 0.0 for at, x in values.items()}
+
+
+def slow_teachability(batch: list[Row], k: int) -> dict[tuple[int, int], float]:
+    contested, reach = {}, {}
+    for r, i in tokens_of(batch):
+        ours = {v: math.exp(x) for v, x in first(batch[r].student_list[i], k).items()}
+        theirs = {v: math.exp(x) for v, x in first(batch[r].teacher_list[i], k).items()}
+        contested[r, i] = 0.0
+        for v in set(ours) | set(theirs):
+            p, q = (max(table.get(v, 0.0) / sum(table.values()), 1e-12) for table in (ours, theirs))
+            contested[r, i] += q * (math.log(q) - math.log(p))
+        reach[r, i] = sum(q for v, q in theirs.items() if v in ours)
+    if not contested:
+        return {}
+    contested, reach = slow_robust(contested), slow_robust(reach)
+    return {at: contested[at] * reach[at] for at in contested}
+
+
+@of_batch(w.TAOPD)
+def _(strategy, batch, progress):
+    score = slow_teachability(batch, strategy.k)
+    return slow_kept(batch, slow_best(batch, score, slow_ceil(strategy.keep_fraction, len(score))))
+
+
+def slow_union(row: Row, i: int, k: int, *, sampled: bool) -> tuple[list[float], list[float]]:
+    """Probabilities of both models over the union of the lists, renormalised; -12 nats where a model says nothing."""
+    ours, theirs = row.student_list[i], row.teacher_list[i]
+    ids = set(first(ours, k)) | set(first(theirs, k)) | ({row.tokens[i]} if sampled else set())
+    found = []
+    for table, own in ((ours, row.student[i]), (theirs, row.teacher[i])):
+        nats = {v: table[v] if v in table else own if sampled and v == row.tokens[i] else -12.0 for v in ids}
+        total = sum(math.exp(x) for x in nats.values())
+        found.append([math.exp(nats[v]) / total for v in sorted(ids)])
+    return found[0], found[1]
+
+
+@of_batch(w.PGT)
+def _(strategy, batch, progress):
+    score = {}
+    for r, i in tokens_of(batch):
+        p, q = slow_union(batch[r], i, strategy.k, sampled=False)
+        ratio = [math.log(b) - math.log(a) for a, b in zip(p, q, strict=True)]
+        mean = sum(a * x for a, x in zip(p, ratio, strict=True))
+        score[r, i] = sum(a * (x - mean) ** 2 for a, x in zip(p, ratio, strict=True))
+    return slow_kept(batch, slow_best(batch, score, slow_ceil(strategy.keep_fraction, len(score))))
+
+
+def slow_ier(p: list[float], q: list[float]) -> float:
+    rho = [min(max(math.log(a) - math.log(b), -30.0), 30.0) for a, b in zip(p, q, strict=True)]
+    mean = sum(a * x for a, x in zip(p, rho, strict=True))
+    signal = sum(a * (x - mean) ** 2 for a, x in zip(p, rho, strict=True))
+    odds = [1 / a - 1 for a in p]
+    best = sum(a * x * o for a, x, o in zip(p, rho, odds, strict=True)) / sum(
+        a * o for a, o in zip(p, odds, strict=True)
+    )
+    second = sum(a * (x - best) ** 2 * o for a, x, o in zip(p, rho, odds, strict=True))
+    return signal / max(second - signal, 1e-8)
+
+
+@of_batch(w.IEROPD)
+def _(strategy, batch, progress):
+    score = {(r, i): slow_ier(*slow_union(batch[r], i, strategy.k, sampled=True)) for r, i in tokens_of(batch)}
+    if strategy.fuse != "none":
+        useful, ordered = slow_teachability(batch, strategy.k), sorted(score.values())
+        rank = {
+            at: ordered.index(x) / max(len(ordered) - 1, 1) for at, x in score.items()
+        }  # no ties among random values
+        joined = {"or": lambda u, r: u + r - u * r, "and": lambda u, r: u * r}[strategy.fuse]
+        score = {at: joined(useful[at], rank[at]) for at in score}
+    chosen = slow_best(batch, score, slow_ceil(strategy.keep_fraction, len(score)))
+    for r, row in enumerate(batch):
+        if len(row) and not any((r, i) in chosen for i in range(len(row))):
+            chosen.add(max(((r, i) for i in range(len(row))), key=score.__getitem__))
+    return slow_kept(batch, chosen)
+
+
+# -- selections by the sampled token -----------------------------------------------------------------------------------
+
+
+def slow_best_of_row(row: Row, score: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(row)), key=lambda i: -score[i])[:count])
+
+
+@of_row(w.DIALOPD)
+def _(strategy, row, progress):
+    score = []
+    for s, q in zip(row.student, row.teacher, strict=True):
+        mean = (math.exp(q) - math.exp(s)) / (q - s) if q != s else math.exp(s)
+        score.append(mean**strategy.beta * abs(q - s))
+    chosen = slow_best_of_row(row, score, max(1, round(strategy.keep_fraction * len(row))))
+    return [1.0 if i in chosen else None for i in range(len(row))]
+
+
+@of_row(w.SparseTokens)
+def _(strategy, row, progress):
+    count = 1 if strategy.fraction is None else max(1, round(strategy.fraction * len(row)))
+    low = slow_best_of_row(row, [-gap for gap in row.gaps], count)
+    high = slow_best_of_row(row, row.gaps, count)
+    drawn = sorted(range(len(row)), key=slow_draws(strategy, row).__getitem__)[:count]
+    chosen = {"random": set(drawn), "largest": high, "smallest": low, "tails": low | high}[strategy.which]
+    return [float(i in chosen) for i in range(len(row))]
+
+
+@of_batch(w.FiReRows)
+def _(strategy, batch, progress):
+    means = {r: sum(row.teacher) / len(row) for r, row in enumerate(batch) if len(row)}
+    least = slow_quantile(list(means.values()), strategy.fraction) if means else 0.0
+    return [[1.0 if means[r] >= least else None] * len(row) if len(row) else [] for r, row in enumerate(batch)]
+
+
+@of_batch(w.REOPOLD)
+def _(strategy, batch, progress):
+    if progress < strategy.switch:
+        floor = math.log(strategy.strength) / (1 - strategy.strength)
+        return [[1.0 if gap > floor else None for gap in row.gaps] for row in batch]
+    score = {(r, i): batch[r].student_entropy[i] for r, i in tokens_of(batch)}
+    return slow_kept(batch, slow_best(batch, score, slow_ceil(strategy.keep_fraction, len(score))))
+
+
+@of_batch(w.LeastLikely)
+def _(strategy, batch, progress):
+    score = {(r, i): -batch[r].student[i] for r, i in tokens_of(batch)}
+    return slow_kept(batch, slow_best(batch, score, max(1, math.floor(strategy.fraction * len(score) + 1e-9))))
+
+
+@of_batch(w.MatchedCurve)
+def _(strategy, batch, progress):
+    inner = slow_weights(strategy.strategy, batch, progress)
+
+    def place(i, n):
+        return i if strategy.by == "absolute" else (2 * i + 1) * strategy.bins // (2 * n)
+
+    cells: dict[int, list[float]] = {}
+    for row in inner:
+        for i, value in enumerate(row):
+            cells.setdefault(place(i, len(row)), []).append(value or 0.0)
+    tokens = [value for row in inner for value in row]
+    scale = len(tokens) / max(sum(value is not None for value in tokens), 1)
+    means = {cell: sum(values) / len(values) * scale for cell, values in cells.items()}
+    return [[means[place(i, len(row))] for i in range(len(row))] for row in inner]
+
+
 @of_batch(w.Product)
 def _(strategy, batch, progress):
     factors = [slow_weights(child, batch, progress) for child in strategy.strategies]
@@ -366,11 +569,21 @@ def _(strategy, batch, progress):
 
 
 def rows_of(signal: TokenSignal) -> list[Row]:
-    names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "token_kl")
-    return [
-        Row(int(signal.row_keys[r]), signal.step, *(getattr(signal, n)[r][signal.mask[r]].tolist() for n in names))
-        for r in range(len(signal))
-    ]
+    names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "token_kl", "token_ids")
+    ours, theirs = signal.student_topk, signal.teacher_topk
+    tables = ((ours.ids, ours.logprobs), (theirs.ids, theirs.logprobs), (theirs.ids, signal.student_at_teacher_topk))
+    rows = []
+    for r, valid in enumerate(signal.mask):
+        plain = (getattr(signal, n)[r][valid].tolist() for n in names)
+        lists = [
+            [
+                dict(zip(*pair, strict=True))
+                for pair in zip(ids[r][valid].tolist(), values[r][valid].tolist(), strict=True)
+            ]
+            for ids, values in tables
+        ]
+        rows.append(Row(int(signal.row_keys[r]), signal.step, *plain, *lists))
+    return rows
 
 
 def as_tensors(slow: Weights, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -398,6 +611,11 @@ EXTRA = [
     w.Product([w.LastFraction(0.6), w.FirstFraction(0.7)]),
     w.Shuffled(w.Product([w.FirstFraction(0.5), w.LinearDecay(1.0)]), seed=9),
     w.Product([w.TrustRegion(), w.EntropyGate(), w.SequenceMeanOne(w.ImportanceWeighting())]),
+    w.Product([w.FiRe(), w.FiReRows()]),
+    w.MatchedCurve(w.PrefixRatioTilt(), bins=1),
+    w.MatchedCurve(w.Product([w.TIP(0.3), w.DASH()]), bins=7),
+    w.IEROPD(0.5, k=2, fuse="or"),
+    w.Shuffled(w.TAOPD(0.2), seed=4),
 ]
 CASES = all_examples() + [(f"extra-{i}-{type(extra).__name__}", extra) for i, extra in enumerate(EXTRA)]
 
@@ -484,6 +702,18 @@ NEUTRAL = [
     w.BatchMeanOne(w.Uniform()),
     w.Reversed(w.Uniform()),
     w.Shuffled(w.Uniform(), seed=1),
+    w.CDD(0.0, 0.0),
+    w.CDD(1.0, 1.0),
+    w.PruneOPD(drop=0.0, base=0.0),
+    w.TAOPD(1.0),
+    w.PGT(1.0),
+    w.IEROPD(1.0),
+    w.SelecTKD(low=1.0),
+    w.DIALOPD(keep_fraction=1.0),
+    w.FiReRows(0.0),
+    w.LeastLikely(1.0),
+    w.MatchedCurve(w.Uniform()),
+    w.MatchedCurve(w.FirstFraction(0.3), bins=1),
 ]
 
 
@@ -572,6 +802,87 @@ HAND = small_signal([-1.0] * 4, [-1 + LOG2, -1 - LOG4, -1 + LOG2, -1 - LOG2])
 )
 def test_hand_computed_rows(strategy, want):
     assert_close(strategy(HAND), torch.tensor([want], dtype=torch.float64), 1e-7)  # the 1e-8 in F
+
+
+def listed_signal(
+    student: list[list[tuple[int, float]]], teacher: list[list[tuple[int, float]]], **fields
+) -> TokenSignal:
+    """One row of tokens with lists of (id, probability)."""
+    n = len(student)
+
+    def topk(lists):
+        ids = torch.tensor([[[v for v, _ in pairs] for pairs in lists]])
+        return TopK(
+            ids=ids, logprobs=torch.tensor([[[p for _, p in pairs] for pairs in lists]], dtype=torch.float64).log()
+        )
+
+    content = {
+        "student_logprobs": torch.zeros(1, n, dtype=torch.float64),
+        "teacher_logprobs": torch.zeros(1, n, dtype=torch.float64),
+    }
+    signal = {"mask": torch.ones(1, n, dtype=torch.bool), "student_topk": topk(student), "teacher_topk": topk(teacher)}
+    return TokenSignal(**(content | signal | fields))
+
+
+def test_prune_opd_gives_the_published_row():
+    """B = 0, 1, 0, 1, 1 gives 1.5, 1.49, 1.49, 1.48, 1.47."""
+    same, other = [(1, 0.6), (2, 0.4)], [(1, 0.6), (3, 0.4)]
+    signal = listed_signal([same] * 5, [same, other, same, other, other])
+    assert_close(w.PruneOPD(k=2)(signal), torch.tensor([[1.5, 1.49, 1.49, 1.48, 1.47]]), 1e-7)
+
+
+def test_cdd_discounts_by_what_lies_before_and_divides_by_the_mean():
+    half = [(1, 0.5), (2, 0.5)]
+    listed = torch.tensor([[[0.25, 0.5], [0.5, 0.5], [0.5, 0.5]]], dtype=torch.float64).log()
+    signal = listed_signal([half] * 3, [half] * 3, student_at_teacher_topk=listed)
+    raw = [1.0, 2**-0.5, 2**-0.5]  # the divergence of the first token is log(2) / 2
+    want = torch.tensor([[3 * value / sum(raw) for value in raw]], dtype=torch.float64)
+    assert_close(w.CDD(1.0, 0.0)(signal), want, 1e-12)
+    impossible = replace(signal, student_at_teacher_topk=listed.index_fill(-1, torch.tensor([0]), -INF))
+    assert_close(w.CDD(1.0, 0.1)(impossible), torch.tensor([[3 / 1.2, 0.3 / 1.2, 0.3 / 1.2]]), 1e-12)
+
+
+def test_selectkd_accepts_the_students_choice_in_the_teachers_leading_entries():
+    signal = listed_signal([[(7, 0.9), (1, 0.1)]] * 2, [[(1, 0.9), (7, 0.1)], [(1, 0.9), (2, 0.1)]])
+    assert w.SelecTKD(k=2)(signal).tolist() == [[1.0, 0.01]]
+    assert w.SelecTKD(k=1)(signal).tolist() == [[0.01, 0.01]]
+
+
+def test_ier_of_two_candidates_is_what_the_formula_says_by_hand():
+    """p = (1/2, 1/2), q = (1/4, 3/4): L = 1 everywhere, so b is the mean, the noise the same as the signal, less the signal."""
+    p, q = torch.tensor([[0.5, 0.5]], dtype=torch.float64), torch.tensor([[0.25, 0.75]], dtype=torch.float64)
+    ratio = (p / q).log()
+    variance = (math.log(3) / 2) ** 2
+    assert math.isclose(float(signal_to_noise(p, ratio)), variance / 1e-8, rel_tol=1e-6)
+    p = torch.tensor([[0.8, 0.2]], dtype=torch.float64)
+    rho = (math.log(0.8 / 0.25), math.log(0.2 / 0.75))
+    signal = 0.16 * (rho[0] - rho[1]) ** 2
+    # p L = 0.2, 0.8: the variance under these weights is the same 0.16 (rho_1 - rho_2)^2
+    assert math.isclose(float(signal_to_noise(p, (p / q).log())), signal / 1e-8, rel_tol=1e-5)
+
+
+def test_the_mean_weight_of_a_matched_curve_is_that_of_its_strategy():
+    signal = random_signal(holey_mask(8, 23))
+    for inner in (w.ImportanceWeighting(w_max=4.0), w.Product([w.TIP(0.3), w.DASH()]), w.LastFraction(0.3)):
+        for curve in (w.MatchedCurve(inner), w.MatchedCurve(inner, by="absolute"), w.MatchedCurve(inner, bins=1)):
+            ours, theirs = curve(signal).sum() / signal.mask.sum(), inner(signal).sum() / inner.kept(signal).sum()
+            assert math.isclose(float(ours), float(theirs), rel_tol=1e-12)
+
+
+def test_a_matched_curve_knows_the_position_only():
+    """Rows of one length get one curve, and a strategy of the position alone gets itself back."""
+    signal = random_signal(mask_of([20] * 6, 20))
+    curve = w.MatchedCurve(w.ImportanceWeighting(w_max=4.0))(signal)
+    assert torch.equal(curve, curve[:1].expand_as(curve)) and len(curve[0].unique()) == 20
+    assert not torch.equal(curve, w.ImportanceWeighting(w_max=4.0)(signal))
+    assert_close(w.MatchedCurve(w.LinearDecay(0.7))(signal), w.LinearDecay(0.7)(signal), 1e-12)
+
+
+def test_dial_between_the_log_ratio_and_the_gap_of_probabilities():
+    """(p, q) = (.08, .8) and (.0001, .001) have one log ratio; (.4, .6) has a smaller one and a gap between theirs."""
+    signal = small_signal([math.log(x) for x in (0.0001, 0.08, 0.4)], [math.log(x) for x in (0.0012, 0.8, 0.6)])
+    assert w.DIALOPD(beta=0.0, keep_fraction=0.3).kept(signal).tolist() == [[True, False, False]]
+    assert w.DIALOPD(beta=1.0, keep_fraction=0.6).kept(signal).tolist() == [[False, True, True]]
 
 
 def test_counts_forgive_the_rounding_of_whole_products():
@@ -756,6 +1067,44 @@ OUT_OF_RANGE = [
     (w.EntropyGate, {"threshold": -0.1}, "threshold"),
     (w.EntropyGate, {"threshold": INF}, "threshold"),
     (w.EntropyGate, {"beta": -1.0}, "beta"),
+    (w.CDD, {"rate": -0.1, "floor": 0.1}, "rate"),
+    (w.CDD, {"rate": NAN, "floor": 0.1}, "rate"),
+    (w.CDD, {"rate": 0.1, "floor": 1.1}, "floor"),
+    *(
+        (cls, {**more, "k": k}, "k")
+        for cls, more in (
+            (w.CDD, {"rate": 0.1, "floor": 0.1}),
+            (w.PruneOPD, {}),
+            (w.TAOPD, {}),
+            (w.SelecTKD, {}),
+            (w.IEROPD, {}),
+            (w.PGT, {"keep_fraction": 0.5}),
+        )
+        for k in (0, 33, 2.0, True)
+    ),
+    (w.PruneOPD, {"threshold": 0.0}, "threshold"),
+    (w.PruneOPD, {"drop": -0.1}, "drop"),
+    (w.PruneOPD, {"base": INF}, "base"),
+    *(
+        (cls, {"keep_fraction": f}, "keep_fraction")
+        for cls in (w.TAOPD, w.PGT, w.IEROPD, w.DIALOPD, w.REOPOLD)
+        for f in (0.0, NAN)
+    ),
+    (w.IEROPD, {"fuse": "xor"}, "fuse"),
+    (w.SelecTKD, {"low": -0.1}, "low"),
+    (w.DIALOPD, {"beta": -1.0}, "beta"),
+    (w.SparseTokens, {"which": "biggest"}, "which"),
+    (w.SparseTokens, {"fraction": 0.0}, "fraction"),
+    (w.SparseTokens, {"seed": None}, "seed"),
+    (w.FiReRows, {"fraction": 1.1}, "fraction"),
+    (w.FiReRows, {"fraction": NAN}, "fraction"),
+    (w.REOPOLD, {"strength": 1.0}, "strength"),
+    (w.REOPOLD, {"strength": 0}, "strength"),
+    (w.REOPOLD, {"switch": 1.5}, "switch"),
+    (w.LeastLikely, {"fraction": 0.0}, "fraction"),
+    (w.MatchedCurve, {"strategy": 3}, "strategy"),
+    (w.MatchedCurve, {"strategy": U, "by": "token"}, "by"),
+    (w.MatchedCurve, {"strategy": U, "bins": 0}, "bins"),
     (w.Product, {"strategies": []}, "strategies"),
     (w.Product, {"strategies": [U, 3]}, "strategies[1]"),
     (w.SequenceMeanOne, {"strategy": None}, "strategy"),

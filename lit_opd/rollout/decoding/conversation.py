@@ -23,7 +23,9 @@ from lit_opd.types import PromptBatch
 class Writer(Protocol):
     """What writes one turn; see ``lit_opd.rollout.decoding.sampler``."""
 
-    fixed: FixedRows | None  # holds keys and values while it writes; None where ``CachedRows`` goes on holding them
+    @property
+    def fixed(self) -> FixedRows | None:
+        """What holds keys and values while it writes; None where ``CachedRows`` goes on holding them."""
 
     def first(self) -> None:
         """Draw the first token of every row."""

@@ -73,8 +73,16 @@ class DecodeSampler(Sampler):
         require_room(model, prompts, settings)
         require_full_attention(model.causal_lm.config.get_text_config(), refusal=_refusal)
         every = CHECK_EVERY_ON_CPU if prompts.ids.device.type == "cpu" else CHECK_EVERY
-        ways = {"prefilled": _prefilled, "writer": _writer, "plain": _runs_plain}
-        return DecodedConversation(model, prompts, settings, engine=ENGINE, every=every, **ways)
+        return DecodedConversation(
+            model,
+            prompts,
+            settings,
+            engine=ENGINE,
+            every=every,
+            prefilled=_prefilled,
+            writer=_writer,
+            plain=_runs_plain,
+        )
 
 
 def _refusal(config: Any, why: str) -> InputError:
