@@ -105,7 +105,15 @@ class PositionProfile(Callback):
         length = self.length or getattr(getattr(pl_module, "sampler", None), "max_new_tokens", None)
         if length is None:
             raise InputError("`PositionProfile.length` must be set: this module has no sampler.max_new_tokens")
-        metric = PositionProfileSums(length, bins=self.bins, scale=self.scale, relative_bins=self.relative_bins)
+        sampler = getattr(pl_module, "sampler", None)
+        metric = PositionProfileSums(
+            length,
+            bins=self.bins,
+            scale=self.scale,
+            relative_bins=self.relative_bins,
+            turns=getattr(sampler, "max_turns", 0),
+            turn_length=getattr(sampler, "max_turn_tokens", None),
+        )
         self.metric = metric.to(pl_module.device)
         self._pending, self._written = 0, trainer.global_step
         self._reads_advantage = getattr(getattr(pl_module, "objective", None), "reads_advantage", True)
@@ -169,19 +177,22 @@ class PositionProfile(Callback):
     def add(self, record: StepRecord) -> None:
         """Add one rollout batch to the window; no host synchronisation."""
         assert self.metric is not None
-        self.metric.update(record_quantities(record, lists=self.lists), mask=record.signal.mask, kept=record.kept)
+        values, turn = record_quantities(record, lists=self.lists), record.signal.turn
+        self.metric.update(values, mask=record.signal.mask, kept=record.kept, turn=turn)
         self._pending += 1
 
     def _close_window(self, trainer: Trainer, step: int) -> None:
         assert self.metric is not None
         computed = self.metric.compute().cpu()  # the window's one transfer
         tables = self.metric.tables(computed)
-        edges, previous = self.metric.edges, self._written
+        edges, inside, previous = self.metric.edges, self.metric.turn_edges, self._written
         self.metric.reset()
         self._pending, self._written = 0, step
         if not trainer.is_global_zero:
             return
-        window = build_window(tables, edges=edges, step=step, previous_step=previous, scale=self.scale)
+        window = build_window(
+            tables, edges=edges, step=step, previous_step=previous, scale=self.scale, turn_edges=inside
+        )
         self._now = window
         self.history.add(window)
         append_lines(self._folder(trainer) / FILE, [window.to_json()])
@@ -280,8 +291,16 @@ def record_quantities(record: StepRecord, *, lists: int | None = None) -> dict[s
 # -- from sums to a window ---------------------------------------------------------------------------------------------
 
 
-def build_window(tables: ProfileTables, *, edges: Tensor, step: int, previous_step: int, scale: Scale) -> ProfileWindow:
-    """Means of a window's sums; see ``ProfileWindow``."""
+def build_window(
+    tables: ProfileTables,
+    *,
+    edges: Tensor,
+    step: int,
+    previous_step: int,
+    scale: Scale,
+    turn_edges: Tensor | None = None,
+) -> ProfileWindow:
+    """Means of a window's sums; see ``ProfileWindow``. ``turn_edges`` are those inside a turn."""
     first, last = edges[:-1].tolist(), (edges[1:] - 1).tolist()
     bins = tables.relative.shape[-1]
     absolute = _binned(tables.absolute, first, last, whole=tables.relative)
@@ -303,7 +322,19 @@ def build_window(tables: ProfileTables, *, edges: Tensor, step: int, previous_st
             whole=tables.relative,
         ),
         scalars=_scalars(tables),
+        **_by_turn(tables, turn_edges),
     )
+
+
+def _by_turn(tables: ProfileTables, edges: Tensor | None) -> dict[str, BinnedProfile]:
+    """The axes that conversations have."""
+    if tables.in_turn is None or tables.by_turn is None or edges is None:
+        return {}
+    first, last, numbers = edges[:-1].tolist(), (edges[1:] - 1).tolist(), range(1, tables.by_turn.shape[-1] + 1)
+    return {
+        "in_turn": _binned(tables.in_turn, first, last, whole=tables.relative),
+        "by_turn": _binned(tables.by_turn, [*numbers], [*numbers], whole=tables.relative),
+    }
 
 
 def _means(sums: Tensor, whole: Tensor) -> dict[str, tuple[float | None, ...]]:

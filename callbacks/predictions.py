@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ class PredictionFiles(BasePredictionWriter):
         rows = gather_objects(predicted_responses(prediction, pl_module.tokenizer))
         if not trainer.is_global_zero:
             return
-        text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
         with (Path(trainer.default_root_dir) / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(text)
         self._count += len(rows)

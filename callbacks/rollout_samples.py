@@ -13,9 +13,9 @@ from lit_opd.errors import InputError
 from lit_opd.evaluation.grading import quick_outcome
 from lit_opd.files import append_lines, drop_lines_after
 from lit_opd.report.replay import save_record
-from lit_opd.report.tokens_page import token_texts
+from lit_opd.report.tokens_page import token_texts, turns_of
 from lit_opd.run.tracking import crossed, log_media, wandb_runs
-from lit_opd.types import FinishReason, StepRecord
+from lit_opd.types import FinishReason, Rollout, StepRecord
 
 FILE = "samples.jsonl"
 FOLDER = "rollouts"
@@ -101,7 +101,7 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int, *, tokens: int =
                 "step": record.step,
                 "row_id": prompts.row_ids[row],
                 "prompt": tokenizer.decode(prompts.ids[row][prompts.mask[row]], skip_special_tokens=False),
-                "response": tokenizer.decode(ids, skip_special_tokens=False),
+                "response": tokenizer.decode(rollout.response_ids[row][rollout.read[row]], skip_special_tokens=False),
                 "answer": answer,
                 "verdict": _verdict(tokenizer.decode(ids, skip_special_tokens=True), answer),
                 "teacher": None if prompts.teachers is None else prompts.teachers[row],
@@ -118,7 +118,7 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int, *, tokens: int =
             shown = [
                 column[row][mask][:tokens] for column in (signal.student_logprobs, signal.teacher_logprobs, weights)
             ]
-            found[-1]["tokens"] = _tokens(tokenizer, ids[:tokens], *shown)
+            found[-1]["tokens"] = _tokens(tokenizer, ids[:tokens], *shown) | _turns(tokenizer, rollout, row, tokens)
     return found
 
 
@@ -135,6 +135,14 @@ def _tokens(tokenizer: Any, ids: torch.Tensor, *columns: torch.Tensor) -> dict[s
         name: [round(value, DIGITS) for value in column.tolist()] for name, column in zip(names, columns, strict=True)
     }
     return {"text": token_texts(tokenizer, ids.tolist()), **numbers}
+
+
+def _turns(tokenizer: Any, rollout: Rollout, row: int, count: int) -> dict[str, list[Any]]:
+    """Of a conversation the turn of each token from 0, and what was heard before it; nothing where a response is one turn."""
+    if rollout.turn is None:
+        return {}
+    told = turns_of(rollout, row, tokenizer)[:count]
+    return {"turn": [turn for turn, _, _ in told], "heard": [heard or "" for _, _, heard in told]}
 
 
 def _mean(values: torch.Tensor) -> float | None:

@@ -26,7 +26,7 @@ _PAGES = {  # page of the reference -> title, modules
     "advantage": ("Advantage", ["lit_opd.advantage"]),
     "objective": ("Objective", ["lit_opd.objective"]),
     "teacher": ("Teacher", ["lit_opd.teacher"]),
-    "sampler": ("Sampler", ["lit_opd.rollout"]),
+    "sampler": ("Sampler", ["lit_opd.rollout", "lit_opd.turns"]),
     "evaluation": ("Evaluation", ["lit_opd.evaluation"]),
     "callbacks": ("Callbacks", ["callbacks"]),
     "records": ("Records and errors", ["lit_opd.types", "lit_opd.errors"]),

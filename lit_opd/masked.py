@@ -85,6 +85,31 @@ def positions(mask: Tensor) -> Tensor:
     return torch.where(mask, mask.cumsum(-1), 0)
 
 
+def turn_sums(values: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the turns of each row.
+
+    Args:
+        values: [B, T], 0 where masked.
+        turn: int64 [B, T], the turn of each column, from 0, never above the column's own number.
+    Returns:
+        [B, T], the sum of turn k in column k, 0 where there is no such turn; and for each column the sum of its turn.
+    """
+    totals = torch.zeros_like(values).scatter_add_(1, turn, values)
+    return totals, totals.gather(1, turn)
+
+
+def turn_positions(mask: Tensor, turn: Tensor) -> Tensor:
+    """1-based position among the valid tokens of the token's own turn: int64 [B, T], 0 where masked.
+
+    Args:
+        mask: bool [B, T].
+        turn: int64 [B, T], as for ``turn_sums``; it never falls from one valid token to the next.
+    """
+    counts, _ = turn_sums(mask.long(), turn)
+    before = shifted_right(counts.cumsum(-1))  # valid tokens of all earlier turns, by turn
+    return torch.where(mask, positions(mask) - before.gather(1, turn), 0)
+
+
 def lengths(mask: Tensor) -> Tensor:
     """Valid tokens a row: bool [B, T] -> int64 [B]."""
     return mask.sum(-1)

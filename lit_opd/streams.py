@@ -47,6 +47,13 @@ def row_uniforms(seed: int, row_keys: Tensor, step: int, count: int, *, domain: 
     return _logical_shift(bits, 64 - _MANTISSA_BITS).double() * 2.0**-_MANTISSA_BITS
 
 
+def turn_keys(row_keys: Tensor, turn: int) -> Tensor:
+    """The streams of a later turn of the same rows, int64 [B] as ``row_keys``; those of turn 0 are the rows' own."""
+    if turn == 0:
+        return row_keys
+    return torch.tensor([stream_seed(key, turn) for key in row_keys.tolist()], dtype=torch.int64).to(row_keys.device)
+
+
 def token_uniforms(seed: int, row_keys: Tensor, step: int, mask: Tensor, *, domain: int = 0) -> Tensor:
     """``row_uniforms`` dealt to the valid tokens: the i-th one gets the row's i-th draw, wherever its column is.
 

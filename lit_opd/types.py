@@ -7,13 +7,13 @@
     K   entries of a top-k list
 
 Every per-position tensor is response-aligned, [B, T]. A mask is True where the student sampled a token (the end symbol
-included) and False on padding. Records are frozen; floating fields rise to at least float32 (float64 stays float64)
-and are detached; log-probabilities, entropies and divergences are in nats.
+included) and False on padding and on what an environment answered between two turns. Records are frozen; floating fields rise
+to at least float32 (float64 stays float64) and are detached; log-probabilities, entropies and divergences are in nats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
@@ -38,6 +38,8 @@ class FinishReason(IntEnum):
     LENGTH = 1  # max_new_tokens or the context window was reached
     BUDGET = 2  # a length budget cut the row
     DRIFT = 3  # the teacher-to-student ratio of the response collapsed, and a ``RatioStop`` cut the row there
+    TURNS = 4  # the turns allowed were over, and the environment would have gone on
+    ENVIRONMENT = 5  # the environment failed or took too long
 
 
 def _moved(value: Any, device: Any) -> Any:
@@ -99,6 +101,30 @@ class _Record:
             raise InputError(f"`{type(self).__name__}.{name}` must have one entry a row ({count}), got {len(value)}")
 
 
+class DataRow(dict[str, Any]):
+    """The columns of a data row by name, with what the data module made of them.
+
+    Args:
+        columns: as they were read; not to be changed.
+        row_id: unique name.
+        prompt: chat messages, a plain text as those of one user turn.
+        answer: reference answer, None where the data has none.
+        tools: JSON schemas of the tools that the row names, None where it names none.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Any] | None = None,
+        *,
+        row_id: str = "",
+        prompt: Sequence[Mapping[str, Any]] = (),
+        answer: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(columns or {})
+        self.row_id, self.prompt, self.answer, self.tools = row_id, list(prompt), answer, tools
+
+
 @dataclass(frozen=True, eq=False)
 class PromptBatch(_Record):
     """Tokenised prompts, left-padded.
@@ -113,6 +139,7 @@ class PromptBatch(_Record):
         teacher_ids: int64 [B, P'] where the teacher renders its own template, else None (it reads ``ids``).
         teacher_mask: bool [B, P'], given together with ``teacher_ids``.
         counted: bool [B], False on rows that only fill a batch (evaluation on several ranks); default all True.
+        data: B data rows, for an environment that answers the student; None where nothing reads them.
     """
 
     ids: Tensor
@@ -124,6 +151,7 @@ class PromptBatch(_Record):
     teacher_ids: Tensor | None = None
     teacher_mask: Tensor | None = None
     counted: Tensor | None = None
+    data: tuple[DataRow, ...] | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.row_ids)
@@ -137,6 +165,7 @@ class PromptBatch(_Record):
         self._require_shape("mask", tuple(self.ids.shape), like="`ids`")
         self._require_shape("row_keys", (rows,), like="the rows")
         self._require_shape("counted", (rows,), like="the rows")
+        self._require_count("data", rows)
         if (self.teacher_ids is None) != (self.teacher_mask is None):
             raise InputError("`PromptBatch.teacher_ids` and `teacher_mask` must be given together")
         if self.teacher_ids is not None:
@@ -192,29 +221,43 @@ class Layout:
 
     Args:
         prompt: bool array [B, P].
-        response: bool array [B, T].
+        response: bool array [B, T], sampled tokens.
         finish_reason: int8 array [B].
         teacher: bool array [B, P'] where the teacher renders its own template, else None.
+        observed: bool array [B, T], tokens that an environment answered, else None.
     """
 
     prompt: NDArray[numpy.bool_]
     response: NDArray[numpy.bool_]
     finish_reason: NDArray[numpy.int8]
     teacher: NDArray[numpy.bool_] | None = None
+    observed: NDArray[numpy.bool_] | None = None
+
+    @property
+    def read(self) -> NDArray[numpy.bool_]:
+        """bool array [B, T], slots that a model reads: sampled and observed tokens."""
+        return self.response if self.observed is None else self.response | self.observed
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens of prompt and response of each row; the longer of the two prompts where templates differ."""
+        """Tokens of prompt and response of each row, observations included; the longer of the two prompts where templates
+        differ."""
         prompt = self.prompt.sum(-1)
         if self.teacher is not None:
             prompt = numpy.maximum(prompt, self.teacher.sum(-1))
-        return (prompt + self.response.sum(-1)).tolist()  # type: ignore[no-any-return]
+        return (prompt + self.read.sum(-1)).tolist()  # type: ignore[no-any-return]
 
     def rows(self, index: Sequence[int]) -> Layout:
         """The layout of the rows ``index``."""
         kept = list(index)
-        teacher = None if self.teacher is None else self.teacher[kept]
-        return Layout(self.prompt[kept], self.response[kept], self.finish_reason[kept], teacher)
+        teacher, observed = (None if part is None else part[kept] for part in (self.teacher, self.observed))
+        return Layout(self.prompt[kept], self.response[kept], self.finish_reason[kept], teacher, observed)
+
+
+_ROLLOUT_DTYPES = {
+    "response_ids": torch.int64, "mask": torch.bool, "finish_reason": torch.int8, "drawn": torch.int64,
+    "observed": torch.bool, "turn": torch.int64, "reward": torch.float32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +296,11 @@ class Rollout(_Record):
         drawn: int64 [B], tokens that were sampled for the row, where some of them were cut off again or none was sampled now;
             None where these are the response's.
         replayed: which rows were not sampled now; None where all were. The provenance is that of the others.
+        observed: bool [B, T], True on what an environment answered between two turns: every model reads these tokens, nothing
+            scores or trains them. None for responses of one turn; then holes of the mask are read by nobody.
+        turn: int64 [B, T], 0-based turn of each sampled token, and of an observed one that of the turn it opens; 0 on padding.
+            Given together with ``observed``.
+        reward: float32 [B], what the environment gave the row, summed over its turns; NaN where it gave none. None without one.
     """
 
     prompts: PromptBatch
@@ -264,6 +312,9 @@ class Rollout(_Record):
     teacher_logprobs: Tensor | None = None
     drawn: Tensor | None = None
     replayed: Replayed | None = None
+    observed: Tensor | None = None
+    turn: Tensor | None = None
+    reward: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_ids.shape)
@@ -273,12 +324,16 @@ class Rollout(_Record):
         self._require_shape("sampler_logprobs", shape, like="`response_ids`")
         self._require_shape("teacher_logprobs", shape, like="`response_ids`")
         self._require_shape("finish_reason", shape[:1], like="the rows")
-        self._require_shape("drawn", shape[:1], like="the rows")
-        for name, dtype in (("response_ids", torch.int64), ("mask", torch.bool), ("finish_reason", torch.int8)):
+        for name in ("drawn", "reward"):
+            self._require_shape(name, shape[:1], like="the rows")
+        for name in ("observed", "turn"):
+            self._require_shape(name, shape, like="`response_ids`")
+        for name, dtype in _ROLLOUT_DTYPES.items():
             self._require_dtype(name, dtype)
-        self._require_dtype("drawn", torch.int64)
         if self.replayed is not None and len(self.replayed.old) != shape[0]:
             raise InputError(f"`Rollout.replayed` must have one entry a row ({shape[0]}), got {len(self.replayed.old)}")
+        if (self.observed is None) != (self.turn is None):
+            raise InputError("`Rollout.observed` and `turn` must be given together")
         for name in ("sampler_logprobs", "teacher_logprobs"):
             if getattr(self, name) is not None:
                 values = at_least_float32(getattr(self, name).detach())
@@ -289,8 +344,28 @@ class Rollout(_Record):
 
     @property
     def lengths(self) -> Tensor:
-        """int64 [B], tokens of each response."""
+        """int64 [B], sampled tokens of each response."""
         return self.mask.sum(-1)
+
+    @property
+    def read(self) -> Tensor:
+        """bool [B, T], tokens that a model reads: sampled and observed ones."""
+        return self.mask if self.observed is None else self.mask | self.observed
+
+    @property
+    def num_turns(self) -> Tensor:
+        """int64 [B], turns in which a token was sampled; 1 or 0 where ``turn`` is None."""
+        if self.turn is None:
+            return self.mask.any(-1).long()
+        return torch.where(self.mask, self.turn + 1, 0).amax(-1)
+
+    @property
+    def turn_lengths(self) -> Tensor:
+        """int64 [B, turns], sampled tokens of each turn; as many columns as the row with the most turns, at least one."""
+        turn = torch.zeros_like(self.response_ids) if self.turn is None else self.turn
+        most = max(1, int(self.num_turns.max())) if len(self) else 1
+        counts = self.response_ids.new_zeros(len(self), most)
+        return counts.scatter_add_(1, torch.where(self.mask, turn, 0), self.mask.long())
 
     @property
     def num_drawn(self) -> Tensor:
@@ -324,14 +399,14 @@ class Rollout(_Record):
     def layout(self) -> Layout:
         """Read from the device once a rollout, in one transfer; rows and trimmed copies inherit it."""
         prompts = self.prompts
-        parts = [prompts.mask, self.mask, self.finish_reason.unsqueeze(-1)]
-        if prompts.teacher_mask is not None:
-            parts.append(prompts.teacher_mask)
-        found = torch.cat([part.to(torch.int8) for part in parts], -1).cpu().numpy()
-        ends = numpy.cumsum([part.shape[-1] for part in parts])
-        prompt, response, finish, *teacher = numpy.split(found, ends[:-1], axis=-1)
-        own = teacher[0].astype(bool) if teacher else None
-        return Layout(prompt.astype(bool), response.astype(bool), finish[:, 0], own)
+        parts = {"prompt": prompts.mask, "response": self.mask, "finish_reason": self.finish_reason.unsqueeze(-1)}
+        optional = {"teacher": prompts.teacher_mask, "observed": self.observed}
+        parts |= {name: part for name, part in optional.items() if part is not None}
+        found = torch.cat([part.to(torch.int8) for part in parts.values()], -1).cpu().numpy()
+        ends = numpy.cumsum([part.shape[-1] for part in parts.values()])
+        columns = dict(zip(parts, numpy.split(found, ends[:-1], axis=-1), strict=True))
+        finish = columns.pop("finish_reason")[:, 0]
+        return Layout(finish_reason=finish, **{name: part.astype(bool) for name, part in columns.items()})
 
     def with_layout(self, layout: Layout) -> Rollout:
         """The same record, which knows its layout without reading a device."""
@@ -346,16 +421,19 @@ class Rollout(_Record):
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""
         layout = self.layout
-        columns = max(_width(layout.response), 1)
+        columns = max(_width(layout.read), 1)
         starts = _start(layout.prompt), 0 if layout.teacher is None else _start(layout.teacher)
-        cut = {name: getattr(self, name)[:, :columns] for name in ("response_ids", "mask", "sampler_logprobs")}
-        if self.teacher_logprobs is not None:
-            cut["teacher_logprobs"] = self.teacher_logprobs[:, :columns]
+        cut = {
+            name: getattr(self, name)[:, :columns]
+            for name in ("response_ids", "mask", "sampler_logprobs", "teacher_logprobs", "observed", "turn")
+            if getattr(self, name) is not None
+        }
         kept = Layout(
             layout.prompt[:, starts[0] :],
             layout.response[:, :columns],
             layout.finish_reason,
             None if layout.teacher is None else layout.teacher[:, starts[1] :],
+            None if layout.observed is None else layout.observed[:, :columns],
         )
         return replace(self, prompts=_trim_prompts(self.prompts, *starts), **cut).with_layout(kept)
 
@@ -498,6 +576,8 @@ class TokenSignal(_Record):
         teacher_topk: the teacher's likeliest tokens.
         student_at_teacher_topk: [B, T, K] nats, the student's log-probs of ``teacher_topk.ids``.
         token_ids: int64 [B, T], the sampled tokens.
+        turn: int64 [B, T], 0-based turn of each token; None where a response is one turn.
+        reward: float32 [B], of the row, NaN where it has none; None without rewards.
         validate: check that valid tokens have finite values (one host synchronisation).
 
     Raises:
@@ -519,6 +599,8 @@ class TokenSignal(_Record):
     teacher_topk: TopK | None = None
     student_at_teacher_topk: Tensor | None = None
     token_ids: Tensor | None = None
+    turn: Tensor | None = None
+    reward: Tensor | None = None
     validate: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -533,8 +615,10 @@ class TokenSignal(_Record):
                 self._set(name, torch.where(self.mask, value, value.new_zeros(())))
         if self.row_keys is None:
             self._set("row_keys", torch.arange(len(self.mask), device=self.mask.device))
-        self._require_shape("row_keys", tuple(self.mask.shape[:1]), like="the rows")
-        self._require_shape("token_ids", tuple(self.mask.shape), like="`mask`")
+        for name in ("row_keys", "reward"):
+            self._require_shape(name, tuple(self.mask.shape[:1]), like="the rows")
+        for name in ("token_ids", "turn"):
+            self._require_shape(name, tuple(self.mask.shape), like="`mask`")
         if self.validate:
             self._require_finite()
 

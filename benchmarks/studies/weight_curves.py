@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "nothing but the position": (
         "#1f5fa8",
         ("Uniform", "Constant", "FirstFraction", "LastFraction", "RandomFraction", "FirstTokens", "LinearDecay")
-        + ("Geometric", "AnnealedPrefixWeight", "AnnealedPrefixMask", "LateRising"),
+        + ("Geometric", "AnnealedPrefixWeight", "AnnealedPrefixMask", "LateRising", "AfterObservation"),
     ),
     "log-probs of student and teacher": (
         "#b8500c",
@@ -52,7 +52,16 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lists of likely tokens": ("#8c1d40", ("CDD", "PruneOPD", "SelecTKD", "TAOPD", "PGT", "IEROPD")),
     "other strategies (combinators)": (
         "#7a3b9a",
-        ("Product", "SequenceMeanOne", "BatchMeanOne", "Reversed", "Shuffled", "MatchedCurve"),
+        (
+            "Product",
+            "SequenceMeanOne",
+            "BatchMeanOne",
+            "PerTurn",
+            "TurnBalanced",
+            "Reversed",
+            "Shuffled",
+            "MatchedCurve",
+        ),
     ),
 }
 

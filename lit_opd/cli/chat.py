@@ -21,7 +21,7 @@ from lit_opd.models.loading import ADAPTER, load_causal_lm, load_tokenizer
 from lit_opd.models.student import StudentSettings
 from lit_opd.models.vocabulary import configured_stops, num_used, unused_ids
 from lit_opd.prompts.encoding import PromptEncoder, row_key
-from lit_opd.rollout.base import SamplingSettings
+from lit_opd.rollout.base import SamplingSettings, engine_options
 from lit_opd.rollout.streaming import stream
 from lit_opd.run.checkpoint_files import counters
 from lit_opd.scoring.model import ScoringModel
@@ -179,7 +179,7 @@ def _ready(name: str, model: Any, settings: StudentSettings, config: dict[str, A
     tokenizer = load_tokenizer(path, FIELD, pad_token=pad, pads=False)
     vocabulary = num_used(tokenizer)
     holes = tuple(number for number in unused_ids(tokenizer) if number < vocabulary)
-    sampler = (own.get("sampler") or {}).get("init_args") or {}
+    sampler = engine_options(own)
     stops = tuple(sampler.get("stop_token_ids") or sorted(configured_stops(path, tokenizer)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scoring = ScoringModel(model.eval().to(device), vocabulary=vocabulary, unused=holes)

@@ -21,6 +21,7 @@ from lit_opd.models.loading import load_generation_config, load_tokenizer
 from lit_opd.models.student import StudentSettings, adapter_names, build_student
 from lit_opd.models.vocabulary import configured_stops, num_used
 from lit_opd.report.model_card import write_card
+from lit_opd.rollout.base import engine_options
 from lit_opd.run.checkpoint_files import best, counters, intact, newest
 from lit_opd.run.checkpoint_kinds import student_weights
 from lit_opd.scoring.model import ScoringModel
@@ -113,8 +114,8 @@ def run_settings(path: Path) -> tuple[StudentSettings, list[int] | None]:
         settings = own.instantiate_classes(own.parse_object({"student": model["student"]})).student
     except (ArgumentError, OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{path} must be a run's config with `model.student`: {first_line(error)}") from error
-    sampler = (model.get("sampler") or {}).get("init_args") or {}
-    return replace(settings, compile=False, gradient_checkpointing=False), sampler.get("stop_token_ids")
+    stops = engine_options(model).get("stop_token_ids")
+    return replace(settings, compile=False, gradient_checkpointing=False), stops
 
 
 def trained_student(checkpoint: Path, settings: StudentSettings, *, base: dict[str, str] | None) -> Any:

@@ -127,7 +127,7 @@ class ReplayModels:
 
     def _read_vocabulary(self, record: StepRecord) -> None:
         rollout = record.rollout
-        largest = int(torch.cat([rollout.response_ids[rollout.mask], rollout.prompts.ids[rollout.prompts.mask]]).max())
+        largest = int(torch.cat([rollout.response_ids[rollout.read], rollout.prompts.ids[rollout.prompts.mask]]).max())
         if largest >= self.vocabulary:
             raise InputError(
                 f"`--student` must be the model that sampled the rollouts, got one of {self.vocabulary} tokens for id {largest}"

@@ -31,7 +31,7 @@ class AnswerRow:
         correct: it equals the reference.
         category: correct, wrong, truncated (unclosed box), timeout (no verdict) or no_answer.
         length: response tokens, the end symbol included.
-        finish_reason: stop, length or budget.
+        finish_reason: a ``FinishReason`` in small letters.
         text: the response.
         problems: problems in this evaluation of the set, after a budget.
         samples: samples a problem; the evaluation is complete with problems x samples lines.

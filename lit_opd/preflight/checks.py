@@ -149,7 +149,8 @@ def tokenizers(run: PlannedRun) -> Finding:
 
 def data(run: PlannedRun) -> Finding:
     """Every source can be read, rendered and leaves prompts."""
-    run.data.use_tokenizer(run.module.tokenizer, own_tokenizer(run.module, run.data))
+    own = own_tokenizer(run.module, run.data)
+    run.data.use_tokenizer(run.module.tokenizer, own).use_sampler(run.module.sampler)
     run.data.trainer = run.trainer
     with _messages(_DATA_LOGGER) as said:
         run.data.setup("fit")

@@ -87,7 +87,7 @@ def check_before(
         check_checkpoint(ckpt_path, trainer.strategy, training=training)
     _ = module.vocabulary, module.stop_ids
     if data is not None:
-        data.use_tokenizer(module.tokenizer, own_tokenizer(module, data))
+        data.use_tokenizer(module.tokenizer, own_tokenizer(module, data)).use_sampler(module.sampler)
         data.trainer = trainer
         data.setup("fit")
     check_run(module, data)
@@ -340,6 +340,7 @@ def check_servers(module: Subject, data: PromptDataModule | None) -> None:
             scorer.check_data(getattr(data, "rows_by_teacher", dict)())
         warnings_ = [check_candidates(recipe, module.teacher) for recipe in module.recipes]
         lora = module.student_settings.lora
+        module.sampler.attach(module.tokenizer, getattr(data, "encoder", None))
         module.sampler.check_student(None if lora is None else lora.rank)
         module.sampler.check(tokens=tokens, vocabulary=module.student_config.get_text_config().vocab_size)
     for warning in dict.fromkeys(filter(None, warnings_)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -74,6 +75,8 @@ class PromptDataModule(LightningDataModule):
             "allow": they become control tokens, and prompts that are rendered already are taken as they are.
         tokenizer: folder or hub id; None: the tokenizer of the trainer's module.
         pad_token: where the tokenizer has no pad token.
+        keep_rows: hand the columns of each row on with its prompt; always done where the trainer's sampler asks for them, as one
+            that plays an environment does.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class PromptDataModule(LightningDataModule):
         tokenizer: str | None = None,
         pad_token: str | None = None,
         split_seed: int | None = None,
+        keep_rows: bool = False,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
@@ -119,9 +123,10 @@ class PromptDataModule(LightningDataModule):
         self.teacher_prompt = as_teacher_prompt(teacher_prompt)
         self.val_fraction, self.val_batch, self.val_limit = val_fraction, val_batch, val_limit
         self.seed, self.split_seed, self.special_tokens_in_text = seed, split_seed, special_tokens_in_text
-        self.tokenizer_path, self.pad_token = tokenizer, pad_token
+        self.tokenizer_path, self.pad_token, self.keep_rows = tokenizer, pad_token, keep_rows
         self.may_differ = False  # from the checkpoint's data, where a run goes on and was told so
         self._tokenizers: tuple[Any | None, Any | None] = (None, None)  # what `use_tokenizer` was given
+        self._sampler: Any = None  # what `use_sampler` was given
         self._forget()
 
     def _forget(self) -> None:
@@ -138,6 +143,13 @@ class PromptDataModule(LightningDataModule):
         """Tokenise with these objects before those of the settings; other ones forget what was set up with the last."""
         if self._tokenizers[0] is not tokenizer or self._tokenizers[1] is not teacher_tokenizer:
             self._tokenizers = (tokenizer, teacher_tokenizer)
+            self._forget()
+        return self
+
+    def use_sampler(self, sampler: Any) -> PromptDataModule:
+        """Make of each row what this sampler asks for: its columns (``reads_rows``), and the ``tools`` that prompts show."""
+        if self._sampler is not sampler:
+            self._sampler = sampler
             self._forget()
         return self
 
@@ -161,6 +173,7 @@ class PromptDataModule(LightningDataModule):
                 self.system_prompt,
                 self.special_tokens_in_text,
                 owner="PromptDataModule.",
+                tools=self._sampler_has("tools"),
             )
             self._encoders = (student, self._teacher_encoder(tokenizer, teacher_tokenizer))
         return self._encoders
@@ -181,7 +194,14 @@ class PromptDataModule(LightningDataModule):
             self.system_prompt if system is None else system,
             self.special_tokens_in_text,
             owner="PromptDataModule.teacher_",
+            tools=self._sampler_has("tools"),
         )
+
+    def _sampler_has(self, name: str) -> Any:
+        """An attribute of the sampler given to ``use_sampler``, else of the trainer's; None without one."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        sampler = getattr(module, "sampler", None) if self._sampler is None else self._sampler
+        return getattr(sampler, name, None)
 
     def _both_tokenizers(self) -> tuple[Any, Any | None]:
         student = self._found_tokenizer(self._tokenizers[0], self.tokenizer_path, "tokenizer")
@@ -295,7 +315,8 @@ class PromptDataModule(LightningDataModule):
         return parts
 
     def _encoded(self, rows: Sequence[PromptRow], stage: str) -> list[EncodedPrompt]:
-        encoded = encode_rows(rows, self.encoder, self.teacher_encoder)
+        keep = self.keep_rows or bool(self._sampler_has("reads_rows"))
+        encoded = encode_rows(rows, self.encoder, self.teacher_encoder, keep_rows=keep)
         too_long = [(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if self._too_long(prompt)]
         if too_long:
             longest = max(len(prompt.ids) for _, prompt in too_long)
@@ -420,7 +441,7 @@ class PromptDataModule(LightningDataModule):
             return prompts  # equal numbers are other tokens
         if any(p.teacher_ids is not None and not torch.equal(p.ids, p.teacher_ids) for p in prompts):
             return prompts
-        return [EncodedPrompt(p.row_id, p.ids, p.answer, p.teacher) for p in prompts]
+        return [replace(prompt, teacher_ids=None) for prompt in prompts]
 
 
 def _source_list(sources: str | DataSource | list[str | DataSource]) -> list[DataSource]:

@@ -15,9 +15,10 @@ from lit_opd.errors import InputError
 from lit_opd.prompts.filters import shown
 from lit_opd.prompts.sources import Message, PromptRow
 from lit_opd.prompts.special_tokens import SpecialTokens
-from lit_opd.prompts.templates import Skeleton, Template
+from lit_opd.prompts.templates import Skeleton, Template, Tools
+from lit_opd.prompts.tools import texts_beside
 from lit_opd.streams import row_key
-from lit_opd.types import PromptBatch
+from lit_opd.types import DataRow, PromptBatch
 
 ChatTemplate = bool | Literal["auto"]
 SpecialTokensInText = Literal["escape", "refuse", "allow"]
@@ -34,6 +35,7 @@ class EncodedPrompt:
         answer: reference answer or None.
         teacher: name of the teacher that scores the row, None for the only one.
         teacher_ids: int32 [length'] where the teacher reads a prompt or template of its own, else None.
+        data: the data row, where something asks for it.
     """
 
     row_id: str
@@ -41,6 +43,7 @@ class EncodedPrompt:
     answer: str | None = None
     teacher: str | None = None
     teacher_ids: Tensor | None = None
+    data: DataRow | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,7 @@ class PromptEncoder:
         special_tokens_in_text: "escape"; "refuse" to make such a text an error; "allow" to let the data write control tokens,
             and to take texts that are rendered already as they are.
         owner: "Class" or "Class.teacher", put before field names in messages.
+        tools: JSON schemas that the template shows, for prompts that name none themselves.
     """
 
     tokenizer: Any
@@ -71,6 +75,7 @@ class PromptEncoder:
     system_prompt: str | None = None
     special_tokens_in_text: SpecialTokensInText = "escape"
     owner: str = field(default="PromptEncoder.", repr=False)
+    tools: Tools = field(default=None, repr=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False)  # warnings that were given
 
     def __post_init__(self) -> None:
@@ -123,40 +128,62 @@ class PromptEncoder:
         return self.chat_template is not False and bool(self._source)
 
     @cached_property
-    def _special(self) -> SpecialTokens:
+    def special(self) -> SpecialTokens:
+        """Those of the tokenizer."""
         return SpecialTokens(self.tokenizer)
 
     @cached_property
-    def _template(self) -> Template:
+    def template(self) -> Template:
+        """What prompts are rendered with, where they are."""
         if (self.template_options or {}).get("chat_template"):
             name = f"the chat template of `{self.owner}template_options`"
         else:
             name = f"the chat template of {getattr(self.tokenizer, 'name_or_path', '') or 'the tokenizer'}"
-        return Template(self.tokenizer, self.template_options, self.system_prompt, special=self._special, name=name)
+        return Template(self.tokenizer, self.template_options, self.system_prompt, special=self.special, name=name)
 
-    def encode(self, prompt: str | Sequence[Message], where: str = "prompt") -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], where: str = "prompt", *, tools: Tools = None) -> list[int]:
         """Token ids of one prompt, ready for generation.
 
         Args:
             prompt: plain text, or chat messages that end with a user turn.
             where: "FILE:LINE" for messages.
+            tools: JSON schemas that the template shows; None for the encoder's own.
         Raises:
             InputError: the template raises or leaves a part of the prompt out, nothing is left to encode, or a special token's
                 string is to be refused.
         """
+        tools = self.tools if tools is None else tools
         if self.special_tokens_in_text == "refuse":
             self._refuse_special(prompt, where)
-        ids = self._rendered(prompt, where) if self.renders else self._plain(prompt, where)
+        self._refuse_beside(prompt, tools, where)
+        ids = self._rendered(prompt, where, tools) if self.renders else self._plain(prompt, where)
         if not ids:
             raise InputError(f"{where}: the prompt has no tokens after rendering; check the text and the chat template")
         return [int(token) for token in ids]
 
     def _refuse_special(self, prompt: str | Sequence[Message], where: str) -> None:
         for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
-            if match := self._special.pattern.search(text):
+            if match := self.special.pattern.search(text):
                 raise InputError(
                     f"{where}: the prompt must not hold a special token's string, got {match[0]!r}; remove it, or set "
                     "`special_tokens_in_text: escape` to keep it as ordinary text"
+                )
+
+    def _refuse_beside(self, prompt: str | Sequence[Message], tools: Tools, where: str) -> None:
+        """Tools need a template; what they spell cannot be told from its own tokens."""
+        messages = [] if isinstance(prompt, str) else prompt
+        if not self.renders and tools:
+            raise InputError(
+                f"{where}: tools need a chat template, and the tokenizer has none (or `chat_template` is False); use another "
+                "tokenizer, or leave the column `tools` out"
+            )
+        if self.special_tokens_in_text == "allow":
+            return
+        for text in texts_beside(messages, tools):
+            if match := self.special.pattern.search(text):
+                raise InputError(
+                    f"{where}: tools and their calls must not hold a special token's string, got {match[0]!r}; remove it from "
+                    "the row"
                 )
 
     # -- without a template ------------------------------------------------------------------------------------------
@@ -169,18 +196,18 @@ class PromptEncoder:
             )
         if self.special_tokens_in_text == "allow":
             return self._as_it_is(prompt)
-        if match := self._special.pattern.match(prompt.lstrip()):
+        if match := self.special.pattern.match(prompt.lstrip()):
             self._warn_once(
                 "plain",
                 f"{where}: the prompt begins with {match[0]!r}, which is kept as text; if it is rendered already, set "
                 "`special_tokens_in_text: allow`",
             )
-        ids = self._special.ordinary(prompt)
-        return [*self._special.begin, *ids] if ids else []
+        ids = self.special.ordinary(prompt)
+        return [*self.special.begin, *ids] if ids else []
 
     def _as_it_is(self, text: str) -> list[int]:
         """Control tokens in ``text`` count; the begin token is added where the tokenizer adds one and the text has none."""
-        ids, begin = self._with_control(text), self._special.begin
+        ids, begin = self._with_control(text), self.special.begin
         return ids if not ids or ids[: len(begin)] == begin else [*begin, *ids]
 
     def _with_control(self, text: str) -> list[int]:
@@ -188,47 +215,49 @@ class PromptEncoder:
 
     # -- with a template ---------------------------------------------------------------------------------------------
 
-    def _rendered(self, prompt: str | Sequence[Message], where: str) -> list[int]:
+    def _rendered(self, prompt: str | Sequence[Message], where: str, tools: Tools) -> list[int]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        skeleton = self._template.skeleton(("user",))
+        skeleton = self.template.skeleton(("user",))
         if isinstance(prompt, str) and skeleton is not None and self._is_rendered(prompt, skeleton, where):
-            begins = self._with_control(skeleton.text)[: len(self._special.begin)] == self._special.begin
+            begins = self._with_control(skeleton.text)[: len(self.special.begin)] == self.special.begin
             return self._as_it_is(prompt) if begins else self._with_control(prompt)
-        text = self._apply_template(messages, where)
+        text = self._apply_template(messages, where, tools)
         ids = self._with_control(text)
         if not ids:
             return []
-        skeleton = self._template.check(messages, where)
-        if warning := self._template.require_prompt(messages, text, where):
+        skeleton = self.template.check(messages, where)
+        if warning := self.template.require_prompt(messages, text, where, tools=tools):
             self._warn_once("words", warning)
         if self.special_tokens_in_text == "allow":
             return ids
-        hostile = any(self._special.pattern.search(message["content"]) for message in messages)
-        own = None if skeleton is None else self._special.sequence(skeleton.text)
-        if hostile or (own is not None and len(own) != sum(token in self._special.ids for token in ids)):
-            return self._escaped(messages, text, own, where)
+        hostile = any(self.special.pattern.search(message["content"]) for message in messages)
+        own = None if skeleton is None else self.special.sequence(skeleton.text)
+        if hostile or (own is not None and len(own) != sum(token in self.special.ids for token in ids)):
+            return self._escaped(messages, text, own, where, tools)
         return ids
 
-    def _apply_template(self, messages: Sequence[Message], where: str) -> str:
+    def _apply_template(self, messages: Sequence[Message], where: str, tools: Tools) -> str:
         try:
-            return self._template.render(messages)
+            return self.template.render(messages, tools=tools)
         except Exception as error:  # a template is a program of the tokenizer's author and may raise anything
             raise InputError(
                 f"{where}: the chat template failed ({type(error).__name__}: {error}); "
                 "change the row, `template_options`, or set `chat_template: false`"
             ) from error
 
-    def _escaped(self, messages: Sequence[Message], text: str, own: list[str] | None, where: str) -> list[int]:
+    def _escaped(
+        self, messages: Sequence[Message], text: str, own: list[str] | None, where: str, tools: Tools
+    ) -> list[int]:
         """Ids of ``text`` in which only the template's own special tokens count; ``own`` are those it has for other prompts."""
-        traced = self._template.traced(messages, text)
+        traced = self.template.traced(messages, text, tools=tools)
         if traced is not None:
-            return self._special.encode(traced.parts, where)
-        if self._special.sequence(text) != own:
+            return self.special.encode(traced.parts, where)
+        if self.special.sequence(text) != own:
             raise InputError(
-                f"{where}: {self._template.name} changes the text, so that its special token strings can't be told from the "
+                f"{where}: {self.template.name} changes the text, so that its special token strings can't be told from the "
                 "template's; remove them from the row or set `special_tokens_in_text: allow`"
             )
-        return self._special.encode(self._special.parts(text), where)
+        return self.special.encode(self.special.parts(text), where)
 
     def _is_rendered(self, prompt: str, skeleton: Skeleton, where: str) -> bool:
         """Whether the template need not be applied, because the data did; only where the data may write control tokens."""
@@ -250,13 +279,13 @@ class PromptEncoder:
         """It begins as the template does, begin token aside, and ends with what the template begins an answer with."""
         begin = str(self.tokenizer.bos_token or "")
         text, head = (part.strip().removeprefix(begin).lstrip() for part in (prompt, skeleton.head))
-        special = self._special.pattern.match(head)
+        special = self.special.pattern.match(head)
         first = special[0] if special else head.strip()
         if not first or not text.startswith(first) or not text.removeprefix(first).strip():
             return False
         opening = next(iter(skeleton.opening.splitlines()), "")
         at = text.rfind(opening) if opening else 0
-        return not opening or (at > 0 and not self._special.pattern.search(text, at + len(opening)))
+        return not opening or (at > 0 and not self.special.pattern.search(text, at + len(opening)))
 
 
 def pad_token_id(tokenizer: Any, pad_token: str | None = None, *, field: str = "pad_token") -> int:
@@ -278,17 +307,34 @@ def pad_token_id(tokenizer: Any, pad_token: str | None = None, *, field: str = "
 
 
 def encode_rows(
-    rows: Iterable[PromptRow], encoder: PromptEncoder, teacher_encoder: PromptEncoder | None = None
+    rows: Iterable[PromptRow],
+    encoder: PromptEncoder,
+    teacher_encoder: PromptEncoder | None = None,
+    *,
+    keep_rows: bool = False,
 ) -> list[EncodedPrompt]:
-    """The rows as token ids, in order; ``teacher_ids`` are filled where there is a ``teacher_encoder``."""
+    """The rows as token ids, in order.
+
+    Args:
+        rows: checked.
+        encoder: of the student.
+        teacher_encoder: fills ``teacher_ids``; None where the teacher reads the student's.
+        keep_rows: fill ``data``.
+    """
     encoded = []
     for row in rows:
         own = row.prompt if row.teacher_prompt is None else row.teacher_prompt
-        teacher_ids = teacher_encoder.encode(own, f"{row.where} (teacher)") if teacher_encoder else None
-        ids = torch.tensor(encoder.encode(row.prompt, row.where), dtype=torch.int32)
+        tools = row.tools
+        teacher_ids = teacher_encoder.encode(own, f"{row.where} (teacher)", tools=tools) if teacher_encoder else None
+        ids = torch.tensor(encoder.encode(row.prompt, row.where, tools=tools), dtype=torch.int32)
         teacher = None if teacher_ids is None else torch.tensor(teacher_ids, dtype=torch.int32)
-        encoded.append(EncodedPrompt(row.row_id, ids, row.answer, row.teacher, teacher))
+        data = _data_row(row) if keep_rows else None
+        encoded.append(EncodedPrompt(row.row_id, ids, row.answer, row.teacher, teacher, data))
     return encoded
+
+
+def _data_row(row: PromptRow) -> DataRow:
+    return DataRow(row.columns, row_id=row.row_id, prompt=row.messages, answer=row.answer, tools=row.tools)
 
 
 def collate(
@@ -327,7 +373,14 @@ def collate(
         teacher_ids=teacher_ids,
         teacher_mask=teacher_mask,
         counted=None if counted is None else torch.tensor(list(counted), dtype=torch.bool),
+        data=_data([prompt.data for prompt in prompts]),
     )
+
+
+def _data(rows: Sequence[DataRow | None]) -> tuple[DataRow, ...] | None:
+    """The data rows, where all prompts have them."""
+    kept = tuple(row for row in rows if row is not None)
+    return kept if kept and len(kept) == len(rows) else None
 
 
 def _left_padded(rows: Sequence[Tensor], fill: int) -> tuple[Tensor, Tensor]:

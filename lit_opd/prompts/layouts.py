@@ -10,15 +10,16 @@ from typing import Any
 
 from lit_opd.errors import InputError
 from lit_opd.prompts.filters import MISSING, shown, value_at
+from lit_opd.prompts.tools import COLUMN, row_tools
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and of an assistant maybe tool_calls
 JOINED = {"instruction": ("input", "context")}  # prompt column -> the column that belongs behind it (Alpaca, Dolly)
 SYSTEM_COLUMNS = ("system", "system_prompt")
 HISTORY_COLUMN = "history"  # pairs of question and answer
 CHATS = ("messages", "conversations", "conversation", "prompt")
 # columns that often hold a part of the question
 _PARTS = (
-    "instruction", "input", "context", "passage", "choices", "options", *SYSTEM_COLUMNS, HISTORY_COLUMN, "tools", "image",
+    "instruction", "input", "context", "passage", "choices", "options", *SYSTEM_COLUMNS, HISTORY_COLUMN, COLUMN, "image",
     "images",
 )  # fmt: skip
 _ROLES = {
@@ -112,6 +113,7 @@ def _history(value: Any) -> list[Message]:
 def left_out(values: dict[str, Any], column: str, *, joins: bool) -> list[str]:
     """Columns that hold what may belong to the prompt and are not in it."""
     read = {column, column.partition(".")[0]}
+    read |= {COLUMN} if row_tools(values) is not None else set()
     if joins:
         read |= {_joined(values, column) or column}
         read |= {name for name in SYSTEM_COLUMNS if _is_text(values.get(name))}

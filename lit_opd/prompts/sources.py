@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +21,7 @@ from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
 from lit_opd.prompts.teacher_prompt import TeacherPrompt, rendered
+from lit_opd.prompts.tools import KEPT_WITH_MESSAGE, Schema, checked_calls, row_tools
 from lit_opd.shipped import shown_path
 
 PROMPT_COLUMNS = (
@@ -112,6 +113,8 @@ class PromptRow:
         teacher: name of the teacher that scores the row, None for the only one.
         where: "FILE:LINE" for messages.
         teacher_prompt: what the teacher reads instead, in the forms of ``prompt``; None where it reads the same.
+        tools: JSON schemas that the row names, None where it names none.
+        columns: of the row, as they were read.
     """
 
     row_id: str
@@ -120,6 +123,13 @@ class PromptRow:
     teacher: str | None = None
     where: str = "prompt"
     teacher_prompt: str | list[Message] | None = field(default=None, repr=False)  # it may hold what must not be shown
+    tools: list[Schema] | None = field(default=None, repr=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as chat messages."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -428,6 +438,8 @@ def _prompt_row(row: _RawRow, names: ColumnNames, source: DataSource, *, joins: 
         answer=_answer(value_at(row.values, names.answer), row.where, names.answer) if names.answer else None,
         teacher=teacher,
         where=row.where,
+        tools=row_tools(row.values, row.where),
+        columns=row.values,
     )
 
 
@@ -467,7 +479,7 @@ def checked_prompt(value: Any, where: str, column: str = "prompt") -> str | list
     """Plain text, or chat messages without a trailing assistant turn (which is what the student has to write).
 
     Raises:
-        InputError: for another type, an empty text, NUL, lone surrogates, unknown roles, tool calls, no user turn.
+        InputError: for another type, an empty text, NUL, lone surrogates, unknown roles, broken tool calls, no user turn.
     """
     if isinstance(value, str):
         return _checked_text(value, where, column, allow_empty=False)
@@ -487,11 +499,14 @@ def _checked_message(message: Any, where: str) -> Message:
     role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise InputError(f"{where}: role must be one of {', '.join(ROLES)}, got {shown(role)}")
+    beside: dict[str, Any] = {name: message[name] for name in KEPT_WITH_MESSAGE if isinstance(message.get(name), str)}
     if message.get("tool_calls"):
-        raise InputError(f"{where}: tool calls are not supported; write the conversation as plain contents")
+        if role != "assistant":
+            raise InputError(f"{where}: only an assistant's message may have tool calls, got one of role {role}")
+        beside["tool_calls"], content = checked_calls(message["tool_calls"], where), content or ""
     if not isinstance(content, str):
         raise InputError(f"{where}: content must be text, got {shown(content)}")
-    return {"role": role, "content": _checked_text(content, where, "content", allow_empty=role != "user")}
+    return {"role": role, "content": _checked_text(content, where, "content", allow_empty=role != "user"), **beside}
 
 
 def _checked_text(text: str, where: str, column: str, *, allow_empty: bool = True) -> str:

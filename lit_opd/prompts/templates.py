@@ -9,18 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from lit_opd.errors import InputError
 from lit_opd.prompts.layouts import Message
 from lit_opd.prompts.special_tokens import Part, SpecialTokens
+from lit_opd.prompts.tools import first_called
+
+Tools = Sequence[Mapping[str, Any]] | None  # JSON schemas
 
 _SHIFT = 0xF0000  # to the private-use plane: a character that is moved there is the prompt's
 _SHIFTED = re.compile("[\U000f0000-\U000fffff]")
 _MARKS = range(0xE000, 0xF8FF)  # private-use characters, of which one that occurs nowhere marks those of the prompt
 _KEPT = 64  # conversations of different roles that are remembered
 _REPLY = "zqreply7xw"
+_PROBE_TOOL: dict[str, Any] = {
+    "name": "zqtool5xw", "description": "zqword1xw", "parameters": {"type": "object", "properties": {}, "required": []},
+}  # fmt: skip
 _ENOUGH = 0.5  # share of a text's words that must be found where its characters cannot be followed
 
 
@@ -81,14 +87,15 @@ class Template:
         self.skeleton = lru_cache(maxsize=_KEPT)(self._skeleton)
         self.renders_system = lru_cache(maxsize=_KEPT)(self._renders_system)
 
-    def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
+    def render(self, messages: Sequence[Message], *, generation: bool = True, tools: Tools = None) -> str:
         """The text for ``messages`` of the data, behind the system prompt; raises whatever the template raises."""
         if self._adds_system(messages):
             assert self.system_prompt is not None
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        named = {} if tools is None else {"tools": list(tools)}
         return str(
             self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation, **self.options
+                list(messages), tokenize=False, add_generation_prompt=generation, **named, **self.options
             )
         )
 
@@ -144,6 +151,24 @@ class Template:
         skeleton = other.skeleton(roles)
         return skeleton is None or word in skeleton.text.lower()
 
+    @cached_property
+    def shows_tools(self) -> bool:
+        """The name of a tool is in the text; True where the template refuses our words."""
+        return self._shows([{"role": "user", "content": "zqword0xw"}], [{"type": "function", "function": _PROBE_TOOL}])
+
+    @cached_property
+    def shows_calls(self) -> bool:
+        """Likewise the name of a tool that an earlier answer called."""
+        call = {"type": "function", "function": {"name": _PROBE_TOOL["name"], "arguments": {}}}
+        asked, heard = ({"role": role, "content": "zqword0xw"} for role in ("user", "tool"))
+        return self._shows([asked, {"role": "assistant", "content": "", "tool_calls": [call]}, heard], None)
+
+    def _shows(self, messages: list[Message], tools: Tools) -> bool:
+        try:
+            return str(_PROBE_TOOL["name"]) in self.render(messages, tools=tools).lower()
+        except Exception:  # a template is a program of the tokenizer's author and may raise anything
+            return True
+
     def _error(self, where: str, what: str) -> InputError:
         return InputError(
             f"{where}: {self.name} {what}; give another template (`template_options: {{chat_template: ...}}` or the "
@@ -152,7 +177,7 @@ class Template:
 
     # -- what it did with this prompt --------------------------------------------------------------------------------
 
-    def traced(self, messages: Sequence[Message], text: str) -> Traced | None:
+    def traced(self, messages: Sequence[Message], text: str, *, tools: Tools = None) -> Traced | None:
         """Which characters of ``text``, the rendering of ``messages``, are the prompt's; None where that cannot be told.
 
         Each way of marking is stopped by another kind of template (one that escapes, one that looks for a word, ...); a
@@ -161,7 +186,7 @@ class Template:
         contents = [message["content"] for message in messages]
         for mark, unmark, count, whole in _ways(contents, text, self.special.pattern):
             try:
-                marked = self.render([{**m, "content": mark(m["content"])} for m in messages])
+                marked = self.render([{**m, "content": mark(m["content"])} for m in messages], tools=tools)
             except Exception:  # marked text may be what the template refuses
                 continue
             if unmark(marked) == text:
@@ -180,7 +205,7 @@ class Template:
             text = text.replace(content, _shifted(content))
         return Traced([Part(_unshifted(part.text), part.special) for part in self.special.parts(text)], None)
 
-    def require_prompt(self, messages: Sequence[Message], text: str, where: str) -> str | None:
+    def require_prompt(self, messages: Sequence[Message], text: str, where: str, *, tools: Tools = None) -> str | None:
         """Whether ``text`` holds the contents of ``messages``, but for white space around them.
 
         Earlier answers are left out: many templates drop their thoughts, on purpose.
@@ -190,10 +215,14 @@ class Template:
         Raises:
             InputError: a part of a content is not there.
         """
+        if tools and not self.shows_tools:
+            raise self._error(where, f"does not render the tool {tools[0]['function']['name']!r}")
+        if (called := first_called(messages)) is not None and not self.shows_calls:
+            raise self._error(where, f"does not render the call of {called!r}")
         asked = [message["content"].strip() for message in messages if message["role"] != "assistant"]
         if all(content in text for content in asked):
             return None
-        traced = self.traced(messages, text) if len(asked) == len(messages) else None
+        traced = self.traced(messages, text, tools=tools) if len(asked) == len(messages) else None
         if traced is not None and traced.lost is not None:
             if traced.lost:
                 raise self._error(where, f"drops {traced.lost} characters of the prompt")

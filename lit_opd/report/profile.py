@@ -10,6 +10,7 @@ from lit_opd.files import read_lines
 
 Scale = Literal["linear", "log"]
 _WHOLE = ("from", "to", "count")
+AXES = ("absolute", "relative", "in_turn", "by_turn")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class ProfileWindow:
         absolute: by position 1, 2, ... inside the response.
         relative: by (position - 1/2) / length.
         scalars: what went to the loggers, by logged name.
+        in_turn: by position 1, 2, ... inside the turn; None where responses are one turn.
+        by_turn: by turn 1, 2, ...
     """
 
     step: int
@@ -69,17 +72,19 @@ class ProfileWindow:
     absolute: BinnedProfile
     relative: BinnedProfile
     scalars: dict[str, float]
+    in_turn: BinnedProfile | None = None
+    by_turn: BinnedProfile | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One line of ``profile.jsonl``."""
         plain = {name: getattr(self, name) for name in ("step", "previous_step", "rows", "tokens", "scale")}
-        binned = {"absolute": self.absolute.to_json(), "relative": self.relative.to_json()}
+        binned = {axis: getattr(self, axis).to_json() for axis in AXES if getattr(self, axis) is not None}
         return {**plain, **binned, "scalars": dict(self.scalars)}
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> ProfileWindow:
         """The inverse of ``to_json``."""
-        binned = {axis: BinnedProfile.from_json(line[axis]) for axis in ("absolute", "relative")}
+        binned = {axis: BinnedProfile.from_json(line[axis]) for axis in AXES if axis in line}
         return cls(**{**line, **binned})
 
 

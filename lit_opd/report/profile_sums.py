@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_opd.masked import ceil_count, exclusive_cumsum, lengths, positions
+from lit_opd.masked import ceil_count, exclusive_cumsum, lengths, positions, turn_positions
 
 PROFILE_QUANTITIES = (
     "advantage",
@@ -73,7 +73,8 @@ def position_edges(length: int, *, bins: int, scale: str) -> Tensor:
 
 
 class PositionProfileSums(Metric):
-    """Sums and counts of the profile's quantities by absolute position, by relative position and by band.
+    """Sums and counts of the profile's quantities by absolute position, by relative position and by band; of conversations by
+    position in the turn and by turn too.
 
     Positions count inside the mask. Bands are what ``FirstFraction`` and ``LastFraction`` keep: ceil(fraction * n) tokens.
 
@@ -82,27 +83,43 @@ class PositionProfileSums(Metric):
         bins: absolute bins, fewer where the length has fewer positions.
         scale: "linear" or "log" spacing of the absolute bins.
         relative_bins: equal bins of (position - 1/2) / n.
+        turns: most turns of a conversation, 0 where responses are one turn.
+        turn_length: last position of the bins inside a turn; default ``length``.
     """
 
     full_state_update = False
     sums: Tensor
     extra: Tensor
     _edges: Tensor
+    _turn_edges: Tensor
 
-    def __init__(self, length: int, *, bins: int = 64, scale: str = "linear", relative_bins: int = 10) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        bins: int = 64,
+        scale: str = "linear",
+        relative_bins: int = 10,
+        turns: int = 0,
+        turn_length: int | None = None,
+    ) -> None:
         super().__init__()
         self.relative_bins = relative_bins
         self.edges = position_edges(length, bins=bins, scale=scale)
         self.register_buffer("_edges", self.edges, persistent=False)  # follows the metric's device
         self.num_absolute = len(self.edges) - 1
-        self.num_cells = self.num_absolute + relative_bins + _BAND_CELLS
+        self.num_turns = turns
+        self.turn_edges = position_edges(turn_length or length, bins=bins, scale=scale)
+        self.register_buffer("_turn_edges", self.turn_edges, persistent=False)
+        self.num_in_turn = len(self.turn_edges) - 1 if turns else 0
+        self.num_cells = self.num_absolute + relative_bins + _BAND_CELLS + self.num_in_turn + turns
         # totals and counts; the last cell takes what belongs nowhere
         shape = (2, len(PROFILE_QUANTITIES), self.num_cells + 1)
         self.add_state("sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         # rows with a token, sum of (w A)^2 and of A^2 over the kept tokens
         self.add_state("extra", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, quantities: dict[str, Tensor], *, mask: Tensor, kept: Tensor) -> None:
+    def update(self, quantities: dict[str, Tensor], *, mask: Tensor, kept: Tensor, turn: Tensor | None = None) -> None:
         """Add one batch; no host synchronisation.
 
         Args:
@@ -110,8 +127,11 @@ class PositionProfileSums(Metric):
                 ``UNDEFINED_SOMEWHERE`` is NaN.
             mask: bool [B, T].
             kept: bool [B, T], tokens in the denominator.
+            turn: int64 [B, T], of conversations.
         """
         cells = self._cells(mask)
+        if self.num_turns and turn is not None:
+            cells = torch.cat([cells, self._turn_cells(mask, torch.where(mask, turn, 0))])
         counts = self._by_cell(mask, cells)
         for name, values in quantities.items():
             place, known = PROFILE_QUANTITIES.index(name), counts
@@ -145,6 +165,14 @@ class PositionProfileSums(Metric):
         found = torch.stack([absolute, relative, band]).flatten(1)
         return torch.where(mask.flatten(), found, self.num_cells)
 
+    def _turn_cells(self, mask: Tensor, turn: Tensor) -> Tensor:
+        """The same by position in the turn and by turn: int64 [2, B * T]."""
+        first = self.num_cells - self.num_in_turn - self.num_turns
+        inside = torch.bucketize(turn_positions(mask, turn), self._turn_edges, right=True) - 1
+        inside = torch.where(inside < self.num_in_turn, first + inside, self.num_cells)
+        number = torch.where(turn < self.num_turns, first + self.num_in_turn + turn, self.num_cells)
+        return torch.where(mask.flatten(), torch.stack([inside, number]).flatten(1), self.num_cells)
+
     def compute(self) -> Tensor:
         """Everything in one float64 tensor, so that it is fetched in one transfer; see ``tables``."""
         return torch.cat([self.sums.flatten(), self.extra])
@@ -152,7 +180,8 @@ class PositionProfileSums(Metric):
     def tables(self, computed: Tensor) -> ProfileTables:
         """What ``compute`` returned, on the CPU, taken apart."""
         sums = computed[:-3].view(self.sums.shape)
-        absolute, relative, subsets, _ = sums.split([self.num_absolute, self.relative_bins, _BAND_CELLS, 1], dim=-1)
+        sizes = [self.num_absolute, self.relative_bins, _BAND_CELLS, self.num_in_turn, self.num_turns, 1]
+        absolute, relative, subsets, in_turn, by_turn, _ = sums.split(sizes, dim=-1)
         member = torch.arange(_BAND_CELLS).unsqueeze(-1).bitwise_right_shift(torch.arange(len(PROFILE_BANDS))) & 1
         rows, weighted, plain = computed[-3:]
         return ProfileTables(
@@ -161,6 +190,8 @@ class PositionProfileSums(Metric):
             bands=subsets @ member.double(),
             rows=int(rows),
             gradient_scale=float((weighted / plain).sqrt()),
+            in_turn=in_turn if self.num_turns else None,
+            by_turn=by_turn if self.num_turns else None,
         )
 
 
@@ -174,6 +205,8 @@ class ProfileTables:
         bands: float64 [2, Q, bands], the same by band.
         rows: responses with at least one token.
         gradient_scale: sqrt(sum (w A)^2 / sum A^2) over kept tokens, NaN without any.
+        in_turn: float64 [2, Q, N], by position in the turn; None where responses are one turn.
+        by_turn: float64 [2, Q, turns].
     """
 
     absolute: Tensor
@@ -181,3 +214,5 @@ class ProfileTables:
     bands: Tensor
     rows: int
     gradient_scale: float
+    in_turn: Tensor | None = None
+    by_turn: Tensor | None = None

@@ -17,7 +17,10 @@ EVEN = 1e-6  # weights that differ by less are one weight
 HEAT_COLUMNS = 120
 WITHOUT_ADVANTAGE = ("Divergence",)  # objectives that do not read it
 BLUE, ORANGE, GREEN, GREY = 0, 1, 2, 7
-POSITION = {"relative": "position in the response, % of its length", "absolute": "position in the response, tokens"}
+POSITION = {
+    "relative": "position in the response, % of its length", "absolute": "position in the response, tokens",
+    "in_turn": "position in the turn, tokens", "by_turn": "turn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,22 @@ def by_position(run: RunFiles) -> list[Drawing]:
         _against(run, "absolute", "Disagreement by token", "nats/token", "disagreement"),
         _against(run, "absolute", "Drift: |q - s| summed before", "nats", "drift"),
         _against(run, "absolute", "Who is still writing", "% of responses", "survivor_fraction", PERCENT),
+        *_by_turn(run, weighted=weighted),
     ]
     return measured(charts)
+
+
+def _by_turn(run: RunFiles, *, weighted: bool) -> list[Chart]:
+    """What conversations show beside; nothing where responses are one turn."""
+    if any(window.by_turn is None or window.in_turn is None for window in (run.windows[0], run.windows[-1])):
+        return []
+    charts = [
+        _against(run, "by_turn", "Disagreement by turn", "nats/token", "disagreement"),
+        _against(run, "in_turn", "Disagreement inside a turn", "nats/token", "disagreement"),
+    ]
+    if weighted:
+        charts.append(_against(run, "by_turn", "Weight by turn", "1 is uniform", "weight", reference=1.0))
+    return charts
 
 
 def _against(

@@ -7,12 +7,15 @@ it looks is in ``templates/tokens_page.html.j2``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
+from lit_opd.masked import turn_positions
 from lit_opd.report import html
-from lit_opd.types import FinishReason, Prediction
+from lit_opd.types import FinishReason, Prediction, Rollout
 
 DISAGREEMENT_QUANTILE = 0.95  # of the page's tokens; this much and more is underlined in full
 DIGITS = 6  # of log-probs and weights in the file
@@ -29,6 +32,9 @@ class PredictedToken:
         student_logprob: nats.
         teacher_logprob: nats.
         weight: what the run's strategy gives it, >= 0.
+        turn: 0-based, of a conversation; None where a response is one turn.
+        place: position in the turn, from 1.
+        heard: what an environment answered right before it.
     """
 
     id: int
@@ -36,6 +42,9 @@ class PredictedToken:
     student_logprob: float
     teacher_logprob: float
     weight: float
+    turn: int | None = None
+    place: int | None = None
+    heard: str | None = None
 
     @property
     def disagreement(self) -> float:
@@ -52,7 +61,7 @@ class PredictedResponse:
         prompt: as rendered, special tokens included.
         response: its text without special tokens.
         reference: the right answer, None where the data has none.
-        finish_reason: stop, length, budget or drift.
+        finish_reason: a ``FinishReason`` in small letters.
         tokens: the sampled ones, the end symbol included.
     """
 
@@ -62,6 +71,14 @@ class PredictedResponse:
     reference: str | None
     finish_reason: str
     tokens: tuple[PredictedToken, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of ``predictions.jsonl``; what a token has none of is left out."""
+        line = asdict(self)
+        line["tokens"] = [
+            {name: value for name, value in token.items() if value is not None} for token in line["tokens"]
+        ]
+        return line
 
     @property
     def mean_weight(self) -> float:
@@ -104,8 +121,28 @@ def _tokens(prediction: Prediction, row: int, tokenizer: Any) -> Iterable[Predic
     ids = prediction.rollout.response_ids[row][mask].tolist()
     columns = (prediction.signal.student_logprobs, prediction.signal.teacher_logprobs, prediction.weights)
     numbers = zip(*(column[row][mask].tolist() for column in columns), strict=True)
-    for token, text, values in zip(ids, token_texts(tokenizer, ids), numbers, strict=True):
-        yield PredictedToken(token, text, *(round(value, DIGITS) for value in values))
+    told = turns_of(prediction.rollout, row, tokenizer)
+    for token, text, values, where in zip(ids, token_texts(tokenizer, ids), numbers, told, strict=True):
+        student, teacher, weight = (round(value, DIGITS) for value in values)
+        yield PredictedToken(token, text, student, teacher, weight, *where)
+
+
+def turns_of(rollout: Rollout, row: int, tokenizer: Any) -> list[tuple[int | None, int | None, str | None]]:
+    """Of each sampled token its turn, its place in it, and what was heard right before; None where there is none of it."""
+    count = int(rollout.mask[row].sum())
+    if rollout.turn is None or rollout.observed is None:
+        return [(None, None, None)] * count
+    found: list[tuple[int | None, int | None, str | None]] = []
+    heard: list[int] = []
+    places = turn_positions(rollout.mask[row : row + 1], torch.where(rollout.mask, rollout.turn, 0)[row : row + 1])[0]
+    columns = (rollout.response_ids[row], rollout.mask[row], rollout.observed[row], rollout.turn[row], places)
+    for token, sampled, observed, turn, place in zip(*(column.tolist() for column in columns), strict=True):
+        if observed:
+            heard.append(token)
+        elif sampled:
+            found.append((turn, place, _decode(tokenizer, heard) if heard else None))
+            heard = []
+    return found
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -152,6 +189,7 @@ class _Span:
 
     Args:
         text: never empty.
+        heard: what an environment answered right before it.
         numbers: shown where one points at it.
         shade: its weight on the page's scale, in [0, 1].
         line: its disagreement on the page's scale, in [0, 1].
@@ -159,6 +197,7 @@ class _Span:
     """
 
     text: str
+    heard: str
     numbers: str
     shade: str
     line: str
@@ -194,11 +233,16 @@ def _scale(responses: Sequence[PredictedResponse]) -> _Scale:
     return _Scale(min(weights), max(weights), upper)
 
 
+def _in_turn(token: PredictedToken) -> str:
+    return "" if token.turn is None else f", {token.place} of turn {token.turn + 1}"
+
+
 def _spans(scale: _Scale, response: PredictedResponse) -> Iterator[_Span]:
     for place, token in enumerate(response.tokens, start=1):
         yield _Span(
             text=token.text.replace("\n", "\u21b5\n") or "\u00b7",
-            numbers=f"position {place}: {token.text!r} (id {token.id})\nweight {token.weight:.4f}\n"
+            heard=(token.heard or "").replace("\n", "\u21b5\n"),
+            numbers=f"position {place}{_in_turn(token)}: {token.text!r} (id {token.id})\nweight {token.weight:.4f}\n"
             f"student {token.student_logprob:.4f}\nteacher {token.teacher_logprob:.4f}\n"
             f"disagreement {token.disagreement:.4f} nats",
             shade=f"{scale.weight(token.weight):.3f}",

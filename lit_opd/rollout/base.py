@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -38,6 +38,47 @@ class EarlyStop(Protocol):
 
     def cut(self, rollout: Rollout, *, pad_id: int) -> Rollout:
         """``rollout`` as sampled, without what stands behind the end of a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """One turn of R rows, on the host.
+
+    Args:
+        ids: int64 [R, n]; what stands behind a row's length has no meaning.
+        logprobs: [R, n] nats under the sampled distribution.
+        lengths: R counts, each from 1 to the room the row had.
+        stopped: R flags, True where the last token is a stop id.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    lengths: list[int]
+    stopped: list[bool]
+
+
+class Conversation(Protocol):
+    """Rows that are answered between their turns. Every rank makes the same calls, also one without a row left."""
+
+    provenance: Provenance
+
+    def speak(self, room: Sequence[int]) -> Spoken:
+        """The next turn of every row.
+
+        Args:
+            room: R counts, the tokens that each row may have, >= 1.
+        """
+
+    def hear(self, rows: Sequence[int], heard: Sequence[Sequence[int]]) -> None:
+        """Go on with some rows.
+
+        Args:
+            rows: places among the R rows of the last turn, ascending.
+            heard: token ids that each of them reads next, at least one.
+        """
+
+    def forget(self) -> None:
+        """Go on without any row."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +197,8 @@ class Sampler(ABC):
     max_logprob_gap: float | None = None  # nats, bound on the step's mean |student - sampler log-prob|
     seconds: Seconds | None = None  # what such an engine spends beside sampling, logged as time/NAME
     ahead = 0  # batches it samples while an earlier one trains, see ``begin``
+    reads_rows = False  # it asks for the data rows behind the prompts
+    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas that prompts are rendered with
 
     def __init__(
         self,
@@ -177,16 +220,16 @@ class Sampler(ABC):
         require(0 < top_p <= 1, f"{name}.top_p", "in (0, 1]", top_p)
         require(top_k >= 0, f"{name}.top_k", ">= 0 (0 keeps all candidates)", top_k)
 
+    @property
+    def engine(self) -> Sampler:
+        """What draws the tokens; itself, or the sampler inside."""
+        return self
+
     def _refuse_stop(self, settings: SamplingSettings) -> None:
         if settings.stop is not None:
             raise InputError(
                 f"`SamplingSettings.stop` must be None for {type(self).__name__}, got {settings.stop!r}; use DecodeSampler"
             )
-
-    @property
-    def engine(self) -> Sampler:
-        """What samples: itself, or the one inside."""
-        return self
 
     def know_texts(self, facts: TextFacts) -> None:  # noqa: B027
         """Read what is sampled from where that is saved; before a run, again at its start.
@@ -244,6 +287,24 @@ class Sampler(ABC):
     def restore_ahead(self, state: Mapping[str, Any] | None, settings: SamplingSettings) -> None:  # noqa: B027
         """Go on with what ``ahead_state`` kept; ``settings`` are those of training now."""
 
+    def attach(self, tokenizer: Any, encoder: Any | None) -> None:  # noqa: B027
+        """Take note of how prompts are rendered, before a run.
+
+        Args:
+            tokenizer: the student's.
+            encoder: the data module's ``PromptEncoder``; None where it has none.
+        """
+
+    def converse(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Conversation | None:
+        """A conversation that goes on from the keys and values it has; None where each turn is sampled anew.
+
+        Args:
+            model: the student's ``ScoringModel``.
+            prompts: B rows.
+            settings: see ``SamplingSettings``; ``max_new_tokens`` bounds all turns and answers of a row together.
+        """
+        return None
+
     @abstractmethod
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
         """One response a row.
@@ -255,6 +316,13 @@ class Sampler(ABC):
         Returns:
             a rollout of B rows, T <= max_new_tokens.
         """
+
+
+def engine_options(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the engine in a config's ``model``; of the one inside where the sampler plays an environment."""
+    found = (model.get("sampler") or {}).get("init_args") or {}
+    inner = found.get("sampler")
+    return dict((inner.get("init_args") or {}) if isinstance(inner, Mapping) else found)
 
 
 def finish(prompts: PromptBatch, ids: Tensor, logprobs: Tensor, settings: SamplingSettings, *, engine: str) -> Rollout:

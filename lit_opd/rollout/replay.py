@@ -77,6 +77,7 @@ class ReplaySampler(Sampler):
         name = type(self).__name__
         require(bool(self.paths) and all(self.paths), f"{name}.paths", "at least one file or folder", paths)
         require(not isinstance(own, ReplaySampler), f"{name}.fresh", "a sampler that samples", type(own).__name__)
+        require(not own.ahead, f"{name}.fresh.ahead", "0: part of a batch cannot be sampled ahead", own.ahead)
         require(0 <= on_policy_fraction <= 1, f"{name}.on_policy_fraction", "in [0, 1]", on_policy_fraction)
         require(
             unknown_sampler in get_args(WhereUnknown),

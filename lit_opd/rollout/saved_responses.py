@@ -70,6 +70,7 @@ def read_responses(
         found += responses
     for response in found:
         _require_vocabulary(response, facts.vocabulary)
+        _require_end(response, facts.stop_ids)
     return found, empty
 
 
@@ -99,6 +100,22 @@ def _require_vocabulary(response: SavedResponse, vocabulary: int) -> None:
             f"{response.where}: a response must hold ids in [0, {vocabulary}), got {int(response.ids.max())}; it was written "
             "with another tokenizer"
         )
+
+
+def _require_end(response: SavedResponse, stops: tuple[int, ...]) -> None:
+    """The student would have ended at the first stop id, and nowhere else of itself."""
+    ends = numpy.flatnonzero(numpy.isin(response.ids, stops))
+    stopped = response.finish_reason == int(FinishReason.STOP)
+    if len(ends) and (ends[0] < len(response.ids) - 1 or not stopped):
+        what = f"goes on behind the stop id {response.ids[ends[0]]}" if stopped else "was cut, and has a stop id"
+    elif stopped and not len(ends):
+        what = f"ends with {response.ids[-1]}"
+    else:
+        return
+    raise InputError(
+        f"{response.where}: a response must end at the first of the run's stop ids {list(stops)}, or be cut before, got one that "
+        f"{what}; set `model.sampler.stop_token_ids` as they were, or write it anew"
+    )
 
 
 # -- rollouts ----------------------------------------------------------------------------------------------------------
@@ -174,6 +191,8 @@ def _of_line(values: dict[str, Any], where: str, facts: TextFacts, *, column: st
         ids = _told_ids(tokens, text, where, facts)
     else:
         ids = [*facts.encode(text), *([facts.end_id] if finish == "stop" else [])]
+    if not ids:
+        raise InputError(f"{where}: column {column!r} must be text of at least one token, got {text!r}")
     return SavedResponse(row_id, numpy.array(ids, numpy.int64), int(names[finish]), where)
 
 

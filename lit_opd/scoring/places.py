@@ -55,9 +55,9 @@ def _moved(values: NDArray[Any], device: torch.device) -> Tensor:
 class Places:
     """Where the tokens of a rollout stand, worked out on the host: using it waits for no device.
 
-    Every row's valid tokens move to its left end, so that causal attention needs no mask and positions count from 0. A row's
-    last token scores nothing and is left out. Where the model's attention takes sequences of any length, the rows stand one
-    behind the other, without padding.
+    Every row's tokens, sampled or observed, move to its left end, so that causal attention needs no mask and positions count
+    from 0. A row's last token scores nothing and is left out. Where the model's attention takes sequences of any length, the
+    rows stand one behind the other, without padding.
 
     Args:
         order: int64 [R, L], slots of [prompt, response] (of B x C) in the order in which the model reads them. Padded: R is B
@@ -79,7 +79,7 @@ class Places:
         """On the rollout's device."""
         layout, device = rollout.layout, rollout.mask.device
         prompt = layout.teacher if own_template and layout.teacher is not None else layout.prompt
-        valid = numpy.concatenate([prompt, layout.response], -1)
+        valid = numpy.concatenate([prompt, layout.read], -1)
         longest = max(2, int(valid.sum(-1).max(initial=0)))
         order = numpy.argsort(~valid, axis=-1, kind="stable")[:, :longest]
         scored = numpy.concatenate([numpy.zeros_like(prompt), layout.response], -1)

@@ -43,7 +43,8 @@ class WarmUp:
     def __init__(
         self, steps: int, objective: Objective | None = None, weighting: WeightingStrategy | None = None
     ) -> None:
-        require(isinstance(steps, int) and steps >= 1, "WarmUp.steps", "an integer >= 1", steps)
+        is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+        require(is_count, "WarmUp.steps", "an integer >= 1", steps)
         self.steps = steps
         self.objective = objective if objective is not None else Likelihood()
         self.weighting = weighting if weighting is not None else Uniform()
@@ -108,8 +109,10 @@ def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
     finished = rollout.finish_reason != int(FinishReason.LENGTH)
     layout = rollout.layout
     ended = layout.finish_reason != int(FinishReason.LENGTH)
-    masked = replace(rollout, mask=rollout.mask & finished.unsqueeze(-1))
-    masked.with_layout(replace(layout, response=layout.response & ended[:, None]))
+    observed = None if rollout.observed is None else rollout.observed & finished.unsqueeze(-1)
+    masked = replace(rollout, mask=rollout.mask & finished.unsqueeze(-1), observed=observed)
+    seen = None if layout.observed is None else layout.observed & ended[:, None]
+    masked.with_layout(replace(layout, response=layout.response & ended[:, None], observed=seen))
     return masked if policy == "mask" else masked.take(ended.nonzero()[0].tolist() or [0])
 
 

@@ -84,6 +84,42 @@ def _of_replay(record: StepRecord) -> dict[str, Tensor]:
     }
 
 
+def turn_scalars(record: StepRecord) -> dict[str, Tensor]:
+    """What an environment adds, over all ranks, one collective; nothing where responses are one turn.
+
+    Returns:
+        scalars by metric name; the reward is NaN where no row has one.
+    """
+    rollout, reasons = record.rollout, record.finish_reason
+    if rollout.turn is None or rollout.observed is None:
+        return {}
+    reward = torch.full_like(reasons, math.nan, dtype=torch.float32) if rollout.reward is None else rollout.reward
+    known = ~reward.isnan()
+    failed, cut = (reasons == int(reason) for reason in (FinishReason.ENVIRONMENT, FinishReason.TURNS))
+    ones = torch.ones_like(reasons)
+    values = (
+        rollout.num_turns,
+        rollout.mask,
+        rollout.observed,
+        reward.nan_to_num(),
+        known,
+        failed,
+        cut,
+        ones,
+        rollout.mask.any(-1),
+    )
+    sums = all_sum(torch.stack([value.double().sum() for value in values]))
+    turns, sampled, observed, reward, known, failed, cut, rows, trained = sums.unbind()
+    return {
+        "train/turns": turns / trained.clamp(min=1),
+        "train/turn_length": sampled / turns.clamp(min=1),
+        "train/observed_tokens": observed,
+        "train/environment_failed_fraction": failed / rows.clamp(min=1),
+        "train/turns_cut_fraction": cut / rows.clamp(min=1),
+        "train/reward": reward / known,
+    }
+
+
 def logged(
     record: StepRecord,
     *,
@@ -114,6 +150,7 @@ def logged(
         "train/loss": torch.full_like(loss, math.nan) if record.skipped else loss,
         "train/skipped_steps": skipped_steps,
         **scalars(record),
+        **turn_scalars(record),
     }
     if weights_behind is not None:
         values["train/weights_behind"] = weights_behind

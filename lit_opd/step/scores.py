@@ -319,8 +319,7 @@ class Scores:
         values = self.buffer.signal_fields(rows, columns)
         values["sampler_logprobs"] = _sampler_logprobs(part, values["student_logprobs"])
         values = by_chunk(values, part.mask, self.buffer.chunks(rows, columns))
-        known = {"row_keys": part.prompts.row_keys, "token_ids": part.response_ids, "step": self.step}
-        signal = TokenSignal(**values, **known, validate=False)
+        signal = TokenSignal(**values, **_known(part), step=self.step, validate=False)
         return apply_transforms(list(self.recipe.advantage), signal)
 
     def student_sums(self, logprobs: Tensor, rows: Rows) -> Tensor:
@@ -376,8 +375,17 @@ def student_signal(
         "teacher_topk": theirs.topk,
         "student_at_teacher_topk": ours.listed,
     }
-    known = {"row_keys": rollout.prompts.row_keys, "token_ids": rollout.response_ids, "step": step}
-    return TokenSignal(**by_chunk(values, rollout.mask, theirs.chunks), **known)
+    return TokenSignal(**by_chunk(values, rollout.mask, theirs.chunks), **_known(rollout), step=step)
+
+
+def _known(rollout: Rollout) -> dict[str, Any]:
+    """Fields of a signal that no model says."""
+    return {
+        "row_keys": rollout.prompts.row_keys,
+        "token_ids": rollout.response_ids,
+        "turn": rollout.turn,
+        "reward": rollout.reward,
+    }
 
 
 def by_chunk(values: dict[str, Any], mask: Tensor, chunks: Chunks | None) -> dict[str, Any]:

@@ -112,6 +112,8 @@ def save_fault(
     prompts = rollout.prompts
     texts = {"prompt_ids": prompts.ids, "prompt_mask": prompts.mask, "row_keys": prompts.row_keys}
     texts |= {"response_ids": rollout.response_ids, "mask": rollout.mask}
+    if rollout.observed is not None and rollout.turn is not None:
+        texts |= {"observed": rollout.observed, "turn": rollout.turn}
     if mine:
         kept = {name: value[index].cpu().contiguous() for name, value in {**texts, **values}.items()} | {
             "rows": index.cpu()

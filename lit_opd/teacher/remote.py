@@ -252,19 +252,24 @@ class RemoteTeacher(Teacher):
         return [row for answer in answers for row in answer]
 
     def _summed(self, prompts: list[list[int]], responses: list[list[int]], found: list[_Row]) -> list[_Row]:
-        """``found`` with the mass of all stop tokens where a response ends at one."""
+        """``found`` with the mass of all stop tokens where a response, or a turn of it, ends at one."""
         stops = self._stops
         if stops is None:
             return found
-        ends = [row for row, response in enumerate(responses) if response[-1] in stops.sampled]
-        known = {row: found[row].at_the_end(responses[row][-1], stops.ids) for row in ends}
-        asked = [(row, stop) for row in ends for stop in _missing(found[row], known[row], stops.ids)]
-        texts = [prompts[row] + responses[row][:-1] for row, _ in asked]
-        for (row, stop), answer in zip(asked, self._asked(texts, [[stop] for _, stop in asked], None), strict=True):
-            known[row][stop] = float(answer.logprobs[-1])
-        for row in ends:
+        ends = [
+            (row, at)
+            for row, response in enumerate(responses)
+            for at, token in enumerate(response)
+            if token in stops.sampled
+        ]
+        known = {(row, at): found[row].known(at, responses[row][at], stops.ids) for row, at in ends}
+        asked = [(end, stop) for end in ends for stop in _missing(found[end[0]], end[1], known[end], stops.ids)]
+        texts = [prompts[row] + responses[row][:at] for (row, at), _ in asked]
+        for (end, stop), answer in zip(asked, self._asked(texts, [[stop] for _, stop in asked], None), strict=True):
+            known[end][stop] = float(answer.logprobs[-1])
+        for row, at in ends:
             logprobs = found[row].logprobs.copy()
-            logprobs[-1] = numpy.logaddexp.reduce(list(known[row].values()))
+            logprobs[at] = numpy.logaddexp.reduce(list(known[row, at].values()))
             found[row] = replace(found[row], logprobs=logprobs)
         return found
 
@@ -293,7 +298,8 @@ class RemoteTeacher(Teacher):
         k = self._ready(temperature, requires)
         rows, prompts, responses = _tokens(rollout)
         ids = torch.cat([rollout.response_ids.unsqueeze(-1), candidates], -1).cpu()
-        chosen = [ids[row, rollout.mask[row].cpu()].tolist() for row in rows]
+        read = rollout.read.cpu()
+        chosen = [ids[row, read[row]].tolist() for row in rows]
 
         def parse(answer: dict[str, Any], index: int) -> _Row:
             asked = asked_logprobs(answer, (len(chosen[index]), len(chosen[index][0])))
@@ -364,19 +370,19 @@ class _Row:
     listed: NDArray[numpy.float32] | None = None
     candidates: NDArray[numpy.float32] | None = None
 
-    def at_the_end(self, token: int, ids: tuple[int, ...]) -> dict[int, float]:
-        """What is known of ``ids`` at the last position, where ``token`` was sampled: log-probs by id."""
-        known = {token: float(self.logprobs[-1])}
+    def known(self, at: int, token: int, ids: tuple[int, ...]) -> dict[int, float]:
+        """What is known of ``ids`` at a position, where ``token`` was sampled: log-probs by id."""
+        known = {token: float(self.logprobs[at])}
         if self.ids is not None and self.listed is not None:
-            pairs = zip(self.ids[-1].tolist(), self.listed[-1].tolist(), strict=True)
+            pairs = zip(self.ids[at].tolist(), self.listed[at].tolist(), strict=True)
             known |= {name: logprob for name, logprob in pairs if name in ids}
         return known
 
 
-def _missing(row: _Row, known: dict[int, float], ids: tuple[int, ...]) -> list[int]:
-    """Which of ``ids`` are not ``known`` at the end of a response and may matter: none is likelier than the last listed."""
+def _missing(row: _Row, at: int, known: dict[int, float], ids: tuple[int, ...]) -> list[int]:
+    """Which of ``ids`` are not ``known`` at a position and may matter: none is likelier than the last listed."""
     missing = [stop for stop in ids if stop not in known]
-    most = 1.0 if row.listed is None else float(numpy.exp(row.listed[-1, -1]))
+    most = 1.0 if row.listed is None else float(numpy.exp(row.listed[at, -1]))
     return missing if len(missing) * most > STOP_SHARE * numpy.exp(list(known.values())).sum() else []
 
 
@@ -402,13 +408,13 @@ def _chosen_body(text: list[int], chosen: list[list[int]], k: int | None = None)
 
 
 def _tokens(rollout: Rollout) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """The rows that have a valid token, and their prompt and response ids without padding; the teacher's own prompt where the
-    batch has one."""
+    """The rows that have a valid token, and their prompt and response ids without padding, what an environment answered
+    included; the teacher's own prompt where the batch has one."""
     prompts = rollout.prompts
     own = prompts.teacher_ids is not None
     ids, mask = (prompts.teacher_ids, prompts.teacher_mask) if own else (prompts.ids, prompts.mask)
     rows: list[int] = rollout.mask.any(-1).nonzero().squeeze(-1).tolist()
-    return rows, _rows(ids, mask, rows), _rows(rollout.response_ids, rollout.mask, rows)  # type: ignore[arg-type]
+    return rows, _rows(ids, mask, rows), _rows(rollout.response_ids, rollout.read, rows)  # type: ignore[arg-type]
 
 
 def _rows(ids: Tensor, mask: Tensor, rows: list[int]) -> list[list[int]]:
@@ -422,9 +428,9 @@ def _joined(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> lis
 
 def _spread(rollout: Rollout, rows: list[int], found: list[_Row], name: str, *width: int) -> Tensor:
     """The field ``name`` of the answers to ``rows``, [B, T, *width] on the rollout's device, 0 where masked."""
-    mask = rollout.mask.cpu()
+    mask, read = rollout.mask.cpu(), rollout.read.cpu()
     values = [torch.from_numpy(numpy.ascontiguousarray(getattr(row, name))) for row in found]
     out = torch.zeros(*mask.shape, *width, dtype=torch.int64 if name == "ids" else torch.float32)
     for row, value in zip(rows, values, strict=True):
-        out[row, mask[row]] = value
+        out[row, mask[row]] = value[mask[row, read[row]]]
     return out.to(rollout.mask.device)

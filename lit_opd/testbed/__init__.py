@@ -19,9 +19,11 @@ from lit_opd.testbed.task import (
 from lit_opd.testbed.tokenizer import make_tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
+TOOLS_ASSETS = Path(__file__).parent / "tools_assets"  # of the task with tools, see ``tool_task.py``
 
 __all__ = [
     "ASSETS",
+    "TOOLS_ASSETS",
     "Automaton",
     "Problem",
     "make_automaton",

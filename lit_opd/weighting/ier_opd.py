@@ -88,9 +88,9 @@ class IEROPD(_BatchSelection):
         """IER of this rank's valid tokens, [N], float64."""
         assert signal.student_topk is not None and signal.teacher_topk is not None and signal.token_ids is not None
         mask = signal.mask
-        lists = (of_tokens(topk, mask) for topk in (signal.student_topk, signal.teacher_topk))
+        ours, theirs = (of_tokens(topk, mask) for topk in (signal.student_topk, signal.teacher_topk))
         own = (signal.token_ids[mask], signal.student_logprobs[mask], signal.teacher_logprobs[mask])
-        either = candidates(*lists, self.k, missing=UNLISTED, sampled=own)
+        either = candidates(ours, theirs, self.k, missing=UNLISTED, sampled=own)
         p, q = either.renormalised()
         ratio = (p - q).masked_fill(~either.counted, 0.0).clamp(-LARGEST_RATIO, LARGEST_RATIO)
         return signal_to_noise(p.exp(), ratio)

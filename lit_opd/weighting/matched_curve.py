@@ -60,7 +60,10 @@ class MatchedCurve(_Wrapper):
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
         """Around the usual inner strategies, and by absolute position."""
-        return [*super().examples(), *(cls(example.strategy, by="absolute") for example in super().examples()[:2])]  # type: ignore[attr-defined]
+        found = super().examples()
+        inner = [example.strategy for example in found[:2]]
+        assert all(isinstance(strategy, WeightingStrategy) for strategy in inner)
+        return [*found, *(cls(strategy, by="absolute") for strategy in inner)]  # type: ignore[arg-type]
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
         """None: what the inner strategy drops has weight 0 in the mean."""

@@ -59,8 +59,8 @@ class PGT(_BatchSelection):
     def keep(self, signal: TokenSignal, progress: float) -> Tensor:
         """bool [B, T], the chosen tokens of this rank's rows."""
         assert signal.student_topk is not None and signal.teacher_topk is not None  # required above
-        lists = (of_tokens(topk, signal.mask) for topk in (signal.student_topk, signal.teacher_topk))
-        either = candidates(*lists, self.k, missing=UNLISTED)
+        ours, theirs = (of_tokens(topk, signal.mask) for topk in (signal.student_topk, signal.teacher_topk))
+        either = candidates(ours, theirs, self.k, missing=UNLISTED)
         p, q = either.renormalised()
         ratio = (q - p).masked_fill(~either.counted, 0.0)
         mean = (p.exp() * ratio).sum(-1, keepdim=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from lit_opd.masked import exclusive_cumsum, masked_mean, masked_sum, positions, return_to_go
+from lit_opd.masked import exclusive_cumsum, masked_mean, masked_sum, positions, return_to_go, segment_sums
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,14 @@ def test_the_first_valid_token_sees_exactly_nothing_behind_it():
     values = torch.tensor([[1e8, 1e-3, 1.0]])
     mask = torch.ones(1, 3, dtype=torch.bool)
     assert exclusive_cumsum(values, mask)[0, :2].tolist() == [0.0, 1e8]
+
+
+def test_sums_over_runs_stand_where_they_end():
+    """By hand: runs of 2, 1 and 3 with a hole between; the gradient of a sum is that of its entries, NaN outside is not read."""
+    values = torch.tensor([[1.0, 2.0, 4.0, math.nan, 8.0, 16.0, 32.0]], dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([[0, 2, 1, 0, 0, 0, 3]])
+    found = segment_sums(values, lengths, longest=3)
+    assert found.tolist() == [[0.0, 3.0, 4.0, 0.0, 0.0, 0.0, 56.0]]
+    (found * torch.tensor([[1.0, 10.0, 100.0, 1.0, 1.0, 1.0, 1000.0]])).sum().backward()
+    assert values.grad.tolist() == [[10.0, 10.0, 100.0, 0.0, 1000.0, 1000.0, 1000.0]]
+    assert torch.equal(segment_sums(values[:, :1], lengths[:, 1:2].clamp(max=1), longest=9), values[:, :1])

@@ -113,7 +113,7 @@ ROWS: dict[str, tuple[bytes, list[str]]] = {
     "empty user turn": (b'{"prompt": [{"role": "user", "content": ""}]}\n', ["bad.jsonl:1", "'content' is empty"]),
     "tool calls": (
         b'{"prompt": [{"role": "user", "content": "a", "tool_calls": [{}]}]}\n',
-        ["bad.jsonl:1", "tool calls are not supported"],
+        ["bad.jsonl:1", "only an assistant's message may have tool calls"],
     ),
 }  # fmt: skip
 

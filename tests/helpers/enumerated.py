@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_opd.advantage import AdvantageTransform, apply_transforms
 from lit_opd.objective import Aggregation, Objective, PolicyLoss, aggregate, denominator
 from lit_opd.scoring.tiles import Head
-from lit_opd.types import TokenSignal
+from lit_opd.types import TokenSignal, TopK
 from lit_opd.weighting import WeightingStrategy
 from lit_opd.weighting.uniform import Uniform
 
@@ -135,8 +135,14 @@ def gradient_of(objective: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor
 
 
 def signal_of(tree: Tree, student: Tensor, teacher: Tensor, sampler: Tensor | None = None) -> TokenSignal:
-    """What the package is told of every response: log-probs, and the state fields by their definition."""
+    """What the package is told of every response: log-probs, the state fields by their definition, and whole lists."""
+    lists = [logits[tree.states].log_softmax(-1).sort(-1, descending=True) for logits in (student, teacher)]
+    ours, theirs = (TopK(ids=found.indices, logprobs=found.values) for found in lists)
     return TokenSignal(
+        student_topk=ours,
+        teacher_topk=theirs,
+        student_at_teacher_topk=student[tree.states].log_softmax(-1).gather(-1, theirs.ids),
+        token_ids=tree.ids,
         student_logprobs=tree.picked(student.log_softmax(-1)),
         teacher_logprobs=tree.picked(teacher.log_softmax(-1)),
         sampler_logprobs=None if sampler is None else tree.picked(sampler.log_softmax(-1)),

@@ -44,19 +44,21 @@ def random_lists(shape: tuple[int, ...], generator: torch.Generator, dtype: torc
 
 
 def random_signal(mask: Tensor, *, seed: int = 0, dtype: torch.dtype = torch.float64, step: int = 3) -> TokenSignal:
-    """A signal with every optional field, on ``mask`` (bool [B, T]); row keys 100, 101, ..."""
+    """A signal of three turns with every optional field, on ``mask`` (bool [B, T]); row keys 100, 101, ..."""
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(mask.shape)
     content = {name: random_field(name, shape, generator).to(dtype) for name in FLOAT_FIELDS}
     lists = random_lists(shape, generator, dtype)
     ids = torch.randint(VOCABULARY, shape, generator=generator)
-    return TokenSignal(mask=mask, row_keys=100 + torch.arange(len(mask)), step=step, token_ids=ids, **content, **lists)  # type: ignore[arg-type]
+    turn = (3 * torch.arange(shape[1]) // max(shape[1], 1)).expand(shape)
+    known = {"row_keys": 100 + torch.arange(len(mask)), "step": step, "token_ids": ids, "turn": turn}
+    return TokenSignal(mask=mask, **known, **content, **lists)  # type: ignore[arg-type]
 
 
 def mapped(signal: TokenSignal, function: Callable[[str, Tensor], Tensor]) -> TokenSignal:
     """The signal with every per-token tensor replaced: ``function`` of its name and the tensor [B, T] or [B, T, K]."""
     changes: dict[str, object] = {}
-    for name in (*FLOAT_FIELDS, "mask", "token_ids", LISTED, *LIST_FIELDS):
+    for name in (*FLOAT_FIELDS, "mask", "token_ids", "turn", LISTED, *LIST_FIELDS):
         value = getattr(signal, name)
         if isinstance(value, TopK):
             changes[name] = TopK(ids=function("ids", value.ids), logprobs=function("logprobs", value.logprobs))
@@ -121,7 +123,7 @@ def padded(signal: TokenSignal, left: int, right: int, value: float) -> TokenSig
     """The signal with masked columns on both sides that hold ``value``."""
 
     def grown(name: str, tensor: Tensor) -> Tensor:
-        fill = value if tensor.is_floating_point() else 0
+        fill = value if tensor.is_floating_point() else -7 if name == "turn" else 0
         return torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (left, right), value=fill)
 
     return mapped(signal, grown)

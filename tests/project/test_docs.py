@@ -126,6 +126,10 @@ def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
     settings = yaml.safe_load(path.read_text())
     if settings["model"].get("sampler", {}).get("class_path", "").endswith("VLLMEngine"):  # not installed here
         overrides = {"--model.sampler": "TransformersSampler"} | overrides
+    if "environment" in settings["model"].get("sampler", {}).get("init_args", {}):  # the engine is inside
+        overrides["--model.sampler.init_args.sampler.init_args.max_new_tokens"] = overrides.pop(
+            "--model.sampler.max_new_tokens"
+        )
     if settings["data"].get("val"):
         overrides["--data.val"] = str(prompts)
         del overrides["--data.val_fraction"]
@@ -244,6 +248,31 @@ def reference_answers(path: Path) -> Path:
     lines = [{"id": name, "response": "".join(codes) + f"\\boxed{{{codes[-1]}}}"} for name, codes in paths.items()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.mark.slow
+def test_answers_that_predict_wrote_are_replayed(tmp_path):
+    """The page's first command with fewer rows, then its run on them; other prompts are sampled."""
+    quick = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--run_dir", str(tmp_path / "answers")]
+    rows = ROOT / "lit_opd" / "testbed" / "assets"
+    small = ["--data.val", str(rows / "train.jsonl"), "--data.val_limit", "16", "--data.val_batch", "16"]
+    main(default_callbacks, ["predict", *quick, "--model.student.path", str(rows / "teacher"), *small])
+    settings = [
+        "--model.sampler.paths",
+        str(tmp_path / "answers" / "predictions.jsonl"),
+        "--model.sampler.missing",
+        "sample",
+    ]
+    words = [
+        "--config",
+        str(ROOT / "configs" / "recipes" / "replay.yaml"),
+        "--run_dir",
+        str(tmp_path / "run"),
+        *settings,
+    ]
+    words += ["--model.warmup", "null", "--trainer.max_steps", "1", "--data.val_limit", "4", "--wandb.mode", "disabled"]
+    main(default_callbacks, ["fit", *words])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
 
 
 @pytest.mark.parametrize("name", ["opsd", "sdft", "replay"])

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "servers": {"errors", "distributed"},
     "saved_steps": {"types", "errors", "files"},
     "rollout": {"saved_steps", "types", "errors", "masked", "streams", "distributed", "servers", "scoring"},
+    "turns": {"types", "errors", "answers", "distributed", "prompts", "rollout"},
     "teacher": {"types", "errors", "distributed", "models", "scoring", "servers"},
     "advantage": {"types", "errors", "masked", "batchwise"},
     "weighting": {"types", "errors", "masked", "streams", "distributed", "lists", "batchwise"},
@@ -52,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "files", "shipped", "masked", "models", "scoring", "teacher", "weighting", "objective", "step",
         "evaluation", "preflight", "report",
     },
-    "testbed": {"errors", "files", "shipped", "prompts"},
+    "testbed": {"errors", "files", "shipped", "prompts", "turns"},
     "cli": {
         "errors", "files", "distributed", "shipped", "prompts", "models", "scoring", "rollout", "run", "preflight", "module",
         "report", "compare",

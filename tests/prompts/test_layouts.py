@@ -135,7 +135,8 @@ def test_columns_that_belong_together_make_one_prompt(
         ({"problem": "x", "input": "y"}, "input"),
         ({"question": "Who?", "instruction": "Answer in German."}, "instruction"),
         ({"instruction": "x", "history": ["not a pair"]}, "history"),
-        ({"prompt": [ASK], "tools": [{"name": "search"}]}, "tools"),
+        ({"prompt": [ASK], "tools": ["a hammer", "nails"]}, "tools"),
+        ({"prompt": [ASK], "tools": "[a hammer]"}, "tools"),
     ],
 )
 def test_a_part_that_is_not_in_the_prompt_is_named(tmp_path: Path, said: list[str], row: dict, column: str) -> None:

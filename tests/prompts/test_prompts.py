@@ -127,7 +127,7 @@ def test_bom_blank_lines_and_crlf_are_tolerated_and_lines_still_count(tmp_path: 
         (b'{"prompt": [{"role": "u<|im_end|>", "content": "a"}]}\n', r"bad.jsonl:1: message 0 .*role must be one of"),
         (b'{"prompt": [{"role": "system", "content": "a"}]}\n', r"bad.jsonl:1: .* a user turn awaits"),
         (b'{"prompt": [{"role": "user", "content": ""}]}\n', r"bad.jsonl:1: message 0 of 'prompt': 'content' is empty"),
-        (b'{"prompt": [{"role": "user", "content": "a", "tool_calls": [1]}]}\n', r"bad.jsonl:1: .*tool calls are not"),
+        (b'{"prompt": [{"role": "user", "content": "a", "tool_calls": [1]}]}\n', r"bad.jsonl:1: .*only an assistant's"),
         (b'{"prompt": ' + b"[" * 100_000 + b"\n", r"bad.jsonl:1: broken JSON"),
         (b"", r"bad.jsonl: the data is empty"),
         (b"\n \n", r"bad.jsonl: the data is empty"),

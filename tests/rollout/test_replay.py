@@ -22,9 +22,10 @@ from lit_opd.objective import Divergence, Likelihood, PolicyLoss
 from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.prompts.encoding import row_key
 from lit_opd.report.replay import load_record, save_record
-from lit_opd.rollout import DecodeSampler, ReplaySampler, SamplingSettings
+from lit_opd.rollout import DecodeSampler, ReplaySampler, SamplingSettings, VLLMSampler
 from lit_opd.rollout.base import TextFacts
 from lit_opd.step.recipe import WarmUp
+from lit_opd.step.scalars import scalars
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 from lit_opd.weighting.uniform import Uniform
@@ -320,6 +321,29 @@ def test_a_warm_up_imitates_then_learns_from_the_teacher_and_resumes_exactly(fol
         fixed.fit(warming(folders, texts), rows.prompts, steps=5, load=half)
 
 
+def test_metrics_tell_old_rows_from_new_ones(folders, rows, old, saved, texts):
+    """By slow sums; NaN where there is nothing to compare."""
+    near = replace(rows, sampler_logprobs=torch.full_like(rows.sampler_logprobs, -2.0))
+    module = fixed.module(folders, rows, weighting=Uniform(), sampler=replaying(saved, near, on_policy_fraction=0.5))
+    record = fixed.fit(module, rows.prompts).records[0]
+    found, signal = scalars(record), record.signal
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    for row in range(6):
+        is_old = bool(record.rollout.replayed.old[row])
+        b = old.sampler_logprobs.float() if is_old else near.sampler_logprobs
+        for t in range(int(record.rollout.lengths[row])):
+            gaps[is_old].append(abs(float(signal.student_logprobs[row, t]) - float(b[row, t])))
+    assert found["train/replayed_fraction"] == 0.5
+    assert float(found["train/replay_gap"]) == pytest.approx(sum(gaps[True]) / len(gaps[True]), rel=1e-6)
+    assert float(found["train/sampler_gap"]) == pytest.approx(sum(gaps[False]) / len(gaps[False]), rel=1e-6)
+    assert found["train/tokens"] == len(gaps[False])  # sampled now
+    told = fixed.module(folders, rows, weighting=Uniform(), sampler=replaying(texts, rows), objective=Likelihood())
+    found = scalars(fixed.fit(told, rows.prompts).records[0])
+    assert found["train/replayed_fraction"] == 1.0 and math.isnan(
+        found["train/replay_gap"] + found["train/sampler_gap"]
+    )
+
+
 def test_rollouts_of_a_replay_are_saved_with_who_sampled_them(folders, rows, saved, tmp_path):
     sampler = replaying(saved, rows, on_policy_fraction=0.5)
     module = fixed.module(folders, rows, weighting=Uniform(), sampler=sampler)
@@ -342,6 +366,10 @@ def test_rollouts_of_a_replay_are_saved_with_who_sampled_them(folders, rows, sav
         ({"unknown_sampler": "one"}, "`ReplaySampler.unknown_sampler` must be refuse or as_student, got 'one'"),
         ({"missing": "skip"}, "`ReplaySampler.missing` must be error or sample, got 'skip'"),
         ({"paths": []}, "`ReplaySampler.paths` must be at least one file or folder"),
+        (
+            {"fresh": VLLMSampler(["http://a"], ahead=1)},
+            "`ReplaySampler.fresh.ahead` must be 0: part of a batch cannot be .*, got 1",
+        ),
         ({"fresh": ReplaySampler("x")}, "`ReplaySampler.fresh` must be a sampler that samples, got 'ReplaySampler'"),
     ],
 )
@@ -401,6 +429,15 @@ def test_responses_to_other_prompts_are_refused_before_the_run(rows, saved, text
         read(replaying(texts, rows), prompts={"row-1": own["row-1"]})
     with pytest.warns(UserWarning, match="6 prompts have fewer than samples_per_prompt 2"):
         read(replaying(texts, rows), prompts=own, samples=2)
+
+
+def test_a_response_must_end_where_the_student_would(rows, old, saved, texts):
+    """Stop ids of the run are others than those of the files."""
+    for stops, message in (((5, 1), "goes on behind the stop id 5"), ((60,), "ends with 1")):
+        with pytest.raises(InputError, match=f"a response must end at the first of the run's stop ids .*{message}"):
+            read(replaying(texts, rows), stop_ids=stops)
+    with pytest.raises(InputError, match="a response must end at the first of the run's stop ids"):
+        read(replaying(saved, rows), stop_ids=(1, int(old.response_ids[0, 0])))
 
 
 def test_an_objective_that_may_not_read_what_is_saved_is_refused(folders, rows, saved, texts):

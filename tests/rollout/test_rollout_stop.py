@@ -36,7 +36,7 @@ LONGEST = 12
 THRESHOLD = 0.3
 CHUNK = 3
 PROMPTS = fixed.rollout(lengths=[1] * 8, prompt_lengths=[4, 2, 6, 1, 5, 3, 2, 4], truncated=set()).prompts
-STOP, LENGTH, BUDGET, DRIFT = (int(reason) for reason in FinishReason)
+STOP, LENGTH, BUDGET, DRIFT, *_ = (int(reason) for reason in FinishReason)
 ours = DecodeSampler(max_new_tokens=LONGEST)
 
 

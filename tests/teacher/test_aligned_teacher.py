@@ -45,7 +45,7 @@ PLAIN_LOSS = PolicyLoss(clip=None, dual_clip=None, importance_cap=None)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders: a student; a teacher of its tokenizer; the same with other ids; a teacher with fewer merges."""
+    """Folders: a student; a teacher of its tokenizer; the same with other ids; one with fewer merges, and one with none."""
     folder = tmp_path_factory.mktemp("models")
     order = [(7 * place + 3) % SIZE for place in range(SIZE)]
     assert sorted(order) == list(range(SIZE))
@@ -57,6 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "plain": aligned.save(teacher, folder / "plain", same),
         "permuted": aligned.save(aligned.permuted(teacher, order), folder / "permuted", other),
         "fewer": aligned.save(aligned.model(3, SIZE - 1), folder / "fewer", fewer),
+        "letters": aligned.save(aligned.model(4, SIZE - 3), folder / "letters", aligned.tokenizer([])),
     }
 
 
@@ -195,10 +196,30 @@ BY_HAND = {
 }
 
 
-def by_hand(world, batch: Rollout, chunks: str):
+# a student "a|b|c|d|e|f|END" and the teacher "abc|de|f|END"
+LETTER_BY_LETTER = {
+    "abcdef": [((0, 1, 2), (0,)), ((3, 4), (1,)), ((5,), (2,)), ((6,), (3,))],
+    "de abab f": [
+        ((0, 1), (0,)),
+        ((2,), (1,)),
+        ((3, 4), (2,)),
+        ((5, 6), (3,)),
+        ((7,), (4,)),
+        ((8,), (5,)),
+        ((9,), (6,)),
+    ],
+    "f": [((0,), (0,)), ((1,), (1,))],
+    "abc": [((0, 1, 2), (0,)), ((3,), (1,))],
+    "cab de": [((0,), (0,)), ((1, 2), (1,)), ((3,), (2,)), ((4, 5), (3,)), ((6,), (4,))],
+    "ab": [((0, 1), (0,)), ((2,), (1,))],
+}
+CUTS = {"by the teacher": ("student", "fewer", BY_HAND), "by the student": ("letters", "permuted", LETTER_BY_LETTER)}
+
+
+def by_hand(world, batch: Rollout, name: str, cuts: dict, chunks: str):
     """For each row: (student's sum with gradient, teacher's sum, last token of the student) of its chunks; the student."""
-    student, teacher = (plain_model(world[who]) for who in ("student", "fewer"))
-    theirs, found = tokens(world["fewer"]), []
+    student, teacher = plain_model(world["student"]), plain_model(world[name])
+    theirs, found = tokens(world[name]), []
     for row, text in enumerate(TEXTS):
         prompt = batch.prompts.ids[row][batch.prompts.mask[row]].tolist()
         ids = batch.response_ids[row][batch.mask[row]].tolist()
@@ -209,7 +230,7 @@ def by_hand(world, batch: Rollout, chunks: str):
         found.append(
             [
                 (sum(ours[n, ids[n]] for n in mine), float(sum(their[n, other[n]] for n in its)), mine[-1])
-                for mine, its in BY_HAND[text]
+                for mine, its in cuts[text]
                 if chunks == "sum" or len(mine) == len(its) == 1
             ]
         )
@@ -217,24 +238,30 @@ def by_hand(world, batch: Rollout, chunks: str):
 
 
 @pytest.mark.parametrize("chunks", ["single", "sum"])
-def test_scores_of_other_merges_are_those_of_hand_arithmetic(world, chunks):
-    batch = rows(world, "fewer")
+@pytest.mark.parametrize("cut", CUTS)
+def test_scores_of_other_merges_are_those_of_hand_arithmetic(world, cut, chunks):
+    ours, name, cuts = CUTS[cut]
+    world = world | {"student": world[ours]}
+    batch = rows(world, name)
     expected = torch.zeros(batch.mask.shape, dtype=torch.float64)
     ends = torch.zeros(batch.mask.shape, dtype=torch.bool)
-    for row, parts in enumerate(by_hand(world, batch, chunks)[0]):
+    for row, parts in enumerate(by_hand(world, batch, name, cuts, chunks)[0]):
         for _, their, last in parts:
             expected[row, last], ends[row, last] = their, True
-    found = loaded(world, "fewer", chunks=chunks).score(batch)
+    found = loaded(world, name, chunks=chunks).score(batch)
     torch.testing.assert_close(found.logprobs, expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(found.chunks.ends, ends)
 
 
 @pytest.mark.parametrize("chunks", ["single", "sum"])
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "sequence-sum"])
-def test_a_step_on_other_merges_is_that_of_hand_arithmetic(world, chunks, aggregation):
+def test_a_step_on_other_merges_is_that_of_hand_arithmetic(world, cut, chunks, aggregation):
     """- Agg[(Q - S) S], S and Q the sums over a chunk; what has no score is in no denominator of tokens."""
-    batch = rows(world, "fewer")
-    parts, student = by_hand(world, batch, chunks)
+    ours, name, cuts = CUTS[cut]
+    world = world | {"student": world[ours]}
+    batch = rows(world, name)
+    parts, student = by_hand(world, batch, name, cuts, chunks)
     student.zero_grad()
     losses = [sum((ours.detach() - their) * ours for ours, their, _ in row) for row in parts]
     counts = [len(row) for row in parts]
@@ -243,7 +270,7 @@ def test_a_step_on_other_merges_is_that_of_hand_arithmetic(world, chunks, aggreg
     else:
         loss = sum(losses) / (sum(counts) if aggregation == "token-mean" else len(losses))
     loss.backward()
-    teacher = loaded(world, "fewer", chunks=chunks, min_aligned=0.0)
+    teacher = loaded(world, name, chunks=chunks, min_aligned=0.0)
     record, gradient = stepped(world, teacher, batch, aggregation=aggregation)
     for name, value in student.named_parameters():
         torch.testing.assert_close(gradient[name], value.grad, rtol=1e-9, atol=1e-10)
@@ -397,15 +424,19 @@ def test_a_batch_used_twice_keeps_its_chunks(world):
 
 
 def test_the_share_with_a_score_is_logged(world):
-    """Of 24 tokens by hand; "single" leaves out the two that the teacher reads in pieces."""
-    batch, total = rows(world, "fewer"), sum(map(len, BY_HAND.values()))
-    assert int(batch.mask.sum()) == total
-    share = {
-        chunks: scalars(stepped(world, loaded(world, "fewer", chunks=chunks), batch)[0])["train/aligned_fraction"]
-        for chunks in ("single", "sum")
-    }
-    assert share == {"single": pytest.approx((total - 2) / total), "sum": 1.0}
-    plain = stepped(world, local(world["plain"]), without_teacher_ids(batch))[0]
+    """Of 33 tokens by hand, 13 are alone in their chunk."""
+    batch = rows(world | {"student": world["letters"]}, "permuted")
+    chunks = [chunk for row in LETTER_BY_LETTER.values() for chunk in row]
+    alone, total = sum(len(mine) == 1 for mine, _ in chunks), sum(len(mine) for mine, _ in chunks)
+    assert (alone, total) == (13, int(batch.mask.sum())) == (13, 33)
+    share = {}
+    for how in ("single", "sum"):
+        teacher = loaded(world | {"student": world["letters"]}, "permuted", chunks=how, min_aligned=0.3)
+        record, _ = stepped(world | {"student": world["letters"]}, teacher, batch)
+        share[how] = float(scalars(record)["train/aligned_fraction"])
+    assert share == {"single": pytest.approx(13 / 33), "sum": 1.0}
+    same = without_teacher_ids(rows(world, "plain"))
+    plain = stepped(world, local(world["plain"]), same)[0]
     assert plain.chunks is None and "train/aligned_fraction" not in scalars(plain)
 
 

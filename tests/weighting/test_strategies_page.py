@@ -78,7 +78,8 @@ def test_a_row_says_what_the_class_says(cls):
     assert f"lit_opd.weighting.{cls.__name__}\n" in (REPO / overlay).read_text()
     examples = [example for _, example in all_examples() if type(example) is cls]
     said = {example.depends_on for example in examples}
-    assert depends_on == ("the widest of its factors" if cls.__name__ == "Product" else said.pop())
+    inherited = {"Product": "the widest of its factors", "PerTurn": "as the inner one"}
+    assert depends_on == (inherited.get(cls.__name__) or said.pop())
     inner = "strategy" in inspect.signature(cls).parameters or cls.__name__ == "Product"
     assert inner or set(re.findall(r"`(\w+)`", reads)) == set().union(*(example.requires for example in examples))
     assert inner or ("whole batch" in reads) == (examples[0].scope == "batch")

@@ -223,7 +223,8 @@
     const span = make("span", "t", tokens.text[at].replace(/\n/g, "↵\n") || "·");
     span.style.setProperty("--w", shade(tokens.weight[at]));
     span.style.setProperty("--d", under(gap(tokens, at)));
-    span.title = "position " + (at + 1) + "\nweight " + shown(tokens.weight[at]) + "\nstudent " + shown(tokens.student_logprob[at]) + "\nteacher " + shown(tokens.teacher_logprob[at]) + "\ndisagreement " + shown(gap(tokens, at)) + " nats";
+    const turn = tokens.turn?.[at];
+    span.title = "position " + (at + 1) + (turn === undefined ? "" : ", turn " + (turn + 1)) + "\nweight " + shown(tokens.weight[at]) + "\nstudent " + shown(tokens.student_logprob[at]) + "\nteacher " + shown(tokens.teacher_logprob[at]) + "\ndisagreement " + shown(gap(tokens, at)) + " nats";
     return span;
   }
   function tenths(values, kind, name) {
@@ -245,7 +246,10 @@
     if (sample.teacher !== null) facts.append(make("span", "", "teacher " + sample.teacher));
     box.append(facts, make("pre", "prompt", sample.prompt ?? ""));
     if (sample.tokens) {
-      response.append(...sample.tokens.text.map((_, at) => token(sample.tokens, at)));
+      response.append(...sample.tokens.text.flatMap((_, at) => {
+        const heard = sample.tokens.heard?.[at];
+        return [...(heard ? [make("span", "unit", heard.replace(/\n/g, "↵\n"))] : []), token(sample.tokens, at)];
+      }));
       if (sample.tokens.text.length < sample.length) response.append(make("span", "unit", " … " + (sample.length - sample.tokens.text.length) + " more tokens"));
       box.append(response);
     } else {

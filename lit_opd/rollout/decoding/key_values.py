@@ -44,6 +44,12 @@ class Slab(DynamicLayer):
         """Columns written."""
         return self.length
 
+    def pick(self, rows: Tensor, columns: Tensor) -> None:
+        """Keep ``rows`` (int64 [R]), and of each the ``columns`` (int64 [R, n])."""
+        index = columns[:, None, :, None]
+        self.held = [held[rows].gather(2, index.expand(-1, held.shape[1], -1, held.shape[3])) for held in self.held]
+        self.length = columns.shape[1]
+
     def select(self, rows: Tensor, start: int) -> None:
         """Keep ``rows`` (int64 [R], with repetition) and the columns from ``start`` on."""
         self.held = [held[rows, :, start : self.length] for held in self.held]
@@ -106,3 +112,25 @@ class CachedRows:
         self.padded = not bool(self.mask.all())
         for layer in self.layers:
             layer.select(rows, start)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep ``rows``, int64 [R], and of each the columns that are its own, in order behind padding on the left."""
+        self.mask = self.mask[rows]
+        longest = int(self.mask.sum(-1).max()) if len(rows) else 0
+        columns = self.mask.int().argsort(dim=-1, stable=True)[:, self.mask.shape[1] - longest :]
+        self.mask = self.mask.gather(1, columns)
+        for layer in self.layers:
+            layer.pick(rows, columns)
+
+    def read(self, ids: Tensor, mask: Tensor) -> None:
+        """Run the model on further columns of every row.
+
+        Args:
+            ids: int64 [R, n], n > 1, left-padded.
+            mask: bool [R, n], the last column True.
+        """
+        before, self.mask = self.mask.shape[1], torch.cat([self.mask, mask], -1)
+        positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)[:, before:]
+        self.padded, self.position = not bool(self.mask.all()), positions[:, -1]
+        with casts_kept(ids.device, False):
+            self.states = self.model.next_states(ids, self.mask, positions, self.cache)

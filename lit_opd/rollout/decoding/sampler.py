@@ -29,6 +29,7 @@ from lit_opd.rollout.base import (
     require_room,
 )
 from lit_opd.rollout.decoding.buckets import Buckets
+from lit_opd.rollout.decoding.conversation import DecodedConversation
 from lit_opd.rollout.decoding.fixed_rows import FixedRows
 from lit_opd.rollout.decoding.graphs import StepGraphs
 from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attention
@@ -65,6 +66,24 @@ class DecodeSampler(Sampler):
         rollout = finish(prompts, ids, logprobs, settings, engine=ENGINE)
         return rollout if watch is None else watch.cut(rollout, pad_id=settings.pad_id)
 
+    @torch.no_grad()
+    def converse(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> DecodedConversation:
+        """Turns in one key-value cache; see ``Sampler.converse``. To be used without gradient."""
+        self._refuse_stop(settings)
+        require_room(model, prompts, settings)
+        require_full_attention(model.causal_lm.config.get_text_config(), refusal=_refusal)
+        every = CHECK_EVERY_ON_CPU if prompts.ids.device.type == "cpu" else CHECK_EVERY
+        return DecodedConversation(
+            model,
+            prompts,
+            settings,
+            engine=ENGINE,
+            every=every,
+            prefilled=_prefilled,
+            writer=_writer,
+            plain=_runs_plain,
+        )
+
 
 def _refusal(config: Any, why: str) -> InputError:
     return InputError(
@@ -85,14 +104,18 @@ def _decode(
     # transformers keeps tensors of a forward in its modules: inference mode is for our own decoder only
     with torch.inference_mode(plain):
         responses = Responses(uniforms, settings)
-        writer = _PlainWriter(model, cached, responses) if plain else _OwnWriter(model, cached, responses)
-        ids, logprobs = _written(writer, responses, watch)
+        ids, logprobs = _written(_writer(model, cached, responses), responses, watch)
     return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
 
 
 def _prefilled(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> CachedRows:
     most = prompts.ids.shape[1] + settings.max_new_tokens - 1
     return CachedRows(model, prompts.ids, prompts.mask, most=most, refusal=_refusal)
+
+
+def _writer(model: Any, cached: CachedRows, responses: Responses) -> _OwnWriter | _PlainWriter:
+    plain = _runs_plain(model, cached.mask.device)
+    return _PlainWriter(model, cached, responses) if plain else _OwnWriter(model, cached, responses)
 
 
 class _Writer(Protocol):
@@ -144,6 +167,8 @@ def _written(writer: _Writer, responses: Responses, watch: EarlyStop | None) -> 
 
 class _OwnWriter:
     """By the model's own forward."""
+
+    fixed = None
 
     def __init__(self, model: Any, cached: CachedRows, responses: Responses) -> None:
         self.model, self.cached, self.responses = model, cached, responses

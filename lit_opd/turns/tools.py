@@ -1,0 +1,197 @@
+"""An environment of tools: it runs what the student calls and ends where it calls nothing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lit_opd.answers import NeedsMathematics, arithmetic, last_box, same, undecided
+from lit_opd.errors import InputError, require
+from lit_opd.turns.calls import Call, tool_calls
+from lit_opd.turns.environment import Answer, Environment, Episode, Response
+from lit_opd.types import DataRow
+
+OnUnknown = Literal["tell", "end_row"]
+MOST_CHARACTERS = 500  # of an expression
+
+
+class ToolError(ValueError):
+    """A call that the student made wrongly; it is told the message."""
+
+
+class Tool(ABC):
+    """What a student may call; a subclass in your own file is used by its class path.
+
+    The first paragraph of the class's docstring and the annotations of ``call`` are what the student is shown.
+
+    >>> class Double(Tool):
+    ...     '''Twice a number.'''
+    ...     name = "double"
+    ...     def call(self, number: int) -> str:
+    ...         return str(2 * number)
+    >>> Double().schema["function"]["parameters"]["properties"]
+    {'number': {'type': 'integer'}}
+    """
+
+    name: str
+
+    # a subclass names its own parameters
+    call: Any
+
+    def check(self) -> None:  # noqa: B027
+        """What can be checked before a run.
+
+        Raises:
+            InputError: it cannot be called here.
+        """
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        parameters = inspect.signature(self.call).parameters.values()
+        properties = {part.name: {"type": _TYPES.get(str(part.annotation), "string")} for part in parameters}
+        needed = [part.name for part in parameters if part.default is part.empty]
+        described = " ".join((inspect.getdoc(type(self)) or self.name).partition("\n\n")[0].split())
+        body = {"type": "object", "properties": properties, "required": needed}
+        return {"type": "function", "function": {"name": self.name, "description": described, "parameters": body}}
+
+
+_TYPES = {
+    "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array",
+    "<class 'int'>": "integer", "<class 'float'>": "number", "<class 'bool'>": "boolean", "<class 'dict'>": "object",
+    "<class 'list'>": "array",
+}  # fmt: skip
+
+
+class Calculator(Tool):
+    """The exact value of an arithmetic expression with + - * / ^ and brackets."""
+
+    name = "calculator"
+
+    def call(self, expression: str) -> str:
+        """The value; no code is run."""
+        value = arithmetic.value(expression.strip()) if len(expression) <= MOST_CHARACTERS else None
+        if value is None:
+            raise ToolError("not an arithmetic expression")
+        return str(value)
+
+
+class LookUp(Tool):
+    """What a table says of a key.
+
+    Args:
+        entries: key -> value, or a JSON file of such an object.
+    Raises:
+        InputError: it is none.
+    """
+
+    name = "lookup"
+
+    def __init__(self, entries: dict[str, str] | str) -> None:
+        self.entries = _table(entries) if isinstance(entries, str) else dict(entries)
+
+    def call(self, key: str) -> str:
+        """The value."""
+        if key not in self.entries:
+            raise ToolError("no such key")
+        return self.entries[key]
+
+
+def _table(path: str) -> dict[str, str]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"`LookUp.entries` must be a JSON file, got {path!r} ({error})") from error
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise InputError(f"`LookUp.entries` must hold an object of texts, got {path!r} with something else")
+    return found
+
+
+class ToolEnvironment(Environment):
+    """Runs the tools that the student calls, in the forms of ``lit_opd.turns.calls``, and answers with a message of role tool
+    for each call. A turn without a call is the student's answer: the conversation is over.
+
+    The reward is 1 or 0, whether the last box of that answer equals the row's answer as far as numbers and text say so; none
+    for a row without an answer, and for one that mathematics would have to decide.
+
+    What the student does wrongly (no JSON, missing arguments, ``ToolError``) it is told, as "error: ...". Any other exception of
+    a tool is the environment's failure.
+
+    Args:
+        tools: at least one; names differ.
+        show: let the chat template show the tools' schemas. False for a student that knows them.
+        unknown: what a call of a tool that is not here does: tell (the student is told) or end_row (it counts as a failure).
+        calls: most calls a turn that are run, >= 1; the student is told of the others.
+    Raises:
+        InputError: no tool, two of one name, or a value outside its range.
+    """
+
+    role = "tool"
+
+    def __init__(self, tools: list[Tool], show: bool = True, unknown: OnUnknown = "tell", calls: int = 8) -> None:
+        own = type(self).__name__
+        require(bool(tools) and all(isinstance(tool, Tool) for tool in tools), f"{own}.tools", "a list of tools", tools)
+        self.by_name = {tool.name: tool for tool in tools}
+        require(len(self.by_name) == len(tools), f"{own}.tools", "of different names", [tool.name for tool in tools])
+        require(unknown in get_args(OnUnknown), f"{own}.unknown", "tell or end_row", unknown)
+        require(calls >= 1, f"{own}.calls", ">= 1", calls)
+        self.unknown, self.calls = unknown, calls
+        self.tools: Sequence[Mapping[str, Any]] | None = [tool.schema for tool in tools] if show else None
+
+    def check(self) -> None:
+        """Every tool works here."""
+        for tool in self.by_name.values():
+            tool.check()
+
+    def step(self, state: Episode, response: Response) -> Answer:
+        """Tool messages, or the end with its reward."""
+        calls = tool_calls(response.text)
+        if not calls:
+            return Answer(done=True, reward=answer_reward(response.text, state.row))
+        found = [self._run(call) if place < self.calls else "error: too many calls" for place, call in enumerate(calls)]
+        return Answer([{"role": self.role, "content": text} for text in found])
+
+    def _run(self, call: Call) -> str:
+        if call.wrong is not None:
+            return f"error: {call.wrong}"
+        tool = self.by_name.get(call.name)
+        if tool is None:
+            if self.unknown == "end_row":
+                raise LookupError(f"the student called {call.name!r}, there is {', '.join(self.by_name)}")
+            return f"error: no tool {call.name}"
+        try:
+            inspect.signature(tool.call).bind(**call.arguments)
+        except TypeError as error:
+            return f"error: {error}"
+        if wrong := _wrong_type(tool, call):
+            return f"error: {wrong}"
+        try:
+            return str(tool.call(**call.arguments))
+        except ToolError as error:
+            return f"error: {error}"
+
+
+def _wrong_type(tool: Tool, call: Call) -> str | None:
+    """Which text argument is no text; others a tool checks itself."""
+    wanted = tool.schema["function"]["parameters"]["properties"]
+    for name, value in call.arguments.items():
+        if wanted.get(name, {}).get("type") == "string" and not isinstance(value, str):
+            return f"{name} must be text"
+    return None
+
+
+def answer_reward(text: str, row: DataRow) -> float | None:
+    """1 or 0: the last box of a text equals the row's answer; None where that cannot be said."""
+    if row.answer is None:
+        return None
+    answer, unclosed = last_box(text)
+    if answer is None or unclosed:
+        return 0.0
+    try:
+        return float(same(answer.strip(), row.answer, undecided))
+    except (NeedsMathematics, RecursionError):
+        return None

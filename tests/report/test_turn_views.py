@@ -1,0 +1,120 @@
+"""Where in a turn: profile, samples and pages of conversations, against loops over lists."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.position_profile import build_window, record_quantities
+from callbacks.rollout_samples import sample_rows
+from lit_opd.report.profile import ProfileWindow
+from lit_opd.report.profile_sums import PositionProfileSums
+from lit_opd.report.tokens_page import predicted_responses, render
+from lit_opd.rollout import DecodeSampler
+from lit_opd.types import Prediction, Rollout, StepRecord, TokenSignal
+from tests.helpers.talking import Counting, student, talked, tokenizer
+
+TURNS, TURN_LENGTH = 3, 10
+
+
+@pytest.fixture(scope="module")
+def record() -> StepRecord:
+    rollout = talked(DecodeSampler(max_new_tokens=60), Counting(), student())
+    generator = torch.Generator().manual_seed(1)
+    shape = rollout.mask.shape
+    student_logprobs, teacher_logprobs, weights = -torch.rand(3, *shape, generator=generator, dtype=torch.float64)
+    signal = TokenSignal(
+        student_logprobs=student_logprobs, teacher_logprobs=teacher_logprobs, mask=rollout.mask, turn=rollout.turn,
+        sampler_logprobs=torch.zeros(shape),
+    )  # fmt: skip
+    return StepRecord(
+        rollout=rollout, signal=signal, weights=torch.where(rollout.mask, -weights, 0.0), kept=rollout.mask,
+        loss=weights, clipped=torch.zeros(shape, dtype=torch.bool), finish_reason=rollout.finish_reason,
+        sampled_tokens=rollout.mask.sum(), grad_norm=torch.zeros(()), progress=0.0, step=1, seconds={},
+    )  # fmt: skip
+
+
+def by_hand(record: StepRecord) -> list[tuple[int, int, float, float]]:
+    """(turn, place in it from 1, disagreement, weight) of every sampled token."""
+    found = []
+    for row in range(len(record.rollout)):
+        count: dict[int, int] = defaultdict(int)
+        for column in range(record.rollout.mask.shape[1]):
+            if record.rollout.mask[row, column]:
+                turn = int(record.rollout.turn[row, column])
+                count[turn] += 1
+                gap = abs(
+                    float(record.signal.teacher_logprobs[row, column] - record.signal.student_logprobs[row, column])
+                )
+                found.append((turn, count[turn], gap, float(record.weights[row, column])))
+    return found
+
+
+def window_of(record: StepRecord, **sizes: int) -> ProfileWindow:
+    sums = PositionProfileSums(60, bins=8, **sizes)
+    turn = record.signal.turn
+    sums.update(record_quantities(record), mask=record.signal.mask, kept=record.kept, turn=turn)
+    tables = sums.tables(sums.compute())
+    return build_window(tables, edges=sums.edges, step=1, previous_step=0, scale="linear", turn_edges=sums.turn_edges)
+
+
+def test_the_profile_by_turn_and_inside_a_turn_equals_slow_loops(record):
+    window = window_of(record, turns=TURNS, turn_length=TURN_LENGTH)
+    tokens = by_hand(record)
+    assert window.by_turn is not None and window.in_turn is not None
+    assert window.by_turn.start == window.by_turn.end == (1, 2, 3) and window.in_turn.end[-1] == TURN_LENGTH
+    for axis, place in ((window.by_turn, lambda t: t[0] + 1), (window.in_turn, lambda t: t[1])):
+        for bin_, (low, high) in enumerate(zip(axis.start, axis.end, strict=True)):
+            inside = [token for token in tokens if low <= place(token) <= high]
+            assert axis.count[bin_] == len(inside)
+            for name, part in (("disagreement", 2), ("weight", 3)):
+                mean = sum(token[part] for token in inside) / len(inside)
+                assert axis.values[name][bin_] == pytest.approx(mean, rel=1e-12)
+    assert sum(window.by_turn.count) == window.tokens == len(tokens)
+    assert sum(window.in_turn.count) == sum(token[1] <= TURN_LENGTH for token in tokens) < len(tokens)
+    assert sum(window.by_turn.values["gradient_share"]) == pytest.approx(1.0)
+    assert ProfileWindow.from_json(window.to_json()) == window
+
+
+def test_other_axes_stay_and_single_turns_have_no_new_ones(record):
+    window, plain = window_of(record, turns=TURNS), window_of(record)
+    assert window.absolute == plain.absolute and window.relative == plain.relative and window.scalars == plain.scalars
+    assert plain.by_turn is None and "by_turn" not in plain.to_json()
+
+
+def one_turn(rollout: Rollout) -> Rollout:
+    return replace(rollout, turn=None, observed=None)
+
+
+def test_samples_show_the_conversation_and_where_each_token_stands(record):
+    letters = tokenizer()
+    lines = sample_rows(record, letters, 6, tokens=100)
+    for row, line in enumerate(lines):
+        read = record.rollout.read[row]
+        assert line["response"] == letters.decode(record.rollout.response_ids[row][read], skip_special_tokens=False)
+        assert line["tokens"]["turn"] == record.rollout.turn[row][record.rollout.mask[row]].tolist()
+        heard = [text for text in line["tokens"]["heard"] if text]
+        assert len(heard) == int(record.rollout.num_turns[row]) - 1 and len(line["tokens"]["text"]) == line["length"]
+        assert all(
+            f" in {number}".replace(" ", "") in text.replace(" ", "") for number, text in enumerate(heard, start=1)
+        )
+    plain = sample_rows(replace(record, rollout=one_turn(record.rollout)), letters, 1, tokens=100)[0]
+    assert set(plain["tokens"]) == {"text", "student_logprob", "teacher_logprob", "weight"}
+
+
+def test_predictions_and_their_page_say_turn_place_and_what_was_heard(record):
+    prediction = Prediction(rollout=record.rollout, signal=record.signal, weights=record.weights)
+    found = predicted_responses(prediction, tokenizer())
+    places = [(token.turn, token.place) for response in found for token in response.tokens]
+    assert places == [(turn, place) for turn, place, _, _ in by_hand(record)]
+    spoken: Any = next(token for token in found[1].tokens if token.heard)
+    marked = replace(found[1], tokens=(replace(spoken, heard="<b>&"),))
+    page = render([marked], strategy="Uniform")
+    assert '<span class="heard">&lt;b&gt;&amp;</span>' in page and f"position 1, {spoken.place} of turn 2" in page
+    plain = predicted_responses(replace(prediction, rollout=one_turn(record.rollout)), tokenizer())[0]
+    assert not {"turn", "place", "heard"} & set(plain.to_json()["tokens"][0])
+    assert "turn" not in render([plain], strategy="Uniform").split("<main>")[1]
