@@ -27,6 +27,7 @@ from lit_opd.preflight.list_checks import (
     check_candidates,
     remedy,
     require_lists,
+    require_long_lists,
     require_single_stops,
     require_transforms,
 )
@@ -213,6 +214,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
         )
     require_single_stops(recipe, teacher)
     require_lists(recipe, teacher)
+    require_long_lists(recipe, teacher)
     missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
     if missing:
         asking = [part for part in recipe.parts if part.requires & missing]
