@@ -126,7 +126,11 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
 def _listed(recipe: Recipe, teacher: Teacher) -> int:
     """Entries a token of the lists that are kept."""
     asked = asked_of(recipe, teacher)
-    sizes = {"teacher_topk": teacher.list_size, "student_topk": LIST_LENGTH, "student_at_teacher_topk": teacher.list_size}
+    sizes = {
+        "teacher_topk": teacher.list_size,
+        "student_topk": LIST_LENGTH,
+        "student_at_teacher_topk": teacher.list_size,
+    }
     chosen = recipe.objective.list_size if whose_lists(recipe, teacher) == "student" else None
     return sum(size for name, size in sizes.items() if name in asked) + (chosen or 0)
 
