@@ -27,6 +27,12 @@ def check_replay(module: Subject, data: PromptDataModule | None) -> None:
             f"`model.sampler` must be ReplaySampler with `model.warmup`, got {type(sampler).__name__}: the warm-up trains on "
             "saved responses; name their files there, with `on_policy_fraction: 1` to sample all later ones"
         )
+    inside = [part for part in vars(sampler).values() if isinstance(part, ReplaySampler)]
+    if inside:
+        raise InputError(
+            f"`{type(sampler).__name__}.sampler` must be one that draws tokens itself, got ReplaySampler: saved responses answer "
+            "the data's prompts, not an environment's"
+        )
     sampler.know_texts(_facts(module, data))
     if isinstance(sampler, ReplaySampler):
         _check_use(module, sampler, data)

@@ -76,7 +76,8 @@ class ReplaySampler(Sampler):
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         name = type(self).__name__
         require(bool(self.paths) and all(self.paths), f"{name}.paths", "at least one file or folder", paths)
-        require(not isinstance(own, ReplaySampler), f"{name}.fresh", "a sampler that samples", type(own).__name__)
+        remedy = "neither replays nor environments stand inside one another"
+        require(own.engine is own, f"{name}.fresh", "a sampler that draws tokens itself", type(own).__name__, remedy)
         require(not own.ahead, f"{name}.fresh.ahead", "0: part of a batch cannot be sampled ahead", own.ahead)
         require(0 <= on_policy_fraction <= 1, f"{name}.on_policy_fraction", "in [0, 1]", on_policy_fraction)
         require(

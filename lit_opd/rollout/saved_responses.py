@@ -122,6 +122,11 @@ def _require_end(response: SavedResponse, stops: tuple[int, ...]) -> None:
 
 
 def _of_rollout(rollout: Rollout, file: Path) -> Iterator[SavedResponse]:
+    if rollout.observed is not None:
+        raise InputError(
+            f"`{FIELD}` must hold responses of one turn, got the conversations of {file}: what an environment said would be "
+            "trained on as the student's"
+        )
     prompts, replayed = rollout.prompts, rollout.replayed
     greedy = rollout.provenance.temperature == 0.0  # its log-probs are of another distribution
     for row, row_id in enumerate(prompts.row_ids):

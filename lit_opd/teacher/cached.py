@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_opd.distributed import is_rank_zero, largest, world_size
 from lit_opd.errors import InputError, require
 from lit_opd.models.sharding import holds_shards
+from lit_opd.teacher.aligned import AlignedTeacher
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.score_files import ScoreFiles, Unreadable
 from lit_opd.teacher.self_teacher import SelfTeacher
@@ -64,6 +65,11 @@ class CachedTeacher(SeveralTeachers):
                 raise InputError(
                     f"`CachedTeacher.teacher` must be one whose scores never change, got SelfTeacher(update={part.update}); take "
                     "it without a cache"
+                )
+            if isinstance(part, AlignedTeacher):
+                raise InputError(
+                    "`CachedTeacher.teacher` must give a score to each token, got AlignedTeacher; put the cache inside it: "
+                    "AlignedTeacher(CachedTeacher(...))"
                 )
             if isinstance(part, CachedTeacher):
                 raise InputError("`CachedTeacher.teacher` must hold no other CachedTeacher; one cache is enough")
@@ -204,13 +210,17 @@ class CachedTeacher(SeveralTeachers):
         ids, mask = (prompts.teacher_ids, prompts.teacher_mask) if own else (prompts.ids, prompts.mask)
         assert ids is not None and mask is not None
         names = prompts.teachers or (None,) * len(rollout)
-        rows = zip(names, _tokens(ids, mask), _tokens(rollout.response_ids, rollout.mask), strict=True)
+        read = _tokens(rollout.response_ids, rollout.read)
+        sampled = _tokens(rollout.mask, rollout.read)  # and not observed
+        rows = zip(names, _tokens(ids, mask), read, sampled, strict=True)
         return [
-            hashlib.sha256(
-                b"\0".join([prefix, repr(name).encode(), str(len(prompt)).encode(), prompt + answer])
-            ).hexdigest()
-            for name, prompt, answer in rows
+            _hash(prefix, repr(name).encode(), str(len(prompt)).encode(), prompt + answer, own)
+            for name, prompt, answer, own in rows
         ]
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def _settings(teacher: Teacher) -> dict[str, Any]:

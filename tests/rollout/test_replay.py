@@ -370,7 +370,10 @@ def test_rollouts_of_a_replay_are_saved_with_who_sampled_them(folders, rows, sav
             {"fresh": VLLMSampler(["http://a"], ahead=1)},
             "`ReplaySampler.fresh.ahead` must be 0: part of a batch cannot be .*, got 1",
         ),
-        ({"fresh": ReplaySampler("x")}, "`ReplaySampler.fresh` must be a sampler that samples, got 'ReplaySampler'"),
+        (
+            {"fresh": ReplaySampler("x")},
+            "`ReplaySampler.fresh` must be a sampler that draws tokens itself, got 'ReplaySampler'",
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
@@ -438,6 +441,15 @@ def test_a_response_must_end_where_the_student_would(rows, old, saved, texts):
             read(replaying(texts, rows), stop_ids=stops)
     with pytest.raises(InputError, match="a response must end at the first of the run's stop ids"):
         read(replaying(saved, rows), stop_ids=(1, int(old.response_ids[0, 0])))
+
+
+def test_conversations_are_not_replayed(rows, saved, tmp_path):
+    record = load_record(saved)
+    observed = torch.zeros_like(record.rollout.mask)
+    talk = replace(record.rollout, observed=observed, turn=torch.zeros_like(record.rollout.response_ids))
+    path = save_record(replace(record, rollout=talk), tmp_path / "step-1.safetensors")
+    with pytest.raises(InputError, match="must hold responses of one turn, got the conversations of"):
+        read(replaying(path, rows))
 
 
 def test_an_objective_that_may_not_read_what_is_saved_is_refused(folders, rows, saved, texts):

@@ -13,7 +13,15 @@ from lit_opd.errors import InputError
 from lit_opd.models.student import StudentSettings
 from lit_opd.objective import Divergence
 from lit_opd.preflight.module_checks import require_scored
-from lit_opd.teacher import BaseModelTeacher, CachedTeacher, LocalTeacher, RemoteTeacher, RoutedTeacher, SelfTeacher
+from lit_opd.teacher import (
+    BaseModelTeacher,
+    CachedTeacher,
+    LocalTeacher,
+    RemoteTeacher,
+    RoutedTeacher,
+    SelfTeacher,
+)
+from lit_opd.teacher.aligned import AlignedTeacher
 from lit_opd.types import Replayed, Rollout
 from lit_opd.weighting.uniform import Uniform
 from tests.helpers import fixed, tiny
@@ -143,6 +151,23 @@ def test_what_scores_depend_on_is_in_the_key(folders, rows, tmp_path, change):
     assert found.inner.asked == [len(other)] and len(entries(tmp_path)) == 6 + len(other)
 
 
+def test_what_an_environment_said_is_in_the_key(folders, rows, tmp_path):
+    """The same sampled tokens behind another answer; and an answer in the place of a sampled token."""
+    columns = torch.arange(9) == 1
+    talk = {"mask": rows.mask & ~columns, "observed": rows.mask & columns, "turn": torch.zeros_like(rows.response_ids)}
+    first = replace(rows, sampler_logprobs=torch.zeros(6, 9), **talk)
+    teacher = cached(folders[1], tmp_path)
+    teacher.score(first), teacher.score(first)
+    said = torch.where(first.observed, first.response_ids + 1, first.response_ids)
+    other = teacher.score(replace(first, response_ids=said))
+    teacher.score(rows)
+    assert teacher.inner.asked == [6, 5, 5]  # the row of one token has no answer
+    plain = Counting(folders[1])
+    plain.load(vocabulary=64)
+    expected = plain.score(replace(first, response_ids=said))
+    torch.testing.assert_close(other.logprobs, expected.logprobs, rtol=1e-10, atol=1e-10)
+
+
 def test_a_teacher_that_moved_is_the_same_and_one_of_several_is_told_apart(folders, rows, tmp_path):
     cached(folders[1], tmp_path).score(rows)
     moved = cached(tiny.save(tiny.qwen3(seed=2), tmp_path / "moved"), tmp_path)
@@ -220,6 +245,7 @@ def test_a_run_learns_the_same_and_asks_once(folders, rows, tmp_path):
         ({"teacher": SelfTeacher("live")}, r"must be one whose scores never change, got SelfTeacher\(update=live\)"),
         ({"teacher": RoutedTeacher({"a": SelfTeacher("ema")})}, "whose scores never change"),
         ({"teacher": CachedTeacher(LocalTeacher("x"), "y")}, "must hold no other CachedTeacher"),
+        ({"teacher": AlignedTeacher(LocalTeacher("x"))}, "put the cache inside it"),
         ({"folder": ""}, "`CachedTeacher.folder` must be the path of a folder"),
         ({"max_gib": 0}, "`CachedTeacher.max_gib` must be > 0 and finite, got 0"),
         ({"max_gib": float("nan")}, "`CachedTeacher.max_gib` must be > 0 and finite"),
