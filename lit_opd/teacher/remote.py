@@ -263,7 +263,7 @@ class RemoteTeacher(Teacher):
             if token in stops.sampled
         ]
         known = {(row, at): found[row].known(at, responses[row][at], stops.ids) for row, at in ends}
-        asked = [(end, stop) for end in ends for stop in _missing(found[end[0]], end[1], known[end], stops.ids)]
+        asked = [(end, stop) for end in ends for stop in _missing(found[end[0]], known[end], stops.ids, at=end[1])]
         texts = [prompts[row] + responses[row][:at] for (row, at), _ in asked]
         for (end, stop), answer in zip(asked, self._asked(texts, [[stop] for _, stop in asked], None), strict=True):
             known[end][stop] = float(answer.logprobs[-1])
@@ -379,7 +379,7 @@ class _Row:
         return known
 
 
-def _missing(row: _Row, at: int, known: dict[int, float], ids: tuple[int, ...]) -> list[int]:
+def _missing(row: _Row, known: dict[int, float], ids: tuple[int, ...], *, at: int = -1) -> list[int]:
     """Which of ``ids`` are not ``known`` at a position and may matter: none is likelier than the last listed."""
     missing = [stop for stop in ids if stop not in known]
     most = 1.0 if row.listed is None else float(numpy.exp(row.listed[at, -1]))
