@@ -166,4 +166,4 @@ def test_stops_that_cannot_matter_are_not_asked_for():
     row = _Row(listed[:, 0], numpy.array([[1, 9, 8]]), listed)
     assert _missing(row, {1: math.log(0.5)}, (1, 3, 7)) == []
     assert _missing(row, {1: math.log(1e-3)}, (1, 3, 7)) == [3, 7]
-    assert row.at_the_end(1, (1, 9)) == pytest.approx({1: math.log(0.5), 9: math.log(0.4)})
+    assert row.known(1, (1, 9)) == pytest.approx({1: math.log(0.5), 9: math.log(0.4)})
