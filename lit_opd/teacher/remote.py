@@ -262,8 +262,8 @@ class RemoteTeacher(Teacher):
             for at, token in enumerate(response)
             if token in stops.sampled
         ]
-        known = {(row, at): found[row].known(at, responses[row][at], stops.ids) for row, at in ends}
-        asked = [(end, stop) for end in ends for stop in _missing(found[end[0]], end[1], known[end], stops.ids)]
+        known = {(row, at): found[row].known(responses[row][at], stops.ids, at=at) for row, at in ends}
+        asked = [(end, stop) for end in ends for stop in _missing(found[end[0]], known[end], stops.ids, at=end[1])]
         texts = [prompts[row] + responses[row][:at] for (row, at), _ in asked]
         for (end, stop), answer in zip(asked, self._asked(texts, [[stop] for _, stop in asked], None), strict=True):
             known[end][stop] = float(answer.logprobs[-1])
@@ -370,7 +370,7 @@ class _Row:
     listed: NDArray[numpy.float32] | None = None
     candidates: NDArray[numpy.float32] | None = None
 
-    def known(self, at: int, token: int, ids: tuple[int, ...]) -> dict[int, float]:
+    def known(self, token: int, ids: tuple[int, ...], *, at: int = -1) -> dict[int, float]:
         """What is known of ``ids`` at a position, where ``token`` was sampled: log-probs by id."""
         known = {token: float(self.logprobs[at])}
         if self.ids is not None and self.listed is not None:
@@ -379,7 +379,7 @@ class _Row:
         return known
 
 
-def _missing(row: _Row, at: int, known: dict[int, float], ids: tuple[int, ...]) -> list[int]:
+def _missing(row: _Row, known: dict[int, float], ids: tuple[int, ...], *, at: int = -1) -> list[int]:
     """Which of ``ids`` are not ``known`` at a position and may matter: none is likelier than the last listed."""
     missing = [stop for stop in ids if stop not in known]
     most = 1.0 if row.listed is None else float(numpy.exp(row.listed[at, -1]))

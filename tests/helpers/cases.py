@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from lit_opd.advantage import RewardExtrapolation, ValueBaseline
 from lit_opd.models.student import LoraSettings, StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence
-from lit_opd.types import Rollout, TokenSignal
+from lit_opd.rollout import DecodeSampler
+from lit_opd.turns import Environment, Episode, Response, TurnsSampler
+from lit_opd.types import DataRow, PromptBatch, Rollout, TokenSignal
 from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.by_turn import PerTurn, TurnBalanced
 from lit_opd.weighting.combinators import BatchMeanOne
 from lit_opd.weighting.decay import LinearDecay
 from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
+from lit_opd.weighting.uniform import Uniform
 from tests.helpers import fixed
 
 LENGTHS = [5, 1, 9, 7, 3, 9, 2]
@@ -32,6 +37,33 @@ SHORT = {
 def rollout() -> Rollout:
     """Seven ragged rows, so that two ranks hold four and three."""
     return fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=TRUNCATED)
+
+
+def rollout_of(settings: dict[str, Any]) -> Rollout:
+    """The rows of a gradient case, whose "turns" is taken out of its settings: there all rows heard something at column 2."""
+    plain = rollout()
+    if not settings.pop("turns", False):
+        return plain
+    heard = plain.mask & (torch.arange(plain.mask.shape[1]) == 2)
+    turn = (torch.arange(plain.mask.shape[1]) >= 2).long().expand(plain.mask.shape)
+    return replace(plain, mask=plain.mask & ~heard, observed=heard, turn=turn)
+
+
+class Uneven(Environment):
+    """Rows of the first rank may speak three times, those of the second once."""
+
+    def step(self, state: Episode, response: Response) -> Any:
+        """How often it was heard."""
+        return f"heard {state.turn}", state.row["n"] % 2 == 1 or state.turn == 3, 1.0
+
+
+def conversing() -> tuple[TurnsSampler, PromptBatch]:
+    """A sampler of conversations, and prompts with their rows."""
+    engine = DecodeSampler(max_new_tokens=48, stop_token_ids=[1, *range(20, 64)])
+    asked = [{"role": "user", "content": "a"}]
+    prompts = rollout().prompts
+    data = tuple(DataRow({"n": n}, row_id=name, prompt=asked) for n, name in enumerate(prompts.row_ids))
+    return TurnsSampler(engine, Uneven(), max_turn_tokens=8), replace(prompts, data=data)
 
 
 class TopKMass(WeightingStrategy):
@@ -69,6 +101,8 @@ def gradient_cases() -> dict[str, dict[str, Any]]:
     found["token kl"] = {"advantage": [ValueBaseline()], "weighting": LinearDecay(0.5), "token_budget": BUDGET}
     found["token kl/batch"] = found["token kl"] | {"weighting": BatchMeanOne(TopKMass())}
     found["reference"] = {"advantage": [RewardExtrapolation(1.5)], "with_reference": True, "token_budget": BUDGET}
+    found["turns"] = {"weighting": PerTurn(ImportanceWeighting()), "token_budget": BUDGET, "turns": True}
+    found["turns/tokens"] = {"weighting": TurnBalanced(Uniform()), "aggregation": "token-mean", "turns": True}
     found["recomputed"] = {"gradient_checkpointing": True, "weighting": ImportanceWeighting(), "token_budget": BUDGET}
     return found
 

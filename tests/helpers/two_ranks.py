@@ -81,7 +81,7 @@ def gradients(folders: tuple[str, str], name: str, only: Collection[str] = ()) -
     for key, settings in cases.gradient_cases().items():
         if only and key not in only:
             continue
-        whole = cases.rollout()
+        whole = cases.rollout_of(settings)
         trained = fixed.module(folders, whole, **settings)
         prompts = this_rank(whole.prompts)
         out[key] = fixed.gradient(trained, prompts, devices=2, strategy=strategy(name), use_distributed_sampler=False)
@@ -123,6 +123,15 @@ def decoded_fit(folders: tuple[str, str], name: str) -> list[Any]:
     prompts = this_rank(whole.prompts)
     collect = fixed.fit(trained, prompts, steps=3, devices=2, strategy=strategy(name), use_distributed_sampler=False)
     return [(record.rollout.response_ids, record.rollout.mask) for record in collect.records]
+
+
+def talked_fit(folders: tuple[str, str], name: str) -> list[Any]:
+    """Tokens, what of them is read, and turns, of two steps of conversations that are longer on one rank."""
+    sampler, prompts = cases.conversing()
+    trained = fixed.module(folders, cases.rollout(), sampler=sampler, token_budget=60)
+    run = {"devices": 2, "strategy": strategy(name), "use_distributed_sampler": False}
+    records = fixed.fit(trained, this_rank(prompts), steps=2, **run).records
+    return [(record.rollout.response_ids, record.rollout.read, record.rollout.num_turns) for record in records]
 
 
 def fits(folders: tuple[str, str], name: str) -> dict[str, Any]:
@@ -298,6 +307,7 @@ def main() -> None:
         "half precision": half_precision(folders, name),
         "timeouts": timeouts(),
         "decoded": decoded_fit(folders, name),
+        "talked": talked_fit(folders, name),
         "older hooks": older_hooks(folders, name),
     }
     torch.save(results, out / f"rank-{rank()}.pt")

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def one_process(folders):
     return {
-        key: fixed.gradient(fixed.module(folders, cases.rollout(), **settings), cases.rollout().prompts)
+        key: fixed.gradient(fixed.module(folders, cases.rollout_of(settings), **settings), cases.rollout().prompts)
         for key, settings in cases.gradient_cases().items()
     }
 
@@ -123,6 +123,18 @@ def test_decode_loops_of_two_ranks_sample_the_tokens_generate_samples_in_one_pro
             assert torch.equal(mask.sum(-1), rollout.lengths)
     lengths = [results["decoded"][0][1].shape[1] for results in two_processes]
     assert lengths[0] != lengths[1]  # the ranks ran different numbers of steps
+
+
+def test_conversations_of_two_ranks_are_those_of_one_process(folders, two_processes):
+    """One rank speaks three times where the other speaks once, and both make the same collectives."""
+    sampler, prompts = cases.conversing()
+    trained = fixed.module(folders, cases.rollout(), sampler=sampler, token_budget=60)
+    records = fixed.fit(trained, prompts, steps=2).records
+    for rank, results in enumerate(two_processes):
+        for record, (ids, read, turns) in zip(records, results["talked"], strict=True):
+            rollout = record.rollout.rows(torch.arange(rank, len(prompts), 2))
+            assert torch.equal(ids[read], rollout.response_ids[rollout.read]) and torch.equal(turns, rollout.num_turns)
+    assert int(two_processes[0]["talked"][0][2].max()) == 3 and int(two_processes[1]["talked"][0][2].max()) == 1
 
 
 @pytest.mark.parametrize("case", sorted(cases.fit_cases()))
