@@ -364,6 +364,10 @@ def _inner(rollout: Rollout, ids: Tensor, valid: Tensor) -> Rollout:
     assert prompts.teacher_ids is not None and prompts.teacher_mask is not None and layout.teacher is not None
     own = replace(prompts, ids=prompts.teacher_ids, mask=prompts.teacher_mask, teacher_ids=None, teacher_mask=None)
     nothing = torch.zeros(valid.shape, device=device)
-    kept = {"provenance": rollout.provenance, "finish_reason": rollout.finish_reason, "replayed": rollout.replayed}
+    kept: dict[str, Any] = {
+        "provenance": rollout.provenance,
+        "finish_reason": rollout.finish_reason,
+        "replayed": rollout.replayed,
+    }
     found = Rollout(own, ids.to(device), valid.to(device), nothing, **kept)
     return found.with_layout(Layout(layout.teacher, valid.numpy(), layout.finish_reason))
