@@ -95,7 +95,8 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int, *, tokens: int =
         mask = rollout.mask[row]
         ids = rollout.response_ids[row][mask]
         answer = None if prompts.answers is None else prompts.answers[row]
-        ratio, weight = signal.log_ratio[row][mask], weights[row][mask]
+        scored = signal.mask[row]  # fewer where the teacher has another tokenizer
+        ratio, weight = signal.log_ratio[row][scored], weights[row][scored]
         found.append(
             {
                 "step": record.step,
