@@ -28,6 +28,12 @@ def check_aligned(module: Subject, data: PromptDataModule | None) -> tuple[int, 
     own = module.teacher
     if not isinstance(own, AlignedTeacher):
         return None
+    if getattr(module.sampler, "environment", None) is not None:
+        raise InputError(
+            f"`{own.field}` must read the student's tokens where a sampler plays an environment "
+            f"(`{type(module.sampler).__name__}`), got AlignedTeacher, which aligns answers of one turn; take a teacher with the "
+            "student's tokenizer"
+        )
     own.know_tokenizer(module.tokenizer)
     own.know_stop_ids(module.stop_ids)
     _ = own.aligner

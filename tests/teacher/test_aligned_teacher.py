@@ -572,6 +572,15 @@ def test_equal_numbers_of_other_tokens_are_kept(world, tmp_path):
     assert next(iter(given.train_dataloader())).teacher_ids is None
 
 
+def test_conversations_are_refused(world, tmp_path):
+    module = fixed.module(
+        (world["student"], world["plain"]), rows(world, "fewer"), teacher=AlignedTeacher(LocalTeacher(world["fewer"]))
+    )
+    module.sampler.environment = object()
+    with pytest.raises(InputError, match="got AlignedTeacher, which aligns answers of one turn"):
+        check_aligned(module, None)
+
+
 def test_a_share_below_the_bound_is_refused_before_the_run(world, tmp_path):
     with pytest.raises(
         InputError, match=r"`model.teacher.min_aligned` must be at most .* 0.500 \(2 of 4\), got 0.8; set `chunks: sum`"
