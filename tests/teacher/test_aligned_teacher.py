@@ -26,7 +26,7 @@ from lit_opd.step.scores import Scores
 from lit_opd.step.skips import Skips
 from lit_opd.step.token_budget import TokenBudget
 from lit_opd.step.update import Update
-from lit_opd.teacher import AlignedTeacher, LocalTeacher, RemoteTeacher, RoutedTeacher, SelfTeacher
+from lit_opd.teacher import AlignedTeacher, CachedTeacher, LocalTeacher, RemoteTeacher, RoutedTeacher, SelfTeacher
 from lit_opd.teacher.aligned import _cut
 from lit_opd.teacher.alignment import AlignedRow, Chunk
 from lit_opd.types import Rollout
@@ -508,6 +508,22 @@ def test_a_teacher_on_servers_gives_the_same(world, chunks):
         scores = found.score(batch)
     assert torch.allclose(scores.logprobs.double(), expected.logprobs, atol=1e-4, rtol=0)
     assert torch.equal(scores.chunks.lengths, expected.chunks.lengths)
+
+
+def test_a_cache_stands_inside(world, tmp_path):
+    """Where it sees the teacher's own tokens; the second time nothing is computed, as no weights are there."""
+    batch = rows(world, "fewer")
+    expected = loaded(world, "fewer").score(batch)
+    for time in range(2):
+        found = AlignedTeacher(CachedTeacher(local(world["fewer"]), str(tmp_path)))
+        found.know_tokenizer(tokens(world["student"]))
+        found.know_stop_ids((tokens(world["student"]).eos_token_id,))
+        found.load(vocabulary=SIZE)
+        if time:
+            found.teacher.inner.policy.causal_lm = None
+        scores = found.score(batch)
+        torch.testing.assert_close(scores.logprobs, expected.logprobs, rtol=1e-10, atol=1e-10)
+        assert torch.equal(scores.chunks.lengths, expected.chunks.lengths)
 
 
 # -- the data and the checks -------------------------------------------------------------------------------------------
