@@ -153,6 +153,7 @@ class EarlyAIMEEvaluation(Callback):
             self._template("template_options", data, None),
             self._template("system_prompt", data, None),
             owner="EarlyAIMEEvaluation.",
+            tools=pl_module.sampler.tools,
         )
         sets = load_sets(self.sources, encoder, suffix=self.prompt_suffix, seed=self.seed)
         window = getattr(pl_module.student_config.get_text_config(), "max_position_embeddings", None)

@@ -93,6 +93,11 @@ class PositionProfile(Callback):
         """Optional fields of the signal that it reads; the run computes them."""
         return frozenset({"student_topk", "teacher_topk"} if self.lists else ())
 
+    @property
+    def list_length(self) -> int:
+        """Leading entries of the teacher's list that it reads."""
+        return self.lists or 0
+
     # -- the run's life ----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

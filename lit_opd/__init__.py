@@ -26,7 +26,7 @@ _PLACES = {
         "DecodeSampler", "LengthBudget", "RatioStop", "ReplaySampler", "Sampler", "SamplingSettings", "TransformersSampler",
         "VLLMEngine", "VLLMSampler",
     ),
-    "lit_opd.turns": ("Answer", "Environment", "Episode", "Response", "TurnsSampler"),
+    "lit_opd.turns": ("Answer", "Environment", "Episode", "PythonTool", "Response", "Tool", "ToolEnvironment", "TurnsSampler"),
     "lit_opd.advantage": ("AdvantageTransform",),
     "lit_opd.weighting": ("ImportanceWeighting", "Uniform", "WeightingStrategy"),
     "lit_opd.objective": ("Divergence", "Likelihood", "Objective", "PolicyLoss"),

@@ -15,10 +15,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lit_opd.batchwise import extremes, least_likely
+from lit_opd.batchwise import extremes, group_moments, least_likely
 from lit_opd.errors import InputError, require
-from lit_opd.masked import masked_values, return_to_go
+from lit_opd.masked import masked_mean, masked_values, return_to_go
 from lit_opd.types import TokenSignal
+
+SMALLEST_DEVIATION = 1e-4  # added to a group's standard deviation, as TRL does
 
 
 class AdvantageTransform(ABC):
@@ -354,6 +356,145 @@ class EntropyNull(AdvantageTransform):
         width = largest - smallest
         rank = torch.where(width > 0, (signal.student_entropy - smallest) / torch.where(width > 0, width, 1.0), 1.0)
         return torch.where(chosen, self.high + (self.low - self.high) * rank, 0.0)
+
+
+class GroupReward(AdvantageTransform):
+    """A'_t = teacher * A_t + coefficient * G_i on every token of row i, G the reward among the samples of the same prompt:
+
+        G_i = (r_i - mean r) / (std r + 1e-4)   normalise "std";      G_i = r_i - mean r   normalise "none"
+
+    mean and sample standard deviation over the group's rows that have a reward; G is 0 for a row without one, and in a group of
+    one or of equal rewards. ``teacher=0`` with ``Uniform`` weights is GRPO, whatever the teacher says; "none" is its variant
+    without the division (Dr. GRPO). Scope "batch": groups are whole, over micro-batches and ranks.
+
+    Source: GRPO, reported in arXiv 2402.03300; the 1e-4 and the sample standard deviation are TRL's.
+
+    Args:
+        coefficient: of G; a teacher's advantage is in nats, G has unit variance where normalised.
+        normalise: "std" or "none".
+        teacher: of A.
+    Raises:
+        ValueError: a parameter out of its range.
+    """
+
+    def __init__(
+        self, coefficient: float = 1.0, normalise: Literal["std", "none"] = "std", teacher: float = 1.0
+    ) -> None:
+        self.coefficient, self.normalise, self.teacher = coefficient, normalise, teacher
+        name = type(self).__name__
+        require(math.isfinite(coefficient), f"{name}.coefficient", "a finite number", coefficient)
+        require(normalise in ("std", "none"), f"{name}.normalise", "std or none", normalise)
+        require(math.isfinite(teacher) and teacher >= 0, f"{name}.teacher", "a finite number >= 0", teacher)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The reward of each row."""
+        return frozenset({"reward"})
+
+    @property
+    def scope(self) -> Literal["sequence", "batch"]:
+        """Compares rows."""
+        return "batch"
+
+    @property
+    def replaces(self) -> bool:
+        """Without the teacher's part nothing is left of A."""
+        return self.teacher == 0
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """teacher * A + coefficient * G, [B, T]."""
+        return self.teacher * advantage + self.coefficient * group_advantage(signal, self.normalise).unsqueeze(-1)
+
+
+def group_advantage(signal: TokenSignal, normalise: str) -> Tensor:
+    """[B], float64: each row's reward less its group's mean, over its standard deviation if ``normalise`` is "std"."""
+    assert signal.reward is not None  # required by who asks
+    if signal.group is None:
+        raise InputError(
+            "`TokenSignal.group` must say which rows answer one prompt where rewards are compared, got None"
+        )
+    count, mean, deviation = group_moments(signal.reward, signal.group)
+    apart = torch.where(signal.reward.isnan() | (count < 2), 0.0, signal.reward.double() - mean)
+    return apart / (deviation + SMALLEST_DEVIATION) if normalise == "std" else apart
+
+
+class ResidualReward(AdvantageTransform):
+    """A verifier's advantage, with what the teacher prefers inside the row.
+
+        A'_t = G_i + coefficient * (D_t - mean of D in row i),   D_t = exp(q_t) - exp(s_t) in (-1, 1), G as in ``GroupReward``
+
+    Centred in the row, D moves weight between tokens and not between rows. Source: reported in arXiv 2610.11519 as a bounded
+    probability residual, centred in the row, beside a verifier's advantage; that D is this difference is our reading.
+
+    Args:
+        coefficient: of the centred residual, >= 0.
+        normalise: as in ``GroupReward``.
+    Raises:
+        ValueError: a parameter out of its range.
+    """
+
+    def __init__(self, coefficient: float = 1.0, normalise: Literal["std", "none"] = "std") -> None:
+        self.coefficient, self.normalise = coefficient, normalise
+        name = type(self).__name__
+        require(
+            math.isfinite(coefficient) and coefficient >= 0, f"{name}.coefficient", "a finite number >= 0", coefficient
+        )
+        require(normalise in ("std", "none"), f"{name}.normalise", "std or none", normalise)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The reward of each row."""
+        return frozenset({"reward"})
+
+    @property
+    def scope(self) -> Literal["sequence", "batch"]:
+        """Compares rows."""
+        return "batch"
+
+    @property
+    def replaces(self) -> bool:
+        """Reads q, s and rewards."""
+        return True
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """G + coefficient * centred D, [B, T]."""
+        residual = (signal.teacher_logprobs.double().exp() - signal.student_logprobs.double().exp()) * signal.mask
+        mean = residual.sum(-1, keepdim=True) / signal.mask.sum(-1, keepdim=True).clamp(min=1)
+        return group_advantage(signal, self.normalise).unsqueeze(-1) + self.coefficient * (residual - mean)
+
+
+class RewardGate(AdvantageTransform):
+    """Follows the teacher where it agrees with the reward: on rows with (2 R_i - 1) * mean of A in row i >= 0, R in [0, 1].
+
+    A right answer that the teacher finds worse than the student does, and a wrong one that it finds better, are rows that teach
+    the wrong thing. Rows without a reward pass. "keep" sets A' = 0 on the others, "scale" multiplies by ``factor``; both leave
+    them in the denominator, where the source leaves them out. A is the raw log ratio, whatever stood before.
+
+    Source: RA-OPD, reported in arXiv 2608.27960.
+
+    Args:
+        how: "keep" or "scale".
+        factor: of "scale", in [0, 1].
+    Raises:
+        ValueError: a parameter out of its range.
+    """
+
+    def __init__(self, how: Literal["keep", "scale"] = "keep", factor: float = 0.5) -> None:
+        self.how, self.factor = how, factor
+        require(how in ("keep", "scale"), f"{type(self).__name__}.how", "keep or scale", how)
+        require(0.0 <= factor <= 1.0, f"{type(self).__name__}.factor", "in [0, 1]", factor)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The reward of each row."""
+        return frozenset({"reward"})
+
+    def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
+        """A, or less of it, [B, T] nats."""
+        assert signal.reward is not None  # required above
+        vote = (2.0 * signal.reward.double() - 1.0) * masked_mean(signal.log_ratio.double(), signal.mask)
+        passes = ~(vote < 0)  # a row without a reward is NaN
+        return torch.where(passes.unsqueeze(-1), advantage, advantage * (0.0 if self.how == "keep" else self.factor))
 
 
 class ReadsTokens(Protocol):

@@ -37,6 +37,22 @@ def highest(score: Tensor, order: Tensor, count: int) -> Tensor:
     return above
 
 
+def group_moments(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sample standard deviation (of one value: 0) of each row's group over all ranks, [B] each, float64.
+
+    Args:
+        values: [B]; NaN belongs to no group.
+        group: int64 [B].
+    """
+    everyone, groups = gather_rows(values.double()), gather_rows(group)
+    known = ~everyone.isnan()
+    same = (group.unsqueeze(-1) == groups) & known
+    count = same.sum(-1).double()
+    mean = torch.where(same, everyone, 0.0).sum(-1) / count.clamp(min=1)
+    squares = torch.where(same, everyone - mean.unsqueeze(-1), 0.0).square().sum(-1)
+    return count, mean, (squares / (count - 1).clamp(min=1)).sqrt()
+
+
 def least_likely(logprobs: Tensor, mask: Tensor, row_keys: Tensor, fraction: float) -> Tensor:
     """bool [B, T], the max(1, floor(fraction * N)) lowest log-probs of the N valid tokens of all ranks.
 

@@ -1,4 +1,7 @@
-"""What two top-k lists of one position say together. Shapes: see ``types``; content where masked may be anything."""
+"""What two top-k lists of one position say together. Shapes: see ``types``; content where masked may be anything.
+
+An entry without mass (-inf) fills a list that a server returned too short, or names no token: it is not listed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_opd.types import LIST_LENGTH, TopK
+
+NOTHING = -1  # no token's id
 
 
 def is_list_length(value: object) -> bool:
@@ -25,12 +30,18 @@ def of_tokens(topk: TopK, mask: Tensor) -> TopK:
     return TopK(ids=topk.ids[mask], logprobs=topk.logprobs[mask])
 
 
-def listed_in(ids: Tensor, others: Tensor) -> Tensor:
-    """bool [..., K], which of ``ids`` [..., K] are among ``others`` [..., K']."""
+def named(topk: TopK) -> Tensor:
+    """int64 [..., K], the ids of the entries that have mass; ``NOTHING`` for the others."""
+    return torch.where(topk.logprobs > -torch.inf, topk.ids, NOTHING)
+
+
+def listed_in(ids: Tensor, topk: TopK) -> Tensor:
+    """bool [..., C], which of ``ids`` [..., C] a list [..., K] names; ``NOTHING`` is in none."""
+    others = named(topk)
     found = torch.zeros_like(ids, dtype=torch.bool)
     for place in range(others.shape[-1]):  # a loop over K': the table of all pairs is K' times as large
         found |= ids == others[..., place : place + 1]
-    return found
+    return found & (ids != NOTHING)
 
 
 def overlap(student: TopK, teacher: TopK, k: int) -> Tensor:
@@ -38,7 +49,7 @@ def overlap(student: TopK, teacher: TopK, k: int) -> Tensor:
 
     Source: the diagnostic of arXiv 2604.13016, as verl computes it.
     """
-    return listed_in(leading(student, k).ids, leading(teacher, k).ids).double().mean(-1)
+    return listed_in(named(leading(student, k)), leading(teacher, k)).double().mean(-1)
 
 
 def teacher_mass(student: TopK, teacher: TopK, k: int) -> Tensor:
@@ -46,8 +57,8 @@ def teacher_mass(student: TopK, teacher: TopK, k: int) -> Tensor:
 
     A lower bound: what lies outside that list is left out, at most 1 minus the mass of the list.
     """
-    mine = leading(student, k).ids
-    return (teacher.logprobs.double().exp() * listed_in(teacher.ids, mine)).sum(-1).clamp(0.0, 1.0)
+    common = listed_in(named(teacher), leading(student, k))
+    return torch.where(common, teacher.logprobs.double().exp(), 0.0).sum(-1).clamp(0.0, 1.0)
 
 
 def overlap_advantage(student: TopK, teacher: TopK, k: int) -> Tensor:
@@ -56,7 +67,7 @@ def overlap_advantage(student: TopK, teacher: TopK, k: int) -> Tensor:
     NaN where they have none in common.
     """
     mine, theirs = leading(student, k), leading(teacher, k)
-    common = listed_in(mine.ids, theirs.ids)
+    common = listed_in(named(mine), theirs)
     missing = torch.zeros(mine.ids.shape, dtype=torch.float64, device=mine.ids.device)
     ratio = looked_up(mine.ids, theirs, missing) - mine.logprobs.double()
     mass = torch.where(common, mine.logprobs.double().exp(), 0.0)
@@ -65,9 +76,9 @@ def overlap_advantage(student: TopK, teacher: TopK, k: int) -> Tensor:
 
 def looked_up(ids: Tensor, topk: TopK, missing: Tensor) -> Tensor:
     """Log-probs of ``ids`` [..., C] where a list has them, ``missing`` [..., C] where it has not: [..., C] nats, float64."""
-    found = missing
-    for place in range(topk.ids.shape[-1]):
-        same = ids == topk.ids[..., place : place + 1]
+    found, listed = missing, named(topk)
+    for place in range(listed.shape[-1]):
+        same = ids == listed[..., place : place + 1]
         found = torch.where(same, topk.logprobs[..., place : place + 1].double(), found)
     return found
 
@@ -108,8 +119,8 @@ def candidates(
         sampled: int64 [...], a token that is a candidate too, and its log-probs [...] under student and teacher.
     """
     ours, theirs = leading(student, k), leading(teacher, k)
-    new = ~listed_in(theirs.ids, ours.ids)
-    ids, counted = [ours.ids, theirs.ids], [torch.ones_like(ours.ids, dtype=torch.bool), new]
+    new = (named(theirs) != NOTHING) & ~listed_in(named(theirs), ours)
+    ids, counted = [ours.ids, theirs.ids], [named(ours) != NOTHING, new]
     values = [
         [ours.logprobs.double(), _known(theirs.ids, student, missing, sampled, 1)],
         [_known(ours.ids, teacher, missing, sampled, 2), theirs.logprobs.double()],
@@ -117,7 +128,7 @@ def candidates(
     if sampled is not None:
         own = sampled[0].unsqueeze(-1)
         ids.append(own)
-        counted.append(~(listed_in(own, ours.ids) | listed_in(own, theirs.ids)))
+        counted.append(~(listed_in(own, ours) | listed_in(own, theirs)))
         for row, topk, place in zip(values, (student, teacher), (1, 2), strict=True):
             row.append(looked_up(own, topk, sampled[place].double().unsqueeze(-1)))
     found = torch.cat(counted, -1)

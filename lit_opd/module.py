@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from lit_opd.advantage import AdvantageTransform
 from lit_opd.distributed import is_rank_zero, shared_failure
 from lit_opd.errors import InputError, memory_for
-from lit_opd.evaluation import Evaluator, ValidationSettings
+from lit_opd.evaluation import Evaluator, Reward, ValidationSettings
 from lit_opd.models.base import base_mark
 from lit_opd.models.export import export_folder
 from lit_opd.models.export_check import ExportCheck, unsharded
@@ -93,6 +94,8 @@ class OPDModule(L.LightningModule):
         reference: a third frozen model, for what reads its log-probs (``RewardExtrapolation``); usually the initial student.
         length_budget: ends training responses earlier than the sampler's ``max_new_tokens``; None for no budget.
         rollout_stop: ends training responses where the teacher has left them; None for no such end.
+        reward: what responses are worth, for ``GroupReward`` and others that read it; None where an environment says it, or
+            nothing reads it.
         warmup: trains on saved responses for the first steps, with an objective of its own; needs a ``ReplaySampler``. None for
             none.
         max_skipped_steps: rollout batches in a row that may hold a NaN or Inf before the run stops; such a batch changes no
@@ -124,6 +127,7 @@ class OPDModule(L.LightningModule):
         max_skipped_steps: int = 3,
         rollout_stop: RatioStop | None = None,
         warmup: WarmUp | None = None,
+        reward: Reward | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -143,7 +147,7 @@ class OPDModule(L.LightningModule):
         self.validation = validation or ValidationSettings()
         self.evaluator = Evaluator(self.validation)
         self.seed, self.length_budget, self.rollout_stop = seed, length_budget, rollout_stop
-        self.warmup = warmup
+        self.warmup, self.reward = warmup, reward
         self.skips, self.budget, self.state = Skips(max_skipped_steps), TokenBudget(), ModuleState()
         self.gap = self._new_gap()
         self.longest_row: int | None = None  # tokens of a prompt and response, once the data is known
@@ -340,7 +344,7 @@ class OPDModule(L.LightningModule):
         clock, settings, before = Clock(), self.training_settings(), self.global_step
         with clock("sampling"):
             self.phase("sampling", 0, 1)
-            sampled = self._sample(prompts, settings)
+            sampled = self._rewarded(self._sample(prompts, settings))
             self._sample_ahead()
             update = self._update(apply_truncated(sampled, self.truncated))
         record = update.run(sampled, clock)
@@ -351,6 +355,14 @@ class OPDModule(L.LightningModule):
         reads_along = self.teacher.on_device(prompts.ids.device) if self.rollout_stop is not None else nullcontext()
         with reads_along, memory_for("sampling", "lower `data.prompt_batch` or `model.sampler.max_new_tokens`"):
             return self.generate(prompts, settings)
+
+    def _rewarded(self, rollout: Rollout) -> Rollout:
+        """With what the responses are worth, where something asks for it."""
+        if self.reward is None:
+            return rollout
+        with shared_failure():
+            found = self.reward(rollout, self.tokenizer)
+        return replace(rollout, reward=found)
 
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
@@ -517,6 +529,8 @@ class OPDModule(L.LightningModule):
     def teardown(self, stage: str) -> None:
         """End the processes that graded answers."""
         self.evaluator.grader.close()
+        if self.reward is not None:
+            self.reward.close()
 
     # -- checkpoints and export --------------------------------------------------------------------------------------
 

@@ -578,6 +578,7 @@ class TokenSignal(_Record):
         token_ids: int64 [B, T], the sampled tokens.
         turn: int64 [B, T], 0-based turn of each token; None where a response is one turn.
         reward: float32 [B], of the row, NaN where it has none; None without rewards.
+        group: int64 [B], the same for all samples of one prompt; None where nobody says.
         validate: check that valid tokens have finite values (one host synchronisation).
 
     Raises:
@@ -601,6 +602,7 @@ class TokenSignal(_Record):
     token_ids: Tensor | None = None
     turn: Tensor | None = None
     reward: Tensor | None = None
+    group: Tensor | None = None
     validate: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -615,7 +617,7 @@ class TokenSignal(_Record):
                 self._set(name, torch.where(self.mask, value, value.new_zeros(())))
         if self.row_keys is None:
             self._set("row_keys", torch.arange(len(self.mask), device=self.mask.device))
-        for name in ("row_keys", "reward"):
+        for name in ("row_keys", "reward", "group"):
             self._require_shape(name, tuple(self.mask.shape[:1]), like="the rows")
         for name in ("token_ids", "turn"):
             self._require_shape(name, tuple(self.mask.shape), like="`mask`")

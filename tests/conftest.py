@@ -8,6 +8,7 @@ import resource
 import signal
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it for its workers, and tables follow it
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on a CPU
 
 import pytest

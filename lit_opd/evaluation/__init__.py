@@ -8,6 +8,7 @@ All grade with ``grading.Grader``.
 from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grader
 from lit_opd.evaluation.history import Comparison, Flip, difference, flips, reached, read_comparison
+from lit_opd.evaluation.reward import AnswerReward, Reward
 from lit_opd.evaluation.rows import AnswerRow, EvaluationFile, PastEvaluation, past_evaluations
 from lit_opd.evaluation.runner import AnswerSettings, SetEvaluation, require_room, undisturbed
 from lit_opd.evaluation.sets import PROMPT_SUFFIX, EvaluationSet, Problem, load_sets
@@ -16,6 +17,7 @@ from lit_opd.evaluation.validation import VALIDATION_DOMAIN, Evaluator, Validati
 __all__ = [
     "PROMPT_SUFFIX",
     "VALIDATION_DOMAIN",
+    "AnswerReward",
     "AnswerRow",
     "AnswerSettings",
     "Answering",
@@ -27,6 +29,7 @@ __all__ = [
     "Grader",
     "PastEvaluation",
     "Problem",
+    "Reward",
     "SetEvaluation",
     "ValidationSettings",
     "decoder",

@@ -112,9 +112,10 @@ def _load(source: DataSource, encoder: PromptEncoder, *, suffix: str, seed: int)
     references = [_reference(row) for row in rows]
     streams = [replace(row, row_id=f"{name}/{row.row_id}") for row in rows]
     first: dict[tuple[int, ...], str] = {}
+    encoded = encode_rows(streams, encoder, keep_rows=True)  # which an environment asks for
     problems = [
         Problem(row.row_id, _text(row), reference, prompt, first.setdefault(tuple(prompt.ids.tolist()), row.row_id))
-        for row, reference, prompt in zip(rows, references, encode_rows(streams, encoder), strict=True)
+        for row, reference, prompt in zip(rows, references, encoded, strict=True)
     ]
     _tell_repeats(name, len(rows), len(first))
     problems.sort(key=lambda problem: stable_hash(f"evaluation\0{seed}\0{problem.prompt.row_id}"))

@@ -11,6 +11,7 @@ from lit_opd.prompts import PromptDataModule
 from lit_opd.teacher import AlignedTeacher
 
 MEASURED_PROMPTS = 64
+_OF_ONE_TOKEN = frozenset({"student_topk", "token_ids"})  # signal fields that a chunk of several tokens does not have
 
 
 def check_aligned(module: Subject, data: PromptDataModule | None) -> tuple[int, int] | None:
@@ -61,11 +62,12 @@ def _require_place(module: Subject) -> None:
 
 
 def _require_tokens(module: Subject, own: AlignedTeacher) -> None:
-    lists = [part for part in module.recipe.parts if "student_topk" in part.requires]
-    if own.chunks == "sum" and lists:
+    parts = [part for recipe in module.recipes for part in recipe.parts if part.requires & _OF_ONE_TOKEN]
+    if own.chunks == "sum" and parts:
+        reads = " and ".join(sorted(parts[0].requires & _OF_ONE_TOKEN))
         raise InputError(
-            f"`{own.field}.chunks` must be single with `{type(lists[0]).__name__}`, which reads the student's likeliest tokens, "
-            "got sum: a chunk of several tokens has no such list"
+            f"`{own.field}.chunks` must be single with `{type(parts[0]).__name__}`, which reads {reads}, got sum: a chunk of "
+            "several tokens has none of its own"
         )
 
 

@@ -29,6 +29,7 @@ from lit_opd.preflight.estimate import estimate, shortage
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.module_checks import (
     check_batch,
+    check_reward,
     check_rollout_stop,
     check_scorers,
     check_servers,
@@ -204,6 +205,7 @@ def alignment(run: PlannedRun) -> Finding:
 def signals(run: PlannedRun) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
     check_scorers(run.module)
+    check_reward(run.module, run.data)
     check_rollout_stop(run.module, sharded=run.plan.shards > 1)
     check_replay(run.module, run.data)
     for warning in setting_warnings(run.module):

@@ -65,7 +65,11 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
         student=Held(size, width=_width(dtype)),
         frozen=[
             *(_held(role, teacher, plan) for role, scorer in module.scorers.items() for teacher in _local(scorer)),
-            *(_kept(size, dtype) for part in self_teachers(module.scorers).values() if part.update != "live"),
+            *(
+                _kept(size, _width(dtype) if settings.lora is None else FLOAT32)
+                for part in self_teachers(module.scorers).values()
+                if part.update != "live"
+            ),
         ],
         state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, dtype)),
         work=_workload(module, data, plan),
@@ -126,7 +130,11 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
 def _listed(recipe: Recipe, teacher: Teacher) -> int:
     """Entries a token of the lists that are kept."""
     asked = asked_of(recipe, teacher)
-    sizes = {"teacher_topk": teacher.list_size, "student_topk": LIST_LENGTH}
+    sizes = {
+        "teacher_topk": teacher.list_size,
+        "student_topk": LIST_LENGTH,
+        "student_at_teacher_topk": teacher.list_size,
+    }
     chosen = recipe.objective.list_size if whose_lists(recipe, teacher) == "student" else None
     return sum(size for name, size in sizes.items() if name in asked) + (chosen or 0)
 
@@ -147,10 +155,10 @@ def _local(scorer: Teacher) -> Iterator[LocalTeacher]:
     return (part for part in scorer.modules() if isinstance(part, LocalTeacher))
 
 
-def _kept(size: ModelSize, dtype: str) -> Held:
+def _kept(size: ModelSize, width: int) -> Held:
     """What a ``SelfTeacher`` keeps of the weights that are trained: its values in at least float32 and, while it scores, the
-    student's own; no model that runs."""
-    return Held(replace(size, parameters=size.num_trainable), width=max(_width(dtype), FLOAT32) + _width(dtype))
+    student's own, ``width`` bytes each (adapters are float32 whatever the base is); no model that runs."""
+    return Held(replace(size, parameters=size.num_trainable), width=max(width, FLOAT32) + width)
 
 
 def _held(role: str, teacher: LocalTeacher, plan: Plan) -> Held:

@@ -69,6 +69,18 @@ def require_lists(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
+def require_long_lists(recipe: Recipe, teacher: Teacher) -> None:
+    """The teacher's lists are as long as weightings and callbacks read them: a share of a shorter one would be another number."""
+    for part in recipe.parts:
+        asked = getattr(part, "list_length", 0)
+        if "teacher_topk" in teacher.provides and asked > teacher.list_size:
+            name, given = type(part).__name__, teacher.list_size
+            raise InputError(
+                f"`{name}` must read at most the {given} tokens that `{type(teacher).__name__}` lists, got {asked}; lower its "
+                f"number of list entries, or raise `{teacher.field}.top_k`"
+            )
+
+
 def check_candidates(recipe: Recipe, teacher: Teacher) -> str | None:
     """Ask whether the teacher scores the student's likeliest tokens, where the objective would read that.
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from lit_opd.advantage import baseline_warning, order_warning
+from lit_opd.advantage import GroupReward, ResidualReward, baseline_warning, order_warning
 from lit_opd.distributed import check_master_port, shared_failure
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import shards
@@ -27,6 +27,7 @@ from lit_opd.preflight.list_checks import (
     check_candidates,
     remedy,
     require_lists,
+    require_long_lists,
     require_single_stops,
     require_transforms,
 )
@@ -97,6 +98,7 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     module.longest_row = longest_row(module, data)
     check_trainer(module)
     check_scorers(module)
+    check_reward(module, data)
     check_aligned(module, data)
     check_batch(module, data, ranks=module.trainer.world_size)
     check_window(module, data)
@@ -213,13 +215,43 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
         )
     require_single_stops(recipe, teacher)
     require_lists(recipe, teacher)
-    missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs"}
+    require_long_lists(recipe, teacher)
+    missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs", "reward"}
     if missing:
         asking = [part for part in recipe.parts if part.requires & missing]
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
         raise InputError(
             f"{names} must have {sorted(missing)}, which `{type(teacher).__name__}` cannot give; {remedy(missing, teacher)}"
             "choose another weighting, objective, advantage transform, callback or teacher"
+        )
+
+
+def check_reward(module: Subject, data: PromptDataModule | None) -> None:
+    """What reads a reward gets one, from one place, and has rows to compare.
+
+    Raises:
+        InputError: it does not.
+    """
+    readers = [part for recipe in module.recipes for part in recipe.parts if "reward" in part.requires]
+    plays = getattr(module.sampler, "environment", None) is not None
+    if plays and module.reward is not None:
+        raise InputError(
+            f"`model.reward` must be null where an environment gives rewards (`{type(module.sampler).__name__}`), got "
+            f"{type(module.reward).__name__}; leave it out, or let the environment's `step` return what it would"
+        )
+    if not readers:
+        return
+    name = f"`{type(readers[0]).__name__}`"
+    if module.reward is None and not plays:
+        raise InputError(
+            f"`model.reward` must be given for {name}, which reads a reward, got null; set it to AnswerReward, to a class of "
+            "your own, or sample with TurnsSampler"
+        )
+    samples = getattr(data, "samples_per_prompt", 2)
+    if samples < 2 and any(isinstance(part, GroupReward | ResidualReward) for part in readers):
+        raise InputError(
+            f"`data.samples_per_prompt` must be >= 2 for {name}, which compares the samples of a prompt, got {samples}; "
+            "8 is usual"
         )
 
 

@@ -45,7 +45,7 @@ def _facts(module: Subject, data: PromptDataModule | None) -> TextFacts:
         encode=SpecialTokens(tokenizer).ordinary,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         stop_ids=stops,
-        end_id=own if own in stops else stops[0],
+        end_id=own if own in stops or not stops else stops[0],
         vocabulary=module.vocabulary,
         prompts=None if data is None else getattr(data, "training_prompts", None),
         samples=getattr(data, "samples_per_prompt", 1),

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 
+from lit_opd.evaluation.reward import Reward
 from lit_opd.evaluation.validation import ValidationSettings
 from lit_opd.models.student import StudentSettings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings
@@ -26,6 +27,7 @@ class Subject(Protocol):
     length_budget: LengthBudget | None
     rollout_stop: RatioStop | None
     warmup: WarmUp | None
+    reward: Reward | None
     token_budget: int | None
     gradient_clip_norm: float | None
     optimizer_factory: OptimizerFactory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lit_opd.objective.base import Whose
-from lit_opd.step.recipe import Recipe
+from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.teacher.base import Teacher
 
 HEAD, LISTS = "teacher_distribution", "teacher_topk"
@@ -24,4 +24,4 @@ def asked_of(recipe: Recipe, teacher: Teacher) -> frozenset[str]:
         return recipe.required
     others = (part.requires for part in recipe.parts if part is not recipe.objective)
     own = recipe.objective.requires - {HEAD} | ({LISTS} if whose == "teacher" else set())
-    return own.union(*others)
+    return with_implied(own.union(*others))

@@ -84,6 +84,16 @@ def _of_replay(record: StepRecord) -> dict[str, Tensor]:
     }
 
 
+def _of_reward(record: StepRecord) -> dict[str, Tensor]:
+    """The mean reward of the rows that have one, over all ranks; nothing without rewards."""
+    reward = record.rollout.reward
+    if reward is None:
+        return {}
+    known = ~reward.isnan()
+    total, count = all_sum(torch.stack([reward.nan_to_num().double().sum(), known.double().sum()])).unbind()
+    return {"train/reward": total / count}
+
+
 def turn_scalars(record: StepRecord) -> dict[str, Tensor]:
     """What an environment adds, over all ranks, one collective; nothing where responses are one turn.
 
@@ -92,7 +102,7 @@ def turn_scalars(record: StepRecord) -> dict[str, Tensor]:
     """
     rollout, reasons = record.rollout, record.finish_reason
     if rollout.turn is None or rollout.observed is None:
-        return {}
+        return _of_reward(record)
     reward = torch.full_like(reasons, math.nan, dtype=torch.float32) if rollout.reward is None else rollout.reward
     known = ~reward.isnan()
     failed, cut = (reasons == int(reason) for reason in (FinishReason.ENVIRONMENT, FinishReason.TURNS))

@@ -22,6 +22,7 @@ from lit_opd.step.lists import asked_of, whose_lists
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.step.skips import finite
+from lit_opd.streams import stable_hash
 from lit_opd.teacher.base import Teacher
 from lit_opd.types import Chunks, Rollout, TokenScores, TokenSignal, TopK
 
@@ -385,7 +386,14 @@ def _known(rollout: Rollout) -> dict[str, Any]:
         "token_ids": rollout.response_ids,
         "turn": rollout.turn,
         "reward": rollout.reward,
+        "group": None if rollout.reward is None else _groups(rollout),
     }
+
+
+def _groups(rollout: Rollout) -> Tensor:
+    """int64 [B], a name of the prompt that is the same on all ranks."""
+    names = [stable_hash(row_id) for row_id in rollout.prompts.row_ids]
+    return torch.tensor(names, dtype=torch.int64, device=rollout.mask.device)
 
 
 def by_chunk(values: dict[str, Any], mask: Tensor, chunks: Chunks | None) -> dict[str, Any]:

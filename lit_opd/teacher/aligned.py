@@ -92,6 +92,10 @@ class AlignedTeacher(Teacher):
         """None that must be the student's."""
         return []
 
+    def revision(self) -> str | None:
+        """Of the wrapped teacher's files."""
+        return self.inner.revision()
+
     @cached_property
     def prompt_tokenizer(self) -> Any:
         """The teacher's, which all models behind it share."""
@@ -360,5 +364,6 @@ def _inner(rollout: Rollout, ids: Tensor, valid: Tensor) -> Rollout:
     assert prompts.teacher_ids is not None and prompts.teacher_mask is not None and layout.teacher is not None
     own = replace(prompts, ids=prompts.teacher_ids, mask=prompts.teacher_mask, teacher_ids=None, teacher_mask=None)
     nothing = torch.zeros(valid.shape, device=device)
-    found = Rollout(own, ids.to(device), valid.to(device), nothing, rollout.finish_reason, rollout.provenance)
+    sampled = (own, ids.to(device), valid.to(device), nothing)
+    found = Rollout(*sampled, rollout.finish_reason, rollout.provenance, replayed=rollout.replayed)
     return found.with_layout(Layout(layout.teacher, valid.numpy(), layout.finish_reason))

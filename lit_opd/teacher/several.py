@@ -31,6 +31,12 @@ class SeveralTeachers(Teacher):
         found = [teacher.revision() for teacher in self.named().values()]
         return None if None in found else " ".join(map(str, found))
 
+    @property
+    def window(self) -> int | None:
+        """The smallest of theirs."""
+        found = [teacher.window for teacher in self.named().values()]
+        return min((window for window in found if window is not None), default=None)
+
     def check(self, *, temperature: float, tokens: int | None) -> None:
         """Check every teacher."""
         for teacher in self.named().values():

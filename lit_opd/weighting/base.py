@@ -50,6 +50,11 @@ class WeightingStrategy(nn.Module, ABC):
         """
         return "sequence"
 
+    @property
+    def list_length(self) -> int:
+        """Leading entries of the teacher's list that it reads: a teacher with shorter lists is refused."""
+        return 0
+
     @abstractmethod
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
         """Weights [B, T], >= 0, for ``progress`` in [0, 1]; values off the mask are ignored."""

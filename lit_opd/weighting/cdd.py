@@ -54,6 +54,11 @@ class CDD(WeightingStrategy):
         """Averages over all rows."""
         return "batch"
 
+    @property
+    def list_length(self) -> int:
+        """``k``."""
+        return self.k
+
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
         """A gentle and a sharp discount, without a floor, and none."""

@@ -46,6 +46,11 @@ class _Combinator(WeightingStrategy):
         """True if a child drops tokens."""
         return any(child.drops_tokens for child in self.children_in_order)
 
+    @property
+    def list_length(self) -> int:
+        """The longest that a child reads."""
+        return max(child.list_length for child in self.children_in_order)
+
     def _require_strategy(self, field: str, value: Any) -> None:
         if not isinstance(value, WeightingStrategy):
             raise InputError(f"`{type(self).__name__}.{field}` must be a WeightingStrategy, got {value!r}")

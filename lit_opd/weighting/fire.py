@@ -21,7 +21,8 @@ class FiRe(WeightingStrategy):
         w_t = v_t / mean_row v
 
     Source: reported in arXiv 2606.02684. Range (0, (1 + alpha)(1 + beta)]; keeps the mean weight of each row at 1. The
-    maxima read the whole row, hence "sequence".
+    maxima read the whole row, hence "sequence". Departure: copies of the published code take maxima and mean over all tokens of
+    the batch. ``FiReRows`` is the method's first half.
 
     Args:
         alpha: pull of the teacher's confidence, >= 0.

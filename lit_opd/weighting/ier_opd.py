@@ -63,6 +63,11 @@ class IEROPD(_BatchSelection):
         """Both lists and the sampled tokens."""
         return frozenset({"student_topk", "teacher_topk", "token_ids"})
 
+    @property
+    def list_length(self) -> int:
+        """``k``."""
+        return self.k
+
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
         """The published 1 %, both fusions, and everything."""

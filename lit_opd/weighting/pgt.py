@@ -46,6 +46,11 @@ class PGT(_BatchSelection):
         """Both lists."""
         return frozenset({"student_topk", "teacher_topk"})
 
+    @property
+    def list_length(self) -> int:
+        """``k``."""
+        return self.k
+
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
         """A tenth, one half by short lists, and everything."""

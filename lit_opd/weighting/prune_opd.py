@@ -55,6 +55,11 @@ class PruneOPD(WeightingStrategy):
         """Reads state fields up to t, functions of the tokens before it."""
         return "prefix"
 
+    @property
+    def list_length(self) -> int:
+        """``k``."""
+        return self.k
+
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
         """The published setting, one that ends soon, and none."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import require
-from lit_opd.lists import is_list_length, listed_in
+from lit_opd.lists import is_list_length, leading, listed_in, named
 from lit_opd.types import LIST_LENGTH, TokenSignal
 from lit_opd.weighting._ranges import is_nonnegative
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
@@ -46,6 +46,11 @@ class SelecTKD(WeightingStrategy):
         """Reads state fields of position t."""
         return "prefix"
 
+    @property
+    def list_length(self) -> int:
+        """``k``."""
+        return self.k
+
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
         """The published setting, the same choice only, and none."""
@@ -54,6 +59,6 @@ class SelecTKD(WeightingStrategy):
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
         """1 or low, [B, T]."""
         assert signal.student_topk is not None and signal.teacher_topk is not None  # required above
-        accepted = listed_in(signal.student_topk.ids[..., :1], signal.teacher_topk.ids[..., : self.k]).any(-1)
+        accepted = listed_in(named(leading(signal.student_topk, 1)), leading(signal.teacher_topk, self.k)).any(-1)
         ones = torch.ones_like(signal.student_logprobs)
         return torch.where(accepted, ones, ones * self.low)

@@ -27,9 +27,9 @@ class SparseTokens(WeightingStrategy):
                 many drawn at random ("random"); ties: earlier position
 
     Source: reported in arXiv 2609.04565 (its rand1tok, mintok, maxtok, minmaxtok and pctltail 0.05 %; Table 2 calls the largest
-    reward "mintok"), whose loss divides by the whole length as here. Mean weight count / n, twice that for tails: the step is
-    thousands of times smaller than ``Uniform``'s. An optimizer such as Adam undoes most of that, a clipped gradient not. Draws
-    come from (seed, row key, step). Reads the whole row, hence "sequence".
+    reward "mintok"), whose loss divides by the whole length as here. Range {0, 1}; mean weight count / n, twice that for tails:
+    the step is thousands of times smaller than ``Uniform``'s. An optimizer such as Adam undoes most of that, a clipped gradient
+    not. Draws come from (seed, row key, step). Reads the whole row, hence "sequence".
 
     Fails as evidence without its control: what few tokens teach is to be compared with as many random ones.
 

@@ -50,6 +50,11 @@ class TAOPD(_BatchSelection):
         """Both lists."""
         return frozenset({"student_topk", "teacher_topk"})
 
+    @property
+    def list_length(self) -> int:
+        """``k``."""
+        return self.k
+
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:
         """The published setting, a large part by short lists, and everything."""

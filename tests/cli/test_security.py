@@ -143,11 +143,14 @@ def test_a_models_own_code_is_not_run_unless_asked(nowhere):  # noqa: F811
 
 
 def test_every_load_of_a_pickle_is_weights_only_and_no_code_is_evaluated():
-    """By the text of the sources: a new call has to be looked at."""
+    """By the text of the sources: a new call has to be looked at. One file runs code, for those who name its tool."""
+    fenced = ROOT / "lit_opd" / "turns" / "python_worker.py"
     sources = {path: path.read_text() for folder in ("lit_opd", "callbacks") for path in (ROOT / folder).rglob("*.py")}
     for path, text in sources.items():
         for call in re.findall(r"torch\.load\((.*?)\)", text, flags=re.S):
             assert "weights_only=True" in call, path
+        if path == fenced:
+            continue
         assert not re.search(r"(?<![\w.])(eval|exec)\(|pickle\.loads?\(|yaml\.(unsafe_)?load\(|shell=True", text), path
         assert "trust_remote_code=True" not in text and "trust_remote_code: bool = True" not in text, path
 

@@ -50,7 +50,7 @@ TOKEN_BUDGET = 40  # several micro-batches
 SLEEPS = {"sampling": 0.01, "scoring": 0.1, "updating": 0.02}  # seconds in each phase
 ENGINE = {"weights": 0.002, "engine_start": 0.004, "engine_sleep": 0.001, "engine_wake": 0.003}  # seconds of a sampling
 LETTERS = tiny.LETTERS + "\\{}#"
-STOP, CUT, SHORT, DRIFT = FinishReason
+STOP, CUT, SHORT, DRIFT, *_ = FinishReason
 HUGE = 2**24 + 1  # the first whole number that float32 lacks
 
 # -- the responses that are trained on ---------------------------------------------------------------------------------

@@ -126,6 +126,10 @@ def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
     settings = yaml.safe_load(path.read_text())
     if settings["model"].get("sampler", {}).get("class_path", "").endswith("VLLMEngine"):  # not installed here
         overrides = {"--model.sampler": "TransformersSampler"} | overrides
+    if "environment" in settings["model"].get("sampler", {}).get("init_args", {}):  # the engine is inside
+        overrides["--model.sampler.init_args.sampler.init_args.max_new_tokens"] = overrides.pop(
+            "--model.sampler.max_new_tokens"
+        )
     if settings["data"].get("val"):
         overrides["--data.val"] = str(prompts)
         del overrides["--data.val_fraction"]

@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "weighting": {"types", "errors", "masked", "streams", "distributed", "lists", "batchwise"},
     "objective": {"types", "errors", "masked", "scoring"},
     "step": {
-        "types", "errors", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting", "objective",
+        "types", "errors", "streams", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting",
+        "objective",
     },
     "evaluation": {"types", "errors", "answers", "masked", "streams", "distributed", "prompts", "rollout"},
     "run": {"errors", "files", "distributed", "models"},

@@ -31,7 +31,9 @@ from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
 from lit_opd.teacher.answers import asked_logprobs
 from lit_opd.teacher.remote import _chosen_body, _read
 from lit_opd.types import LIST_LENGTH, Rollout
+from lit_opd.weighting.combinators import Product, Shuffled
 from lit_opd.weighting.entropy_gate import EntropyGate
+from lit_opd.weighting.prune_opd import PruneOPD
 from lit_opd.weighting.uniform import Uniform
 from tests.helpers import fake_vllm as fake
 from tests.helpers import fixed, tiny
@@ -277,6 +279,11 @@ REFUSED = {
         {},
         "`EntropyGate` must have .*teacher_entropy.*set `model.teacher.entropy_bound`",
     ),
+    "a longer list": (
+        {"weighting": Shuffled(Product([Uniform(), PruneOPD(k=16)]))},
+        {"top_k": 15},
+        "`Shuffled` must read at most the 15 tokens that `RemoteTeacher` lists, got 16; .*raise `model.teacher.top_k`",
+    ),
 }
 
 
@@ -286,6 +293,11 @@ def test_less_than_is_asked_for_is_refused(folders, server, rows, name):
     module = fixed.module(folders, rows, teacher=remote(folders, server, **changes), **settings)
     with pytest.raises(InputError, match=message):
         require_scored(module.recipe, module.teacher, None)
+
+
+def test_lists_as_long_as_they_are_read_will_do(folders, server, rows):
+    module = fixed.module(folders, rows, teacher=remote(folders, server, top_k=16), weighting=PruneOPD(k=16))
+    require_scored(module.recipe, module.teacher, None)
 
 
 def test_a_divergence_among_the_transforms_is_refused(folders, rows):

@@ -118,6 +118,18 @@ def stepped(world: dict[str, str], teacher, batch: Rollout, *, token_budget=None
     return record, dict(zip(names, kept.gradient, strict=True))
 
 
+class Reads(Uniform):
+    """A weighting that asks for a field of the signal."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__()
+        self.field = field
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({self.field})
+
+
 def without_teacher_ids(batch: Rollout) -> Rollout:
     return replace(batch, prompts=replace(batch.prompts, teacher_ids=None, teacher_mask=None))
 
@@ -535,13 +547,14 @@ def data(folder: Path, prompts=("abcdef", "de ab"), **settings) -> PromptDataMod
     return PromptDataModule(str(path), prompt_batch=2, **settings)
 
 
-def checked(world, folder, teacher, prompts=("abcdef", "de ab"), reference=None, **settings):
+def checked(world, folder, teacher, prompts=("abcdef", "de ab"), weighting=None, reference=None, **settings):
     module = fixed.module(
         (world["student"], world["plain"]),
         rows(world, "fewer"),
         teacher=teacher,
         reference=reference,
         objective=PLAIN_LOSS,
+        weighting=weighting,
     )
     given = data(folder, prompts, **settings)
     given.use_tokenizer(module.tokenizer, None if settings else module.teacher_tokenizer)
@@ -609,6 +622,12 @@ def test_inside_other_teachers_and_as_a_reference_it_is_refused(world, tmp_path)
     inside = RoutedTeacher({"a": AlignedTeacher(LocalTeacher(world["fewer"]))})
     with pytest.raises(InputError, match="`model.teacher` must not hold an AlignedTeacher inside, got RoutedTeacher"):
         checked(world, tmp_path, inside)
+    reads = Reads("reference_logprobs")
+    with pytest.raises(
+        InputError, match="`model.reference` must not hold an AlignedTeacher inside, got AlignedTeacher"
+    ):
+        third = AlignedTeacher(LocalTeacher(world["fewer"]))
+        checked(world, tmp_path, LocalTeacher(world["plain"]), weighting=reads, reference=third)
     routed = RoutedTeacher({"a": loaded(world, "fewer")})
     batch = rows(world, "fewer")
     batch = replace(batch, prompts=replace(batch.prompts, teachers=("a",) * len(batch)))
@@ -629,6 +648,28 @@ def test_teachers_of_one_tokenizer_stand_inside(world):
     mixed = AlignedTeacher(RoutedTeacher({"a": LocalTeacher(world["fewer"]), "b": LocalTeacher(world["plain"])}))
     with pytest.raises(InputError, match="`model.teacher.teacher.path` must share the student's vocabulary"):
         _ = mixed.prompt_tokenizer
+
+
+def test_scores_are_kept_on_disk_inside_and_say_the_same(world, tmp_path):
+    batch, expected = rows(world, "fewer"), loaded(world, "fewer", chunks="sum").score(rows(world, "fewer"))
+    for _ in range(2):
+        found = AlignedTeacher(CachedTeacher(local(world["fewer"]), str(tmp_path)), chunks="sum")
+        found.know_tokenizer(tokens(world["student"]))
+        found.know_stop_ids((tokens(world["student"]).eos_token_id,))
+        found.load(vocabulary=SIZE)
+        assert found.inner.window == 64 and found.revision() == local(world["fewer"]).revision()
+        scores = found.score(batch)
+        torch.testing.assert_close(scores.logprobs, expected.logprobs, rtol=1e-11, atol=1e-12)
+        assert torch.equal(scores.chunks.lengths, expected.chunks.lengths)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(batch)
+
+
+def test_fields_of_one_token_are_refused_for_chunks_of_several(world, tmp_path):
+    teacher = AlignedTeacher(LocalTeacher(world["fewer"]), chunks="sum")
+    with pytest.raises(
+        InputError, match="`model.teacher.chunks` must be single with `Reads`, which reads token_ids, got sum"
+    ):
+        checked(world, tmp_path, teacher, weighting=Reads("token_ids"))
 
 
 @pytest.mark.parametrize(

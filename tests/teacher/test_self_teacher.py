@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -13,6 +14,7 @@ from lit_opd.errors import InputError
 from lit_opd.models.student import LoraSettings, StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
+from lit_opd.preflight import estimate, read_plan
 from lit_opd.preflight.module_checks import check_self_teacher
 from lit_opd.prompts import PromptDataModule
 from lit_opd.teacher import BaseModelTeacher, LocalTeacher, RoutedTeacher, SelfTeacher
@@ -256,3 +258,24 @@ def test_a_live_teacher_that_reads_the_same_is_refused_and_others_are_warned_of(
         else:
             with pytest.warns(UserWarning, match=r"data\.teacher_prompt.*nothing to learn"):
                 check_self_teacher(trained, same)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["frozen", "ema", "live"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_preflight_counts_what_is_kept_and_what_is_put_aside(folder, update, lora, dtype):
+    """Against what a real teacher holds: its values and, while they stand in the student's place, the student's own."""
+    trained = module(folder, SelfTeacher(update=update), lora=lora, dtype=dtype)
+    data = SimpleNamespace(
+        prompt_batch=4, samples_per_prompt=1, longest_prompt=6, val=None, val_fraction=0, val_batch=1
+    )
+    plan = read_plan({"accelerator": "cpu", "devices": 1}, strategy="auto", memory_gb=1.0)
+    counted = estimate(trained, data, plan).always.get("frozen models", 0.0)
+    fixed.fit(trained, ROWS.prompts, steps=1)
+    values = trained.teacher.values
+    aside = sum(value.nbytes for value in trained.student.parameters() if value.requires_grad) if values else 0
+    assert counted == sum(value.nbytes for value in values.values()) + aside
+    assert bool(values) == (update != "live")

@@ -164,6 +164,6 @@ def test_stops_that_cannot_matter_are_not_asked_for():
     """By hand: two missing of at most 1e-6 each beside 0.5 are a share of 4e-6; beside 1e-3 one of 2e-3."""
     listed = numpy.log(numpy.array([[0.5, 0.4, 1e-6]], numpy.float32))
     row = _Row(listed[:, 0], numpy.array([[1, 9, 8]]), listed)
-    assert _missing(row, {1: math.log(0.5)}, (1, 3, 7)) == []
-    assert _missing(row, {1: math.log(1e-3)}, (1, 3, 7)) == [3, 7]
-    assert row.at_the_end(1, (1, 9)) == pytest.approx({1: math.log(0.5), 9: math.log(0.4)})
+    assert _missing(row, 0, {1: math.log(0.5)}, (1, 3, 7)) == []
+    assert _missing(row, 0, {1: math.log(1e-3)}, (1, 3, 7)) == [3, 7]
+    assert row.known(0, 1, (1, 9)) == pytest.approx({1: math.log(0.5), 9: math.log(0.4)})

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lit_opd.errors import InputError
-from lit_opd.prompts.encoding import PromptEncoder
+from lit_opd.evaluation.sets import load_sets
+from lit_opd.prompts.encoding import PromptEncoder, collate
+from lit_opd.prompts.sources import DataSource
 from lit_opd.report.replay import load_record, save_record
 from lit_opd.rollout import DecodeSampler, TransformersSampler, VLLMSampler
 from lit_opd.step.recipe import apply_truncated
@@ -459,6 +461,18 @@ def test_metrics_count_turns_answers_and_failures(policy):
         "train/reward": pytest.approx(sum(rewards) / len(rewards)),
     }
     assert turn_scalars(record_of(replace(rollout, observed=None, turn=None))) == {}
+
+
+def test_problems_of_an_evaluation_can_be_talked_about(policy, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"id": "p", "problem": "a+b", "answer": "3", "n": 7}\n')
+    encoder = PromptEncoder(tokenizer())
+    (loaded,) = load_sets([DataSource(str(path))], encoder, suffix="", seed=0)
+    (problem,) = loaded.problems
+    assert problem.prompt.data is not None and problem.prompt.data["n"] == 7
+    batch = collate([problem.prompt], 0)
+    rollout = sampler(DecodeSampler(max_new_tokens=60), Counting()).sample(policy, batch, settings())
+    assert rollout.prompts.data is None and int(rollout.num_turns[0]) >= 1
 
 
 def test_observed_and_turn_come_together(policy):

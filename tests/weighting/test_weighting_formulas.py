@@ -119,6 +119,7 @@ class Row:
     teacher_entropy: list[float]
     token_kl: list[float]
     tokens: list[int]
+    turn: list[int]
     student_list: list[dict[int, float]]  # of each token: log-probs by id, likeliest first
     teacher_list: list[dict[int, float]]
     student_at_teacher: list[dict[int, float]]
@@ -511,6 +512,45 @@ def _(strategy, batch, progress):
     return slow_kept(batch, slow_best(batch, score, max(1, math.floor(strategy.fraction * len(score) + 1e-9))))
 
 
+def slow_turns(row: Row) -> list[tuple[int, list[int]]]:
+    """(turn, places) in order."""
+    return [(turn, [i for i, own in enumerate(row.turn) if own == turn]) for turn in sorted(set(row.turn))]
+
+
+@of_batch(w.PerTurn)
+def _(strategy, batch, progress):
+    parts, places = [], []
+    for r, row in enumerate(batch):
+        for turn, own in slow_turns(row):
+            key = row.key if turn == 0 else stream_seed(row.key, turn)
+            values = {n: [v[i] for i in own] for n, v in vars(row).items() if isinstance(v, list)}
+            parts.append(replace(row, key=key, **values))
+            places.append((r, own))
+    weights: Weights = [[None] * len(row) for row in batch]
+    for (r, own), found in zip(places, slow_weights(strategy.strategy, parts, progress), strict=True):
+        for i, value in zip(own, found, strict=True):
+            weights[r][i] = value
+    return weights
+
+
+@of_batch(w.TurnBalanced)
+def _(strategy, batch, progress):
+    weights = slow_weights(strategy.strategy, batch, progress)
+    for row, found in zip(batch, weights, strict=True):
+        sums = {turn: sum(found[i] or 0.0 for i in own) for turn, own in slow_turns(row)}
+        counted = [value for value in sums.values() if value > 0]
+        for i, value in enumerate(found):
+            if value:
+                found[i] = value * sum(counted) / len(counted) / sums[row.turn[i]]
+    return weights
+
+
+@of_row(w.AfterObservation)
+def _(strategy, row, progress):
+    near = {i for turn, own in slow_turns(row) if turn > 0 for i in own[: strategy.count]}
+    return [strategy.weight if i in near else 1.0 for i in range(len(row))]
+
+
 @of_batch(w.MatchedCurve)
 def _(strategy, batch, progress):
     inner = slow_weights(strategy.strategy, batch, progress)
@@ -569,7 +609,15 @@ def _(strategy, batch, progress):
 
 
 def rows_of(signal: TokenSignal) -> list[Row]:
-    names = ("student_logprobs", "teacher_logprobs", "student_entropy", "teacher_entropy", "token_kl", "token_ids")
+    names = (
+        "student_logprobs",
+        "teacher_logprobs",
+        "student_entropy",
+        "teacher_entropy",
+        "token_kl",
+        "token_ids",
+        "turn",
+    )
     ours, theirs = signal.student_topk, signal.teacher_topk
     tables = ((ours.ids, ours.logprobs), (theirs.ids, theirs.logprobs), (theirs.ids, signal.student_at_teacher_topk))
     rows = []
@@ -616,6 +664,9 @@ EXTRA = [
     w.MatchedCurve(w.Product([w.TIP(0.3), w.DASH()]), bins=7),
     w.IEROPD(0.5, k=2, fuse="or"),
     w.Shuffled(w.TAOPD(0.2), seed=4),
+    w.PerTurn(w.RandomFraction(0.4, seed=3)),
+    w.PerTurn(w.TAOPD(0.2)),
+    w.TurnBalanced(w.PerTurn(w.ImportanceWeighting(w_max=4.0))),
 ]
 CASES = all_examples() + [(f"extra-{i}-{type(extra).__name__}", extra) for i, extra in enumerate(EXTRA)]
 
@@ -1111,6 +1162,12 @@ OUT_OF_RANGE = [
     (w.BatchMeanOne, {"strategy": "Uniform"}, "strategy"),
     (w.Reversed, {"strategy": None}, "strategy"),
     (w.Shuffled, {"strategy": U, "seed": 1.5}, "seed"),
+    (w.PerTurn, {"strategy": 3}, "strategy"),
+    (w.TurnBalanced, {"strategy": 3}, "strategy"),
+    (w.AfterObservation, {"count": 0}, "count"),
+    (w.AfterObservation, {"count": 1.5}, "count"),
+    (w.AfterObservation, {"weight": -1.0}, "weight"),
+    (w.AfterObservation, {"weight": INF}, "weight"),
 ]
 
 

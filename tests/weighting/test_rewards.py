@@ -1,0 +1,256 @@
+"""Rewards beside the teacher: group advantages against slow loops, plain GRPO through the real step, gates by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_opd import advantage as adv
+from lit_opd.batchwise import group_moments
+from lit_opd.errors import InputError
+from lit_opd.evaluation import AnswerReward, Reward
+from lit_opd.objective import PolicyLoss
+from lit_opd.preflight.module_checks import check_reward
+from lit_opd.types import PromptBatch, Provenance, Rollout, TokenSignal
+from lit_opd.weighting import Uniform
+from tests.helpers import fixed, tiny
+
+NAN = math.nan
+REWARDS = [1.0, 0.0, NAN, 1.0, 0.5, 0.25, 1.0]
+GROUPS = [3, 3, 3, 3, 8, 9, 9]
+LENGTHS = [5, 1, 9, 7, 3, 9, 2]
+
+
+def signal(rewards: Sequence[float] = REWARDS, groups: Sequence[int] | None = GROUPS) -> TokenSignal:
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(-1)
+    student, teacher = -torch.rand(2, *mask.shape, generator=generator, dtype=torch.float64)
+    group = None if groups is None else torch.tensor(groups)
+    return TokenSignal(
+        student_logprobs=student, teacher_logprobs=teacher, mask=mask, reward=torch.tensor(rewards), group=group
+    )
+
+
+def slow_group(rewards: Sequence[float], groups: Sequence[int], normalise: str) -> list[float]:
+    found = []
+    for own, group in zip(rewards, groups, strict=True):
+        others = [r for r, g in zip(rewards, groups, strict=True) if g == group and not math.isnan(r)]
+        if math.isnan(own) or len(others) < 2:
+            found.append(0.0)
+            continue
+        apart = own - statistics.fmean(others)
+        found.append(apart / (statistics.stdev(others) + 1e-4) if normalise == "std" else apart)
+    return found
+
+
+@pytest.mark.parametrize("normalise", ["std", "none"])
+@pytest.mark.parametrize("teacher", [0.0, 1.0, 0.3])
+def test_every_token_of_a_row_gets_the_advantage_of_its_group(normalise, teacher):
+    given = signal()
+    found = adv.GroupReward(2.0, normalise, teacher)(given.log_ratio, given)
+    for row, value in enumerate(slow_group(REWARDS, GROUPS, normalise)):
+        wanted = [teacher * a + 2.0 * value for a in given.log_ratio[row][given.mask[row]].tolist()]
+        assert found[row][given.mask[row]].tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    assert not found[~given.mask].any()
+
+
+def test_equal_rewards_and_lonely_rows_say_nothing():
+    count, mean, deviation = group_moments(torch.tensor([2.0, 2.0, 5.0, NAN]), torch.tensor([1, 1, 2, 3]))
+    assert (count.tolist(), mean.tolist(), deviation.tolist()) == ([2, 2, 1, 0], [2, 2, 5, 0], [0, 0, 0, 0])
+    given = signal([1.0] * 7)
+    assert not adv.GroupReward(teacher=0.0)(given.log_ratio, given).any()
+
+
+def test_the_residual_is_centred_in_the_row_and_added_to_the_group():
+    given = signal()
+    found = adv.ResidualReward(0.7)(given.log_ratio, given)
+    for row, value in enumerate(slow_group(REWARDS, GROUPS, "std")):
+        own = given.mask[row]
+        gaps = [
+            math.exp(q) - math.exp(s)
+            for q, s in zip(
+                given.teacher_logprobs[row][own].tolist(), given.student_logprobs[row][own].tolist(), strict=True
+            )
+        ]
+        wanted = [value + 0.7 * (gap - statistics.fmean(gaps)) for gap in gaps]
+        assert found[row][own].tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("how", "factor", "left"), [("keep", 0.5, 0.0), ("scale", 0.25, 0.25)])
+def test_the_gate_passes_rows_on_which_teacher_and_reward_agree(how, factor, left):
+    given = signal()
+    found = adv.RewardGate(how, factor)(adv.Sign()(given.log_ratio, given), given)
+    for row, reward in enumerate(REWARDS):
+        ratio = given.log_ratio[row][given.mask[row]].tolist()
+        stopped = (2 * reward - 1) * statistics.fmean(ratio) < 0  # NaN passes
+        wanted = [math.copysign(1.0, a) * (left if stopped else 1.0) for a in ratio]
+        assert found[row][given.mask[row]].tolist() == wanted
+    assert {row for row, reward in enumerate(REWARDS) if found[row].abs().max() < 1}  # some are stopped
+
+
+def test_without_groups_or_rewards_nothing_is_guessed():
+    given = signal(groups=None)
+    with pytest.raises(InputError, match="`TokenSignal.group` must say which rows answer one prompt"):
+        adv.GroupReward()(given.log_ratio, given)
+    for transform in (adv.GroupReward(), adv.ResidualReward(), adv.RewardGate()):
+        bare = TokenSignal(
+            student_logprobs=given.student_logprobs, teacher_logprobs=given.teacher_logprobs, mask=given.mask
+        )
+        with pytest.raises(InputError, match=f"`{type(transform).__name__}` requires `TokenSignal.reward`"):
+            transform(bare.log_ratio, bare)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        (adv.GroupReward, {"coefficient": NAN}),
+        (adv.GroupReward, {"normalise": "mean"}),
+        (adv.GroupReward, {"teacher": -1.0}),
+        (adv.ResidualReward, {"coefficient": -1.0}),
+        (adv.ResidualReward, {"normalise": "mean"}),
+        (adv.RewardGate, {"how": "drop"}),
+        (adv.RewardGate, {"factor": 1.5}),
+    ],
+)
+def test_settings_out_of_range_are_named(cls, arguments):
+    with pytest.raises(InputError, match=f"`{cls.__name__}.{next(iter(arguments))}` must be "):
+        cls(**arguments)
+
+
+# -- through the step --------------------------------------------------------------------------------------------------
+
+
+class Given(Reward):
+    """The number that a row's key asks for."""
+
+    def score(self, responses: Sequence[str], rollout: Rollout) -> list[float | None]:
+        numbers = [REWARDS[int(key) - 100] for key in rollout.prompts.row_keys]
+        return [None if math.isnan(value) else value for value in numbers]
+
+
+def samples() -> Rollout:
+    """Seven responses to three prompts."""
+    whole = fixed.rollout(lengths=LENGTHS, prompt_lengths=[4, 4, 4, 4, 5, 3, 3], truncated={2})
+    prompts = whole.prompts
+    named = PromptBatch(prompts.ids, prompts.mask, prompts.row_keys, tuple(f"prompt-{group}" for group in GROUPS))
+    return Rollout(
+        named, whole.response_ids, whole.mask, whole.sampler_logprobs, whole.finish_reason, Provenance("fixed")
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return tiny.pair(tmp_path_factory.mktemp("pair"))
+
+
+def student_logprobs(trained, rollout: Rollout) -> Tensor:
+    """[B, T], with gradient."""
+    found: Tensor = trained.student(rollout).logprobs
+    return found
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean"])
+@pytest.mark.parametrize("token_budget", [None, 20])
+def test_with_the_reward_alone_the_step_is_grpo(folders, aggregation, token_budget):
+    """Against the loss as it is written: - mean of rows (or tokens) of G_i log p, G from a slow loop."""
+    rollout = samples()
+    settings = {"aggregation": aggregation, "token_budget": token_budget, "weighting": Uniform()}
+    settings["objective"] = PolicyLoss(importance_cap=None)  # the fixed rows have no sampler
+    trained = fixed.module(folders, rollout, advantage=[adv.GroupReward(teacher=0.0)], reward=Given(), **settings)
+    _, ours = fixed.gradient(trained, rollout.prompts)
+
+    fresh = fixed.module(folders, rollout, **settings)
+    fresh.trainer = trained.trainer
+    fresh.configure_model()
+    logprobs = student_logprobs(fresh, rollout)
+    group = torch.tensor(slow_group(REWARDS, GROUPS, "std"), dtype=torch.float64)
+    terms = (group.unsqueeze(-1) * logprobs) * rollout.mask
+    per_row = terms.sum(-1) / rollout.mask.sum(-1)
+    loss = -(per_row.mean() if aggregation == "sequence-mean" else terms.sum() / rollout.mask.sum())
+    loss.backward()
+    theirs = {
+        name: torch.zeros_like(value) if value.grad is None else value.grad
+        for name, value in fresh.student.causal_lm.named_parameters()
+    }
+    assert fixed.relative_gap(ours, theirs) < 1e-9
+
+
+def test_the_mean_reward_of_rows_that_have_one_is_logged(folders):
+    rollout, seen = samples(), []
+
+    class Watch(fixed.Collect):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(float(trainer.callback_metrics["train/reward"]))
+
+    trained = fixed.module(folders, rollout, reward=Given(), dtype="float32", advantage=[adv.GroupReward()])
+    fixed.fit(trained, rollout.prompts, watch=Watch())
+    assert seen == [pytest.approx((1.0 + 0.0 + 1.0 + 0.5 + 0.25 + 1.0) / 6)]
+
+
+# -- where rewards come from -------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer that says what is wanted."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return self.texts
+
+
+def answered(answers: list[str | None]) -> Rollout:
+    whole = fixed.rollout(lengths=[2] * len(answers), prompt_lengths=[2] * len(answers), truncated=set())
+    prompts = whole.prompts
+    own = PromptBatch(prompts.ids, prompts.mask, prompts.row_keys, prompts.row_ids, answers=tuple(answers))
+    return Rollout(
+        own, whole.response_ids, whole.mask, whole.sampler_logprobs, whole.finish_reason, Provenance("fixed")
+    )
+
+
+def test_an_answer_is_right_wrong_or_cannot_be_told():
+    texts = [r"so \boxed{12}", r"\boxed{13}", "nothing", r"\boxed{\frac{1}{2}}", r"\boxed{5}"]
+    reward = AnswerReward(right=2.0, wrong=-1.0)
+    found = reward(answered(["12", "12", "12", "1/2", None]), Words(texts))
+    reward.close()
+    assert found[:4].tolist() == [2.0, -1.0, -1.0, 2.0] and found[4].isnan() and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([1.0], "`Own.score` must return one number or None a row, 2, got 1"),
+        ([1.0, math.inf], "`Own.score` must return finite numbers or None, got inf for row 'row-1'"),
+        ([NAN, 1.0], "`Own.score` must return finite numbers or None, got nan for row 'row-0'"),
+        (["1", 1.0], "`Own.score` must return finite numbers or None, got '1' for row 'row-0'"),
+    ],
+)
+def test_what_a_reward_of_ones_own_may_return(found, message):
+    class Own(Reward):
+        def score(self, responses, rollout):
+            return found
+
+    with pytest.raises(InputError, match=message):
+        Own()(answered([None, None]), Words(["a", "b"]))
+
+
+def test_who_reads_a_reward_must_get_one(folders):
+    rollout = samples()
+    asking = [adv.GroupReward()]
+    with pytest.raises(InputError, match=r"`model.reward` must be given for `GroupReward`.*got null"):
+        check_reward(fixed.module(folders, rollout, advantage=asking), None)
+    given = fixed.module(folders, rollout, advantage=asking, reward=Given())
+    with pytest.raises(InputError, match=r"`data.samples_per_prompt` must be >= 2 for `GroupReward`.*got 1"):
+        check_reward(given, SimpleNamespace(samples_per_prompt=1))
+    check_reward(given, SimpleNamespace(samples_per_prompt=4))
+    check_reward(
+        fixed.module(folders, rollout, advantage=[adv.RewardGate()], reward=Given()),
+        SimpleNamespace(samples_per_prompt=1),
+    )
