@@ -522,6 +522,25 @@ def test_a_teacher_on_servers_gives_the_same(world, chunks):
     assert torch.equal(scores.chunks.lengths, expected.chunks.lengths)
 
 
+def test_a_cache_stands_inside(world, tmp_path, monkeypatch):
+    """Where it sees the teacher's own tokens; the second time nothing is computed."""
+    batch, asked = rows(world, "fewer"), []
+    expected = loaded(world, "fewer").score(batch)
+    score = LocalTeacher.score
+    monkeypatch.setattr(
+        LocalTeacher, "score", lambda own, part, **how: asked.append(len(part)) or score(own, part, **how)
+    )
+    for _ in range(2):
+        found = AlignedTeacher(CachedTeacher(local(world["fewer"]), str(tmp_path)))
+        found.know_tokenizer(tokens(world["student"]))
+        found.know_stop_ids((tokens(world["student"]).eos_token_id,))
+        found.load(vocabulary=SIZE)
+        scores = found.score(batch)
+        torch.testing.assert_close(scores.logprobs, expected.logprobs, rtol=1e-10, atol=1e-10)
+        assert torch.equal(scores.chunks.lengths, expected.chunks.lengths)
+    assert len(asked) == 1
+
+
 # -- the data and the checks -------------------------------------------------------------------------------------------
 
 
