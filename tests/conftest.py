@@ -50,3 +50,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
     reports = [report for found in terminalreporter.stats.values() for report in found]
     if not any("tests/vllm/" in getattr(report, "nodeid", "") for report in reports if hasattr(report, "when")):
         terminalreporter.write_line("vLLM tests not run: make vllm-test")
+
+
+@pytest.fixture(autouse=True)
+def no_seed_is_left():
+    """A command line run in this process leaves its seed to all processes that a later test starts."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)

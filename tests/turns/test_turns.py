@@ -460,7 +460,7 @@ def test_metrics_count_turns_answers_and_failures(policy):
         "train/turns_cut_fraction": 0.0,
         "train/reward": pytest.approx(sum(rewards) / len(rewards)),
     }
-    assert turn_scalars(record_of(replace(rollout, observed=None, turn=None))) == {}
+    assert turn_scalars(record_of(replace(rollout, observed=None, turn=None, reward=None))) == {}
 
 
 def test_problems_of_an_evaluation_can_be_talked_about(policy, tmp_path):
