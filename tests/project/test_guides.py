@@ -59,7 +59,10 @@ def status(words: list[str]) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("guide", RUN_HERE)
+CHECKED = {"sweep": pytest.mark.slow}  # four sweeps are checked, half a minute; that of the README is run
+
+
+@pytest.mark.parametrize("guide", [pytest.param(name, marks=CHECKED.get(name, ())) for name in RUN_HERE])
 def test_a_guides_files_and_commands_run(guide, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
