@@ -84,6 +84,7 @@ def test_a_section_that_fails_or_comes_too_late_says_so_alone(tmp_path, monkeypa
     assert steps_row["skipped"] == "no time left of --minutes 8"
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_section_and_its_status_says_whether_all_is_well(tmp_path):
     words = [
         "-m",

@@ -831,6 +831,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_real_runs_and_their_rollouts_are_compared_as_the_page_says(workplace):
     """Every command of the page, the first comparison as a process of its own; each run has its own
     page; sweeps are trained in tests/sweep."""
