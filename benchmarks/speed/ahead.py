@@ -48,9 +48,11 @@ class _Slow(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
+        """What it serves."""
         self._answer({"data": [{"id": "slow", "parent": None, "max_model_len": 4096}]})
 
     def do_POST(self) -> None:
+        """Random tokens, after a while."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         time.sleep(self.latency if body["max_tokens"] == TOKENS else 0.0)  # the check before a run asks for one token
         draw, count = random.Random(body["seed"]), body["max_tokens"]

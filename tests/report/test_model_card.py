@@ -14,17 +14,17 @@ from lit_opd.report.model_card import is_hub_id, model_card, write_card
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 3,
-    "trainer": {"max_steps": 40, "precision": None, "default_root_dir": "/home/ann/runs/iw"},
+    "trainer": {"max_steps": 40, "precision": None, "default_root_dir": "/scratch/ann/runs/iw"},
     "wandb": {"entity": "anns-team"},
     "model": {
-        "student": {"path": "/home/ann/models/small|one", "lora": {"rank": 8, "alpha": 16.0}},
-        "teacher": {"class_path": "lit_opd.teacher.LocalTeacher", "init_args": {"path": "/home/ann/models/large"}},
+        "student": {"path": "/scratch/ann/models/small|one", "lora": {"rank": 8, "alpha": 16.0}},
+        "teacher": {"class_path": "lit_opd.teacher.LocalTeacher", "init_args": {"path": "/scratch/ann/models/large"}},
         "weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting", "init_args": {"w_max": 1.5, "cap": None}},
         "objective": {"class_path": "lit_opd.objective.PolicyLoss", "init_args": {}},
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "betas": [0.9, 0.999]}},
         "sampler": {"class_path": "lit_opd.rollout.VLLMSampler", "init_args": {"urls": ["http://10.0.0.7:8000"]}},
     },
-    "data": {"train": [{"path": "/home/ann/data/train.jsonl", "weight": None}], "val": None},
+    "data": {"train": [{"path": "/scratch/ann/data/train.jsonl", "weight": None}], "val": None},
 }
 SUMMARY = {"greedy_start": 0.25, "greedy_end": 0.5, "avg_at_4_end": None, "steps": 40, "tokens": 12345}
 ROW = {
