@@ -29,6 +29,7 @@ from tests.helpers.talking import (
     EOS,
     STOPS,
     USER,
+    Again,
     Counting,
     prompts,
     sampler,
@@ -48,13 +49,15 @@ def policy():
 
 
 @pytest.fixture(scope="module", params=["decode", "own forward", "retold"])
-def engine(request, policy):
+def engine(request):
     return request.param
 
 
+ENGINES = {"decode": DecodeSampler, "own forward": TransformersSampler, "retold": Again}
+
+
 def sampled(kind: str, policy: Any, environment: Environment | None = None, **options: Any) -> Rollout:
-    engine = TransformersSampler(max_new_tokens=60) if kind == "retold" else DecodeSampler(max_new_tokens=60)
-    return talked(engine, environment or Counting(), policy, **options)
+    return talked(ENGINES[kind](max_new_tokens=60), environment or Counting(), policy, **options)
 
 
 def turns_of(rollout: Rollout, row: int) -> list[list[int]]:
@@ -67,13 +70,7 @@ def turns_of(rollout: Rollout, row: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def conversations(policy, engine):
-    if engine != "own forward":
-        return sampled(engine, policy)
-    from lit_opd.rollout.decoding import sampler as module
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_runs_plain", lambda model, device: False)
-        return sampled(engine, policy)
+    return sampled(engine, policy)
 
 
 def test_log_probs_of_all_turns_are_those_of_one_forward(policy, conversations):
@@ -141,8 +138,7 @@ def test_later_turns_draw_numbers_of_their_own(policy):
 def test_a_row_does_not_depend_on_the_others(policy, engine):
     whole, batch = sampled(engine, policy), prompts()
     one = batch.rows(torch.tensor([2]))
-    kind = TransformersSampler if engine == "retold" else DecodeSampler
-    alone = sampler(kind(max_new_tokens=60), Counting()).sample(policy, one, settings())
+    alone = sampler(ENGINES[engine](max_new_tokens=60), Counting()).sample(policy, one, settings())
     length = int(alone.mask[0].sum() + alone.observed[0].sum())
     assert alone.response_ids[0][:length].tolist() == whole.response_ids[2][:length].tolist()
 
