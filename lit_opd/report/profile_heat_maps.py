@@ -10,11 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from lit_opd.report.profile_history import ProfileHistory
+from lit_opd.report.profile_history import COUNT, TURN_AXES, ProfileHistory
 
 FEW_ALIVE = 0.1  # of the responses: behind this position a mean rests on few of them
 NO_DATA = "#d9d9d9"
-MOST_TICKS = 12
+MOST_TICKS, PERCENTILE = 12, 99
 MAX_COLUMNS = 600  # of a heat map; more windows are averaged in groups
 PALE = ListedColormap([(1.0, 1.0, 1.0, 0.6)])
 AXIS_LABELS = {
@@ -48,7 +48,9 @@ def heat_map(
     pair = figure.subplots(1, 2)
     steps = history.step_edges(MAX_COLUMNS)
     tables = {axis: history.table(axis, name, MAX_COLUMNS) for axis in axes_shown}
-    low, high = _limits(list(tables.values()), from_zero=name == "disagreement")
+    turns = TURN_AXES[0] in tables
+    counts = [history.table(axis, COUNT, MAX_COLUMNS) for axis in tables] if turns else None
+    low, high = _limits(list(tables.values()), counts, from_zero=name == "disagreement")
     for axes, (axis, table) in zip(pair, tables.items(), strict=True):
         edges = history.edges(axis) * (100.0 if axis == "relative" else 1.0)
         axes.set_facecolor(NO_DATA)
@@ -56,7 +58,7 @@ def heat_map(
         axes.set_xlabel("optimizer step", fontsize=9)
         axes.set_ylabel(AXIS_LABELS[axis], fontsize=9)
         axes.set_title(TITLES[axis], fontsize=10)
-        if axis in ("in_turn", "by_turn"):
+        if turns:
             _cut_empty(axes, edges, table, whole=axis == "by_turn")
     if history.scale == "log":
         pair[0].set_yscale("log")
@@ -77,14 +79,24 @@ def _cut_empty(axes: Any, edges: Any, table: Any, *, whole: bool) -> None:
     axes.set_ylim(edges[0], edges[last])
     if whole:
         axes.set_yticks(range(1, last + 1, -(-last // MOST_TICKS)))
+    else:
+        axes.locator_params(axis="y", integer=True)
 
 
-def _limits(tables: Sequence[Any], *, from_zero: bool) -> tuple[float, float]:
-    """Colour range: 0 to the 99th percentile, or everything; never empty."""
+def _limits(tables: Sequence[Any], counts: Sequence[Any] | None, *, from_zero: bool) -> tuple[float, float]:
+    """Colour range, never empty: 0 to the 99th percentile, or everything. The percentile is of cells, or of tokens where their
+    ``counts`` are given: a turn that one response got to does not set the range."""
     seen = np.concatenate([table[np.isfinite(table)] for table in tables])
     if not seen.size:
         return 0.0, 1.0
-    low, high = (0.0, float(np.percentile(seen, 99))) if from_zero else (float(seen.min()), float(seen.max()))
+    low, high = float(seen.min()), float(seen.max())
+    if from_zero:
+        low, high = 0.0, float(np.percentile(seen, PERCENTILE))
+        if counts is not None:
+            tokens = np.concatenate([count[np.isfinite(table)] for count, table in zip(counts, tables, strict=True)])
+            order = seen.argsort()
+            reached = tokens[order].cumsum() / tokens.sum()
+            high = float(seen[order][np.searchsorted(reached, PERCENTILE / 100)])
     return (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from lit_opd.report.profile import ProfileWindow, Scale
 
 HEAT_QUANTITIES = ("disagreement", "weight", "survivor_fraction")
+TURN_AXES = ("in_turn", "by_turn")
+COUNT = "count"  # sampled tokens, of the axes of conversations
 
 
 class ProfileHistory:
@@ -30,7 +32,7 @@ class ProfileHistory:
             "absolute": np.array([*window.absolute.start, window.absolute.end[-1] + 1.0]) - 0.5,
             "relative": np.array([*window.relative.start, window.relative.end[-1]]),
         }
-        for axis in ("in_turn", "by_turn"):
+        for axis in TURN_AXES:
             binned = getattr(window, axis)
             if binned is not None:
                 edges[axis] = np.array([*binned.start, binned.end[-1] + 1.0]) - 0.5
@@ -43,6 +45,8 @@ class ProfileHistory:
         self._steps.append((window.previous_step, window.step))
         for axis in edges:
             values = getattr(window, axis).values
+            if axis in TURN_AXES:
+                self._rows.setdefault((axis, COUNT), []).append(np.array(getattr(window, axis).count, dtype=np.float32))
             for name in HEAT_QUANTITIES:
                 if name in values:
                     row = np.array([np.nan if value is None else value for value in values[name]], dtype=np.float32)

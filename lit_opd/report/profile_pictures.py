@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from lit_opd.files import whole_file
 from lit_opd.report.profile import BinnedProfile, ProfileWindow
 from lit_opd.report.profile_heat_maps import AXIS_LABELS, FEW_ALIVE, HEAT_AXES, blank_figure, heat_map
-from lit_opd.report.profile_history import ProfileHistory
+from lit_opd.report.profile_history import TURN_AXES, ProfileHistory
 
 DPI = 110
 NOW, START, SECOND, SECOND_START = "#1f5fa8", "#9db8d6", "#c2571a", "#e8b899"
@@ -66,14 +66,14 @@ class Panel:
 
 PANELS = (
     Panel("who is still writing", "% of {alive}", {"survivor_fraction": "alive"}, 100.0),
-    Panel("sampled tokens", "% of all, per turn", {"token_share": "share"}, 100.0),
+    Panel("sampled tokens", "% of all, {per}", {"token_share": "share"}, 100.0),
     Panel("disagreement |q - s|", "nats/token", {"disagreement": "mean"}),
     Panel("advantage A (what the loss reads)", "nats/token", {"advantage": "mean"}, of_advantage=True),
     Panel("KL(student || teacher)", "nats/token", {"kl_k1": "k1 = s - q", "kl_k3": "k3"}),
     Panel("drift: |q - s| summed before", "nats", {"drift": "mean"}),
     Panel("weight w (0 where dropped)", "weight; 1 is uniform", {"weight": "mean"}, reference=1.0),
     Panel(
-        "share of the gradient", "% of the sum of |w A|, per bin", {"gradient_share": "share"}, 100.0, of_advantage=True
+        "share of the gradient", "% of the sum of |w A|, {per}", {"gradient_share": "share"}, 100.0, of_advantage=True
     ),
     Panel("entropy", "nats", {"student_entropy": "student", "teacher_entropy": "teacher"}),
     Panel(
@@ -141,7 +141,7 @@ def profile_figure(now: ProfileWindow, start: ProfileWindow, axis: str, *, reads
         wide = grid.ncols // count
         axes = figure.add_subplot(grid[row, column * wide : (column + 1) * wide])
         _draw_panel(axes, panel, now, start, axis)
-        _label(axes, title=panel.title, x=AXIS_LABELS[axis], y=panel.unit.format(alive=ALIVE.get(axis)))
+        _label(axes, title=panel.title, x=AXIS_LABELS[axis], y=_unit(panel, axis))
     what = f"{now.rows} responses, {now.tokens:,} tokens"
     figure.suptitle(f"Profile by {BY[axis]}: {_span(now)} ({what}) against {_span(start)}\n{NOTATION}", fontsize=11)
     handles = [Line2D([], [], color=NOW, lw=1.8), Line2D([], [], color=START, lw=1.8, ls="--")]
@@ -151,6 +151,10 @@ def profile_figure(now: ProfileWindow, start: ProfileWindow, axis: str, *, reads
         labels.append(f"fewer than {FEW_ALIVE:.0%} of the {ALIVE[axis]} alive: means of few tokens, not drawn")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return figure
+
+
+def _unit(panel: Panel, axis: str) -> str:
+    return panel.unit.format(alive=ALIVE.get(axis), per="per turn" if axis == "by_turn" else "per bin")
 
 
 def _with_shares(window: ProfileWindow) -> ProfileWindow:
@@ -234,6 +238,8 @@ def _label(axes: Any, *, title: str, x: str, y: str) -> None:
 def _line(binned: BinnedProfile, name: str, scale: float, axis: str) -> tuple[Any, Any]:
     """Bin centres and values; NaN breaks the line where nothing was counted."""
     values = binned.values.get(name, (None,) * len(binned.start))
+    if axis in TURN_AXES:  # shares are 0 in turns that nobody said
+        values = tuple(value if count else None for value, count in zip(values, binned.count, strict=True))
     centres = np.array(binned.centres) * (100.0 if axis == "relative" else 1.0)
     return centres, scale * np.array([np.nan if value is None else value for value in values])
 

@@ -150,6 +150,7 @@ def test_a_conversations_pictures_show_turns_that_were_said_and_no_others(record
     (share,) = [line for line in drawn(figure, "sampled tokens").lines if line.get_color() == NOW]
     counts = np.bincount([turn for turn, *_ in by_hand(record)], minlength=TURNS)
     assert np.allclose(share.get_ydata()[:TURNS], 100 * counts / counts.sum())
+    assert np.isnan(share.get_ydata()[TURNS:]).all()  # no line goes on to turns that nobody said
     assert not any(axes.get_title().startswith("who is") for axes in figure.axes)
 
 
@@ -160,7 +161,8 @@ def test_inside_a_turn_alive_are_the_turns_that_go_on(record):
     axes = drawn(figure, "who is still writing")
     (line,) = [line for line in axes.lines if line.get_color() == NOW]
     places = [place for _, place, *_ in by_hand(record)]
-    for low, high, alive in zip(now.in_turn.start, now.in_turn.end, line.get_ydata(), strict=True):
+    heights = np.nan_to_num(line.get_ydata())
+    for low, high, alive in zip(now.in_turn.start, now.in_turn.end, heights, strict=True):
         first = sum(place <= now.in_turn.end[0] for place in places) / now.in_turn.end[0]
         inside = sum(low <= place <= high for place in places) / (high - low + 1)
         assert alive == pytest.approx(100 * inside / first)
@@ -198,3 +200,17 @@ def test_a_heat_map_by_turn_ends_at_the_last_turn_said(record):
     assert right.get_ylim() == (0.5, TURNS + 0.5) and right.get_yticks().tolist() == [1, 2, 3]
     assert left.get_ylabel() == "position in the turn, tokens" and left.get_ylim()[1] < 40
     assert "pale" not in figure.get_suptitle() and not figure.legends
+
+
+def test_a_turn_that_one_response_got_to_does_not_set_the_colours(record):
+    now, _ = two_windows(record)
+    assert now.by_turn is not None
+    counts, values = list(now.by_turn.count), list(now.by_turn.values["disagreement"])
+    counts[TURNS], values[TURNS] = 1, 50.0
+    changed = replace(now.by_turn, count=tuple(counts), values={**now.by_turn.values, "disagreement": tuple(values)})
+    history = ProfileHistory()
+    history.add(replace(now, by_turn=changed))
+    figure = heat_map(history, "disagreement", "disagreement", "nats", ("in_turn", "by_turn"))
+    highest = figure.axes[1].collections[0].get_clim()[1]
+    cells = [value for axis in (now.in_turn, now.by_turn) for value in axis.values["disagreement"] if value is not None]
+    assert min(cells) < highest <= max(cells) < 50
