@@ -16,7 +16,7 @@ from lit_opd.evaluation.sets import load_sets
 from lit_opd.prompts.encoding import PromptEncoder, collate
 from lit_opd.prompts.sources import DataSource
 from lit_opd.report.replay import load_record, save_record
-from lit_opd.rollout import DecodeSampler, TransformersSampler, VLLMSampler
+from lit_opd.rollout import DecodeSampler, ReplaySampler, TransformersSampler, VLLMSampler
 from lit_opd.step.recipe import apply_truncated
 from lit_opd.step.scalars import turn_scalars
 from lit_opd.teacher import RemoteTeacher
@@ -392,8 +392,11 @@ def test_settings_out_of_range_and_missing_rows_are_one_line(policy):
     for wrong in ({"max_turns": 0}, {"max_turn_tokens": 0}, {"timeout": 0}, {"workers": 0}, {"on_failure": "count"}):
         with pytest.raises(InputError, match=f"TurnsSampler.{next(iter(wrong))}"):
             TurnsSampler(engine, Counting(), **wrong)
-    with pytest.raises(InputError, match="single turns"):
-        TurnsSampler(TurnsSampler(engine, Counting()), Counting())
+    for whole in (TurnsSampler(engine, Counting()), ReplaySampler("saved.jsonl")):
+        with pytest.raises(InputError, match="single turns"):
+            TurnsSampler(whole, Counting())
+    with pytest.raises(InputError, match="`TurnsSampler.sampler.ahead` must be 0"):
+        TurnsSampler(VLLMSampler(["http://a"], ahead=1), Counting())
     with pytest.raises(InputError, match="keep_rows"):
         sampler(engine, Counting()).sample(policy, replace(prompts(), data=None), settings(max_new_tokens=8))
     bare = tiny.tokenizer(rows=64)
