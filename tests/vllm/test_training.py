@@ -49,7 +49,13 @@ def words(student, server, tmp_path) -> list[str]:
         "disabled",
     ]
     command += ["--model.sampler.sync.folder", str(tmp_path / "pushed"), "--run_dir", str(tmp_path / "run")]
-    return [*command, "--model.sampler.start_seconds", "300", "--model.sampler.max_logprob_gap", str(MAX_GAP)]
+    return [
+        *command,
+        "--model.sampler.start_seconds",
+        str(servers.START_SECONDS),
+        "--model.sampler.max_logprob_gap",
+        str(MAX_GAP),
+    ]
 
 
 SHORT = ["--trainer.max_steps", "3", "--data.val_limit", "8", "--checkpoint_every", "10"]

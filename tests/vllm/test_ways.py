@@ -14,7 +14,7 @@ from tests.vllm import servers
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4  # nats
-TIME_LIMIT = 400  # seconds
+TIME_LIMIT = 900  # seconds
 
 
 @pytest.fixture(scope="module")
