@@ -125,7 +125,8 @@ def test_a_restart_command_brings_the_new_weights(folders, rows, tmp_path):
     port, pid = servers.free_port(), tmp_path / "server.pid"
     command = [sys.executable, "-m", "tests.vllm.servers", str(port), "{folder}", str(pid)]
     sync = RestartCommand(command, folder=str(tmp_path / "exported"))
-    sampler = VLLMSampler([f"http://127.0.0.1:{port}"], sync=sync, max_new_tokens=16)
+    waits = {"retry_seconds": servers.START_SECONDS}
+    sampler = VLLMSampler([f"http://127.0.0.1:{port}"], sync=sync, max_new_tokens=16, **waits)
     try:
         for version, path in enumerate(folders):
 
