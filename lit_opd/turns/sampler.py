@@ -20,6 +20,7 @@ from lit_opd.errors import InputError, require
 from lit_opd.prompts.encoding import PromptEncoder
 from lit_opd.prompts.following import Following
 from lit_opd.rollout.base import Conversation, Sampler, SamplingSettings, Spoken, cached_casts
+from lit_opd.rollout.partial import PartialSampler
 from lit_opd.rollout.retold import Retold
 from lit_opd.rollout.weights import StudentWeights
 from lit_opd.turns.environment import (
@@ -95,9 +96,9 @@ class TurnsSampler(Sampler):
     ) -> None:
         name = type(self).__name__
         require(isinstance(sampler, Sampler), f"{name}.sampler", "a Sampler", sampler)
-        require(
-            not isinstance(sampler, TurnsSampler), f"{name}.sampler", "an engine that samples single turns", sampler
-        )
+        # a replay is refused in the checks of the data, which say why
+        single = not isinstance(sampler, TurnsSampler | PartialSampler)
+        require(single, f"{name}.sampler", "an engine that samples single turns", type(sampler).__name__)
         require(isinstance(environment, Environment), f"{name}.environment", "an Environment", environment)
         require(max_turns >= 1, f"{name}.max_turns", ">= 1", max_turns)
         require(
