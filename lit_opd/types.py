@@ -510,13 +510,13 @@ class Waiting(_Record):
 
     Args:
         sampled: tokens of this step.
-        rows: that go on in the next step.
+        responses: that go on in the next step.
         tokens: that they have so far.
         steps: optimizer steps since each of them was begun, summed over the rows, those of this step not counted.
     """
 
     sampled: Tensor
-    rows: Tensor
+    responses: Tensor
     tokens: Tensor
     steps: Tensor
 
