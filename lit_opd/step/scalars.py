@@ -110,7 +110,15 @@ def _of_waiting(record: StepRecord) -> dict[str, Tensor]:
     if rollout.version is None or waiting is None:
         return {}
     behind = torch.where(rollout.mask, record.signal.step - rollout.version, 0)
-    parts = (rollout.mask, rollout.older, behind, rollout.mask.any(-1), waiting.responses, waiting.tokens, waiting.steps)
+    parts = (
+        rollout.mask,
+        rollout.older,
+        behind,
+        rollout.mask.any(-1),
+        waiting.responses,
+        waiting.tokens,
+        waiting.steps,
+    )
     tokens, older, behind, rows, waits, held, steps = all_sum(torch.stack([p.double().sum() for p in parts])).unbind()
     return {
         "train/weights_behind": behind / tokens.clamp(min=1),
