@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from callbacks import default_callbacks
+from callbacks import ExportStudent, RunCheckpoint, Summary
 from lit_opd.cli.command import main
 from lit_opd.distributed import rank
 
@@ -32,7 +32,10 @@ class Seen(Callback):
 def fit(config: str, run: Path, *words: str) -> Seen:
     """A run through the command line."""
     seen = Seen()
-    main(lambda: [seen, *default_callbacks()], ["fit", "--config", config, "--run_dir", str(run), *words])
+    main(
+        lambda: [seen, ExportStudent(), Summary(), RunCheckpoint()],
+        ["fit", "--config", config, "--run_dir", str(run), *words],
+    )
     return seen
 
 
@@ -40,4 +43,5 @@ if __name__ == "__main__":
     folder, given = Path(sys.argv[1]), sys.argv[2]
     whole = fit(given, folder / "whole")
     again = fit(given, folder / "again", "--ckpt_path", str(folder / "whole/checkpoints/step-3.ckpt"))
-    torch.save({"whole": vars(whole), "again": vars(again)}, folder / f"rank-{rank()}.pt")
+    found = {name: {"rows": seen.rows, "told": seen.told} for name, seen in (("whole", whole), ("again", again))}
+    torch.save(found, folder / f"rank-{rank()}.pt")
