@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -37,7 +38,9 @@ from lit_opd.rollout import (
     TransformersSampler,
     VLLMSampler,
 )
-from lit_opd.rollout.base import finish
+from lit_opd.rollout.base import TextFacts, finish
+from lit_opd.rollout.saved_responses import read_responses
+from lit_opd.saved_steps import load_record, save_record
 from lit_opd.streams import row_uniforms
 from lit_opd.turns import TurnsSampler
 from lit_opd.types import FinishReason, PromptBatch, Rollout, StepRecord
@@ -65,10 +68,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return student, teacher
 
 
-@pytest.fixture
-def train_file(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Batches of it cross an epoch."""
-    path = tmp_path / "train.jsonl"
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
     path.write_text(
         "".join(json.dumps({"prompt": f"{'a' * (i % 4)}{i} =", "answer": str(i)}) + "\n" for i in range(PROMPTS))
     )
@@ -123,6 +126,13 @@ def handed_out(trained: OPDModule, steps: int) -> list[PromptBatch]:
     """The batches of the data, by step."""
     loader = trained.trainer.train_dataloader
     return [loader.batch(step) for step in range(steps)]
+
+
+@pytest.fixture(scope="module")
+def stood(folders, train_file) -> tuple[OPDModule, list[StepRecord]]:
+    """A run of three steps that changes no weight; what it left is not changed by a test."""
+    with pytest.warns(UserWarning, match=r"[1-3] responses with \d+ tokens were not finished when training ended"):
+        return fit(folders, train_file, partial(), steps=3)
 
 
 class Copy(L.Callback):
@@ -187,13 +197,11 @@ def of_row(rollout: Rollout, row: int) -> tuple[list[int], list[float], int]:
     )  # fmt: skip
 
 
-def test_greedy_responses_are_those_of_one_go_too(folders, train_file):
-    sampler = partial(stop_token_ids=[1])
-    trained, _ = fit(folders, train_file, sampler, steps=1)
+def test_greedy_responses_are_those_of_one_go_too(stood):
+    trained, sampler = stood[0], partial()
     (prompts,) = handed_out(trained, 1)
-    asked = trained.sampling_settings(greedy=True)
+    asked = trained.sampling_settings(greedy=True, stop_ids=(1,))
     whole = sampler.engine.sample(trained.student, prompts, asked)
-    sampler.forget_unfinished()
     parts: list[Rollout] = []
     for step in range(3):
         parts.append(sampler.sample(trained.student, prompts, replace(asked, replay="some", step=step)))
@@ -216,8 +224,8 @@ def test_random_numbers_go_on_where_a_row_stopped():
     assert torch.equal(replace(settings, begun=()).uniforms(keys), row_uniforms(3, keys, 9, 5))
 
 
-def test_evaluations_sample_whole_responses(folders, train_file):
-    trained, _ = fit(folders, train_file, partial(), steps=2)
+def test_evaluations_sample_whole_responses(stood):
+    trained, _ = stood
     (prompts,) = handed_out(trained, 1)
     before = [row.text for row in trained.sampler._waiting]
     rollout = trained.generate(prompts)
@@ -276,9 +284,9 @@ def reported(record: StepRecord) -> Tensor:
     return (record.loss.sum(-1) / mask.sum(-1)).mean()
 
 
-def test_the_gradient_of_ended_rows_is_that_of_the_same_rows_sampled_in_one_go(folders, train_file):
+def test_the_gradient_of_ended_rows_is_that_of_the_same_rows_sampled_in_one_go(folders, stood):
     """The last batch of a run that stood still, given again as a plain rollout."""
-    _, records = fit(folders, train_file, partial(), steps=3)
+    _, records = stood
     rollout = records[-1].rollout
     keys = torch.arange(len(rollout))  # a prompt of two epochs has the same key twice
     rollout = replace(rollout, prompts=replace(rollout.prompts, row_keys=keys))
@@ -317,24 +325,24 @@ def assert_same(ours: Rollout, theirs: Rollout) -> None:
 
 
 def test_a_run_that_goes_on_is_the_run_that_did_not_stop(folders, train_file, tmp_path):
-    save, told = Save(tmp_path / "at-3.ckpt", 3), [Told(), Told()]
-    whole, all_steps = fit(folders, train_file, partial(), watch=[save, told[0]], steps=6, lr=1.0)
+    save, told = Save(tmp_path / "at-2.ckpt", 2), [Told(), Told()]
+    whole, all_steps = fit(folders, train_file, partial(), watch=[save, told[0]], steps=4, lr=1.0)
     kept = torch.load(save.path, weights_only=True)["unfinished_responses"]
     assert kept and {"prompt", "ids", "logprobs", "versions", "begun"} <= kept[0].keys()
-    resumed, last_steps = fit(folders, train_file, partial(), watch=[told[1]], load=save.path, steps=6, lr=1.0)
-    assert len(last_steps) == 3
-    for ours, theirs in zip(last_steps, all_steps[3:], strict=True):
+    resumed, last_steps = fit(folders, train_file, partial(), watch=[told[1]], load=save.path, steps=4, lr=1.0)
+    assert len(last_steps) == 2
+    for ours, theirs in zip(last_steps, all_steps[2:], strict=True):
         assert_same(ours.rollout, theirs.rollout)
     for name, value in fixed.weights(whole).items():
         assert torch.equal(value, fixed.weights(resumed)[name]), name
     counts = ("train/tokens", "train/waiting_rows", "train/waiting_tokens", "train/trained_tokens", "train/loss")
-    for ours, theirs in zip(told[1].rows, told[0].rows[3:], strict=True):
+    for ours, theirs in zip(told[1].rows, told[0].rows[2:], strict=True):
         assert {name: ours[name] for name in counts} == {name: theirs[name] for name in counts}
 
 
-def test_a_step_that_fails_is_made_again_from_where_it_began(folders, train_file):
-    trained, _ = fit(folders, train_file, partial(), steps=3)
-    sampler, settings = trained.sampler, trained.training_settings()
+def test_a_step_that_fails_is_made_again_from_where_it_began(stood):
+    trained, _ = stood
+    sampler, settings = copy.copy(trained.sampler), trained.training_settings()
     prompts = trained.trainer.train_dataloader.coming()
     first = sampler.sample(trained.student, prompts, settings)
     state = sampler.unfinished_state()
@@ -345,20 +353,18 @@ def test_a_step_that_fails_is_made_again_from_where_it_began(folders, train_file
     assert repr(sampler.unfinished_state()) != repr(state)
 
 
-def test_rows_of_two_ranks_are_dealt_to_one_with_their_groups_apart(folders, train_file):
-    trained, _ = fit(folders, train_file, partial(), steps=3)
-    sampler = trained.sampler
+def test_rows_of_two_ranks_are_dealt_to_one_with_their_groups_apart(stood):
+    sampler = copy.copy(stood[0].sampler)
     own = sampler.unfinished_state()
     state = [{**row, "rank": rank, "world": 2} for rank in (0, 1) for row in own]
     sampler.restore_unfinished(state)
-    assert len(sampler._waiting) == 2 * len(own) > 2
+    assert len(sampler._waiting) == 2 * len(own) > 0
     assert len({row.group for row in sampler._waiting}) == len(state)  # ranks count their groups alike
     assert [row.text for row in sampler._waiting] == 2 * [row["prompt"].tolist() + row["ids"].tolist() for row in own]
 
 
-def test_what_nobody_goes_on_with_is_said(folders, train_file):
-    trained, _ = fit(folders, train_file, partial(), steps=2)
-    state = trained.sampler.unfinished_state()
+def test_what_nobody_goes_on_with_is_said(stood):
+    state = stood[0].sampler.unfinished_state()
     with pytest.warns(
         UserWarning, match=f"{len(state)} responses that were to be continued: they are dropped, since DecodeS"
     ):
@@ -371,9 +377,16 @@ def test_what_nobody_goes_on_with_is_said(folders, train_file):
     assert {(len(row.ids), row.reason) for row in short._waiting} == {(BUDGET, FinishReason.LENGTH)}
 
 
-def test_what_waits_at_the_end_of_training_is_said(folders, train_file):
-    with pytest.warns(UserWarning, match=r"\d+ responses with \d+ tokens were not finished when training ended"):
-        fit(folders, train_file, partial(), steps=1)
+def test_a_saved_step_has_versions_and_what_waited(stood, tmp_path):
+    """And a replay of it takes the version of a response's first token."""
+    record = stood[1][-1]
+    path = save_record(record, tmp_path / "step-3.safetensors")
+    again = load_record(path)
+    assert torch.equal(again.rollout.version, record.rollout.version)
+    assert int(again.waiting.responses) == len(stood[0].sampler._waiting) > 0
+    facts = TextFacts(encode=list, decode=str, stop_ids=tuple(STOPS), end_id=1, vocabulary=64)
+    found, _ = read_responses([str(path)], facts, response_column="", id_column=None)
+    assert [row.weights_version for row in found] == record.rollout.version[:, 0].tolist()
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -444,7 +457,7 @@ class Line:
 
 def test_every_number_is_that_of_a_book_kept_by_hand(folders, train_file):
     """Lengths are known, so which rows are trained on in which step can be said without the sampler."""
-    steps, script = 6, torch.Generator().manual_seed(2)
+    steps, script = 5, torch.Generator().manual_seed(2)
     trained, _ = fit(folders, train_file, partial(), steps=1)
     batches = handed_out(trained, steps)
     lengths = {
@@ -517,10 +530,10 @@ def test_a_server_is_sent_prompt_and_response_so_far(folders, train_file):
     with fake.serving(folders[0], model="student") as server:
         sampler = partial(VLLMSampler, urls=[server.url], timeout=5.0, start_seconds=5.0, max_logprob_gap=None)
         sampler.check(tokens=None, vocabulary=64)
-        prompts = fixed.rollout(lengths=[1] * 4, prompt_lengths=[2, 3, 1, 2], truncated=set()).prompts
+        prompts = fixed.rollout(lengths=[1] * 3, prompt_lengths=[2, 3, 1], truncated=set()).prompts
         asked = SamplingSettings(max_new_tokens=SLOTS, stop_ids=(1, 5), pad_id=0, vocabulary=64, greedy=True)
         whole = sampler.sample(None, prompts, asked)
-        server.always, found, steps = note, {}, 4
+        server.always, found, steps = note, {}, 3
         for step in range(steps):
             more = replace(prompts, row_keys=prompts.row_keys + 10 * step)  # the same prompts again, as further rows
             rollout = sampler.sample(None, more, replace(asked, replay="some", step=step, weights_version=step))
@@ -531,7 +544,7 @@ def test_a_server_is_sent_prompt_and_response_so_far(folders, train_file):
         ids, logprobs, reason = of_row(whole, row)
         assert found[key][0] == ids and found[key][2] == reason
         assert found[key][1] == pytest.approx(logprobs, abs=1e-5)
-    texts = [prompts.ids[row][prompts.mask[row]].tolist() for row in range(4)]
+    texts = [prompts.ids[row][prompts.mask[row]].tolist() for row in range(3)]
     continued = [body["prompt"][0] for body in sent if body["prompt"][0] not in texts]
     starts = [text + of_row(whole, row)[0][:place] for row, text in enumerate(texts) for place in (4, 8)]
     assert continued and all(text in starts for text in continued)
