@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -182,11 +182,7 @@ class PartialSampler(Sampler):
 
         Engines of several ranks may talk to each other, so all make as many calls.
         """
-        calls: dict[int, list[_Row]] = {}
-        for row in rows:
-            if row.reason is None:
-                calls.setdefault(min(self.budget, settings.max_new_tokens - len(row.ids)), []).append(row)
-        own, sampled = list(calls.items()), 0
+        own, sampled = list(self._calls(rows, settings.max_new_tokens, device)), 0
         for number in range(largest(len(own), device)):
             room, asked = own[number] if number < len(own) else (1, [])
             rollout = self._drawn(
@@ -195,6 +191,17 @@ class PartialSampler(Sampler):
             provenance = rollout.provenance
             sampled += _extend(asked, rollout, most=settings.max_new_tokens)
         return sampled, provenance
+
+    def _calls(self, rows: Sequence[_Row], most: int, device: torch.device) -> Iterator[tuple[int, list[_Row]]]:
+        """Room and rows of each call of the engine. In this process a short row pays for the columns of the longest: on a CPU
+        that is more than another call, on a GPU, where each decode step reads all weights, less."""
+        apart = self.in_process and device.type == "cpu"
+        calls: dict[tuple[int, bool], list[_Row]] = {}
+        for row in rows:
+            if row.reason is None:
+                room = min(self.budget, most - len(row.ids))
+                calls.setdefault((room, apart and bool(row.ids)), []).append(row)
+        yield from ((room, asked) for (room, _), asked in calls.items())
 
     def _drawn(self, model: Any, rows: Sequence[_Row], settings: SamplingSettings, device: torch.device) -> Rollout:
         """What the engine says behind prompt and response of each row."""

@@ -426,6 +426,7 @@ class Scripted(Sampler):
     """Writes rows of lengths that are known, ended by id 1; the log-prob of a token is its place in its row times -1/8."""
 
     max_logprob_gap = math.inf
+    in_process = False  # as a server, which takes short and long rows at once
 
     def __init__(self, lengths: dict[tuple[int, int], int], **settings: Any) -> None:
         super().__init__(**settings)
