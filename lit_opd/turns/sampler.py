@@ -20,7 +20,6 @@ from lit_opd.errors import InputError, require
 from lit_opd.prompts.encoding import PromptEncoder
 from lit_opd.prompts.following import Following
 from lit_opd.rollout.base import Conversation, Sampler, SamplingSettings, Spoken, cached_casts
-from lit_opd.rollout.partial import PartialSampler
 from lit_opd.rollout.retold import Retold
 from lit_opd.rollout.weights import StudentWeights
 from lit_opd.turns.environment import (
@@ -96,9 +95,9 @@ class TurnsSampler(Sampler):
     ) -> None:
         name = type(self).__name__
         require(isinstance(sampler, Sampler), f"{name}.sampler", "a Sampler", sampler)
-        # a replay is refused in the checks of the data, which say why
-        single = not isinstance(sampler, TurnsSampler | PartialSampler)
-        require(single, f"{name}.sampler", "an engine that samples single turns", type(sampler).__name__)
+        inside = type(sampler).__name__
+        require(sampler.engine is sampler, f"{name}.sampler", "an engine that samples single turns", inside)
+        require(not sampler.ahead, f"{name}.sampler.ahead", "0: conversations are not sampled ahead", sampler.ahead)
         require(isinstance(environment, Environment), f"{name}.environment", "an Environment", environment)
         require(max_turns >= 1, f"{name}.max_turns", ">= 1", max_turns)
         require(
