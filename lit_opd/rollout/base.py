@@ -214,6 +214,7 @@ class Sampler(ABC):
     """
 
     stops_early = False  # True for an engine that heeds ``SamplingSettings.stop``
+    continues = False  # True for one that heeds ``SamplingSettings.begun``, as ``uniforms`` does
     in_process = True  # False for an engine with memory of its own
     memory_fraction = 0.0  # of a rank's device memory, taken by such an engine while it samples
     sleep = True  # the engine gives most of that back between rollouts

@@ -46,6 +46,8 @@ class _Draw(LogitsProcessor):
 class TransformersSampler(Sampler):
     """Samples with transformers' ``generate``; runs wherever the model runs."""
 
+    continues = True
+
     _told = False  # that turns are read again
 
     @torch.no_grad()

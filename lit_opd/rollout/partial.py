@@ -94,6 +94,8 @@ class PartialSampler(Sampler):
         inside = "neither replays, environments nor partial rollouts stand inside one another"
         own = type(sampler).__name__
         require(sampler.engine is sampler, f"{name}.sampler", "one that draws tokens itself", own, inside)
+        remedy = "its random numbers must go on where a row stopped: draw from `SamplingSettings.uniforms`"
+        require(sampler.continues, f"{name}.sampler", "one that heeds `SamplingSettings.begun`", own, remedy)
         require(
             not sampler.ahead, f"{name}.sampler.ahead", "0: what waits goes on by the weights of now", sampler.ahead
         )

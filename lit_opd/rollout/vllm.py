@@ -59,6 +59,7 @@ class VLLMSampler(Sampler):
     """
 
     in_process = False
+    continues = True
     seconds: Seconds
 
     def __init__(

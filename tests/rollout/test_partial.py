@@ -426,6 +426,7 @@ class Scripted(Sampler):
     """Writes rows of lengths that are known, ended by id 1; the log-prob of a token is its place in its row times -1/8."""
 
     max_logprob_gap = math.inf
+    continues = True
     in_process = False  # as a server, which takes short and long rows at once
 
     def __init__(self, lengths: dict[tuple[int, int], int], **settings: Any) -> None:
@@ -577,6 +578,10 @@ def test_samplers_that_are_more_than_an_engine_stand_neither_inside_nor_around(t
             InputError, match=f"`PartialSampler.sampler` must be one that draws .*, got '{name}'; {inside}"
         ):
             PartialSampler(wrong, BUDGET)
+    with pytest.raises(
+        InputError, match="one that heeds `SamplingSettings.begun`, got 'FixedSampler'; its random numbers"
+    ):
+        PartialSampler(fixed.FixedSampler(max_new_tokens=SLOTS), BUDGET)
     with pytest.raises(InputError, match="`PartialSampler.sampler.ahead` must be 0.*, got 1"):
         PartialSampler(VLLMSampler(["http://a"], ahead=1), BUDGET)
     with pytest.raises(InputError, match="`TurnsSampler.sampler` must be an engine that .*, got 'PartialSampler'"):

@@ -55,6 +55,7 @@ class DecodeSampler(Sampler):
     """
 
     stops_early = True
+    continues = True
 
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
