@@ -224,6 +224,12 @@ def test_random_numbers_go_on_where_a_row_stopped():
     assert torch.equal(replace(settings, begun=()).uniforms(keys), row_uniforms(3, keys, 9, 5))
 
 
+def test_what_a_step_may_train_on_is_known_before_it(stood):
+    assert partial().trained_rows(ROWS) == (3, 9) and partial(waiting=0.4).trained_rows(ROWS) == (4, 8)
+    assert DecodeSampler().trained_rows(ROWS) == (ROWS, ROWS)
+    assert all(3 <= len(record.rollout) <= 9 for record in stood[1])
+
+
 def test_evaluations_sample_whole_responses(stood):
     trained, _ = stood
     (prompts,) = handed_out(trained, 1)
