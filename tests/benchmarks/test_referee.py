@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.studies.reproduce.hypotheses import (
 )
 from benchmarks.studies.reproduce.outcomes import by_problem, packed, unpacked
 from benchmarks.studies.reproduce.plan import PLAN, Plan, missing, read_plan
+from benchmarks.studies.reproduce.referee import KEPT, NOT_FINISHED, PART, compact, write_referee
 from benchmarks.studies.reproduce.results import area
 from lit_opd.cli.command import OPDCLI
 from lit_opd.errors import InputError
@@ -35,6 +37,7 @@ REFEREE = PLAN.parent / "referee.yaml"
 PARTS = ("base", "full")
 ALL_SEEDS = 10
 NUM_VAL = 1024
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def plan_of() -> Plan:
@@ -237,63 +240,128 @@ def test_evidence_is_of_the_nearer_bound():
     assert p == pytest.approx(0.002) and not agrees
 
 
-def outcome_of(
-    job: Any, *, lift: float, late: float, generator: np.random.Generator, easy: np.ndarray
-) -> dict[str, Any]:
-    """A finished run: each problem right with its own chance, ``lift`` higher, and reverse KL that is ``late`` nats higher late."""
+FEW = 256  # problems of a made run
+STEPS = (0, 10, 20, 30, 40)
+
+
+def outcome_of(job: Any, *, lift: float, generator: np.random.Generator, easy: np.ndarray) -> dict[str, Any]:
+    """A finished run: each problem right with its own chance, ``lift`` higher; half a nat more divergence late than early."""
     shift = 0.01 * np.random.default_rng(job.seed).standard_normal()  # of the seed, the same for all variants
-    bits = [[step, packed(list(generator.random(NUM_VAL) < easy + shift + lift))] for step in (0, 10, 20, 30, 40)]
-    kl = (1000 * np.abs(1 + 0.3 * generator.standard_normal((128, 3)) + np.array([0.0, 0.0, late]))).astype(int)
+    verdicts = generator.random((len(STEPS), FEW)) < easy + shift + lift
+    kl = (1000 * np.abs(1 + 0.3 * generator.standard_normal((32, 3)) + np.array([0.25, 0.0, 0.5]))).astype(int)
+    bands = [0.1 * band for band in range(10)]
     return {
         "run": job.name,
         "condition": job.condition,
         "variant": job.variant,
         "seed": job.seed,
+        "label": "",
         "plan": job.plan,
         "settings": job.settings_sha,
-        "problems": NUM_VAL,
-        "right": bits,
+        "learning_rate": 2e-4,
+        "tokens": 214_300,
+        "cpu_seconds": 40.0,
+        "finished": "2026-11-27T08:00:00+00:00",
+        "machine": "a machine",
+        "code": "0123456789ab",
+        "models": {},
+        "means": {"weight_mean": 1.0, "weight_ess": 1.0, "grad_norm": 7.0 / 3.0, "clip_fraction": 0.0},
+        "curves": {"greedy": [[step, float(each.mean())] for step, each in zip(STEPS, verdicts, strict=True)]}
+        | {"avg_at_4": [], "reverse_kl": [[step, 1.0] for step in STEPS]},
+        "bands": [[step, bands] for step in STEPS],
+        "problems": FEW,
+        "right": [[step, packed(list(each))] for step, each in zip(STEPS, verdicts, strict=True)],
         "kl": kl.tolist(),
+        "kl_bands": [[0, bands], [40, bands]],
+        "weight_bands": [1.0] * 9 + [None],
     }
 
 
-def synthetic(
-    lifts: dict[str, float], conditions: tuple[str, ...] = ("base", "all-legal"), late: float = 0.5
-) -> Outcomes:
-    """All seeds of some conditions; a variant's lift is in all of them, but for ``prefix-ratio``, whose sign turns in all-legal."""
+def synthetic(jobs: list[Any], lifts: dict[str, float]) -> list[dict[str, Any]]:
+    """A run for every job; a variant's lift is the same everywhere, but that of the two ratios turns in all-legal."""
     generator = np.random.default_rng(7)
-    easy = np.clip(generator.normal(0.7, 0.2, NUM_VAL), 0.05, 0.9)
-    found = []
-    for job in plan_of().jobs(PARTS):
-        if job.condition in conditions:
-            turns = job.variant in ("prefix-ratio", "windowed-ratio") and job.condition == "all-legal"
-            lift = lifts.get(job.variant, 0.0) * (-1 if turns else 1)
-            found.append(outcome_of(job, lift=lift, late=late, generator=generator, easy=easy))
-    return Outcomes(found)
+    easy = np.clip(generator.normal(0.6, 0.2, FEW), 0.05, 0.85)
+    turning = ("prefix-ratio", "windowed-ratio")
+    signs = [-1 if job.variant in turning and job.condition == "all-legal" else 1 for job in jobs]
+    return [
+        outcome_of(job, lift=sign * lifts.get(job.variant, 0.0), generator=generator, easy=easy)
+        for job, sign in zip(jobs, signs, strict=True)
+    ]
+
+
+LIFTS = {"last-30": -0.1, "prefix-ratio": 0.06, "windowed-ratio": 0.06, "null-advantage": -0.3, "cdd": -0.06}
+VERDICTS = {
+    "H1": "supported",
+    "H2": "not decided",  # no effect
+    "H3": "supported",
+    "H4": "supported",  # no effect, and the interval within the margin
+    "H5": "contradicted",
+    "H6": "not decided",  # of two contrasts one has no effect
+    "H7": "contradicted",
+    "H8": "supported",
+}
 
 
 def test_made_effects_are_found_and_null_effects_are_not():
-    lifts = {"last-30": -0.1, "prefix-ratio": 0.04, "windowed-ratio": 0.04, "null-advantage": -0.3, "cdd": -0.05}
-    found = findings(plan_of(), synthetic(lifts), draws=4000)
-    verdicts = {name: verdict(each) for name, each in found.items()}
-    assert verdicts == {
-        "H1": "supported",
-        "H2": "not decided",  # no effect
-        "H3": "supported",
-        "H4": "supported",  # no effect, and the interval within the margin
-        "H5": "contradicted",
-        "H6": "not decided",  # of two contrasts one has no effect
-        "H7": "contradicted",
-        "H8": "supported",
-    }
-    missing_ones = [each for each in found["H1"] if each.condition == "chain-24"]
-    assert all(each.estimate is None and each.verdict == "not decided" for each in missing_ones)
+    jobs = [job for job in plan_of().jobs(PARTS) if job.condition in ("base", "all-legal")]
+    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS)), draws=2000)
+    assert {name: verdict(each) for name, each in found.items()} == VERDICTS
+    elsewhere = [each for each in found["H1"] if each.condition == "chain-24"]
+    assert all(each.estimate is None and each.verdict == "not decided" for each in elsewhere)
 
 
 def test_a_study_that_has_hardly_begun_decides_nothing():
     one = [job for job in plan_of().jobs() if job.seed == 1000]
-    generator, easy = np.random.default_rng(0), np.full(NUM_VAL, 0.7)
-    records = [outcome_of(job, lift=0.1, late=1.0, generator=generator, easy=easy) for job in one]
-    for records_ in ([], records):
-        found = findings(plan_of(), Outcomes(records_), draws=200)
+    for records in ([], synthetic(one, LIFTS)):
+        found = findings(plan_of(), Outcomes(records), draws=200)
         assert {verdict(each) for each in found.values()} == {"not decided"} and len(found) == 8
+
+
+def test_the_page_of_an_unfinished_study_is_made_from_what_is_committed(tmp_path):
+    """Two seeds of a few variants: the numbers are those of plain loops, and a second page, without the runs, is the same."""
+    plan, out = plan_of(), tmp_path / "docs"
+    names = ("uniform", "iw-1.5", "last-30")
+    jobs = [job for job in plan.jobs() if job.variant in names and job.seed < 1002]
+    records = synthetic(jobs, LIFTS)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    out.mkdir()
+    (out / "referee.md").write_text(f"before\n{PART.start}\nold\n{PART.end}\nafter\n")
+    page = write_referee(plan, tmp_path / "runs", out).read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "\nold\n" not in page
+    assert f"{len(jobs)} of {len(plan.jobs(PARTS))} planned runs are finished" in page and NOT_FINISHED in page
+    assert "2 of 10" in page and "0 of 10" in page
+    of = {(each["variant"], each["seed"]): each for each in records}
+
+    def area_of(name: str) -> float:
+        """By hand: trapezoids of ten steps over forty."""
+        heights = [[value for _, value in of[name, seed]["curves"]["greedy"]] for seed in (1000, 1001)]
+        return float(np.mean([(h[0] / 2 + h[1] + h[2] + h[3] + h[4] / 2) / 4 for h in heights]))
+
+    rows = [line[2:-2].split(" | ") for line in page.splitlines() if line.startswith("| last-30 | 2 |")]
+    assert rows[0][2].startswith(f"{area_of('last-30'):.3f} [")
+    assert rows[0][3].strip("*").startswith(f"{area_of('last-30') - area_of('uniform'):+.3f} [")
+    assert all((out / name).is_file() for name in re.findall(r"\]\((pictures/.*?)\)", page))
+    kept = (out / KEPT).read_text()
+    assert len(kept.splitlines()) == len(jobs) and '"learning_rate":0.0002' in kept and '"grad_norm":2.3333' in kept
+    assert write_referee(plan, tmp_path / "nowhere", out).read_text() == page and (out / KEPT).read_text() == kept
+
+
+def test_a_whole_study_fits_into_three_megabytes():
+    job = plan_of().jobs()[0]
+    easy = np.full(NUM_VAL, 0.7)
+    record = outcome_of(job, lift=0.0, generator=np.random.default_rng(0), easy=easy[:FEW])
+    record |= {"right": [[step, "f" * (NUM_VAL // 4)] for step in STEPS], "kl": [[1234, 1234, 1234]] * 128}
+    size = len(json.dumps(compact(record), separators=(",", ":")))
+    assert size * len(plan_of().jobs(PARTS)) < 3e6
+
+
+@pytest.mark.skipif(not (ROOT / "docs" / KEPT).is_file(), reason="no run has been kept yet")
+def test_what_is_kept_is_of_the_committed_plan():
+    jobs = {job.name: job for job in plan_of().jobs(PARTS)}
+    kept = [json.loads(line) for line in (ROOT / "docs" / KEPT).read_text().splitlines()]
+    assert all(record["settings"] == jobs[record["run"]].settings_sha for record in kept)
+    for record in kept:
+        bits = {step: np.mean(unpacked(bits, record["problems"])) for step, bits in record["right"]}
+        assert all(bits[step] == pytest.approx(value, abs=1e-4) for step, value in record["curves"]["greedy"])
+        assert record["problems"] == NUM_VAL

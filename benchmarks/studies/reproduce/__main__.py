@@ -80,7 +80,12 @@ def tune(plan: Plan, args: argparse.Namespace) -> int:
 
 
 def report(plan: Plan, args: argparse.Namespace) -> int:
-    """The `report` command."""
+    """The `report` command; a plan with hypotheses has a page of its own kind."""
+    if hypotheses_of(plan):
+        from benchmarks.studies.reproduce.referee import write_referee
+
+        print(write_referee(plan, args.runs, args.out))
+        return 0
     from benchmarks.studies.reproduce.report import write_report
     from benchmarks.studies.reproduce.results import all_results
 
