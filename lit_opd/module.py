@@ -347,9 +347,11 @@ class OPDModule(L.LightningModule):
             self.phase("sampling", 0, 1)
             sampled = self._rewarded(self._sample(prompts, settings))
             self._sample_ahead()
-            update = self._update(apply_truncated(sampled, self.truncated))
+            told, hints = self._told(sampled)
+            update = self._update(apply_truncated(told, self.truncated))
         record = self._accounted(update.run(sampled, clock), sampled)
-        self._log_step(update.loss, record, settings, behind=before - sampled.provenance.weights_version)
+        behind = before - sampled.provenance.weights_version
+        self._log_step(update.loss, record, settings, behind=behind, hints=hints)
         return {"loss": update.loss, "step": record}
 
     def _sample(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
@@ -371,6 +373,15 @@ class OPDModule(L.LightningModule):
         with shared_failure():
             found = self.reward(rollout, self.tokenizer)
         return replace(rollout, reward=found)
+
+    def _told(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """With what the teacher reads of the responses, where that is made of them, and how many got it; see ``Hindsight``."""
+        hindsight = getattr(getattr(self.trainer, "datamodule", None), "hindsight", None)
+        if hindsight is None:
+            return rollout, None
+        with shared_failure():
+            told: tuple[Rollout, Tensor] = hindsight(rollout)
+        return told
 
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
@@ -408,7 +419,9 @@ class OPDModule(L.LightningModule):
         own = self.sampler
         return SamplerGap(own.max_logprob_gap, top_p=own.top_p, top_k=own.top_k, in_process=own.in_process)
 
-    def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings, *, behind: int) -> None:
+    def _log_step(
+        self, loss: Tensor, record: StepRecord, settings: SamplingSettings, *, behind: int, hints: Tensor | None
+    ) -> None:
         values = logged(
             record,
             loss=loss,
@@ -418,6 +431,7 @@ class OPDModule(L.LightningModule):
             length_budget=settings.max_new_tokens if self.length_budget is not None else None,
             stops_early=self.length_budget is not None or self.rollout_stop is not None,
             weights_behind=None if self.sampler.in_process or record.waiting is not None else behind,
+            hints=hints,
             engine_seconds=self.sampler.seconds.take() if self.sampler.seconds is not None else {},
         )
         self.log_dict(values, logger=False)

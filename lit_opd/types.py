@@ -440,6 +440,15 @@ class Rollout(_Record):
         taken = self._chosen(list(index), torch.tensor(list(index), dtype=torch.int64))
         return taken.with_layout(self.layout.rows(index))
 
+    def silenced(self, kept: NDArray[numpy.bool_]) -> Rollout:
+        """The same rows; those that ``kept`` (bool array [B]) leaves out have no valid token, so they leave every denominator.
+        What was drawn for them stays counted."""
+        layout, stays = self.layout, torch.from_numpy(kept).to(self.mask.device).unsqueeze(-1)
+        observed = None if self.observed is None else self.observed & stays
+        quiet = replace(self, mask=self.mask & stays, observed=observed, drawn=self.num_drawn)
+        seen = None if layout.observed is None else layout.observed & kept[:, None]
+        return quiet.with_layout(replace(layout, response=layout.response & kept[:, None], observed=seen))
+
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""
         layout = self.layout

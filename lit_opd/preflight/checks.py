@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lit_opd.errors import InputError, ServerError
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.estimate import estimate, shortage
+from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.module_checks import (
     check_batch,
@@ -209,6 +210,7 @@ def signals(run: PlannedRun) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
     check_scorers(run.module)
     check_reward(run.module, run.data)
+    check_hindsight(run.module, run.data)
     check_rollout_stop(run.module, sharded=run.plan.shards > 1)
     check_replay(run.module, run.data)
     for warning in setting_warnings(run.module):

@@ -23,6 +23,7 @@ from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.callback_checks import check_batches
+from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.list_checks import (
     check_candidates,
     remedy,
@@ -100,6 +101,7 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     check_trainer(module)
     check_scorers(module)
     check_reward(module, data)
+    check_hindsight(module, data)
     check_aligned(module, data)
     check_batch(module, data, ranks=module.trainer.world_size)
     check_window(module, data)
@@ -263,7 +265,7 @@ def setting_warnings(module: Subject) -> Iterator[str]:
     for warning in (baseline_warning(advantage, module.recipe.weighting), order_warning(advantage)):
         if warning is not None:
             yield warning
-    if advantage and not objective.reads_advantage:
+    if advantage and not objective.reads_advantage and not any(part.drops_tokens for part in advantage):
         yield f"`model.advantage` has no effect: `{type(objective).__name__}` reads no advantage"
     if module.reference is not None and "reference" not in module.scorers:
         yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
@@ -337,8 +339,8 @@ def _require_window(field: str, config: Any, prompt: int | None, response: int) 
     if prompt is not None and window is not None and prompt + response > window:
         raise InputError(
             f"`model.sampler.max_new_tokens` must leave room in the context window of `{field}`, {window} tokens, got "
-            f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens`, or shorten what the template "
-            "adds"
+            f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens` (or `max_prompt_tokens` of "
+            "`data.teacher_prompt`), or shorten what the template adds"
         )
 
 

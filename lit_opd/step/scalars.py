@@ -188,6 +188,7 @@ def logged(
     stops_early: bool,
     engine_seconds: Mapping[str, float],
     weights_behind: int | None = None,
+    hints: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a training step logs, float64 scalars on the host by metric name: counts stay exact, and one transfer
     serves every logger and callback.
@@ -202,6 +203,7 @@ def logged(
         stops_early: something ends responses before ``max_new_tokens``.
         weights_behind: optimizer steps that the weights which sampled had not seen, None for a sampler that reads the student,
             and where the record says it token by token.
+        hints: int64 [3] of this rank, see ``Hindsight``; None where the teacher's prompts are not made of responses.
         engine_seconds: what a sampler with an engine of its own spent since the step before, by name.
     """
     values: dict[str, Any] = {
@@ -210,6 +212,9 @@ def logged(
         **scalars(record),
         **turn_scalars(record),
     }
+    if hints is not None:
+        rows, hinted, refused = all_sum(hints.double()).unbind()
+        values |= {"train/hint_fraction": hinted / rows, "train/hint_refused_fraction": refused / rows}
     if weights_behind is not None:
         values["train/weights_behind"] = weights_behind
     if length_budget is not None:

@@ -101,8 +101,7 @@ class Update:
         self.scores.score_frozen(self.batches, self.listener)
         if self.recipe.needs_scoring_pass:
             full = self.scores.score_student(self.batches)
-            self.weights = self.recipe.weighting(full, self.progress)
-            self.kept = self.recipe.weighting.kept(full, self.progress)
+            self.weights, self.kept = self.recipe.weighted(full, self.progress)
 
     # -- updating ----------------------------------------------------------------------------------------------------
 
