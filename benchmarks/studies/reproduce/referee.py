@@ -41,6 +41,8 @@ NOT_FINISHED = (
     "**The study is not finished.** Verdicts are of the seeds that are; runs are made seed by seed, so that every variant of a "
     "condition has about as many. A contrast without two finished seeds counts as not decided and in the adjustment."
 )
+BY_CHANCE = "Unadjusted 95 % intervals: one in twenty excludes 0 by chance."
+CLOSES = "Reverse KL of the last 30 % of a response at the end of training; below 0 is nearer to the teacher. Unadjusted, too."
 
 
 # -- what is committed ---------------------------------------------------------------------------------------------------
@@ -101,7 +103,14 @@ def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
     outcomes, finished = Outcomes(chosen.counted), len(chosen.counted) == sum(chosen.planned.values())
     lines = [*head(plan, chosen), *([] if finished else [NOT_FINISHED, ""])]
     lines += verdict_lines(plan, findings(plan, outcomes))
-    lines += overview(plan, outcomes)
+    lines += ["### Area minus that of uniform", "", BY_CHANCE, "", *overview(plan, outcomes, "area")]
+    lines += [
+        "### Late KL minus that of uniform: what closes the gap",
+        "",
+        CLOSES,
+        "",
+        *overview(plan, outcomes, "late KL"),
+    ]
     for condition, planned in chosen.planned.items():
         records = [record for record in chosen.counted if record["condition"] == condition]
         if records:
@@ -153,7 +162,15 @@ def contrast_table(plan: Plan, hypotheses: Sequence[Hypothesis], found: Mapping[
                 each.condition + (", primary" if primary else ""),
             ]
             ps = [shown(each.p), shown(each.adjusted) if each.adjusted is not None else ""]
-            rows.append([*cells, interval(each.estimate), *(ps if each.estimate else ["", ""]), seeds, each.verdict])
+            rows.append(
+                [
+                    *cells,
+                    interval(each.estimate),
+                    *(ps if each.estimate else ["", ""]),
+                    seeds,
+                    each.verdict if each.estimate else "not run",
+                ]
+            )
     heads = ["", "contrast", "expected", "condition", "difference", "p", "adjusted p", "seeds", "verdict"]
     return markdown_table(heads, rows)
 
@@ -167,15 +184,15 @@ def shown(p: float) -> str:
     return f"< {LEAST_P:g}" if p < LEAST_P else f"{p:.3f}"
 
 
-def overview(plan: Plan, outcomes: Outcomes) -> list[str]:
-    """Area minus that of uniform: variants by conditions."""
+def overview(plan: Plan, outcomes: Outcomes, measure: str) -> list[str]:
+    """A measure minus that of uniform: variants by conditions."""
     conditions = [name for name in plan.content["conditions"] if (name, REFERENCE) in outcomes.runs]
     rows = []
     for name in (name for name in plan.content["variants"] if name != REFERENCE):
-        cells = [interval(outcomes.estimate(condition, name, REFERENCE, "area")) for condition in conditions]
+        cells = [interval(outcomes.estimate(condition, name, REFERENCE, measure)) for condition in conditions]
         if any(cells):
             rows.append([name, *cells])
-    return ["### Area minus that of uniform", "", markdown_table(["variant", *conditions], rows), ""] if rows else []
+    return [markdown_table(["variant", *conditions], rows), ""] if rows else []
 
 
 def section(
