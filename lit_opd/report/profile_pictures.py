@@ -159,7 +159,7 @@ def _unit(panel: Panel, axis: str) -> str:
 
 def _with_shares(window: ProfileWindow) -> ProfileWindow:
     """With what the counts of tokens say by turn: the turns alive at a position, against the first bin, and each turn's share."""
-    found: dict[str, BinnedProfile] = {}
+    found: dict[str, Any] = {}
     for axis, name in (("in_turn", "survivor_fraction"), ("by_turn", "token_share")):
         binned: BinnedProfile | None = getattr(window, axis)
         if binned is not None:
