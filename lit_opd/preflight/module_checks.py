@@ -32,6 +32,7 @@ from lit_opd.preflight.list_checks import (
     require_single_stops,
     require_transforms,
 )
+from lit_opd.preflight.partial_checks import check_partial
 from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
@@ -108,6 +109,7 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     check_rollout_stop(module, sharded=shards(module.trainer.strategy))
     check_self_teacher(module, data)
     check_replay(module, data)
+    check_partial(module, data, ranks=module.trainer.world_size)
     check_servers(module, data)
     for warning in (*setting_warnings(module), *stop_warnings(module)):
         warnings.warn(warning, stacklevel=2)
@@ -315,8 +317,10 @@ def check_batch(module: Subject, data: PromptDataModule | None, *, ranks: int) -
     if batch % ranks:
         raise InputError(f"`data.prompt_batch` must be a multiple of the {ranks} ranks, got {batch}")
     rows = batch // ranks * getattr(data, "samples_per_prompt", mini_batches)
-    if rows < mini_batches:
-        raise InputError(f"`model.mini_batches` must be at most the {rows} rows of a rank, got {mini_batches}")
+    fewest, _ = module.sampler.trained_rows(rows)
+    if fewest < mini_batches:
+        waits = "" if fewest == rows else f", of which {rows - fewest} may wait"
+        raise InputError(f"`model.mini_batches` must be at most the {fewest} rows of a rank{waits}, got {mini_batches}")
 
 
 def check_window(module: Subject, data: PromptDataModule | None) -> None:

@@ -217,6 +217,8 @@ class Update:
         mask, step = self.rollout.mask[index], self.optimisation.step + 1
         if self.rollout.replayed is not None:
             mask = mask & ~self.rollout.replayed.old[index].unsqueeze(-1)
+        if self.rollout.version is not None:
+            mask = mask & ~self.rollout.older[index]
         self.gap.check(student, sampler, mask, step=step, model=self.scores.student_model)
 
     # -- what is left behind -----------------------------------------------------------------------------------------
