@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 TEST_STAMP := .venv/.installed-test
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test docs check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 gemma clean
+.PHONY: quickstart test docs check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full referee lint format smollm2 gemma clean
 
 $(STAMP): requirements.lock setup.cfg setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -87,6 +87,14 @@ reproduce: $(STAMP)
 
 reproduce-full: $(STAMP)
 	$(REPRODUCE) run --parts base full $(if $(JOBS),--jobs $(JOBS)); status=$$?; $(REPRODUCE) report && exit $$status
+
+# The study of docs/referee.md: learning rates, base, the other conditions; stop and go on as you like
+REFEREE := --plan benchmarks/studies/reproduce/referee.yaml --runs runs/referee
+referee: $(STAMP)
+	$(REPRODUCE) tune $(REFEREE) $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) run $(REFEREE) $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) run $(REFEREE) --parts base full $(if $(JOBS),--jobs $(JOBS)); status=$$?; \
+	  $(REPRODUCE) report $(REFEREE) && exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

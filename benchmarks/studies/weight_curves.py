@@ -4,14 +4,15 @@
 
 The student of the quickstart samples one batch of validation prompts at temperature 1 with a fixed seed, its teacher
 scores it, and each overlay of configs/weighting weighs that batch half-way through training. A panel shows one response (the
-one whose total disagreement is the median of the batch) as a line, and the batch's mean at each position as dashes.
+one whose total disagreement is the median of the batch) as a line, and the batch's mean at each position as dashes. Strategies
+that know turns see each response as three, of a sixth, a third and a half of its tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.studies.figures import plt, save
 from benchmarks.studies.policies import held_out, load_policy, sample
+from lit_opd.masked import lengths, positions
 from lit_opd.models.loading import load_tokenizer
 from lit_opd.types import TokenSignal
 from lit_opd.weighting import WeightingStrategy
@@ -33,12 +35,14 @@ OVERLAYS = REPO / "configs" / "weighting"
 ROWS, SEED, PROGRESS = 128, 0, 0.5
 COLUMNS = 4
 WIDTH, PANEL_HEIGHT, DPI = 13.0, 1.85, 110  # inches, dots an inch
+TURNED = ("AfterObservation", "PerTurn", "TurnBalanced")  # know turns, and would show nothing on responses of one
+TURN_ENDS = (1 / 6, 1 / 2)  # of a response, between three turns
 STRONG = 3.0  # nats; the response's first disagreement above it is marked
 LOWEST_TOP = 1.75  # panels share this upper end of the axis unless a weight is above it
 INK, PALE, DROPPED = "#202020", "#9a9a9a", "#ececec"
 # what is read -> panels and their colour, in reading order
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "nothing but the position": (
+    "position and turns alone": (
         "#1f5fa8",
         ("Uniform", "Constant", "FirstFraction", "LastFraction", "RandomFraction", "FirstTokens", "LinearDecay")
         + ("Geometric", "AnnealedPrefixWeight", "AnnealedPrefixMask", "LateRising", "AfterObservation"),
@@ -75,12 +79,14 @@ class Panel:
         settings: its parameters in words.
         weights: [B, T], 0 where a token does not count.
         kept: bool [B, T], tokens in the denominator.
+        turn: int64 [B, T], as the strategy saw them; None for one turn.
     """
 
     name: str
     settings: str
     weights: Tensor
     kept: Tensor
+    turn: Tensor | None = None
 
 
 # -- the rollout -------------------------------------------------------------------------------------------------------
@@ -117,6 +123,12 @@ def typical_row(signal: TokenSignal) -> int:
     return int(signal.disagreement.sum(-1).median(0).indices)
 
 
+def as_turns(mask: Tensor) -> Tensor:
+    """int64 [B, T]: each response as if it were three turns, 0 where masked."""
+    place = (positions(mask) - 0.5) / lengths(mask).clamp(min=1).unsqueeze(-1)
+    return torch.where(mask, sum((place >= end).long() for end in TURN_ENDS), 0)
+
+
 # -- the strategies ----------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +155,9 @@ def panels(signal: TokenSignal, progress: float = PROGRESS) -> dict[str, Panel]:
         parsed = parser.parse_object({"weighting": section})
         strategy = getattr(parser, "instantiate", parser.instantiate_classes)(parsed).weighting  # renamed in 4.49
         name = type(strategy).__name__
-        weights, kept = strategy(signal, progress), strategy.kept(signal, progress)
-        found[name] = Panel(name, words, weights, kept)
+        turn = as_turns(signal.mask) if name in TURNED else None
+        seen = replace(signal, turn=turn)
+        found[name] = Panel(name, words, strategy(seen, progress), strategy.kept(seen, progress), turn)
     return found
 
 
@@ -174,7 +187,7 @@ def draw(signal: TokenSignal, path: Path) -> None:
     for place, axis in enumerate(axes):
         if place % COLUMNS == 0:
             axis.set_ylabel("weight", fontsize=10)
-        if place < COLUMNS * (num_rows - 1):
+        if place + COLUMNS < len(order):
             axis.set_xticklabels([])
         else:
             axis.set_xlabel("position in the response", fontsize=10)
@@ -191,6 +204,9 @@ def _weights(axis: Axes, panel: Panel, mask: Tensor, row: int, colour: str) -> N
     mean = panel.weights.sum(0) / mask.sum(0).clamp(min=1)
     axis.step(position, panel.weights[row, :length], where="mid", color=colour, linewidth=1.8)
     axis.plot(position, mean[:length], color=PALE, linewidth=1.2, linestyle=(0, (4, 2)))
+    if panel.turn is not None:
+        for start in panel.turn[row, :length].diff().nonzero().flatten().tolist():
+            axis.axvline(start + 1.5, color=PALE, linewidth=0.9, zorder=0)
     for place, counts in zip(position, kept, strict=True):
         if not counts:
             axis.axvspan(place - 0.5, place + 0.5, color=DROPPED, linewidth=0, zorder=0)
@@ -225,6 +241,7 @@ def _legend(figure: Any) -> None:
     ]
     handles += [
         Line2D([], [], color=PALE, linestyle=(0, (4, 2)), label="mean of the batch"),
+        Line2D([], [], color=PALE, linewidth=0.9, label="a turn begins (made up)"),
         Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label=f"first |A| above {STRONG:g} nats"),
         Patch(color=DROPPED, label="out of the denominator"),
     ]

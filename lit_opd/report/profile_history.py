@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from lit_opd.report.profile import ProfileWindow, Scale
 
 HEAT_QUANTITIES = ("disagreement", "weight", "survivor_fraction")
+TURN_AXES = ("in_turn", "by_turn")
+COUNT = "count"  # sampled tokens, of the axes of conversations
 
 
 class ProfileHistory:
@@ -29,19 +32,32 @@ class ProfileHistory:
             "absolute": np.array([*window.absolute.start, window.absolute.end[-1] + 1.0]) - 0.5,
             "relative": np.array([*window.relative.start, window.relative.end[-1]]),
         }
-        if not self._edges or any(not np.array_equal(edges[axis], self._edges[axis]) for axis in edges):
+        for axis in TURN_AXES:
+            binned = getattr(window, axis)
+            if binned is not None:
+                edges[axis] = np.array([*binned.start, binned.end[-1] + 1.0]) - 0.5
+        same = edges.keys() == self._edges.keys() and all(
+            np.array_equal(edges[axis], self._edges[axis]) for axis in edges
+        )
+        if not same:
             self._steps, self._rows = [], {}
         self._edges, self.scale = edges, window.scale
         self._steps.append((window.previous_step, window.step))
         for axis in edges:
             values = getattr(window, axis).values
+            if axis in TURN_AXES:
+                self._rows.setdefault((axis, COUNT), []).append(np.array(getattr(window, axis).count, dtype=np.float32))
             for name in HEAT_QUANTITIES:
                 if name in values:
                     row = np.array([np.nan if value is None else value for value in values[name]], dtype=np.float32)
                     self._rows.setdefault((axis, name), []).append(row)
 
+    def has(self, axes: Sequence[str]) -> bool:
+        """Whether the windows have these axes."""
+        return all(axis in self._edges for axis in axes)
+
     def edges(self, axis: str) -> Any:
-        """[bins + 1], bin edges: half positions (absolute) or fractions (relative)."""
+        """[bins + 1], bin edges: half positions or turns, or fractions (relative)."""
         return self._edges[axis]
 
     def step_edges(self, most: int) -> Any:

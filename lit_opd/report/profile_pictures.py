@@ -1,26 +1,24 @@
-"""The position profile as PNG files: now against the start, and heat maps that grow with training.
+"""The position profile as PNG files: now against the start, and heat maps that grow with training; of conversations by turn too.
 
 Drawn on matplotlib's Agg canvas without pyplot, so a user's own backend and figures stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lit_opd.files import whole_file
 from lit_opd.report.profile import BinnedProfile, ProfileWindow
-from lit_opd.report.profile_history import ProfileHistory
+from lit_opd.report.profile_heat_maps import AXIS_LABELS, FEW_ALIVE, HEAT_AXES, blank_figure, heat_map
+from lit_opd.report.profile_history import TURN_AXES, ProfileHistory
 
 DPI = 110
 NOW, START, SECOND, SECOND_START = "#1f5fa8", "#9db8d6", "#c2571a", "#e8b899"
@@ -28,12 +26,19 @@ WIDTH, ROW_HEIGHT, MOST_IN_A_ROW = 14.0, 2.9, 4  # inches, inches, panels
 LEGEND_BELOW = -0.24  # of the panel's height: under the axis label
 TEACHER_STUDENT = "q, s: log-probs of teacher and student"
 NOTATION = "q, s: log-probs that teacher and student give a sampled token; A: its advantage; w: its weight"
-FEW_ALIVE = 0.1  # of the responses: behind this position a mean rests on few of them
-NO_DATA, FEW_COLOR = "#d9d9d9", "#ebebeb"
-NUM_TICKS = 5
-MAX_COLUMNS = 600  # of a heat map; more windows are averaged in groups
-PALE = ListedColormap([(1.0, 1.0, 1.0, 0.6)])
-AXIS_LABELS = {"absolute": "position in the response, tokens", "relative": "position in the response, % of its length"}
+FEW_COLOR = "#ebebeb"
+NUM_TICKS, MOST_TURN_TICKS = 5, 12
+BY = {
+    "absolute": "absolute position",
+    "relative": "relative position",
+    "in_turn": "position in the turn",
+    "by_turn": "turn",
+}
+PICTURES = {  # file by axis
+    "absolute": "profile_by_absolute_position", "relative": "profile_by_relative_position",
+    "in_turn": "profile_by_position_in_turn", "by_turn": "profile_by_turn",
+}  # fmt: skip
+ALIVE = {"absolute": "responses", "in_turn": "turns"}  # what may have ended before a position
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,15 @@ class Panel:
 
 
 PANELS = (
-    Panel("who is still writing", "% of responses", {"survivor_fraction": "alive"}, 100.0),
+    Panel("who is still writing", "% of {alive}", {"survivor_fraction": "alive"}, 100.0),
+    Panel("sampled tokens", "% of all, {per}", {"token_share": "share"}, 100.0),
     Panel("disagreement |q - s|", "nats/token", {"disagreement": "mean"}),
     Panel("advantage A (what the loss reads)", "nats/token", {"advantage": "mean"}, of_advantage=True),
     Panel("KL(student || teacher)", "nats/token", {"kl_k1": "k1 = s - q", "kl_k3": "k3"}),
     Panel("drift: |q - s| summed before", "nats", {"drift": "mean"}),
     Panel("weight w (0 where dropped)", "weight; 1 is uniform", {"weight": "mean"}, reference=1.0),
     Panel(
-        "share of the gradient", "% of the sum of |w A|, per bin", {"gradient_share": "share"}, 100.0, of_advantage=True
+        "share of the gradient", "% of the sum of |w A|, {per}", {"gradient_share": "share"}, 100.0, of_advantage=True
     ),
     Panel("entropy", "nats", {"student_entropy": "student", "teacher_entropy": "teacher"}),
     Panel(
@@ -99,14 +105,16 @@ def draw_all(
         folder: where to.
         reads_advantage: whether the run's objective does; else what shows the advantage is left out.
     """
-    figures = {
-        "profile_by_absolute_position": profile_figure(now, start, "absolute", reads_advantage=reads_advantage),
-        "profile_by_relative_position": profile_figure(now, start, "relative", reads_advantage=reads_advantage),
-        "heatmap_disagreement": heat_map(
-            history, "disagreement", f"disagreement |q - s| ({TEACHER_STUDENT})", "nats/token"
-        ),
-        "heatmap_weight": heat_map(history, "weight", "weight", "mean weight (0 where dropped)"),
-    }
+    axes = [axis for axis in PICTURES if getattr(now, axis) is not None and getattr(start, axis) is not None]
+    figures = {PICTURES[axis]: profile_figure(now, start, axis, reads_advantage=reads_advantage) for axis in axes}
+    for ending, pair in HEAT_AXES.items():
+        if history.has(pair):
+            figures |= {
+                f"heatmap_disagreement{ending}": heat_map(
+                    history, "disagreement", f"disagreement |q - s| ({TEACHER_STUDENT})", "nats/token", pair
+                ),
+                f"heatmap_weight{ending}": heat_map(history, "weight", "weight", "mean weight (0 where dropped)", pair),
+            }
     return {name: _save(figure, folder / f"{name}.png") for name, figure in figures.items()}
 
 
@@ -116,40 +124,51 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 # -- now against the start ---------------------------------------------------------------------------------------------
 
 
 def profile_figure(now: ProfileWindow, start: ProfileWindow, axis: str, *, reads_advantage: bool = True) -> Figure:
     """A panel a quantity that was measured: this window (solid) and the first one (pale, dashed)."""
+    now, start = _with_shares(now), _with_shares(start)
     shown = [
         panel for panel in PANELS if _measured(panel, now, start, axis) and (reads_advantage or not panel.of_advantage)
     ]
     rows = _rows_of(len(shown))
-    figure = _figure(WIDTH, ROW_HEIGHT * len(rows) + 1.1)
+    figure = blank_figure(WIDTH, ROW_HEIGHT * len(rows) + 1.1)
     grid = figure.add_gridspec(len(rows), lcm(*rows))
     places = [(row, column, count) for row, count in enumerate(rows) for column in range(count)]
     for (row, column, count), panel in zip(places, shown, strict=True):
         wide = grid.ncols // count
         axes = figure.add_subplot(grid[row, column * wide : (column + 1) * wide])
         _draw_panel(axes, panel, now, start, axis)
-        _label(axes, title=panel.title, x=AXIS_LABELS[axis], y=panel.unit)
+        _label(axes, title=panel.title, x=AXIS_LABELS[axis], y=_unit(panel, axis))
     what = f"{now.rows} responses, {now.tokens:,} tokens"
-    figure.suptitle(
-        f"Profile by {axis} position: {_span(now)} ({what}) against {_span(start)}\n{NOTATION}", fontsize=11
-    )
+    figure.suptitle(f"Profile by {BY[axis]}: {_span(now)} ({what}) against {_span(start)}\n{NOTATION}", fontsize=11)
     handles = [Line2D([], [], color=NOW, lw=1.8), Line2D([], [], color=START, lw=1.8, ls="--")]
     labels = [_span(now), _span(start)]
-    if axis == "absolute":
+    if axis in ALIVE:
         handles.append(Patch(color=FEW_COLOR))  # type: ignore[arg-type]
-        labels.append(f"fewer than {FEW_ALIVE:.0%} of the responses alive: means of few tokens, not drawn")
+        labels.append(f"fewer than {FEW_ALIVE:.0%} of the {ALIVE[axis]} alive: means of few tokens, not drawn")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return figure
+
+
+def _unit(panel: Panel, axis: str) -> str:
+    return panel.unit.format(alive=ALIVE.get(axis), per="per turn" if axis == "by_turn" else "per bin")
+
+
+def _with_shares(window: ProfileWindow) -> ProfileWindow:
+    """With what the counts of tokens say by turn: the turns alive at a position, against the first bin, and each turn's share."""
+    found: dict[str, BinnedProfile] = {}
+    for axis, name in (("in_turn", "survivor_fraction"), ("by_turn", "token_share")):
+        binned: BinnedProfile | None = getattr(window, axis)
+        if binned is not None:
+            counts = np.array(binned.count, dtype=float)
+            counts /= np.array(binned.end) - np.array(binned.start) + 1
+            whole = counts[0] if axis == "in_turn" else counts.sum()
+            shares = tuple((counts / max(whole, 1e-12)).tolist())
+            found[axis] = replace(binned, values={**binned.values, name: shares})
+    return replace(window, **found)
 
 
 def _measured(panel: Panel, now: ProfileWindow, start: ProfileWindow, axis: str) -> bool:
@@ -185,15 +204,18 @@ def _draw_panel(axes: Any, panel: Panel, now: ProfileWindow, start: ProfileWindo
             solid = _well_counted(window, axis)
             label = panel.quantities[name] if window is now else None
             everything = name == "survivor_fraction"
-            axes.plot(x, y if everything else np.where(solid, y, np.nan), style, color=color, lw=1.8, label=label)
+            look = {"color": color, "lw": 1.8, "label": label, "marker": "o" if axis == "by_turn" else None}
+            axes.plot(x, y if everything else np.where(solid, y, np.nan), style, **look)
             heights += [height for height in y[solid] if np.isfinite(height)]
-    if axis == "absolute":
-        _shade_few_alive(axes, now)
+    if axis in ALIVE:
+        _shade_few_alive(axes, now, start, axis)
         if now.scale == "log":
             axes.set_xscale("log")
     _set_limits(axes, min(heights), max(heights))
     axes.locator_params(axis="y", nbins=NUM_TICKS)  # text is most of the time that drawing takes
-    if axes.get_xscale() == "linear":
+    if axis == "by_turn":
+        _set_turns(axes, now, start)
+    elif axes.get_xscale() == "linear":
         axes.locator_params(axis="x", nbins=NUM_TICKS)
     if len(present) > 1:
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, LEGEND_BELOW), "ncols": len(present)}
@@ -216,75 +238,39 @@ def _label(axes: Any, *, title: str, x: str, y: str) -> None:
 def _line(binned: BinnedProfile, name: str, scale: float, axis: str) -> tuple[Any, Any]:
     """Bin centres and values; NaN breaks the line where nothing was counted."""
     values = binned.values.get(name, (None,) * len(binned.start))
+    if axis in TURN_AXES:  # shares are 0 in turns that nobody said
+        values = tuple(value if count else None for value, count in zip(values, binned.count, strict=True))
     centres = np.array(binned.centres) * (100.0 if axis == "relative" else 1.0)
     return centres, scale * np.array([np.nan if value is None else value for value in values])
 
 
 def _well_counted(window: ProfileWindow, axis: str) -> Any:
-    """bool [bins], True where at least a tenth of the responses are alive."""
-    if axis == "relative":
-        return np.ones(len(window.relative.start), dtype=bool)
-    return np.array([value is not None and value >= FEW_ALIVE for value in window.absolute.values["survivor_fraction"]])
+    """bool [bins], True where at least a tenth of the responses, or of the turns, are alive."""
+    binned: BinnedProfile = getattr(window, axis)
+    if axis not in ALIVE:
+        return np.ones(len(binned.start), dtype=bool)
+    return np.array([value is not None and value >= FEW_ALIVE for value in binned.values["survivor_fraction"]])
 
 
-def _shade_few_alive(axes: Any, window: ProfileWindow) -> None:
-    """Grey behind the position from which fewer than a tenth of the responses go on."""
-    few = np.flatnonzero(~_well_counted(window, "absolute"))
-    right = window.absolute.end[-1] + 0.5
-    if len(few):
-        axes.axvspan(window.absolute.start[few[0]] - 0.5, right, color=FEW_COLOR, zorder=0, lw=0)
+def _shade_few_alive(axes: Any, window: ProfileWindow, start: ProfileWindow, axis: str) -> None:
+    """Grey behind the position from which fewer than a tenth of the responses, or of the turns, go on."""
+    binned: BinnedProfile = getattr(window, axis)
+    few = np.flatnonzero(~_well_counted(window, axis))
+    last = len(binned.end) - 1 if axis == "absolute" else _last_counted(window, start, axis)
+    right = binned.end[last] + 0.5
+    if len(few) and few[0] <= last:
+        axes.axvspan(binned.start[few[0]] - 0.5, right, color=FEW_COLOR, zorder=0, lw=0)
     axes.set_xlim(0.5, right)
 
 
-# -- heat maps ---------------------------------------------------------------------------------------------------------
+def _last_counted(now: ProfileWindow, start: ProfileWindow, axis: str) -> int:
+    """The last bin that has tokens in either window; later ones belong to longer turns than were said."""
+    ends = [np.flatnonzero(np.array(getattr(window, axis).count))[-1:] for window in (now, start)]
+    return int(max((end[0] for end in ends if len(end)), default=0))
 
 
-def heat_map(history: ProfileHistory, name: str, title: str, unit: str) -> Figure:
-    """Step by position, absolute on the left with the survivors drawn in, relative on the right."""
-    figure = _figure(12.0, 4.4)
-    pair = figure.subplots(1, 2)
-    steps = history.step_edges(MAX_COLUMNS)
-    tables = {axis: history.table(axis, name, MAX_COLUMNS) for axis in ("absolute", "relative")}
-    low, high = _limits(list(tables.values()), from_zero=name == "disagreement")
-    for axes, (axis, table) in zip(pair, tables.items(), strict=True):
-        edges = history.edges(axis) * (100.0 if axis == "relative" else 1.0)
-        axes.set_facecolor(NO_DATA)
-        mesh = axes.pcolormesh(steps, edges, np.ma.masked_invalid(table.T), vmin=low, vmax=high, cmap="viridis")
-        axes.set_xlabel("optimizer step", fontsize=9)
-        axes.set_ylabel(AXIS_LABELS[axis], fontsize=9)
-        axes.set_title(f"by {axis} position", fontsize=10)
-    if history.scale == "log":
-        pair[0].set_yscale("log")
-    _draw_survivors(pair[0], history, steps)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.suptitle(
-        f"{title} by step and position; grey: no tokens, pale: fewer than {FEW_ALIVE:.0%} alive", fontsize=11
-    )
-    figure.colorbar(mesh, ax=list(pair), label=unit, extend="max" if name == "disagreement" else "neither")
-    return figure
-
-
-def _limits(tables: Sequence[Any], *, from_zero: bool) -> tuple[float, float]:
-    """Colour range: 0 to the 99th percentile, or everything; never empty."""
-    seen = np.concatenate([table[np.isfinite(table)] for table in tables])
-    if not seen.size:
-        return 0.0, 1.0
-    low, high = (0.0, float(np.percentile(seen, 99))) if from_zero else (float(seen.min()), float(seen.max()))
-    return (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
-
-
-def _draw_survivors(axes: Any, history: ProfileHistory, steps: Any) -> None:
-    """Lines at the positions that a half and a tenth of the responses reach; what lies above the latter is paled."""
-    alive = np.nan_to_num(history.table("absolute", "survivor_fraction", MAX_COLUMNS))
-    edges = history.edges("absolute")
-    axes.pcolormesh(
-        steps, edges, np.ma.masked_where(alive.T >= FEW_ALIVE, np.zeros_like(alive.T)), cmap=PALE, vmin=0.0, vmax=1.0
-    )
-    reached = {share: np.append(edges[(alive >= share).sum(1)], np.nan) for share in (0.5, FEW_ALIVE)}
-    for reach in reached.values():
-        reach[-1] = reach[-2]
-        axes.step(steps, reach, where="post", color="white", lw=3.0)
-    for (share, reach), style in zip(reached.items(), ("-", ":"), strict=True):
-        axes.step(steps, reach, style, where="post", color="black", lw=1.5, label=f"{share:.0%} of the responses alive")
-    axes.set_xlim(steps[0], steps[-1])
-    axes.set_ylim(edges[0], edges[-1])
+def _set_turns(axes: Any, now: ProfileWindow, start: ProfileWindow) -> None:
+    """Whole numbers on the axis, up to the last turn that was said."""
+    turns = _last_counted(now, start, "by_turn") + 1
+    axes.set_xlim(0.5, turns + 0.5)
+    axes.set_xticks(range(1, turns + 1, -(-turns // MOST_TURN_TICKS)))

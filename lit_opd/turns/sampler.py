@@ -95,9 +95,9 @@ class TurnsSampler(Sampler):
     ) -> None:
         name = type(self).__name__
         require(isinstance(sampler, Sampler), f"{name}.sampler", "a Sampler", sampler)
-        require(
-            not isinstance(sampler, TurnsSampler), f"{name}.sampler", "an engine that samples single turns", sampler
-        )
+        inside = type(sampler).__name__
+        require(sampler.engine is sampler, f"{name}.sampler", "an engine that samples single turns", inside)
+        require(not sampler.ahead, f"{name}.sampler.ahead", "0: conversations are not sampled ahead", sampler.ahead)
         require(isinstance(environment, Environment), f"{name}.environment", "an Environment", environment)
         require(max_turns >= 1, f"{name}.max_turns", ">= 1", max_turns)
         require(

@@ -8,7 +8,7 @@ import torch
 
 from lit_opd.prompts.encoding import PromptEncoder, collate, encode_rows
 from lit_opd.prompts.sources import PromptRow
-from lit_opd.rollout import Sampler, SamplingSettings
+from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.turns import Environment, Episode, Response, TurnsSampler
 from lit_opd.types import PromptBatch, Rollout
@@ -36,7 +36,12 @@ def student(seed: int = 4, dtype: torch.dtype = torch.float64) -> ScoringModel:
     model = tiny.qwen3(seed=seed, window=WINDOW)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.15)
-    policy = ScoringModel(model.to(dtype), vocabulary=64)
+    return scored(model.to(dtype))
+
+
+def scored(model: Any) -> ScoringModel:
+    """As a run has it."""
+    policy = ScoringModel(model.eval(), vocabulary=64)
     policy.choose_path("student")
     return policy
 
@@ -62,6 +67,13 @@ class Counting(Environment):
     def step(self, state: Episode, response: Response) -> Any:
         """Half a point a turn."""
         return f"{len(response.ids)} in {state.turn}", state.turn >= self.turns, 0.5
+
+
+class Again(TransformersSampler):
+    """Reads the conversation again in each turn, by ``generate``: the reference."""
+
+    def converse(self, *_: Any) -> None:
+        """Never goes on."""
 
 
 def sampler(engine: Sampler, environment: Environment, **options: Any) -> TurnsSampler:

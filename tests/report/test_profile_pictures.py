@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lit_opd.report.profile import ProfileWindow
+from lit_opd.report.profile_heat_maps import heat_map
 from lit_opd.report.profile_history import ProfileHistory
-from lit_opd.report.profile_pictures import MOST_IN_A_ROW, _rows_of, heat_map, profile_figure
+from lit_opd.report.profile_pictures import MOST_IN_A_ROW, _rows_of, profile_figure
 from tests.helpers import run_folder
 
 ALIVE = (1.0, 1.0, 0.5, 0.1, 0.05, 0.01)

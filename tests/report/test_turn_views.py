@@ -6,12 +6,17 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from callbacks.position_profile import build_window, record_quantities
 from callbacks.rollout_samples import sample_rows
+from lit_opd.report import profile_pictures
 from lit_opd.report.profile import ProfileWindow
+from lit_opd.report.profile_heat_maps import heat_map
+from lit_opd.report.profile_history import ProfileHistory
+from lit_opd.report.profile_pictures import NOW, profile_figure
 from lit_opd.report.profile_sums import PositionProfileSums
 from lit_opd.report.tokens_page import predicted_responses, render
 from lit_opd.rollout import DecodeSampler
@@ -118,3 +123,94 @@ def test_predictions_and_their_page_say_turn_place_and_what_was_heard(record):
     plain = predicted_responses(replace(prediction, rollout=one_turn(record.rollout)), tokenizer())[0]
     assert not {"turn", "place", "heard"} & set(plain.to_json()["tokens"][0])
     assert "turn" not in render([plain], strategy="Uniform").split("<main>")[1]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def two_windows(record: StepRecord) -> tuple[ProfileWindow, ProfileWindow]:
+    """Bins of one position each; turns that nobody said at the end."""
+    now = replace(window_of(record, turns=TURNS + 3, turn_length=40), step=2, previous_step=1)
+    return now, replace(now, step=1, previous_step=0)
+
+
+def drawn(figure: Any, title: str) -> Any:
+    return next(axes for axes in figure.axes if axes.get_title().startswith(title))
+
+
+def test_a_conversations_pictures_show_turns_that_were_said_and_no_others(record):
+    now, start = two_windows(record)
+    assert now.by_turn is not None
+    figure = profile_figure(now, start, "by_turn")
+    axes = drawn(figure, "disagreement")
+    (line,) = [line for line in axes.lines if line.get_color() == NOW]
+    assert np.allclose(line.get_ydata()[:TURNS], now.by_turn.values["disagreement"][:TURNS])
+    assert axes.get_xlim() == (0.5, TURNS + 0.5) and axes.get_xticks().tolist() == [1, 2, 3]
+    assert axes.get_xlabel() == "turn" and "by turn" in figure.get_suptitle()
+    (share,) = [line for line in drawn(figure, "sampled tokens").lines if line.get_color() == NOW]
+    counts = np.bincount([turn for turn, *_ in by_hand(record)], minlength=TURNS)
+    assert np.allclose(share.get_ydata()[:TURNS], 100 * counts / counts.sum())
+    assert np.isnan(share.get_ydata()[TURNS:]).all()  # no line goes on to turns that nobody said
+    assert not any(axes.get_title().startswith("who is") for axes in figure.axes)
+
+
+def test_inside_a_turn_alive_are_the_turns_that_go_on(record):
+    now, start = two_windows(record)
+    assert now.in_turn is not None
+    figure = profile_figure(now, start, "in_turn")
+    axes = drawn(figure, "who is still writing")
+    (line,) = [line for line in axes.lines if line.get_color() == NOW]
+    places = [place for _, place, *_ in by_hand(record)]
+    heights = np.nan_to_num(line.get_ydata())
+    for low, high, alive in zip(now.in_turn.start, now.in_turn.end, heights, strict=True):
+        first = sum(place <= now.in_turn.end[0] for place in places) / now.in_turn.end[0]
+        inside = sum(low <= place <= high for place in places) / (high - low + 1)
+        assert alive == pytest.approx(100 * inside / first)
+    last = max(bin_ for bin_, count in enumerate(now.in_turn.count) if count)
+    assert axes.get_xlim() == (0.5, now.in_turn.end[last] + 0.5) and last < len(now.in_turn.count) - 1
+    assert axes.get_ylabel() == "% of turns" and "of the turns alive" in figure.legends[0].get_texts()[-1].get_text()
+
+
+def test_pictures_by_turn_are_for_conversations_only(record, undrawn, monkeypatch, tmp_path):
+    """Which ones there are; drawing each of them takes longer, and is tested above."""
+    for name, place in (("profile_figure", 2), ("heat_map", 4)):
+        monkeypatch.setattr(profile_pictures, name, lambda *args, place=place, **_: args[place])
+    monkeypatch.setattr(profile_pictures, "_save", lambda shown, path: shown)
+    now, start = two_windows(record)
+    plain = [replace(window, in_turn=None, by_turn=None) for window in (now, start)]
+    shown = {}
+    for kind, windows in (("turns", (now, start)), ("plain", plain)):
+        history = ProfileHistory()
+        for window in windows[::-1]:
+            history.add(window)
+        shown[kind] = undrawn(history, now=windows[0], start=windows[1], folder=tmp_path)
+    pair = ("in_turn", "by_turn")
+    more = {"profile_by_position_in_turn": "in_turn", "profile_by_turn": "by_turn"}
+    more |= {"heatmap_disagreement_by_turn": pair, "heatmap_weight_by_turn": pair}
+    assert shown["turns"] == shown["plain"] | more and len(shown["plain"]) == 4
+
+
+def test_a_heat_map_by_turn_ends_at_the_last_turn_said(record):
+    now, start = two_windows(record)
+    history = ProfileHistory()
+    for window in (start, now):
+        history.add(window)
+    figure = heat_map(history, "disagreement", "disagreement", "nats", ("in_turn", "by_turn"))
+    left, right = figure.axes[:2]
+    assert right.get_ylim() == (0.5, TURNS + 0.5) and right.get_yticks().tolist() == [1, 2, 3]
+    assert left.get_ylabel() == "position in the turn, tokens" and left.get_ylim()[1] < 40
+    assert "pale" not in figure.get_suptitle() and not figure.legends
+
+
+def test_a_turn_that_one_response_got_to_does_not_set_the_colours(record):
+    now, _ = two_windows(record)
+    assert now.by_turn is not None
+    counts, values = list(now.by_turn.count), list(now.by_turn.values["disagreement"])
+    counts[TURNS], values[TURNS] = 1, 50.0
+    changed = replace(now.by_turn, count=tuple(counts), values={**now.by_turn.values, "disagreement": tuple(values)})
+    history = ProfileHistory()
+    history.add(replace(now, by_turn=changed))
+    figure = heat_map(history, "disagreement", "disagreement", "nats", ("in_turn", "by_turn"))
+    highest = figure.axes[1].collections[0].get_clim()[1]
+    cells = [value for axis in (now.in_turn, now.by_turn) for value in axis.values["disagreement"] if value is not None]
+    assert min(cells) < highest <= max(cells) < 50

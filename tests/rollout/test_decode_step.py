@@ -264,10 +264,10 @@ def test_a_plain_step_under_autocast_is_the_models_own(build):
     policy = large() if build == "llama" else ScoringModel(tiny.qwen3(seed=1, hidden=64, layers=3), vocabulary=64)
     wanted = settings(max_new_tokens=2, stop_ids=())
     with torch.no_grad():
-        exact = decode._probed(decode._OwnWriter, policy, prompts(8), wanted)
+        exact = decode._probed(decode.OwnWriter, policy, prompts(8), wanted)
         with torch.autocast("cpu", dtype=BF16):
             own, plain = (
-                decode._probed(kind, policy, prompts(8), wanted) for kind in (decode._OwnWriter, decode._PlainWriter)
+                decode._probed(kind, policy, prompts(8), wanted) for kind in (decode.OwnWriter, decode._PlainWriter)
             )
     assert float((plain - own).abs().mean()) < 0.2 * float((own - exact).abs().mean())
 

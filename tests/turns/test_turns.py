@@ -16,7 +16,7 @@ from lit_opd.evaluation.sets import load_sets
 from lit_opd.prompts.encoding import PromptEncoder, collate
 from lit_opd.prompts.sources import DataSource
 from lit_opd.report.replay import load_record, save_record
-from lit_opd.rollout import DecodeSampler, TransformersSampler, VLLMSampler
+from lit_opd.rollout import DecodeSampler, ReplaySampler, TransformersSampler, VLLMSampler
 from lit_opd.step.recipe import apply_truncated
 from lit_opd.step.scalars import turn_scalars
 from lit_opd.teacher import RemoteTeacher
@@ -29,6 +29,7 @@ from tests.helpers.talking import (
     EOS,
     STOPS,
     USER,
+    Again,
     Counting,
     prompts,
     sampler,
@@ -48,13 +49,15 @@ def policy():
 
 
 @pytest.fixture(scope="module", params=["decode", "own forward", "retold"])
-def engine(request, policy):
+def engine(request):
     return request.param
 
 
+ENGINES = {"decode": DecodeSampler, "own forward": TransformersSampler, "retold": Again}
+
+
 def sampled(kind: str, policy: Any, environment: Environment | None = None, **options: Any) -> Rollout:
-    engine = TransformersSampler(max_new_tokens=60) if kind == "retold" else DecodeSampler(max_new_tokens=60)
-    return talked(engine, environment or Counting(), policy, **options)
+    return talked(ENGINES[kind](max_new_tokens=60), environment or Counting(), policy, **options)
 
 
 def turns_of(rollout: Rollout, row: int) -> list[list[int]]:
@@ -67,13 +70,7 @@ def turns_of(rollout: Rollout, row: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def conversations(policy, engine):
-    if engine != "own forward":
-        return sampled(engine, policy)
-    from lit_opd.rollout.decoding import sampler as module
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_runs_plain", lambda model, device: False)
-        return sampled(engine, policy)
+    return sampled(engine, policy)
 
 
 def test_log_probs_of_all_turns_are_those_of_one_forward(policy, conversations):
@@ -141,8 +138,7 @@ def test_later_turns_draw_numbers_of_their_own(policy):
 def test_a_row_does_not_depend_on_the_others(policy, engine):
     whole, batch = sampled(engine, policy), prompts()
     one = batch.rows(torch.tensor([2]))
-    kind = TransformersSampler if engine == "retold" else DecodeSampler
-    alone = sampler(kind(max_new_tokens=60), Counting()).sample(policy, one, settings())
+    alone = sampler(ENGINES[engine](max_new_tokens=60), Counting()).sample(policy, one, settings())
     length = int(alone.mask[0].sum() + alone.observed[0].sum())
     assert alone.response_ids[0][:length].tolist() == whole.response_ids[2][:length].tolist()
 
@@ -396,8 +392,11 @@ def test_settings_out_of_range_and_missing_rows_are_one_line(policy):
     for wrong in ({"max_turns": 0}, {"max_turn_tokens": 0}, {"timeout": 0}, {"workers": 0}, {"on_failure": "count"}):
         with pytest.raises(InputError, match=f"TurnsSampler.{next(iter(wrong))}"):
             TurnsSampler(engine, Counting(), **wrong)
-    with pytest.raises(InputError, match="single turns"):
-        TurnsSampler(TurnsSampler(engine, Counting()), Counting())
+    for whole in (TurnsSampler(engine, Counting()), ReplaySampler("saved.jsonl")):
+        with pytest.raises(InputError, match="single turns"):
+            TurnsSampler(whole, Counting())
+    with pytest.raises(InputError, match="`TurnsSampler.sampler.ahead` must be 0"):
+        TurnsSampler(VLLMSampler(["http://a"], ahead=1), Counting())
     with pytest.raises(InputError, match="keep_rows"):
         sampler(engine, Counting()).sample(policy, replace(prompts(), data=None), settings(max_new_tokens=8))
     bare = tiny.tokenizer(rows=64)

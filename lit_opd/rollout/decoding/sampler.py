@@ -11,6 +11,7 @@ a graph (``lit_opd.rollout.decoding.graphs``). docs/benchmarks.md says what it s
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -33,9 +34,9 @@ from lit_opd.rollout.decoding.conversation import DecodedConversation
 from lit_opd.rollout.decoding.fixed_rows import FixedRows
 from lit_opd.rollout.decoding.graphs import StepGraphs
 from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attention
+from lit_opd.rollout.decoding.own_writer import OwnWriter, prefilled
 from lit_opd.rollout.decoding.plain_decoder import PlainDecoder, has_whole_weights, is_plain_decoder
 from lit_opd.rollout.decoding.responses import Responses
-from lit_opd.streams import row_uniforms
 from lit_opd.types import PromptBatch, Rollout
 
 ENGINE = "decode"
@@ -54,6 +55,7 @@ class DecodeSampler(Sampler):
     """
 
     stops_early = True
+    continues = True
 
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
@@ -98,9 +100,7 @@ def _decode(
     """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
     cached = _prefilled(model, prompts, settings)
     plain = _runs_plain(model, prompts.ids.device)
-    uniforms = row_uniforms(
-        settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
-    )
+    uniforms = settings.uniforms(prompts.row_keys)
     # transformers keeps tensors of a forward in its modules: inference mode is for our own decoder only
     with torch.inference_mode(plain):
         responses = Responses(uniforms, settings)
@@ -108,14 +108,12 @@ def _decode(
     return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
 
 
-def _prefilled(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> CachedRows:
-    most = prompts.ids.shape[1] + settings.max_new_tokens - 1
-    return CachedRows(model, prompts.ids, prompts.mask, most=most, refusal=_refusal)
+_prefilled = partial(prefilled, refusal=_refusal)
 
 
-def _writer(model: Any, cached: CachedRows, responses: Responses) -> _OwnWriter | _PlainWriter:
+def _writer(model: Any, cached: CachedRows, responses: Responses) -> OwnWriter | _PlainWriter:
     plain = _runs_plain(model, cached.mask.device)
-    return _PlainWriter(model, cached, responses) if plain else _OwnWriter(model, cached, responses)
+    return _PlainWriter(model, cached, responses) if plain else OwnWriter(model, cached, responses)
 
 
 class _Writer(Protocol):
@@ -163,36 +161,6 @@ def _written(writer: _Writer, responses: Responses, watch: EarlyStop | None) -> 
                         watch.select(left)
         writer.advance()
     return responses.ids[:, :columns], responses.logprobs[:, :columns]
-
-
-class _OwnWriter:
-    """By the model's own forward."""
-
-    fixed = None
-
-    def __init__(self, model: Any, cached: CachedRows, responses: Responses) -> None:
-        self.model, self.cached, self.responses = model, cached, responses
-
-    def rows(self, count: int) -> int:
-        """See ``_Writer``."""
-        return count
-
-    def first(self) -> None:
-        """See ``_Writer``."""
-        logits = self.model.next_logits(self.cached.states)
-        self.responses.draw(logits[:, : self.responses.settings.vocabulary])
-
-    def advance(self) -> None:
-        """See ``_Writer``."""
-        cached = self.cached
-        mask, positions = cached.grow(1)
-        cached.states = self.model.next_states(self.responses.token.unsqueeze(-1), mask, positions, cached.cache)
-        self.first()
-
-    def select(self, kept: Tensor) -> None:
-        """See ``_Writer``."""
-        self.cached.take(kept)
-        self.responses.select(kept, bucket=len(kept))
 
 
 class _PlainWriter:
@@ -263,7 +231,7 @@ def _agrees(model: Any, device: torch.device) -> bool:
     prompts = PromptBatch(ids, mask, torch.arange(2, device=device), ("0", "1"))
     settings = SamplingSettings(max_new_tokens=2, stop_ids=(), pad_id=0, vocabulary=model.vocabulary)
     with casts_kept(device, False):  # each weight is read once
-        own, ours = (_probed(kind, model, prompts, settings) for kind in (_OwnWriter, _PlainWriter))
+        own, ours = (_probed(kind, model, prompts, settings) for kind in (OwnWriter, _PlainWriter))
     gap = float(
         (own - ours)[own != -torch.inf].abs().max()
     )  # not of entries that name no token; NaN stays, to be found
@@ -286,7 +254,7 @@ class _Probe(Responses):
 
 
 def _probed(
-    kind: type[_OwnWriter] | type[_PlainWriter], model: Any, prompts: PromptBatch, settings: SamplingSettings
+    kind: type[OwnWriter] | type[_PlainWriter], model: Any, prompts: PromptBatch, settings: SamplingSettings
 ) -> Tensor:
     """Log-probs [B, V] behind one decode step."""
     probe = _Probe(torch.zeros(prompts.ids.shape[0], 2, dtype=torch.float64, device=prompts.ids.device), settings)
