@@ -90,7 +90,7 @@ class HindsightPrompt(ABC):
         Raises:
             InputError: the row lacks something.
         """
-        return row.prompt
+        return [dict(message) for message in row.prompt]
 
     @property
     def columns(self) -> frozenset[str]:
@@ -168,7 +168,7 @@ class PeerDemonstration(HindsightPrompt):
         found = filled(self._messages, {**row, "prompt": last["content"], "demonstration": demonstration})
         if not isinstance(found, str) or (not before and last["role"] == "user"):
             return found
-        return [*before, {**last, "content": found}]
+        return [*map(dict, before), {**last, "content": found}]
 
 
 class Trial(TeacherPrompt):
@@ -295,7 +295,7 @@ class Hindsight:
         ]
         ids, mask = left_padded(rows, self.pad_id)
         device = prompts.ids.device
-        read = {"teacher_ids": ids.to(device), "teacher_mask": mask.to(device)}
+        read: dict[str, Any] = {"teacher_ids": ids.to(device), "teacher_mask": mask.to(device)}
         data = prompts.data if self.keeps_rows else None
         told = replace(rollout, prompts=replace(prompts, **read, data=data))
         return told.with_layout(replace(layout, teacher=mask.numpy()))

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lit_opd.errors import InputError
 from lit_opd.prompts.filters import MISSING, shown, value_at
@@ -167,7 +167,7 @@ Made = TypeVar("Made")
 
 def teacher_prompt(value: str | Sequence[Message] | Made | None) -> TeacherPrompt | Made | None:
     """The setting as an object; None where the teacher reads the student's prompt."""
-    return Template(value) if isinstance(value, str | list | tuple) else value
+    return Template(value) if isinstance(value, str | list | tuple) else cast("Made | None", value)
 
 
 def rendered(

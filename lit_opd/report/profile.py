@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from lit_opd.files import read_lines
 Scale = Literal["linear", "log"]
 _WHOLE = ("from", "to", "count")
 AXES = ("absolute", "relative", "in_turn", "by_turn")
+TURN_AXES = ("in_turn", "by_turn")
+FEW_ALIVE = 0.1  # of the responses, or of the turns: behind this position a mean rests on few of them
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,32 @@ class ProfileWindow:
         """The inverse of ``to_json``."""
         binned = {axis: BinnedProfile.from_json(line[axis]) for axis in AXES if axis in line}
         return cls(**{**line, **binned})
+
+
+def with_shares(window: ProfileWindow) -> ProfileWindow:
+    """With what its counts say of turns: ``survivor_fraction`` by position in the turn, against the first bin, and
+    ``token_share`` by turn. Bins that are empty here have no value."""
+    found: dict[str, Any] = {}
+    for axis, name in zip(TURN_AXES, ("survivor_fraction", "token_share"), strict=True):
+        binned: BinnedProfile | None = getattr(window, axis)
+        if binned is not None:
+            pairs = zip(binned.count, binned.start, binned.end, strict=True)
+            counts = [count / (end - start + 1) for count, start, end in pairs]
+            whole = counts[0] if name == "survivor_fraction" else sum(counts)
+            shares = tuple(count / whole if count else None for count in counts)
+            values = {
+                known: tuple(value if count else None for value, count in zip(column, binned.count, strict=True))
+                for known, column in binned.values.items()
+            }
+            found[axis] = replace(binned, values={**values, name: shares})
+    return replace(window, **found)
+
+
+def last_said(windows: Sequence[ProfileWindow], axis: str) -> int:
+    """The last bin of an axis of turns that has tokens in one of ``windows``; later ones belong to turns that nobody said."""
+    return max(
+        place for window in windows for place, count in enumerate(getattr(window, axis).count) if count or not place
+    )
 
 
 def read_profile(path: str | Path) -> list[ProfileWindow]:

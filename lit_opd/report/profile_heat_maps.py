@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from lit_opd.report.profile_history import COUNT, TURN_AXES, ProfileHistory
+from lit_opd.report.profile import FEW_ALIVE, TURN_AXES
+from lit_opd.report.profile_history import COUNT, ProfileHistory
 
-FEW_ALIVE = 0.1  # of the responses: behind this position a mean rests on few of them
 NO_DATA = "#d9d9d9"
 MOST_TICKS, PERCENTILE = 12, 99
 MAX_COLUMNS = 600  # of a heat map; more windows are averaged in groups

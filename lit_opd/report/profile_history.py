@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lit_opd.report.profile import ProfileWindow, Scale
+from lit_opd.report.profile import TURN_AXES, ProfileWindow, Scale
 
 HEAT_QUANTITIES = ("disagreement", "weight", "survivor_fraction")
-TURN_AXES = ("in_turn", "by_turn")
 COUNT = "count"  # sampled tokens, of the axes of conversations
 
 

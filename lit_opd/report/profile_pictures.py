@@ -5,7 +5,7 @@ Drawn on matplotlib's Agg canvas without pyplot, so a user's own backend and fig
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lit_opd.files import whole_file
-from lit_opd.report.profile import BinnedProfile, ProfileWindow
-from lit_opd.report.profile_heat_maps import AXIS_LABELS, FEW_ALIVE, HEAT_AXES, blank_figure, heat_map
-from lit_opd.report.profile_history import TURN_AXES, ProfileHistory
+from lit_opd.report.profile import FEW_ALIVE, BinnedProfile, ProfileWindow, last_said, with_shares
+from lit_opd.report.profile_heat_maps import AXIS_LABELS, HEAT_AXES, blank_figure, heat_map
+from lit_opd.report.profile_history import ProfileHistory
 
 DPI = 110
 NOW, START, SECOND, SECOND_START = "#1f5fa8", "#9db8d6", "#c2571a", "#e8b899"
@@ -129,7 +129,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def profile_figure(now: ProfileWindow, start: ProfileWindow, axis: str, *, reads_advantage: bool = True) -> Figure:
     """A panel a quantity that was measured: this window (solid) and the first one (pale, dashed)."""
-    now, start = _with_shares(now), _with_shares(start)
+    now, start = with_shares(now), with_shares(start)
     shown = [
         panel for panel in PANELS if _measured(panel, now, start, axis) and (reads_advantage or not panel.of_advantage)
     ]
@@ -155,20 +155,6 @@ def profile_figure(now: ProfileWindow, start: ProfileWindow, axis: str, *, reads
 
 def _unit(panel: Panel, axis: str) -> str:
     return panel.unit.format(alive=ALIVE.get(axis), per="per turn" if axis == "by_turn" else "per bin")
-
-
-def _with_shares(window: ProfileWindow) -> ProfileWindow:
-    """With what the counts of tokens say by turn: the turns alive at a position, against the first bin, and each turn's share."""
-    found: dict[str, BinnedProfile] = {}
-    for axis, name in (("in_turn", "survivor_fraction"), ("by_turn", "token_share")):
-        binned: BinnedProfile | None = getattr(window, axis)
-        if binned is not None:
-            counts = np.array(binned.count, dtype=float)
-            counts /= np.array(binned.end) - np.array(binned.start) + 1
-            whole = counts[0] if axis == "in_turn" else counts.sum()
-            shares = tuple((counts / max(whole, 1e-12)).tolist())
-            found[axis] = replace(binned, values={**binned.values, name: shares})
-    return replace(window, **found)
 
 
 def _measured(panel: Panel, now: ProfileWindow, start: ProfileWindow, axis: str) -> bool:
@@ -238,8 +224,6 @@ def _label(axes: Any, *, title: str, x: str, y: str) -> None:
 def _line(binned: BinnedProfile, name: str, scale: float, axis: str) -> tuple[Any, Any]:
     """Bin centres and values; NaN breaks the line where nothing was counted."""
     values = binned.values.get(name, (None,) * len(binned.start))
-    if axis in TURN_AXES:  # shares are 0 in turns that nobody said
-        values = tuple(value if count else None for value, count in zip(values, binned.count, strict=True))
     centres = np.array(binned.centres) * (100.0 if axis == "relative" else 1.0)
     return centres, scale * np.array([np.nan if value is None else value for value in values])
 
@@ -256,21 +240,15 @@ def _shade_few_alive(axes: Any, window: ProfileWindow, start: ProfileWindow, axi
     """Grey behind the position from which fewer than a tenth of the responses, or of the turns, go on."""
     binned: BinnedProfile = getattr(window, axis)
     few = np.flatnonzero(~_well_counted(window, axis))
-    last = len(binned.end) - 1 if axis == "absolute" else _last_counted(window, start, axis)
+    last = len(binned.end) - 1 if axis == "absolute" else last_said((window, start), axis)
     right = binned.end[last] + 0.5
     if len(few) and few[0] <= last:
         axes.axvspan(binned.start[few[0]] - 0.5, right, color=FEW_COLOR, zorder=0, lw=0)
     axes.set_xlim(0.5, right)
 
 
-def _last_counted(now: ProfileWindow, start: ProfileWindow, axis: str) -> int:
-    """The last bin that has tokens in either window; later ones belong to longer turns than were said."""
-    ends = [np.flatnonzero(np.array(getattr(window, axis).count))[-1:] for window in (now, start)]
-    return int(max((end[0] for end in ends if len(end)), default=0))
-
-
 def _set_turns(axes: Any, now: ProfileWindow, start: ProfileWindow) -> None:
     """Whole numbers on the axis, up to the last turn that was said."""
-    turns = _last_counted(now, start, "by_turn") + 1
+    turns = last_said((now, start), "by_turn") + 1
     axes.set_xlim(0.5, turns + 0.5)
     axes.set_xticks(range(1, turns + 1, -(-turns // MOST_TURN_TICKS)))

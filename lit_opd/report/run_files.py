@@ -24,8 +24,11 @@ MOST_SAMPLES = 160
 MOST_TOKENS = 60_000  # shown one by one; samples behind that are shown by tenths
 READ = ("val/", "eval/", "throughput/")  # and of what is logged each step, which makes a long file:
 READ_EACH_STEP = frozenset(
-    [f"train/{name}" for name in ("reverse_kl_k1", "response_length", "weight_ess", "grad_norm", "tokens")]
-    + [f"train/{name}_fraction" for name in ("truncated", "budget", "stopped")]
+    [
+        f"train/{name}"
+        for name in ("reverse_kl_k1", "response_length", "weight_ess", "grad_norm", "tokens", "turns", "reward")
+    ]
+    + [f"train/{name}_fraction" for name in ("truncated", "budget", "stopped", "turns_cut", "environment_failed")]
     + [f"profile/{band}_30/disagreement" for band in ("first", "last")]
 )
 

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lit_opd.report.charts import Chart, Drawing, HeatMap, Series, measured, spread
-from lit_opd.report.profile import BinnedProfile, ProfileWindow
+from lit_opd.report.profile import FEW_ALIVE, TURN_AXES, BinnedProfile, ProfileWindow, last_said, with_shares
 from lit_opd.report.run_files import Measured, RunFiles, finite
 from lit_opd.report.settings import class_name, setting
 
 STEP = "optimizer step"
 PERCENT = 100.0
-FEW_ALIVE = 0.1  # of the responses: behind this position a mean rests on few of them
 EVEN = 1e-6  # weights that differ by less are one weight
 HEAT_COLUMNS = 120
+ALIVE = {"absolute": "responses", "in_turn": "turns"}  # what may have ended before a position
 WITHOUT_ADVANTAGE = ("Divergence",)  # objectives that do not read it
-BLUE, ORANGE, GREEN, GREY = 0, 1, 2, 7
+BLUE, ORANGE, GREEN, PURPLE, GREY = 0, 1, 2, 3, 7
 POSITION = {
     "relative": "position in the response, % of its length", "absolute": "position in the response, tokens",
     "in_turn": "position in the turn, tokens", "by_turn": "turn",
@@ -67,11 +67,15 @@ def over_training(run: RunFiles) -> list[Drawing]:
             run,
             "Responses cut short",
             "% of responses",
-            Line("train/truncated_fraction", "by max_new_tokens", BLUE, PERCENT),
+            Line("train/truncated_fraction", _token_limit(run), BLUE, PERCENT),
             Line("train/budget_fraction", "by a length budget", ORANGE, PERCENT),
             Line("train/stopped_fraction", "by a stop", GREEN, PERCENT),
+            Line("train/turns_cut_fraction", "by max_turns", PURPLE, PERCENT),
+            Line("train/environment_failed_fraction", "by a failure of the environment", GREY, PERCENT),
             zero=False,
         ),
+        _chart(run, "Turns of a response", "turns", Line("train/turns", "mean of the batch", BLUE)),
+        _chart(run, "Reward", "as given", Line("train/reward", "mean of the rows that have one", BLUE)),
         _chart(
             run,
             "Tokens that effectively count",
@@ -82,6 +86,12 @@ def over_training(run: RunFiles) -> list[Drawing]:
         *_evaluations(run),
     ]
     return measured(charts)
+
+
+def _token_limit(run: RunFiles) -> str:
+    """What cuts a response: its own limit, or that of a turn."""
+    of_turn = setting(run.config, "model.sampler.init_args.max_turn_tokens") is not None
+    return "by max_new_tokens or max_turn_tokens" if of_turn else "by max_new_tokens"
 
 
 def _chart(run: RunFiles, title: str, unit: str, *lines: Line, zero: bool = True) -> Chart:
@@ -180,33 +190,35 @@ def _against(
     run: RunFiles, axis: str, title: str, unit: str, name: str, scale: float = 1.0, reference: float | None = None
 ) -> Chart:
     """One quantity now against the start."""
-    start, now = run.windows[0], run.windows[-1]
-    series = [] if start is now else [_profile(start, axis, name, scale, dashed=True)]
-    series = [_profile(now, axis, name, scale), *series]
+    start, now = (with_shares(window) for window in (run.windows[0], run.windows[-1]))
+    shown = last_said((start, now), axis) + 1 if axis in TURN_AXES else len(getattr(now, axis).start)
+    series = [] if start.step == now.step else [_profile(start, axis, name, scale, shown, dashed=True)]
+    series = [_profile(now, axis, name, scale, shown), *series]
     logarithmic = axis == "absolute" and now.scale == "log"
-    few = few_alive_from(now) if axis == "absolute" and name != "survivor_fraction" else None
-    note = f"Grey: fewer than {FEW_ALIVE:.0%} of the responses get there." if few is not None else ""
+    few = few_alive_from(now, axis) if axis in ALIVE and name != "survivor_fraction" else None
+    note = f"Grey: fewer than {FEW_ALIVE:.0%} of the {ALIVE[axis]} get there." if few is not None else ""
     return Chart(
         title, POSITION[axis], unit, series, note, reference, reference is None, shaded_from=few, log_x=logarithmic
     )
 
 
-def _profile(window: ProfileWindow, axis: str, name: str, scale: float, *, dashed: bool = False) -> Series:
-    """A window's line; where few responses are alive an absolute position has no value, as it would be of few tokens."""
+def _profile(window: ProfileWindow, axis: str, name: str, scale: float, shown: int, *, dashed: bool = False) -> Series:
+    """The first ``shown`` bins of a window; where few responses, or turns, are alive there is no value, as it would be of few
+    tokens."""
     binned: BinnedProfile = getattr(window, axis)
     values = binned.values.get(name, (None,) * len(binned.start))
     alive = binned.values.get("survivor_fraction", (1.0,) * len(binned.start))
-    if axis == "absolute" and name != "survivor_fraction":
+    if axis in ALIVE and name != "survivor_fraction":
         pairs = zip(values, alive, strict=True)
         values = tuple(value if share is not None and share >= FEW_ALIVE else None for value, share in pairs)
     centres = [(PERCENT if axis == "relative" else 1.0) * centre for centre in binned.centres]
     heights = [None if value is None else scale * value for value in values]
-    return Series(span(window), centres, heights, (), (), GREY if dashed else BLUE, dashed)
+    return Series(span(window), centres[:shown], heights[:shown], (), (), GREY if dashed else BLUE, dashed)
 
 
-def few_alive_from(window: ProfileWindow) -> float | None:
-    """The position behind which fewer than a tenth of the responses go on; None where all get to the end."""
-    bins = window.absolute
+def few_alive_from(window: ProfileWindow, axis: str = "absolute") -> float | None:
+    """The position behind which fewer than a tenth of the responses, or turns, go on; None where all get to the end."""
+    bins: BinnedProfile = getattr(window, axis)
     alive = bins.values.get("survivor_fraction", ())
     few = [place for place, share in enumerate(alive) if share is None or share < FEW_ALIVE]
     return bins.start[few[0]] - 0.5 if few and few[0] > 0 else None

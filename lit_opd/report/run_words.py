@@ -119,6 +119,10 @@ def duration(seconds: float) -> str:
 
 
 EVERY = None
+SAMPLING = (  # of the engine, and of what plays an environment or replays with it
+    "max_new_tokens", "temperature", "top_p", "top_k", "urls", "ahead", "sampler", "budget", "waiting", "environment",
+    "tools", "max_turns", "max_turn_tokens", "fresh", "paths", "on_policy_fraction",
+)  # fmt: skip
 FACTS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (  # name, setting, the arguments that are shown of a class
     ("weighting", "model.weighting", EVERY),
     ("objective", "model.objective", EVERY),
@@ -126,11 +130,7 @@ FACTS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (  # name, setting,
     ("student", "model.student.path", ()),
     ("LoRA", "model.student.lora", EVERY),
     ("teacher", "model.teacher", ("path", "model", "urls", "routes")),
-    (
-        "sampler",
-        "model.sampler",
-        ("max_new_tokens", "temperature", "top_p", "top_k", "urls", "sampler", "budget", "waiting"),
-    ),
+    ("sampler", "model.sampler", SAMPLING),
     ("training data", "data.train", ()),
     ("validation data", "data.val", ()),
     ("prompts a step", "data.prompt_batch", ()),
@@ -149,10 +149,22 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
 def _brief(value: Any, shown: tuple[str, ...] | None) -> str:
     """A class with the arguments that are set and shown."""
     if isinstance(value, dict) and isinstance(value.get("init_args"), dict):
-        given = value["init_args"].items()
-        kept = {name: inner for name, inner in given if inner is not None and (shown is EVERY or name in shown)}
-        return in_words({**value, "init_args": kept})
+        return in_words(_kept(value, shown))
     return in_words(value)
+
+
+def _kept(value: Any, shown: tuple[str, ...] | None) -> Any:
+    """``value`` with the arguments that are set and shown, also of the classes inside."""
+    if isinstance(value, list):
+        return [_kept(entry, shown) for entry in value]
+    if not isinstance(value, dict) or not isinstance(value.get("init_args"), dict):
+        return value
+    given = value["init_args"].items()
+    kept = {name: inner for name, inner in given if inner is not None and (shown is EVERY or name in shown)}
+    return {
+        **value,
+        "init_args": kept if shown is EVERY else {name: _kept(inner, shown) for name, inner in kept.items()},
+    }
 
 
 def _spans(run: RunFiles) -> Iterable[tuple[str, str]]:

@@ -286,7 +286,7 @@ def _split(prompts: PromptBatch) -> list[PromptBatch]:
 
 
 def _unpadded(one: PromptBatch) -> PromptBatch:
-    changes = {"ids": one.ids[one.mask][None], "mask": one.mask[one.mask][None]}
+    changes: dict[str, Any] = {"ids": one.ids[one.mask][None], "mask": one.mask[one.mask][None]}
     if one.teacher_ids is not None and one.teacher_mask is not None:
         kept = one.teacher_mask
         changes |= {"teacher_ids": one.teacher_ids[kept][None], "teacher_mask": kept[kept][None]}

@@ -74,7 +74,7 @@ def package_folder(package: str, install: str) -> Path:
 def load_gguf(file: Path, kind: type) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model of the class ``kind`` (float32, dequantised, eval) and left-padding tokenizer of a GGUF ``file``."""
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    if not isinstance(model, kind):
+    if not issubclass(type(model), kind):
         family = kind.__name__.removesuffix("ForCausalLM")
         raise InputError(f"`--gguf` must hold a {family} model, got {type(model).__name__} in {file}")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

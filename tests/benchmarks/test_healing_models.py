@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -53,6 +54,9 @@ def test_the_plan_is_what_was_asked_for():
         assert job.settings["seed_everything"] == job.seed and "seed" not in job.settings["data"]
         null = [{"class_path": "lit_opd.advantage.NullAdvantage", "init_args": {"value": -0.5}}]
         assert job.settings["model"].get("advantage") == (null if job.variant == "null-advantage" else None)
+        for part in (job.settings["model"]["weighting"], *job.settings["model"].get("advantage", ())):
+            module, name = part["class_path"].rsplit(".", 1)
+            getattr(importlib.import_module(module), name)(**part.get("init_args", {}))
     assert jobs[0].settings_sha != jobs[1].settings_sha != cuda[1].settings_sha
 
 
@@ -270,7 +274,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_record_of_one_that_was_not(place)
     whole, stopped = fresh(place, "whole"), fresh(place, "stopped")
     expected = worker.run_job(job, whole)
     with pytest.raises(TaskFailed, match="stopped here"):
-        worker.run_job(job, stopped, stop_at(1))
+        worker.run_job(job, stopped, stop_at(2))  # before the checkpoint of step 2 is written
     folder = stopped.runs / "cpu" / job.name
     assert read(stopped.record(job)) is None and (folder / "checkpoints" / "last.ckpt").exists()
     found = worker.run_job(job, stopped)

@@ -18,9 +18,12 @@ from lit_opd.report.profile_heat_maps import heat_map
 from lit_opd.report.profile_history import ProfileHistory
 from lit_opd.report.profile_pictures import NOW, profile_figure
 from lit_opd.report.profile_sums import PositionProfileSums
+from lit_opd.report.run_files import read_run_files
+from lit_opd.report.run_page import render as render_page
 from lit_opd.report.tokens_page import predicted_responses, render
 from lit_opd.rollout import DecodeSampler
 from lit_opd.types import Prediction, Rollout, StepRecord, TokenSignal
+from tests.helpers import run_folder
 from tests.helpers.talking import Counting, student, talked, tokenizer
 
 TURNS, TURN_LENGTH = 3, 10
@@ -214,3 +217,52 @@ def test_a_turn_that_one_response_got_to_does_not_set_the_colours(record):
     highest = figure.axes[1].collections[0].get_clim()[1]
     cells = [value for axis in (now.in_turn, now.by_turn) for value in axis.values["disagreement"] if value is not None]
     assert min(cells) < highest <= max(cells) < 50
+
+
+# -- the page of a run -------------------------------------------------------------------------------------------------
+
+TALKS = {
+    "model": {
+        "sampler": {
+            "class_path": "lit_opd.turns.TurnsSampler",
+            "init_args": {
+                "sampler": {"class_path": "lit_opd.rollout.DecodeSampler", "init_args": {"max_new_tokens": 60, "top_k": 0}},
+                "environment": {"class_path": "mine.Guess", "init_args": {"secret": 7}},
+                "max_turns": 6, "max_turn_tokens": 20, "workers": 32,
+            },
+        }
+    }
+}  # fmt: skip
+
+
+def test_the_page_of_a_run_shows_turns_rewards_and_what_sampled(record, tmp_path):
+    now, start = two_windows(record)
+    assert now.in_turn is not None and len(now.in_turn.count) == 8
+    now = replace(now, in_turn=replace(now.in_turn, count=(100, 50, 4, *[0] * 5)))  # of 5 positions each
+    logged = {
+        "train/turns": 2.5,
+        "train/reward": 0.25,
+        "train/truncated_fraction": 0.5,
+        "train/turns_cut_fraction": 0.125,
+    }
+    files: dict[str, Any] = {"windows": [start, now], "config": TALKS, "metrics": [{"step": 1, **logged}]}
+    text = render_page(read_run_files(run_folder.write(tmp_path, **files)))
+    found = run_folder.drawings(text)
+    assert found["Turns of a response"]["series"][0]["y"] == [2.5] and found["Reward"]["series"][0]["y"] == [0.25]
+    cut = {series["name"]: series["y"] for series in found["Responses cut short"]["series"]}
+    assert cut == {"by max_new_tokens or max_turn_tokens": [50.0], "by max_turns": [12.5]}
+    by_turn, inside = found["Disagreement by turn"], found["Disagreement inside a turn"]
+    assert [series["x"] for series in by_turn["series"]] == [[1, 2, 3], [1, 2, 3]]
+    assert [y is not None for y in inside["series"][0]["y"]] == [True, True, False]
+    assert "fewer than 10% of the turns get there" in text
+    said = "TurnsSampler(environment=Guess, max_turn_tokens=20, max_turns=6, sampler=DecodeSampler(max_new_tokens=60, top_k=0))"
+    assert said in text
+
+
+def test_names_in_hints_are_code_and_their_text_is_text(tmp_path):
+    files: dict[str, Any] = {
+        "hints": [{"step": 2, "hint": "set `a<b` & go"}],
+        "metrics": [{"step": 1, "train/tokens": 5}],
+    }
+    text = render_page(read_run_files(run_folder.write(tmp_path, **files)))
+    assert "set <code>a&lt;b</code> &amp; go" in text
