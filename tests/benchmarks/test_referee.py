@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import numpy as np
 import pytest
-import yaml
+import torch
 
 from benchmarks.studies.reproduce import worker
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
@@ -25,9 +26,10 @@ from benchmarks.studies.reproduce.hypotheses import (
     verdict,
 )
 from benchmarks.studies.reproduce.outcomes import by_problem, packed, unpacked
-from benchmarks.studies.reproduce.plan import PLAN, Plan, missing, read_plan
-from benchmarks.studies.reproduce.referee import KEPT, NOT_FINISHED, PART, compact, write_referee
-from benchmarks.studies.reproduce.results import area
+from benchmarks.studies.reproduce.plan import PLAN, Job, Plan, missing, read_plan
+from benchmarks.studies.reproduce.problems import KeptAnswers, KeptDivergence
+from benchmarks.studies.reproduce.referee import KEPT, NOT_FINISHED, PART, compact, keep, write_referee
+from benchmarks.studies.reproduce.results import all_results, area
 from lit_opd.cli.command import OPDCLI
 from lit_opd.errors import InputError
 from lit_opd.testbed import read_records
@@ -40,8 +42,14 @@ NUM_VAL = 1024
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@cache
 def plan_of() -> Plan:
     return read_plan(REFEREE)
+
+
+@cache
+def jobs_of() -> list[Job]:
+    return plan_of().jobs(PARTS)
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------------
@@ -49,7 +57,7 @@ def plan_of() -> Plan:
 
 def test_the_plan_has_the_seeds_and_conditions_the_hypotheses_ask_for():
     plan = plan_of()
-    jobs = plan.jobs(PARTS)
+    jobs = jobs_of()
     assert len({job.name for job in jobs}) == len(jobs) == (3 * 14 + 12) * ALL_SEEDS + 2 * 7 * 5
     for hypothesis in hypotheses_of(plan):
         for contrast in hypothesis.contrasts:
@@ -70,15 +78,13 @@ def test_no_seed_was_used_before():
     }
     assert len(own) == len(set(own)) and not set(own) & (others | {0, 1, 2, 3, 4, 42})
     plan = plan_of()
-    assert not {job.seed for job in plan.tuning_jobs()} & {job.seed for job in plan.jobs(PARTS)}
-    assert "tuning" not in {
-        job.condition for job in plan.jobs(PARTS)
-    }  # learning rates are not tuned on what is measured
+    assert not {job.seed for job in plan.tuning_jobs()} & {job.seed for job in jobs_of()}
+    assert "tuning" not in {job.condition for job in jobs_of()}  # learning rates are not tuned on what is measured
 
 
 def test_a_stopped_study_has_whole_seeds():
     """Base first; then the three other conditions of ten seeds side by side; then the rest."""
-    order = [(job.condition, job.seed) for job in plan_of().jobs(PARTS)]
+    order = [(job.condition, job.seed) for job in jobs_of()]
     ten = ["all-legal", "perturbed-teacher", "chain-24"]
     rest = ["second-pair", "chain-6"]
     main = plan_of().content["seeds"]["main"]
@@ -93,7 +99,7 @@ def test_every_variant_parses_and_is_what_it_names():
     for variant in plan_of().content["variants"].values():
         built = parser.instantiate_classes(parser.parse_object({"weighting": variant["weighting"]})).weighting
         assert f"lit_opd.weighting.{type(built).__name__}" == variant["weighting"]["class_path"]
-    first = {job.variant: job for job in plan_of().jobs() if job.condition == "base" and job.seed == 1000}
+    first = {job.variant: job for job in jobs_of() if job.condition == "base" and job.seed == 1000}
     words = first["null-advantage"].settings["model"]["advantage"]
     assert words == [{"class_path": "lit_opd.advantage.NullAdvantage", "init_args": {"value": -0.5}}]
 
@@ -175,28 +181,46 @@ def test_a_seed_moves_order_and_split_and_conditions_have_problems_of_their_own(
     orders = []
     for job in (first, second):
         path = worker.write_config(job, root)
-        data = OPDCLI(args=["--config", str(path)], run=False).datamodule
-        assert data.seed is None  # the order is the run's
-        orders.append(yaml.safe_load(path.read_text())["seed_everything"])
-    assert orders == [1000, 1001]
+        orders.append(OPDCLI(args=["--config", str(path)], run=False).datamodule.order_seed)
+    assert orders == [1000, 1001]  # of the permutations of the training problems
 
 
 def test_problems_survive_a_records_round_trip_and_add_up_to_what_was_logged(built):
-    _, root, (first, second, _) = built
-    records = [json.loads(json.dumps(worker.run_job(job, root))) for job in (first, second)]
-    for record in records:
-        assert record["problems"] == 8 and [step for step, _ in record["right"]] == [0, 1, 2]
-        for (step, bits), (logged_step, greedy) in zip(record["right"], record["curves"]["greedy"], strict=True):
-            assert step == logged_step and np.mean(unpacked(bits, 8)) == pytest.approx(greedy)
-        assert MEASURES["area"](record).mean() == pytest.approx(area(record))
-        assert MEASURES["greedy"](record).mean() == pytest.approx(record["curves"]["greedy"][-1][1])
-        kl = np.array(record["kl"])
-        assert kl.shape == (4, 3)  # one batch of samples
-        assert kl[:, 0].mean() / 1000 == pytest.approx(record["curves"]["reverse_kl"][-1][1], rel=0.3)
-        assert [step for step, _ in record["kl_bands"]] == [0, 2] and len(record["weight_bands"]) == 10
-        weights = [value for value in record["weight_bands"] if value is not None]
-        assert min(weights) <= record["means"]["weight_mean"] <= max(weights)
-    assert records[0]["bands"][-1] != records[1]["bands"][-1]
+    _, root, (first, *_) = built
+    record = json.loads(json.dumps(worker.run_job(first, root)))
+    assert record["problems"] == 8 and [step for step, _ in record["right"]] == [0, 1, 2]
+    for (step, bits), (logged_step, greedy) in zip(record["right"], record["curves"]["greedy"], strict=True):
+        assert step == logged_step and np.mean(unpacked(bits, 8)) == pytest.approx(greedy)
+    assert MEASURES["area"](record).mean() == pytest.approx(area(record))
+    assert MEASURES["greedy"](record).mean() == pytest.approx(record["curves"]["greedy"][-1][1])
+    kl = np.array(record["kl"])
+    assert kl.shape == (4, 3)  # one batch of samples
+    assert kl[:, 0].mean() / 1000 == pytest.approx(record["curves"]["reverse_kl"][-1][1], rel=0.3)
+    assert [step for step, _ in record["kl_bands"]] == [0, 2] and len(record["weight_bands"]) == 10
+    weights = [value for value in record["weight_bands"] if value is not None]
+    assert min(weights) <= record["means"]["weight_mean"] <= max(weights)
+
+
+def test_rows_are_kept_in_their_order_and_only_those_that_count():
+    kept = KeptAnswers()
+    kept.update(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([True, True, False]))
+    kept.update(torch.tensor([0.0, 1.0]), torch.tensor([True, True]))
+    assert kept.right == [True, False, False, True] and float(kept.compute()) == 0.5
+    kept.reset()
+    assert kept.right == []
+
+
+def test_divergence_of_a_rows_ends_is_that_of_hand_arithmetic():
+    """Ten tokens: places 0.05 to 0.95, three of them below 0.3 and three from 0.7 on; four tokens: 0.125 and 0.875 alone."""
+    kept = KeptDivergence()
+    long, short = [float(value) for value in range(10)], [1.0, 2.0, 3.0, 6.0] + [99.0] * 6
+    mask = torch.tensor([[True] * 10, [True] * 4 + [False] * 6, [False] * 10])
+    kept.update(torch.tensor([long, short, long]), mask)
+    assert kept.rows == [[4500, 1000, 8000], [3000, 1000, 6000]]
+    assert float(kept.compute()) == pytest.approx((45 + 12) / 14)
+    assert kept.bands.compute()[0] == 0.0 and kept.bands.compute()[9] == 9.0
+    kept.reset()
+    assert kept.rows == [] and not kept.bands.count.any()
 
 
 def test_bits_come_back_whatever_their_number():
@@ -303,7 +327,7 @@ VERDICTS = {
 
 
 def test_made_effects_are_found_and_null_effects_are_not():
-    jobs = [job for job in plan_of().jobs(PARTS) if job.condition in ("base", "all-legal")]
+    jobs = [job for job in jobs_of() if job.condition in ("base", "all-legal")]
     found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS)), draws=2000)
     assert {name: verdict(each) for name, each in found.items()} == VERDICTS
     elsewhere = [each for each in found["H1"] if each.condition == "chain-24"]
@@ -311,17 +335,17 @@ def test_made_effects_are_found_and_null_effects_are_not():
 
 
 def test_a_study_that_has_hardly_begun_decides_nothing():
-    one = [job for job in plan_of().jobs() if job.seed == 1000]
+    one = [job for job in jobs_of() if job.condition == "base" and job.seed == 1000]
     for records in ([], synthetic(one, LIFTS)):
         found = findings(plan_of(), Outcomes(records), draws=200)
         assert {verdict(each) for each in found.values()} == {"not decided"} and len(found) == 8
 
 
 def test_the_page_of_an_unfinished_study_is_made_from_what_is_committed(tmp_path):
-    """Two seeds of a few variants: the numbers are those of plain loops, and a second page, without the runs, is the same."""
+    """Two seeds of a few variants: the numbers are those of hand arithmetic, and what is kept stays without the runs."""
     plan, out = plan_of(), tmp_path / "docs"
     names = ("uniform", "iw-1.5", "last-30")
-    jobs = [job for job in plan.jobs() if job.variant in names and job.seed < 1002]
+    jobs = [job for job in jobs_of() if job.condition == "base" and job.variant in names and job.seed < 1002]
     records = synthetic(jobs, LIFTS)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
@@ -329,7 +353,7 @@ def test_the_page_of_an_unfinished_study_is_made_from_what_is_committed(tmp_path
     (out / "referee.md").write_text(f"before\n{PART.start}\nold\n{PART.end}\nafter\n")
     page = write_referee(plan, tmp_path / "runs", out).read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "\nold\n" not in page
-    assert f"{len(jobs)} of {len(plan.jobs(PARTS))} planned runs are finished" in page and NOT_FINISHED in page
+    assert f"{len(jobs)} of {len(jobs_of())} planned runs are finished" in page and NOT_FINISHED in page
     assert "2 of 10" in page and "0 of 10" in page
     of = {(each["variant"], each["seed"]): each for each in records}
 
@@ -344,21 +368,22 @@ def test_the_page_of_an_unfinished_study_is_made_from_what_is_committed(tmp_path
     assert all((out / name).is_file() for name in re.findall(r"\]\((pictures/.*?)\)", page))
     kept = (out / KEPT).read_text()
     assert len(kept.splitlines()) == len(jobs) and '"learning_rate":0.0002' in kept and '"grad_norm":2.3333' in kept
-    assert write_referee(plan, tmp_path / "nowhere", out).read_text() == page and (out / KEPT).read_text() == kept
+    again = keep(plan, all_results(tmp_path / "nowhere"), out / KEPT)  # where no run is
+    assert (out / KEPT).read_text() == kept and [each["run"] for each in again] == [job.name for job in jobs]
 
 
 def test_a_whole_study_fits_into_three_megabytes():
-    job = plan_of().jobs()[0]
+    job = jobs_of()[0]
     easy = np.full(NUM_VAL, 0.7)
     record = outcome_of(job, lift=0.0, generator=np.random.default_rng(0), easy=easy[:FEW])
     record |= {"right": [[step, "f" * (NUM_VAL // 4)] for step in STEPS], "kl": [[1234, 1234, 1234]] * 128}
     size = len(json.dumps(compact(record), separators=(",", ":")))
-    assert size * len(plan_of().jobs(PARTS)) < 3e6
+    assert size * len(jobs_of()) < 3e6
 
 
 @pytest.mark.skipif(not (ROOT / "docs" / KEPT).is_file(), reason="no run has been kept yet")
 def test_what_is_kept_is_of_the_committed_plan():
-    jobs = {job.name: job for job in plan_of().jobs(PARTS)}
+    jobs = {job.name: job for job in jobs_of()}
     kept = [json.loads(line) for line in (ROOT / "docs" / KEPT).read_text().splitlines()]
     assert all(record["settings"] == jobs[record["run"]].settings_sha for record in kept)
     for record in kept:
