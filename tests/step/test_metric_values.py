@@ -320,6 +320,7 @@ def batches(report: Report) -> list[Batch]:
 # callbacks/test_position_profile.py
 OF_OTHER_PARTS = {"train/replay_gap", "train/replayed_fraction", "train/aligned_fraction", "train/reward"}
 OF_OTHER_PARTS |= {"train/trained_rows", "train/trained_tokens", "train/older_fraction", "train/older_gap"}
+OF_OTHER_PARTS |= {"train/hint_fraction", "train/hint_refused_fraction"}
 OF_OTHER_PARTS |= {"train/waiting_rows", "train/waiting_tokens", "train/waiting_steps"}
 
 

@@ -157,6 +157,16 @@ def test_a_batch_in_which_nobody_succeeds_changes_nothing(folder, tmp_path):
     assert collect.losses == [0.0] and float(trainer.callback_metrics["train/hint_fraction"]) == 0.0
 
 
+def test_a_step_logs_the_share_of_rows_whose_prompt_was_too_long(folder, tmp_path):
+    data = prompts(tmp_path, PeerDemonstration("{prompt}{demonstration}", max_prompt_tokens=3))
+    trained = module(folder)
+    _, trainer = fit(trained, data, steps=1)
+    _, hinted = by_hand(trained, data, trained.reward.seen[0], without="plain")
+    assert 0 < hinted < SAMPLES * PROMPTS
+    assert float(trainer.callback_metrics["train/hint_fraction"]) == 0.0
+    assert float(trainer.callback_metrics["train/hint_refused_fraction"]) == hinted / (SAMPLES * PROMPTS)
+
+
 def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(folder, tmp_path):
     def run(steps: int, **settings: Any) -> tuple[OPDModule, L.Trainer]:
         trained = module(
