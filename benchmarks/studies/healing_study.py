@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks.studies.cells import interval, machine, spread
 from benchmarks.studies.figures import draw_band, draw_positions, plt, save
-from benchmarks.studies.healing import measure
+from benchmarks.studies.healed_run import measure
 from benchmarks.studies.reproduce.plan import digest
 from benchmarks.studies.run_folder import BANDS, curve, summary, write_record
 from lit_opd.compare.document import markdown_table

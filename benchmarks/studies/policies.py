@@ -29,7 +29,14 @@ def held_out(settings: dict[str, Any], tokenizer: Any) -> PromptBatch:
 
 
 def sample(
-    policy: ScoringModel, prompts: PromptBatch, tokenizer: Any, path: str, *, new_tokens: int, seed: int
+    policy: ScoringModel,
+    prompts: PromptBatch,
+    tokenizer: Any,
+    path: str,
+    *,
+    new_tokens: int,
+    seed: int,
+    greedy: bool = False,
 ) -> Rollout:
     """Temperature-1 responses with fixed random streams.
 
@@ -40,6 +47,7 @@ def sample(
         path: the policy's folder, which names the ids that end a response.
         new_tokens: longest response.
         seed: of the streams.
+        greedy: the likeliest token each time, in place of temperature 1.
     """
     settings = SamplingSettings(
         max_new_tokens=new_tokens,
@@ -47,5 +55,6 @@ def sample(
         pad_id=tokenizer.pad_token_id,
         vocabulary=policy.vocabulary,
         seed=seed,
+        greedy=greedy,
     )
     return TransformersSampler(max_new_tokens=new_tokens).sample(policy, prompts, settings)

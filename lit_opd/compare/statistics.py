@@ -9,7 +9,7 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lit_opd.errors import InputError
 
@@ -134,14 +134,29 @@ def two_way_interval(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DR
     Raises:
         InputError: no table of finite numbers.
     """
-    values = np.asarray(table, dtype=np.float64)
-    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise InputError(
-            f"a two-way interval must be of a table [seeds, problems] of finite numbers, got {values.shape}"
-        )
+    values = _seeds_by_problems(table)
+    mean, found = float(values.mean()), two_way_draws(values, seed=seed, draws=draws)
+    if not found.size:
+        return Estimate(mean, None, None, len(values))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(found, [tail, 1 - tail])
+    return Estimate(mean, float(low), float(high), len(values))
+
+
+def two_way_draws(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DRAWS) -> NDArray[np.float64]:
+    """What the mean of a table might have been: the bootstrap samples of ``two_way_interval``, for tests of a bound.
+
+    Args:
+        table, seed, draws: as there.
+    Returns:
+        [draws], empty below two seeds or two problems.
+    Raises:
+        InputError: no table of finite numbers.
+    """
+    values = _seeds_by_problems(table)
     mean, (seeds, problems) = float(values.mean()), values.shape
     if seeds < 2 or problems < 2:
-        return Estimate(mean, None, None, seeds)
+        return np.empty(0)
     rows, columns = values.mean(1) - mean, values.mean(0) - mean
     rest = np.square(values - mean - rows[:, None] - columns).sum() / ((seeds - 1) * (problems - 1))
     between = seeds * np.square(columns).sum() / (problems - 1)  # expected: rest + seeds * variance of problems
@@ -152,10 +167,16 @@ def two_way_interval(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DR
     lacking = (
         math.sqrt(problems / (problems - 1)) * t_quantile(problems - 1) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     )
-    found = mean + by_seed + again * math.sqrt(left) * lacking
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return Estimate(mean, float(low), float(high), seeds)
+    return np.asarray(mean + by_seed + again * math.sqrt(left) * lacking)
+
+
+def _seeds_by_problems(table: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(table, dtype=np.float64)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise InputError(
+            f"a two-way interval must be of a table [seeds, problems] of finite numbers, got {values.shape}"
+        )
+    return values
 
 
 def paired_two_way(

@@ -26,10 +26,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._runtime_utils import _reshard  # no public name frees what FSDP1's root keeps
 
 from lit_opd.errors import InputError
 
 Placement = Callable[..., Any]  # (policy, *, trained, offload=False) -> the module to use in its place
+WHOLE_SHAPES = "whole_shapes"  # attribute of an FSDP1 wrapper: shapes of the weights before they were cut, by name
 FSDP2_FLAGS = "--trainer.strategy.data_parallel_size RANKS --trainer.strategy.tensor_parallel_size 1"
 
 
@@ -117,11 +119,14 @@ def _wrap(policy: Any, strategy: FSDPStrategy, *, half: bool, offload: bool) -> 
         "device_id": strategy.root_device,
     }
     layers = set(transformer_layers(policy.causal_lm))
+    shapes = {name: value.shape for name, value in policy.named_parameters()}
     for parent in list(policy.modules()):
         for name, child in parent.named_children():
             if child in layers:
                 setattr(parent, name, FullyShardedDataParallel(child, **settings))
-    return FullyShardedDataParallel(policy, **settings)
+    wrapped = FullyShardedDataParallel(policy, **settings)
+    setattr(wrapped, WHOLE_SHAPES, shapes)
+    return wrapped
 
 
 def is_sharded(policy: nn.Module) -> bool:
@@ -178,6 +183,17 @@ def _bare(policy: FullyShardedDataParallel) -> Iterator[None]:
     finally:
         for parent, name, child in wrapped:
             setattr(parent, name, child)
+
+
+def forget_gathered(policy: nn.Module) -> None:
+    """Free the whole weights that FSDP keeps after a forward pass: the shards have other values now."""
+    for part in policy.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+        elif isinstance(part, FullyShardedDataParallel) and part._is_root is not None:  # None before the first forward
+            handle = part._handle
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+                _reshard(part, handle, True)
 
 
 def sync_gradients(policy: nn.Module, enabled: bool) -> None:

@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lit_opd.errors import InputError, ServerError
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.estimate import estimate, shortage
+from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.module_checks import (
     check_batch,
@@ -39,6 +40,7 @@ from lit_opd.preflight.module_checks import (
     setting_warnings,
     stop_warnings,
 )
+from lit_opd.preflight.partial_checks import check_partial
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.probe import NotProbed, Probe, probe
 from lit_opd.preflight.replay_checks import check_replay
@@ -127,7 +129,9 @@ def config(run: PlannedRun) -> Finding:
     """That it was read: the parser has refused unknown keys and values by now."""
     files = ", ".join(str(path) for path in run.settings.get("config") or []) or "no file"
     module = run.module
-    used = f"{type(module.teacher).__name__}, {type(module.sampler).__name__}, {type(module.recipe.weighting).__name__}"
+    engine, sampler = type(module.sampler.engine).__name__, type(module.sampler).__name__
+    sampler = sampler if sampler == engine else f"{sampler}({engine})"
+    used = f"{type(module.teacher).__name__}, {sampler}, {type(module.recipe.weighting).__name__}"
     return Finding("ok", f"{files}: {used}, {type(module.recipe.objective).__name__}")
 
 
@@ -206,6 +210,7 @@ def signals(run: PlannedRun) -> Finding:
     """Everything that is read can be given, and settings have an effect."""
     check_scorers(run.module)
     check_reward(run.module, run.data)
+    check_hindsight(run.module, run.data)
     check_rollout_stop(run.module, sharded=run.plan.shards > 1)
     check_replay(run.module, run.data)
     for warning in setting_warnings(run.module):
@@ -221,8 +226,11 @@ def signals(run: PlannedRun) -> Finding:
 def batch(run: PlannedRun) -> Finding:
     """The batch divides over the planned ranks."""
     check_batch(run.module, run.data, ranks=run.plan.ranks)
+    check_partial(run.module, run.data, ranks=run.plan.ranks)
     rows = run.data.prompt_batch // run.plan.ranks * run.data.samples_per_prompt
-    return Finding("ok", f"{rows} rows on each of {run.plan.ranks} rank(s)")
+    fewest, most = run.module.sampler.trained_rows(rows)
+    trained = "" if most == rows else f"; {fewest} to {most} are trained on in a step, the others wait"
+    return Finding("ok", f"{rows} rows on each of {run.plan.ranks} rank(s){trained}")
 
 
 def window(run: PlannedRun) -> Finding:

@@ -106,7 +106,7 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
     scored = chosen or any(name in required for name in _STATISTICS)
     trained = "teacher_distribution" in required
     return Workload(
-        rows=data.prompt_batch // plan.ranks * data.samples_per_prompt,
+        rows=max(sampler.trained_rows(data.prompt_batch // plan.ranks * data.samples_per_prompt)),
         prompt=data.longest_prompt,
         response=sampler.max_new_tokens,
         token_budget=module.token_budget,

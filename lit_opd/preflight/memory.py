@@ -95,7 +95,7 @@ class Workload:
     """What one rank does. Lengths are tokens.
 
     Args:
-        rows: responses a rollout batch.
+        rows: responses a rollout batch, the most where their number differs.
         prompt: longest prompt.
         response: longest response.
         token_budget: padded tokens of a micro-batch, None for all at once.

@@ -23,6 +23,7 @@ from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
 from lit_opd.preflight.callback_checks import check_batches
+from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.list_checks import (
     check_candidates,
     remedy,
@@ -31,6 +32,7 @@ from lit_opd.preflight.list_checks import (
     require_single_stops,
     require_transforms,
 )
+from lit_opd.preflight.partial_checks import check_partial
 from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
@@ -99,6 +101,7 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     check_trainer(module)
     check_scorers(module)
     check_reward(module, data)
+    check_hindsight(module, data)
     check_aligned(module, data)
     check_batch(module, data, ranks=module.trainer.world_size)
     check_window(module, data)
@@ -106,6 +109,7 @@ def check_run(module: Subject, data: PromptDataModule | None) -> None:
     check_rollout_stop(module, sharded=shards(module.trainer.strategy))
     check_self_teacher(module, data)
     check_replay(module, data)
+    check_partial(module, data, ranks=module.trainer.world_size)
     check_servers(module, data)
     for warning in (*setting_warnings(module), *stop_warnings(module)):
         warnings.warn(warning, stacklevel=2)
@@ -261,7 +265,7 @@ def setting_warnings(module: Subject) -> Iterator[str]:
     for warning in (baseline_warning(advantage, module.recipe.weighting), order_warning(advantage)):
         if warning is not None:
             yield warning
-    if advantage and not objective.reads_advantage:
+    if advantage and not objective.reads_advantage and not any(part.drops_tokens for part in advantage):
         yield f"`model.advantage` has no effect: `{type(objective).__name__}` reads no advantage"
     if module.reference is not None and "reference" not in module.scorers:
         yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
@@ -313,8 +317,10 @@ def check_batch(module: Subject, data: PromptDataModule | None, *, ranks: int) -
     if batch % ranks:
         raise InputError(f"`data.prompt_batch` must be a multiple of the {ranks} ranks, got {batch}")
     rows = batch // ranks * getattr(data, "samples_per_prompt", mini_batches)
-    if rows < mini_batches:
-        raise InputError(f"`model.mini_batches` must be at most the {rows} rows of a rank, got {mini_batches}")
+    fewest, _ = module.sampler.trained_rows(rows)
+    if fewest < mini_batches:
+        waits = "" if fewest == rows else f", of which {rows - fewest} may wait"
+        raise InputError(f"`model.mini_batches` must be at most the {fewest} rows of a rank{waits}, got {mini_batches}")
 
 
 def check_window(module: Subject, data: PromptDataModule | None) -> None:
@@ -333,8 +339,8 @@ def _require_window(field: str, config: Any, prompt: int | None, response: int) 
     if prompt is not None and window is not None and prompt + response > window:
         raise InputError(
             f"`model.sampler.max_new_tokens` must leave room in the context window of `{field}`, {window} tokens, got "
-            f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens`, or shorten what the template "
-            "adds"
+            f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens` (or `max_prompt_tokens` of "
+            "`data.teacher_prompt`), or shorten what the template adds"
         )
 
 

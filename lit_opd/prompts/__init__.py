@@ -7,15 +7,19 @@
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.prompts.encoding import EncodedPrompt, PromptEncoder, collate, encode_rows, pad_token_id, row_key
 from lit_opd.prompts.filters import RowFilter
+from lit_opd.prompts.hindsight import Attempt, HindsightPrompt, PeerDemonstration
 from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
 from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_prompts
 from lit_opd.prompts.teacher_prompt import TeacherPrompt
 
 __all__ = [
+    "Attempt",
     "ColumnNames",
     "DataSource",
     "EncodedPrompt",
     "EvaluationLoader",
+    "HindsightPrompt",
+    "PeerDemonstration",
     "PromptDataModule",
     "PromptEncoder",
     "PromptLoader",

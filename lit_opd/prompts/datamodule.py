@@ -21,6 +21,7 @@ from lit_opd.prompts.encoding import (
     encode_rows,
     pad_token_id,
 )
+from lit_opd.prompts.hindsight import Hindsight, HindsightPrompt, Trial
 from lit_opd.prompts.loading import EvaluationLoader, PromptLoader, PromptOrder
 from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_prompts, require_unique_ids
 from lit_opd.prompts.teacher_prompt import TeacherPrompt
@@ -63,7 +64,8 @@ class PromptDataModule(LightningDataModule):
         teacher_system_prompt: None: the student's.
         teacher_prompt: what the teacher reads in place of the student's prompt, of the row's columns: a text such as
             "{problem} A correct solution: {solution} Now solve it yourself.", chat messages with such contents, or a class of
-            your own (``TeacherPrompt``); see docs/data.md. None: the student's.
+            your own (``TeacherPrompt``); or of what was sampled: ``PeerDemonstration``, or a ``HindsightPrompt`` of your own.
+            See docs/data.md. None: the student's.
         val_fraction: share of the training rows held out by a hash of (split seed, row id), instead of ``val``.
         val_batch: validation prompts a batch over all ranks.
         val_limit: keep the first so many validation prompts.
@@ -98,7 +100,7 @@ class PromptDataModule(LightningDataModule):
         teacher_chat_template: bool | Literal["auto"] | None = None,
         teacher_template_options: dict[str, Any] | None = None,
         teacher_system_prompt: str | None = None,
-        teacher_prompt: str | list[dict[str, str]] | TeacherPrompt | None = None,
+        teacher_prompt: str | list[dict[str, str]] | TeacherPrompt | HindsightPrompt | None = None,
         val_fraction: float | None = None,
         val_batch: int = 64,
         val_limit: int | None = None,
@@ -120,7 +122,7 @@ class PromptDataModule(LightningDataModule):
         self.teacher_tokenizer_path = teacher_tokenizer
         self.teacher_chat_template, self.teacher_system_prompt = teacher_chat_template, teacher_system_prompt
         self.teacher_template_options = teacher_template_options
-        self.teacher_prompt = as_teacher_prompt(teacher_prompt)
+        self.teacher_prompt: TeacherPrompt | HindsightPrompt | None = as_teacher_prompt(teacher_prompt)
         self.val_fraction, self.val_batch, self.val_limit = val_fraction, val_batch, val_limit
         self.seed, self.split_seed, self.special_tokens_in_text = seed, split_seed, special_tokens_in_text
         self.tokenizer_path, self.pad_token, self.keep_rows = tokenizer, pad_token, keep_rows
@@ -185,6 +187,9 @@ class PromptDataModule(LightningDataModule):
             self.teacher_system_prompt,
         )
         own = (chat_template, options, system, self.teacher_prompt)
+        writes = isinstance(
+            self.teacher_prompt, HindsightPrompt
+        )  # the student writes a part of it, and may write anything
         if teacher_tokenizer in (None, tokenizer) and all(setting is None for setting in own):
             return None
         return PromptEncoder(
@@ -192,10 +197,32 @@ class PromptDataModule(LightningDataModule):
             self.chat_template if chat_template is None else chat_template,
             self.template_options if options is None else options,
             self.system_prompt if system is None else system,
-            self.special_tokens_in_text,
+            "escape" if writes and self.special_tokens_in_text == "refuse" else self.special_tokens_in_text,
             owner="PromptDataModule.teacher_",
             tools=self._sampler_has("tools"),
         )
+
+    @property
+    def hindsight(self) -> Hindsight | None:
+        """What gives sampled responses the teacher's prompts; None where those are made of columns, or of nothing."""
+        own = self.teacher_prompt
+        if not isinstance(own, HindsightPrompt) or self.teacher_encoder is None:
+            return None
+        pads = self._shared_options()
+        pad_id = pads["pad_id"] if pads["teacher_pad_id"] is None else pads["teacher_pad_id"]
+        return Hindsight(
+            own,
+            student=self.encoder,
+            teacher=self.teacher_encoder,
+            samples=self.samples_per_prompt,
+            pad_id=pad_id,
+            keeps_rows=self._hands_rows_on,
+        )
+
+    @property
+    def _hands_rows_on(self) -> bool:
+        """Something asks for the data rows behind the prompts."""
+        return self.keep_rows or bool(self._sampler_has("reads_rows"))
 
     def _sampler_has(self, name: str) -> Any:
         """An attribute of the sampler given to ``use_sampler``, else of the trainer's; None without one."""
@@ -307,15 +334,23 @@ class PromptDataModule(LightningDataModule):
     def _read(
         self, sources: str | DataSource | list[str | DataSource], filters: str | list[str] | None
     ) -> list[list[PromptRow]]:
-        own = self.teacher_prompt
+        given = self.teacher_prompt
+        own = Trial(given) if isinstance(given, HindsightPrompt) else given
         parts = [
             read_prompts(source, self.columns, filters=filters, teacher_prompt=own) for source in _source_list(sources)
         ]
         require_unique_ids([row for rows in parts for row in rows])
-        return parts
+        return parts if given is own else [self._tried(rows) for rows in parts]
+
+    def _tried(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
+        """``rows`` as the teacher reads them without a hint, once one of them was rendered with a hint."""
+        encode_rows(rows[:1], self.encoder, self.teacher_encoder)
+        return [replace(row, teacher_prompt=None) for row in rows]
 
     def _encoded(self, rows: Sequence[PromptRow], stage: str) -> list[EncodedPrompt]:
-        keep = self.keep_rows or bool(self._sampler_has("reads_rows"))
+        keep = (
+            self.keep_rows or bool(self._sampler_has("reads_rows")) or isinstance(self.teacher_prompt, HindsightPrompt)
+        )
         encoded = encode_rows(rows, self.encoder, self.teacher_encoder, keep_rows=keep)
         too_long = [(row, prompt) for row, prompt in zip(rows, encoded, strict=True) if self._too_long(prompt)]
         if too_long:
@@ -355,8 +390,10 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def teacher_reads_more(self) -> bool:
-        """The training prompts, once set up, are others for the teacher than for the student."""
-        return any(prompt.teacher_ids is not None for prompt in self._train_prompts or ())
+        """The training prompts, once set up, are others for the teacher than for the student, or become others."""
+        return isinstance(self.teacher_prompt, HindsightPrompt) or any(
+            prompt.teacher_ids is not None for prompt in self._train_prompts or ()
+        )
 
     # ----------------------------------------------------------------------------------------------------- loaders
 
@@ -419,10 +456,13 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt, the teacher's rendering included; ``max_prompt_tokens`` before the data is read."""
+        """Tokens of the longest prompt, the teacher's rendering included (its bound where that is made after sampling);
+        ``max_prompt_tokens`` before the data is read."""
         prompts = [*(self._train_prompts or ()), *(self._val_prompts or ())]
         rendered = [ids for prompt in prompts for ids in (prompt.ids, prompt.teacher_ids) if ids is not None]
-        return max((len(ids) for ids in rendered), default=self.max_prompt_tokens)
+        longest = max((len(ids) for ids in rendered), default=self.max_prompt_tokens)
+        own = self.teacher_prompt
+        return max(longest, own.max_prompt_tokens) if isinstance(own, HindsightPrompt) else longest
 
     @property
     def training_prompts(self) -> dict[str, torch.Tensor]:

@@ -357,12 +357,12 @@ def collate(
         ``PromptBatch`` with ids int64 [B, P], P the longest prompt.
     """
     samples = [0] * len(prompts) if samples is None else samples
-    ids, mask = _left_padded([prompt.ids for prompt in prompts], pad_id)
+    ids, mask = left_padded([prompt.ids for prompt in prompts], pad_id)
     own = [prompt.teacher_ids for prompt in prompts if prompt.teacher_ids is not None]
     if own and len(own) != len(prompts):
         raise InputError(f"`collate.prompts` must all or none have teacher_ids, got {len(own)} of {len(prompts)}")
     fill = pad_id if teacher_pad_id is None else teacher_pad_id
-    teacher_ids, teacher_mask = _left_padded(own, fill) if own else (None, None)
+    teacher_ids, teacher_mask = left_padded(own, fill) if own else (None, None)
     return PromptBatch(
         ids=ids,
         mask=mask,
@@ -383,7 +383,7 @@ def _data(rows: Sequence[DataRow | None]) -> tuple[DataRow, ...] | None:
     return kept if kept and len(kept) == len(rows) else None
 
 
-def _left_padded(rows: Sequence[Tensor], fill: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Tensor], fill: int) -> tuple[Tensor, Tensor]:
     """int64 [B, P] and bool [B, P], True on the rows' own tokens."""
     width = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), width), fill, dtype=torch.int64)

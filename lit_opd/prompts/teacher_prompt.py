@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lit_opd.errors import InputError
 from lit_opd.prompts.filters import MISSING, shown, value_at
@@ -61,10 +61,7 @@ class Template(TeacherPrompt):
 
     def __init__(self, template: str | Sequence[Message]) -> None:
         self.template = template
-        if isinstance(template, str):
-            self._messages: list[tuple[str | None, list[tuple[str, bool]]]] = [(None, _pieces(template))]
-        else:
-            self._messages = [_message(message, number) for number, message in enumerate(template)]
+        self._messages = parsed(template)
         if not self.columns:
             raise InputError(
                 f"`{FIELD}` must name a column in braces, such as {{solution}}, got {shown(template)}; for a text that is the "
@@ -74,7 +71,7 @@ class Template(TeacherPrompt):
     @property
     def columns(self) -> frozenset[str]:
         """All that stand in braces."""
-        return frozenset(text for _, pieces in self._messages for text, is_column in pieces if is_column)
+        return columns_of(self._messages)
 
     def render(self, row: Mapping[str, Any], prompt: str | list[Message]) -> str | list[Message]:
         """The template with the row's values.
@@ -82,15 +79,45 @@ class Template(TeacherPrompt):
         Raises:
             InputError: a column is missing, null or no text; the place of the row is put before it by who calls.
         """
-        texts = [(role, "".join(self._texts(pieces, row))) for role, pieces in self._messages]
-        if texts[0][0] is None:
-            return texts[0][1]
-        return [{"role": str(role), "content": text} for role, text in texts]
+        return filled(self._messages, row)
 
-    @staticmethod
-    def _texts(pieces: Sequence[tuple[str, bool]], row: Mapping[str, Any]) -> Iterator[str]:
-        for text, is_column in pieces:
-            yield _value(row, text) if is_column else text
+
+Parsed = list[
+    tuple[str | None, list[tuple[str, bool]]]
+]  # role, None for a text, and pieces: text, or a column's name (True)
+
+
+def parsed(template: str | Sequence[Message]) -> Parsed:
+    """A template's messages, cut into pieces.
+
+    Raises:
+        InputError: a brace that stands alone, an empty pair, or a message of another form.
+    """
+    if isinstance(template, str):
+        return [(None, _pieces(template))]
+    return [_message(message, number) for number, message in enumerate(template)]
+
+
+def columns_of(messages: Parsed) -> frozenset[str]:
+    """All names that stand in braces."""
+    return frozenset(text for _, pieces in messages for text, is_column in pieces if is_column)
+
+
+def filled(messages: Parsed, row: Mapping[str, Any]) -> str | list[Message]:
+    """Text or chat messages with the row's values.
+
+    Raises:
+        InputError: a column is missing, null or no text.
+    """
+    texts = [(role, "".join(_texts(pieces, row))) for role, pieces in messages]
+    if texts[0][0] is None:
+        return texts[0][1]
+    return [{"role": str(role), "content": text} for role, text in texts]
+
+
+def _texts(pieces: Sequence[tuple[str, bool]], row: Mapping[str, Any]) -> Iterator[str]:
+    for text, is_column in pieces:
+        yield _value(row, text) if is_column else text
 
 
 def _message(message: Any, number: int) -> tuple[str, list[tuple[str, bool]]]:
@@ -135,9 +162,12 @@ def _value(row: Mapping[str, Any], column: str) -> str:
     return str(value)
 
 
-def teacher_prompt(value: str | Sequence[Message] | TeacherPrompt | None) -> TeacherPrompt | None:
+Made = TypeVar("Made")
+
+
+def teacher_prompt(value: str | Sequence[Message] | Made | None) -> TeacherPrompt | Made | None:
     """The setting as an object; None where the teacher reads the student's prompt."""
-    return value if value is None or isinstance(value, TeacherPrompt) else Template(value)
+    return Template(value) if isinstance(value, str | list | tuple) else cast("Made | None", value)
 
 
 def rendered(
@@ -157,10 +187,19 @@ def rendered(
         raise InputError(
             f"{where}: `{FIELD}` {name} failed ({type(error).__name__}: {error}); columns found: {', '.join(row) or 'none'}"
         ) from error
-    last = found[-1] if isinstance(found, list) and found else None
+    require_user_last(found, where)
+    return found
+
+
+def require_user_last(prompt: Any, where: str) -> None:
+    """Refuse messages that end with an assistant's turn.
+
+    Raises:
+        InputError: they do, naming the row.
+    """
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
     if isinstance(last, Mapping) and last.get("role") == "assistant":
         raise InputError(
             f"{where}: `{FIELD}` must end with a user's turn, which the response answers, got an assistant's; put the hint into "
             "an earlier turn"
         )
-    return found

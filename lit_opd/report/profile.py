@@ -94,7 +94,7 @@ class ProfileWindow:
 def with_shares(window: ProfileWindow) -> ProfileWindow:
     """With what its counts say of turns: ``survivor_fraction`` by position in the turn, against the first bin, and
     ``token_share`` by turn. Bins that are empty here have no value."""
-    found: dict[str, BinnedProfile] = {}
+    found: dict[str, Any] = {}
     for axis, name in zip(TURN_AXES, ("survivor_fraction", "token_share"), strict=True):
         binned: BinnedProfile | None = getattr(window, axis)
         if binned is not None:

@@ -120,8 +120,8 @@ def duration(seconds: float) -> str:
 
 EVERY = None
 SAMPLING = (  # of the engine, and of what plays an environment or replays with it
-    "max_new_tokens", "temperature", "top_p", "top_k", "urls", "ahead", "sampler", "environment", "tools", "max_turns",
-    "max_turn_tokens", "fresh", "paths", "on_policy_fraction",
+    "max_new_tokens", "temperature", "top_p", "top_k", "urls", "ahead", "sampler", "budget", "waiting", "environment",
+    "tools", "max_turns", "max_turn_tokens", "fresh", "paths", "on_policy_fraction",
 )  # fmt: skip
 FACTS: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (  # name, setting, the arguments that are shown of a class
     ("weighting", "model.weighting", EVERY),

@@ -6,6 +6,7 @@ from lit_opd.rollout.decoding.sampler import DecodeSampler
 from lit_opd.rollout.engine import VLLMEngine
 from lit_opd.rollout.generate import TransformersSampler
 from lit_opd.rollout.nccl import NCCLTransfer
+from lit_opd.rollout.partial import PartialSampler
 from lit_opd.rollout.ratio_stop import RatioStop
 from lit_opd.rollout.replay import ReplaySampler
 from lit_opd.rollout.sync import AdapterEndpoint, ReloadEndpoint, RestartCommand, WeightSync
@@ -16,6 +17,7 @@ __all__ = [
     "DecodeSampler",
     "LengthBudget",
     "NCCLTransfer",
+    "PartialSampler",
     "RatioStop",
     "ReloadEndpoint",
     "ReplaySampler",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,9 +14,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from lit_opd.distributed import is_rank_zero
 from lit_opd.errors import InputError, require
 from lit_opd.rollout.weights import StudentWeights
-from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
+from lit_opd.streams import row_uniforms
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, Waiting
 
 
 class EarlyStop(Protocol):
@@ -103,6 +106,9 @@ class SamplingSettings:
         unused_ids: rows of the student's embedding that name no token, ascending, for engines with weights of their own;
             the student's ``ScoringModel`` knows them itself.
         replay: how many rows a ``ReplaySampler`` may answer with what it has saved: "none" outside training, "some", or "all".
+        begun: of each row, the optimizer step in which it was begun and the tokens it has since, which are part of the prompt:
+            its random numbers are those that follow. Empty where all rows begin now.
+        together: samples of one prompt are compared with each other, and so end in one batch; see ``PartialSampler``.
     """
 
     max_new_tokens: int
@@ -121,6 +127,23 @@ class SamplingSettings:
     stop: Callable[[PromptBatch, SamplingSettings], EarlyStop] | None = None
     unused_ids: tuple[int, ...] = ()
     replay: Literal["none", "some", "all"] = "none"
+    begun: tuple[tuple[int, int], ...] = ()
+    together: bool = False
+
+    def uniforms(self, row_keys: Tensor) -> Tensor:
+        """The random numbers of the rows, float64 [B, max_new_tokens].
+
+        Args:
+            row_keys: int64 [B].
+        """
+        if not self.begun:
+            return row_uniforms(self.seed, row_keys, self.step, self.max_new_tokens, domain=self.domain)
+        found = torch.empty(len(row_keys), self.max_new_tokens, dtype=torch.float64, device=row_keys.device)
+        for step, drawn in dict.fromkeys(self.begun):
+            rows = [row for row, own in enumerate(self.begun) if own == (step, drawn)]
+            keys = row_keys[torch.tensor(rows, device=row_keys.device)]
+            found[rows] = row_uniforms(self.seed, keys, step, self.max_new_tokens, domain=self.domain, first=drawn)
+        return found
 
     def provenance(self, engine: str) -> Provenance:
         """The record of how a rollout came about."""
@@ -191,6 +214,7 @@ class Sampler(ABC):
     """
 
     stops_early = False  # True for an engine that heeds ``SamplingSettings.stop``
+    continues = False  # True for one that heeds ``SamplingSettings.begun``, as ``uniforms`` does
     in_process = True  # False for an engine with memory of its own
     memory_fraction = 0.0  # of a rank's device memory, taken by such an engine while it samples
     sleep = True  # the engine gives most of that back between rollouts
@@ -287,6 +311,39 @@ class Sampler(ABC):
     def restore_ahead(self, state: Mapping[str, Any] | None, settings: SamplingSettings) -> None:  # noqa: B027
         """Go on with what ``ahead_state`` kept; ``settings`` are those of training now."""
 
+    def trained_rows(self, batch: int) -> tuple[int, int]:
+        """Fewest and most rows that a step may train on.
+
+        Args:
+            batch: rows of the data's batch on a rank.
+        """
+        return batch, batch
+
+    def take_unfinished(self) -> Waiting | None:
+        """What was sampled in the step, and what waits behind it; None for a sampler that ends every row in its step. With this
+        the step has been made: what ended in it counts as trained on."""
+        return None
+
+    def say_unfinished(self) -> None:  # noqa: B027
+        """Training ends: say what still waits. Called on every rank."""
+
+    def forget_unfinished(self) -> None:  # noqa: B027
+        """Drop the rows that wait: a new run starts."""
+
+    def unfinished_state(self) -> list[dict[str, Any]] | None:
+        """For a checkpoint: the rows of all ranks that wait behind the last step that was made; None for a sampler that ends
+        every row in its step. Called on every rank."""
+        return None
+
+    def restore_unfinished(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with what ``unfinished_state`` kept; a sampler that cannot says that it is dropped."""
+        if state and is_rank_zero():
+            warnings.warn(
+                f"the checkpoint holds {len(state)} responses that were to be continued: they are dropped, since "
+                f"{type(self).__name__} continues none",
+                stacklevel=2,
+            )
+
     def attach(self, tokenizer: Any, encoder: Any | None) -> None:  # noqa: B027
         """Take note of how prompts are rendered, before a run.
 
@@ -319,7 +376,8 @@ class Sampler(ABC):
 
 
 def engine_options(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the engine in a config's ``model``; of the one inside where the sampler plays an environment."""
+    """The settings of the engine in a config's ``model``; of the one inside where the sampler plays an environment or
+    continues responses."""
     found = (model.get("sampler") or {}).get("init_args") or {}
     inner = found.get("sampler")
     return dict((inner.get("init_args") or {}) if isinstance(inner, Mapping) else found)

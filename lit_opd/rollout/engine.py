@@ -68,6 +68,7 @@ class VLLMEngine(Sampler):
     """
 
     in_process = False
+    continues = True
     seconds: Seconds
 
     def __init__(

@@ -22,7 +22,6 @@ from lit_opd.rollout.decoding.conversation import DecodedConversation
 from lit_opd.rollout.decoding.drawing import choose
 from lit_opd.rollout.decoding.going_on import CannotGoOn, why_not
 from lit_opd.rollout.decoding.own_writer import OwnWriter, prefilled
-from lit_opd.streams import row_uniforms
 from lit_opd.types import PromptBatch, Rollout
 
 ENGINE = "transformers"
@@ -47,6 +46,8 @@ class _Draw(LogitsProcessor):
 class TransformersSampler(Sampler):
     """Samples with transformers' ``generate``; runs wherever the model runs."""
 
+    continues = True
+
     _told = False  # that turns are read again
 
     @torch.no_grad()
@@ -54,10 +55,7 @@ class TransformersSampler(Sampler):
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
         self._refuse_stop(settings)
         require_room(model, prompts, settings)
-        uniforms = row_uniforms(
-            settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
-        )
-        draw = _Draw(model, uniforms, settings)
+        draw = _Draw(model, settings.uniforms(prompts.row_keys), settings)
         with cached_casts(prompts.ids.device):
             ids = model.generate(
                 input_ids=prompts.ids,

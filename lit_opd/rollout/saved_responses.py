@@ -32,7 +32,8 @@ class SavedResponse:
         finish_reason: of ``FinishReason``.
         where: file and line or row, for messages.
         logprobs: float32 [n] nats, the sampler's; None where nobody knows them.
-        weights_version: optimizer steps the weights had seen that sampled it, -1 for unknown.
+        weights_version: optimizer steps the weights had seen that sampled it, of a continued one its first token; -1 for
+            unknown.
         prompt: int64 [p], what it answers; None where the file does not say it.
     """
 
@@ -136,6 +137,8 @@ def _of_rollout(rollout: Rollout, file: Path) -> Iterator[SavedResponse]:
         known = not greedy and (replayed is None or bool(replayed.known[row]))
         of_row = replayed is not None and bool(replayed.old[row])
         version = int(replayed.weights_version[row]) if of_row and replayed else rollout.provenance.weights_version
+        if rollout.version is not None:
+            version = int(rollout.version[row][mask].min())
         yield SavedResponse(
             row_id=row_id,
             ids=rollout.response_ids[row][mask].numpy(),

@@ -59,6 +59,7 @@ class VLLMSampler(Sampler):
     """
 
     in_process = False
+    continues = True
     seconds: Seconds
 
     def __init__(
@@ -260,8 +261,13 @@ def row_texts(prompts: PromptBatch) -> list[list[int]]:
 
 
 def row_seeds(prompts: PromptBatch, settings: SamplingSettings) -> list[int]:
-    """A seed a row, from (seed, step, domain, row key)."""
-    return [stream_seed(settings.seed, settings.step, settings.domain, key) for key in prompts.row_keys.tolist()]
+    """A seed a row, from (seed, step, domain, row key); of one that goes on from its own step and its tokens too."""
+    keys = prompts.row_keys.tolist()
+    begun = settings.begun or [(settings.step, 0)] * len(keys)
+    return [
+        stream_seed(settings.seed, step, settings.domain, key, *([drawn] if drawn else []))
+        for key, (step, drawn) in zip(keys, begun, strict=True)
+    ]
 
 
 def as_rollout(

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from torch import Tensor
+
 from lit_opd.advantage import AdvantageTransform
 from lit_opd.errors import require
+from lit_opd.masked import masked_values
 from lit_opd.objective import Aggregation, Likelihood, Objective
-from lit_opd.types import FinishReason, Rollout
+from lit_opd.types import FinishReason, Rollout, TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.uniform import Uniform
 
@@ -97,7 +100,26 @@ class Recipe:
     def needs_scoring_pass(self) -> bool:
         """True when weights, advantages or denominators must be known before micro-batches are cut, or the batch is reused."""
         whole = "batch" in (self.weighting.scope, *(transform.scope for transform in self.advantage))
-        return self.updates > 1 or whole or self.weighting.drops_tokens
+        return (
+            self.updates > 1
+            or whole
+            or self.weighting.drops_tokens
+            or any(part.drops_tokens for part in self.advantage)
+        )
+
+    def weighted(self, signal: TokenSignal, progress: float) -> tuple[Tensor, Tensor]:
+        """Weights [B, T], 0 where a token does not count, and bool [B, T], the tokens that count in the denominator.
+
+        Args:
+            signal: of the whole batch.
+            progress: of the training, in [0, 1].
+        """
+        weights, kept = self.weighting(signal, progress), self.weighting.kept(signal, progress)
+        for transform in self.advantage:
+            if transform.drops_tokens:
+                kept = kept & transform.kept(signal)
+                weights = masked_values(weights, kept)
+        return weights, kept
 
 
 def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
@@ -106,13 +128,8 @@ def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
     rows keeps one, fully masked."""
     if policy == "keep":
         return rollout
-    finished = rollout.finish_reason != int(FinishReason.LENGTH)
-    layout = rollout.layout
-    ended = layout.finish_reason != int(FinishReason.LENGTH)
-    observed = None if rollout.observed is None else rollout.observed & finished.unsqueeze(-1)
-    masked = replace(rollout, mask=rollout.mask & finished.unsqueeze(-1), observed=observed)
-    seen = None if layout.observed is None else layout.observed & ended[:, None]
-    masked.with_layout(replace(layout, response=layout.response & ended[:, None], observed=seen))
+    ended = rollout.layout.finish_reason != int(FinishReason.LENGTH)
+    masked = rollout.silenced(ended)
     return masked if policy == "mask" else masked.take(ended.nonzero()[0].tolist() or [0])
 
 

@@ -50,18 +50,22 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
         "train/sampler_gap": sampler_gap / tokens,
         "train/grad_norm": record.grad_norm.double(),
     }
-    found |= _of_replay(record)
+    found |= _of_replay(record) | _of_older(record)
     if record.skipped:
         found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
     if record.chunks is not None:
         found["train/aligned_fraction"] = aligned / valid.clamp(min=1)
-    return found | {
-        "train/tokens": sampled,
-        "train/truncated_fraction": cut / rows,
-        "train/budget_fraction": budget / rows,
-        "train/stopped_fraction": drift / rows,
-        "train/response_length": held / rows,
-    }
+    return (
+        found
+        | _of_waiting(record)
+        | {
+            "train/tokens": sampled,
+            "train/truncated_fraction": cut / rows,
+            "train/budget_fraction": budget / rows,
+            "train/stopped_fraction": drift / rows,
+            "train/response_length": held / rows,
+        }
+    )
 
 
 def _of_replay(record: StepRecord) -> dict[str, Tensor]:
@@ -81,6 +85,49 @@ def _of_replay(record: StepRecord) -> dict[str, Tensor]:
         "train/replayed_fraction": rows / all_rows,
         "train/replay_gap": drift / drifted,  # NaN where there is nothing to compare
         "train/sampler_gap": sampled / counted,
+    }
+
+
+def _of_older(record: StepRecord) -> dict[str, Tensor]:
+    """Where responses took several steps: how far the student is from the weights that sampled their older tokens, and the
+    sampler's gap without them; one collective."""
+    signal, version = record.signal, record.rollout.version
+    if version is None:
+        return {}
+    assert signal.sampler_logprobs is not None
+    gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
+    old = signal.mask & record.rollout.older
+    now = signal.mask & ~old
+    parts = torch.stack([part.double().sum() for part in (gap * old, old, gap * now, now)])
+    drift, drifted, sampled, counted = all_sum(parts).unbind()
+    # NaN where there is nothing to compare
+    return {"train/older_gap": drift / drifted, "train/sampler_gap": sampled / counted}
+
+
+def _of_waiting(record: StepRecord) -> dict[str, Tensor]:
+    """Where responses took several steps: what is trained on, how old it is, and what waits; one collective."""
+    rollout, waiting = record.rollout, record.waiting
+    if rollout.version is None or waiting is None:
+        return {}
+    behind = torch.where(rollout.mask, record.signal.step - rollout.version, 0)
+    parts = (
+        rollout.mask,
+        rollout.older,
+        behind,
+        rollout.mask.any(-1),
+        waiting.responses,
+        waiting.tokens,
+        waiting.steps,
+    )
+    tokens, older, behind, rows, waits, held, steps = all_sum(torch.stack([p.double().sum() for p in parts])).unbind()
+    return {
+        "train/weights_behind": behind / tokens.clamp(min=1),
+        "train/older_fraction": older / tokens.clamp(min=1),
+        "train/trained_rows": rows,
+        "train/trained_tokens": tokens,
+        "train/waiting_rows": waits,
+        "train/waiting_tokens": held,
+        "train/waiting_steps": steps / waits,  # NaN where nothing waits
     }
 
 
@@ -141,6 +188,7 @@ def logged(
     stops_early: bool,
     engine_seconds: Mapping[str, float],
     weights_behind: int | None = None,
+    hints: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a training step logs, float64 scalars on the host by metric name: counts stay exact, and one transfer
     serves every logger and callback.
@@ -153,7 +201,9 @@ def logged(
         max_new_tokens: the sampler's.
         length_budget: tokens a response might have at this step, None without a budget.
         stops_early: something ends responses before ``max_new_tokens``.
-        weights_behind: optimizer steps that the weights which sampled had not seen, None for a sampler that reads the student.
+        weights_behind: optimizer steps that the weights which sampled had not seen, None for a sampler that reads the student,
+            and where the record says it token by token.
+        hints: int64 [3] of this rank, see ``Hindsight``; None where the teacher's prompts are not made of responses.
         engine_seconds: what a sampler with an engine of its own spent since the step before, by name.
     """
     values: dict[str, Any] = {
@@ -162,6 +212,9 @@ def logged(
         **scalars(record),
         **turn_scalars(record),
     }
+    if hints is not None:
+        rows, hinted, refused = all_sum(hints.double()).unbind()
+        values |= {"train/hint_fraction": hinted / rows, "train/hint_refused_fraction": refused / rows}
     if weights_behind is not None:
         values["train/weights_behind"] = weights_behind
     if length_budget is not None:

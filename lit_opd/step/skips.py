@@ -114,6 +114,8 @@ def save_fault(
     texts |= {"response_ids": rollout.response_ids, "mask": rollout.mask}
     if rollout.observed is not None and rollout.turn is not None:
         texts |= {"observed": rollout.observed, "turn": rollout.turn}
+    if rollout.version is not None:
+        texts["version"] = rollout.version
     if mine:
         kept = {name: value[index].cpu().contiguous() for name, value in {**texts, **values}.items()} | {
             "rows": index.cpu()

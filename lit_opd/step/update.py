@@ -101,8 +101,7 @@ class Update:
         self.scores.score_frozen(self.batches, self.listener)
         if self.recipe.needs_scoring_pass:
             full = self.scores.score_student(self.batches)
-            self.weights = self.recipe.weighting(full, self.progress)
-            self.kept = self.recipe.weighting.kept(full, self.progress)
+            self.weights, self.kept = self.recipe.weighted(full, self.progress)
 
     # -- updating ----------------------------------------------------------------------------------------------------
 
@@ -218,6 +217,8 @@ class Update:
         mask, step = self.rollout.mask[index], self.optimisation.step + 1
         if self.rollout.replayed is not None:
             mask = mask & ~self.rollout.replayed.old[index].unsqueeze(-1)
+        if self.rollout.version is not None:
+            mask = mask & ~self.rollout.older[index]
         self.gap.check(student, sampler, mask, step=step, model=self.scores.student_model)
 
     # -- what is left behind -----------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_opd.errors import InputError
-from lit_opd.models.sharding import FSDP2_FLAGS, Placement, gathered, is_sharded
+from lit_opd.models.flat_shards import cut, in_slices, put_together, whole_shapes
+from lit_opd.models.sharding import Placement, forget_gathered, gathered, is_sharded
+from lit_opd.models.weights import FSDP1_WRAPPER
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.tiles import Head
 from lit_opd.teacher.base import SCORE_WANTS, Teacher
@@ -31,7 +32,7 @@ _LEAST = torch.float32  # of an average: in bfloat16 a hundredth of a small chan
 class SelfTeacher(Teacher):
     """The student's own weights as teacher, for self-distillation: it reads more than the student (``data.teacher_prompt``).
 
-    Works on one device, under DDP and FSDP2; under FSDP1 with ``live`` only.
+    Works on one device, under DDP, FSDP2 and FSDP1.
 
     Args:
         update: "frozen": the weights the run began with, below adapters the base; "live": those of the student at each step,
@@ -75,16 +76,7 @@ class SelfTeacher(Teacher):
         return []
 
     def attach(self, student: ScoringModel) -> None:
-        """Score with ``student``; keep the values it has now, unless they are to follow it.
-
-        Raises:
-            InputError: FSDP1 and values of its own.
-        """
-        if self.update != "live" and isinstance(student, FullyShardedDataParallel):
-            raise InputError(
-                f"`{self.field}.update` must be live under FSDPStrategy (FSDP1), got {self.update}; use ModelParallelStrategy "
-                f"(FSDP2) {FSDP2_FLAGS}"
-            )
+        """Score with ``student``; keep the values it has now, unless they are to follow it."""
         self._student = (student,)
         self._take()
 
@@ -94,8 +86,10 @@ class SelfTeacher(Teacher):
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights that differ between student and teacher, as this rank holds them."""
-        self._forget_gathered()  # named would be the whole ones
-        return ((name, value) for name, value in self._loaded().named_parameters() if value.requires_grad)
+        student = self._loaded()
+        forget_gathered(student)  # named would be the whole ones
+        named = ((name.replace(FSDP1_WRAPPER, ""), value) for name, value in student.named_parameters())
+        return ((name, value) for name, value in named if value.requires_grad)
 
     def load(self, *, vocabulary: int) -> None:
         """Nothing to load."""
@@ -124,7 +118,10 @@ class SelfTeacher(Teacher):
         """Of the average for a checkpoint, whole tensors on the CPU by name; None where there is none. A collective."""
         if self.update != "ema":
             return None
-        return {name: _whole(self.values[name], value).cpu().clone() for name, value in self._trained()}
+        trained, student = dict(self._trained()), self._loaded()
+        if in_slices(student):
+            return put_together(student, {name: self.values[name] for name in trained})
+        return {name: _whole(self.values[name], value).cpu().clone() for name, value in trained.items()}
 
     def restore(self, state: Mapping[str, Tensor] | None) -> None:
         """Go on from what ``state`` gave; from the checkpoint's student where it gave nothing.
@@ -137,14 +134,19 @@ class SelfTeacher(Teacher):
         self._begins = state is None
         if state is None:
             return
-        wrong = sorted(state.keys() ^ {name for name, _ in self._trained()})
-        wrong += [name for name, value in self._trained() if name in state and state[name].shape != value.shape]
+        trained, student = dict(self._trained()), self._loaded()
+        shapes = whole_shapes(student) if in_slices(student) else {name: value.shape for name, value in trained.items()}
+        wrong = sorted(state.keys() ^ trained.keys())
+        wrong += [name for name in trained if name in state and state[name].shape != shapes[name]]
         if wrong:
             raise InputError(
                 f"`--ckpt_path` must be a checkpoint of this student, but {len(wrong)} weights of `{self.field}`'s average are "
                 f"missing, extra or of another shape: {', '.join(wrong[:5])}; give the config the run was started with"
             )
-        self.values = {name: _part(state[name], value) for name, value in self._trained()}
+        if in_slices(student):
+            self.values = cut(student, state, {name: value.detach() for name, value in trained.items()})
+        else:
+            self.values = {name: _part(state[name], value) for name, value in trained.items()}
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
@@ -192,18 +194,12 @@ class SelfTeacher(Teacher):
             for weight, value in pairs:
                 own.append(weight.clone())
                 weight.copy_(value)
-            self._forget_gathered()
+            forget_gathered(self._loaded())
             yield
         finally:
             for (weight, _), value in zip(pairs, own, strict=False):
                 weight.copy_(value)
-            self._forget_gathered()
-
-    def _forget_gathered(self) -> None:
-        """Whole weights that FSDP2 keeps after a forward pass are of the values before."""
-        for part in self._loaded().modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+            forget_gathered(self._loaded())
 
     def _move(self) -> None:
         """The values on the device of the weights, which moved after they were loaded."""

@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from lit_opd.errors import InputError
-from lit_opd.prompts import TeacherPrompt
+from lit_opd.prompts import PeerDemonstration, TeacherPrompt
+from lit_opd.prompts.hindsight import Without
 from lit_opd.testbed.task import (
     CHAIN_LENGTH,
     CODE_LENGTH,
@@ -42,6 +43,7 @@ from lit_opd.testbed.tokenizer import prompt_ids
 from lit_opd.testbed.warmup import response_logits
 
 HINT_CODES = 6  # half of the path
+PEER_PROMPT_TOKENS = 96  # a whole path as the hint, the problem, and the chat's tokens
 READER_SEED = 7
 NUM_STEPS, BATCH_SIZE, LR, RISE_STEPS = 150, 24, 3e-3, 10
 BETAS, MAX_GRAD_NORM = (0.9, 0.98), 1.0
@@ -67,6 +69,28 @@ class StartOfPath(TeacherPrompt):
         """Hint, "=", and the row's prompt."""
         path = path_of(make_automaton(), row["prompt"])
         return hinted(path[: self.codes], row["prompt"])
+
+
+class StartOfPeer(PeerDemonstration):
+    """The first codes of a right answer among the other samples of the problem, before the problem: SDPO with a hint that the
+    embedded student can read.
+
+    Args:
+        codes: how many; the student can read 6.
+        without: of rows whose problem no other sample solved, as in ``PeerDemonstration``.
+    Raises:
+        InputError: fewer than one.
+    """
+
+    def __init__(self, codes: int = HINT_CODES, without: Without = "drop") -> None:
+        if codes < 1:
+            raise InputError(f"`StartOfPeer.codes` must be at least 1, got {codes}")
+        super().__init__("{demonstration}={prompt}", without=without, max_prompt_tokens=PEER_PROMPT_TOKENS)
+        self.codes = codes
+
+    def demonstration(self, text: str) -> str:
+        """The start of it."""
+        return super().demonstration(text)[: self.codes * CODE_LENGTH]
 
 
 def hinted(codes: Sequence[str], prompt: str) -> str:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lit_opd.distributed import all_sum
 from lit_opd.errors import require
-from lit_opd.lists import is_list_length
 from lit_opd.masked import exclusive_cumsum, masked_sum
-from lit_opd.types import LIST_LENGTH, TokenSignal
+from lit_opd.types import TokenSignal
+from lit_opd.weighting._lists import _ReadsLists
 from lit_opd.weighting._ranges import is_nonnegative, is_unit
 from lit_opd.weighting.base import Scope, WeightingStrategy
 
 
-class CDD(WeightingStrategy):
+class CDD(_ReadsLists):
     """Discounts a token by the divergence that the response has gathered before it.
 
         div_s = max(sum over the teacher's k likeliest tokens of pi_T (log pi_T - log pi_S), 0)
@@ -38,11 +38,11 @@ class CDD(WeightingStrategy):
 
     def __init__(self, rate: float, floor: float, k: int = 16) -> None:
         super().__init__()
-        self.rate, self.floor, self.k = rate, floor, k
+        self.rate, self.floor = rate, floor
         name = type(self).__name__
         require(is_nonnegative(rate), f"{name}.rate", "a finite number >= 0 (per nat)", rate)
         require(is_unit(floor), f"{name}.floor", "in [0, 1]", floor)
-        require(is_list_length(k), f"{name}.k", f"an integer in [1, {LIST_LENGTH}]", k)
+        self._set_k(k)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -53,11 +53,6 @@ class CDD(WeightingStrategy):
     def scope(self) -> Scope:
         """Averages over all rows."""
         return "batch"
-
-    @property
-    def list_length(self) -> int:
-        """``k``."""
-        return self.k
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lit_opd.batchwise import rank_shares
 from lit_opd.errors import require
-from lit_opd.lists import candidates, is_list_length, of_tokens
+from lit_opd.lists import candidates, of_tokens
 from lit_opd.masked import lengths
-from lit_opd.types import LIST_LENGTH, TokenSignal
+from lit_opd.types import TokenSignal
+from lit_opd.weighting._lists import _ReadsLists
 from lit_opd.weighting._ranges import is_fraction
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.selection import _BatchSelection, best_of_rows
@@ -24,7 +25,7 @@ EPSILON = 1e-8  # of the noise and of a probability
 Fusion = Literal["none", "or", "and"]
 
 
-class IEROPD(_BatchSelection):
+class IEROPD(_ReadsLists, _BatchSelection):
     """Keeps the tokens whose sampled reverse-KL gradient has the best ratio of signal to noise, or fuses that with teachability.
 
         C     = the union of both lists of k and the sampled token; both models renormalised over C
@@ -52,21 +53,16 @@ class IEROPD(_BatchSelection):
 
     def __init__(self, keep_fraction: float = 0.01, k: int = 16, fuse: Fusion = "none") -> None:
         super().__init__()
-        self.keep_fraction, self.k, self.fuse = keep_fraction, k, fuse
+        self.keep_fraction, self.fuse = keep_fraction, fuse
         name = type(self).__name__
         require(is_fraction(keep_fraction), f"{name}.keep_fraction", "in (0, 1]", keep_fraction)
-        require(is_list_length(k), f"{name}.k", f"an integer in [1, {LIST_LENGTH}]", k)
+        self._set_k(k)
         require(fuse in get_args(Fusion), f"{name}.fuse", '"none", "or" or "and"', fuse)
 
     @property
     def requires(self) -> frozenset[str]:
         """Both lists and the sampled tokens."""
         return frozenset({"student_topk", "teacher_topk", "token_ids"})
-
-    @property
-    def list_length(self) -> int:
-        """``k``."""
-        return self.k
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_opd.errors import require
-from lit_opd.lists import candidates, is_list_length, of_tokens
-from lit_opd.types import LIST_LENGTH, TokenSignal
+from lit_opd.lists import candidates, of_tokens
+from lit_opd.types import TokenSignal
+from lit_opd.weighting._lists import _ReadsLists
 from lit_opd.weighting._ranges import is_fraction
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.selection import _BatchSelection
@@ -14,7 +15,7 @@ from lit_opd.weighting.selection import _BatchSelection
 UNLISTED = -12.0  # nats of a candidate that a list does not name, as in the code of IER-OPD
 
 
-class PGT(_BatchSelection):
+class PGT(_ReadsLists, _BatchSelection):
     """Keeps the tokens at which the log ratio of the models varies most under the student.
 
         score_t = Var_p[log pi_T - log pi_S] over the union C of both lists of k, both models renormalised over C
@@ -36,20 +37,10 @@ class PGT(_BatchSelection):
 
     def __init__(self, keep_fraction: float, k: int = 16) -> None:
         super().__init__()
-        self.keep_fraction, self.k = keep_fraction, k
+        self.keep_fraction = keep_fraction
         name = type(self).__name__
         require(is_fraction(keep_fraction), f"{name}.keep_fraction", "in (0, 1]", keep_fraction)
-        require(is_list_length(k), f"{name}.k", f"an integer in [1, {LIST_LENGTH}]", k)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Both lists."""
-        return frozenset({"student_topk", "teacher_topk"})
-
-    @property
-    def list_length(self) -> int:
-        """``k``."""
-        return self.k
+        self._set_k(k)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import require
-from lit_opd.lists import is_list_length, overlap
+from lit_opd.lists import overlap
 from lit_opd.masked import masked_values, running_sum
-from lit_opd.types import LIST_LENGTH, TokenSignal
+from lit_opd.types import TokenSignal
+from lit_opd.weighting._lists import _ReadsLists
 from lit_opd.weighting._ranges import is_fraction, is_nonnegative
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 
 
-class PruneOPD(WeightingStrategy):
+class PruneOPD(_ReadsLists):
     """Takes a fixed step from the weight at every token whose lists of likely tokens have too little in common.
 
         O_t   = share of the student's k likeliest tokens that are among the teacher's k likeliest
@@ -38,27 +39,17 @@ class PruneOPD(WeightingStrategy):
 
     def __init__(self, k: int = 16, threshold: float = 0.7, drop: float = 0.01, base: float = 0.5) -> None:
         super().__init__()
-        self.k, self.threshold, self.drop, self.base = k, threshold, drop, base
+        self.threshold, self.drop, self.base = threshold, drop, base
         name = type(self).__name__
-        require(is_list_length(k), f"{name}.k", f"an integer in [1, {LIST_LENGTH}]", k)
+        self._set_k(k)
         require(is_fraction(threshold), f"{name}.threshold", "in (0, 1]", threshold)
         require(is_nonnegative(drop), f"{name}.drop", "a finite number >= 0", drop)
         require(is_nonnegative(base), f"{name}.base", "a finite number >= 0", base)
 
     @property
-    def requires(self) -> frozenset[str]:
-        """Both lists."""
-        return frozenset({"student_topk", "teacher_topk"})
-
-    @property
     def depends_on(self) -> DependsOn:
         """Reads state fields up to t, functions of the tokens before it."""
         return "prefix"
-
-    @property
-    def list_length(self) -> int:
-        """``k``."""
-        return self.k
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import require
-from lit_opd.lists import is_list_length, leading, listed_in, named
-from lit_opd.types import LIST_LENGTH, TokenSignal
+from lit_opd.lists import leading, listed_in, named
+from lit_opd.types import TokenSignal
+from lit_opd.weighting._lists import _ReadsLists
 from lit_opd.weighting._ranges import is_nonnegative
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 
 
-class SelecTKD(WeightingStrategy):
+class SelecTKD(_ReadsLists):
     """Full weight where the student's likeliest token is among the teacher's k likeliest.
 
         w_t = 1 if argmax pi_S is in the teacher's top k, else low
@@ -31,25 +32,15 @@ class SelecTKD(WeightingStrategy):
 
     def __init__(self, k: int = 5, low: float = 0.01) -> None:
         super().__init__()
-        self.k, self.low = k, low
+        self.low = low
         name = type(self).__name__
-        require(is_list_length(k), f"{name}.k", f"an integer in [1, {LIST_LENGTH}]", k)
+        self._set_k(k)
         require(is_nonnegative(low), f"{name}.low", "a finite number >= 0", low)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Both lists."""
-        return frozenset({"student_topk", "teacher_topk"})
 
     @property
     def depends_on(self) -> DependsOn:
         """Reads state fields of position t."""
         return "prefix"
-
-    @property
-    def list_length(self) -> int:
-        """``k``."""
-        return self.k
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

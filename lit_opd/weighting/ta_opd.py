@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lit_opd.batchwise import robustly_normalised
 from lit_opd.errors import require
-from lit_opd.lists import candidates, is_list_length, leading, of_tokens
-from lit_opd.types import LIST_LENGTH, TokenSignal
+from lit_opd.lists import candidates, leading, of_tokens
+from lit_opd.types import TokenSignal
+from lit_opd.weighting._lists import _ReadsLists
 from lit_opd.weighting._ranges import is_fraction
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.selection import _BatchSelection
@@ -17,7 +18,7 @@ EPSILON = 1e-12  # of the source, smallest probability of a candidate
 LOW, HIGH = 0.05, 0.95  # quantiles that become 0 and 1
 
 
-class TAOPD(_BatchSelection):
+class TAOPD(_ReadsLists, _BatchSelection):
     """Keeps the tokens at which the models disagree on candidates that both of them consider.
 
         D_t   = forward KL over the union of both lists of k; each model has the mass of its own list, renormalised, and 1e-12
@@ -40,20 +41,10 @@ class TAOPD(_BatchSelection):
 
     def __init__(self, keep_fraction: float = 0.05, k: int = 16) -> None:
         super().__init__()
-        self.keep_fraction, self.k = keep_fraction, k
+        self.keep_fraction = keep_fraction
         name = type(self).__name__
         require(is_fraction(keep_fraction), f"{name}.keep_fraction", "in (0, 1]", keep_fraction)
-        require(is_list_length(k), f"{name}.k", f"an integer in [1, {LIST_LENGTH}]", k)
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Both lists."""
-        return frozenset({"student_topk", "teacher_topk"})
-
-    @property
-    def list_length(self) -> int:
-        """``k``."""
-        return self.k
+        self._set_k(k)
 
     @classmethod
     def examples(cls) -> list[WeightingStrategy]:

@@ -13,7 +13,7 @@ import matplotlib.image
 import pytest
 import yaml
 
-from benchmarks.studies import healing, healing_study
+from benchmarks.studies import healed_run, healing_study
 from tests.helpers import tiny
 
 SMALL = {
@@ -126,7 +126,7 @@ def measured_run(tmp_path, monkeypatch):
     summary = {"strategy": "Uniform", "steps": 2, "tokens": 1234, "seed": 0, "seconds": 3.2}
     (folder / "summary.json").write_text(json.dumps(summary))
     shown = [{"prompt": "what is\n1 + 1", "start": "one", "end": "two"}]
-    monkeypatch.setattr(healing, "measure", lambda run, config: (FIGURES, shown))
+    monkeypatch.setattr(healed_run, "measure", lambda run, config: (FIGURES, shown))
     return folder
 
 
@@ -136,7 +136,7 @@ def test_the_report_of_a_run_leaves_the_words_around_it(measured_run, tmp_path):
     shutil.copytree(healing_study.ROOT / "docs" / "healing", out)
     before, after = re.split(r"(?<=<!-- healing -->\n).*(?=<!-- /healing -->\n)", page_of(out), flags=re.S)
     for folder in (out, tmp_path / "new"):
-        healing.main([str(measured_run), "--out", str(folder)])
+        healed_run.main([str(measured_run), "--out", str(folder)])
         assert "| reverse KL, nats/token, held-out samples | 2.000 | 1.500 | -25 % |" in page_of(folder)
         assert "Uniform, 2 steps, 1,234 sampled tokens" in page_of(folder) and "> what is 1 + 1\n" in page_of(folder)
         assert json.loads((folder / "healing.json").read_text())["figures"] == FIGURES
@@ -148,10 +148,10 @@ def test_the_report_of_a_run_leaves_the_words_around_it(measured_run, tmp_path):
 def test_a_page_without_a_place_for_the_report_is_refused_before_anything_is_measured(
     measured_run, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(healing, "measure", pytest.fail)
+    monkeypatch.setattr(healed_run, "measure", pytest.fail)
     (tmp_path / "healing.md").write_text("words by hand\n")
     with pytest.raises(SystemExit, match="2"):
-        healing.main([str(measured_run), "--out", str(tmp_path)])
+        healed_run.main([str(measured_run), "--out", str(tmp_path)])
     assert "with the lines <!-- healing --> and" in capsys.readouterr().err
     assert page_of(tmp_path) == "words by hand\n"
 

@@ -20,7 +20,7 @@ from lit_opd.errors import InputError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 WRITTEN = [("benchmarks.md", name) for name in ("peers", "curves", "time-to-accuracy")] + [("scale-out.md", "scaling")]
-WRITTEN += [("healing/healing.md", "healing")]
+WRITTEN += [("healing/healing.md", "healing"), ("healing/models.md", "healing-models")]
 WRITTEN += [(f"{page}.md", "results") for page in ("findings", "search", "confirm", "controls")]
 
 

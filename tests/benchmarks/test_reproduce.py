@@ -541,7 +541,7 @@ def test_the_rate_is_the_one_with_the_largest_area_and_within_the_tolerance_the_
         "uniform": 1e-3,
         "iw-1.5": 2e-3,
     }
-    assert "| uniform | **0.700 (1.00)** | 0.525 (1.00) | yes |" in (tmp_path / tune.TABLE).read_text()
+    assert "| uniform | **0.700 (1.00)** | 0.525 (1.00) | yes |" in tune.table_path(plan).read_text()
     text = tuned.path.read_text()
     assert tune.write_rates(tuned, tune.by_variant(tuned, reversed(records))).path.read_text() == text
     assert tune.chosen(records[2:], tolerance=0.024) == 2e-3 and tune.chosen(records[2:], tolerance=0.026) == 1e-3

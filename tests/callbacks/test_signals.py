@@ -193,6 +193,7 @@ def processes(whole, forked, tmp_path_factory) -> tuple[Path, list[dict[str, Any
     return folder, [forked(asked) for asked in jobs]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_exits_at_once(processes):
     folder, reports = processes
     assert reports[0]["status"] == 130

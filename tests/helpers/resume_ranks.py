@@ -1,4 +1,4 @@
-"""Run under torchrun on two processes: runs that are stopped and go on, through the command line. argv: folder, config."""
+"""Run under torchrun on two processes: runs that are stopped and go on, through the command line. argv: folder, config, kind."""
 
 from __future__ import annotations
 
@@ -97,8 +97,13 @@ def cases(out: Path, config: str) -> dict[str, Any]:
     found["went on"] = fit(config, out / "stopped", "--ckpt_path", "last")
     found["full disk"] = full_disk(config, out / "full")
     dist.barrier()
+    return found
+
+
+def sharded_cases(out: Path, config: str) -> dict[str, Any]:
+    """The same of runs whose checkpoints are shards."""
     sharded = ["--trainer.strategy", str(SHARDED).replace("'", '"')]
-    found["shards"] = fit(config, out / "shards", *sharded)
+    found: dict[str, Any] = {"shards": fit(config, out / "shards", *sharded)}
     cut(out / "shards", out / "shards-killed", 3)
     found["shards killed"] = fit(config, out / "shards-killed", *sharded, "--ckpt_path", "last")
     return found
@@ -110,7 +115,8 @@ def run() -> None:
     lit_opd.report.profile_pictures.draw_all = lambda *args, **options: {}
     out = Path(sys.argv[1])
     dist.init_process_group("gloo")
-    torch.save(cases(out, sys.argv[2]), out / f"rank-{rank()}.pt")
+    made = {"ddp": cases, "shards": sharded_cases}[sys.argv[3]]
+    torch.save(made(out, sys.argv[2]), out / f"rank-{rank()}.pt")
     shutil.rmtree(out / "full", ignore_errors=True)
 
 

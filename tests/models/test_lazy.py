@@ -186,6 +186,7 @@ def assert_same_scores(logprobs: torch.Tensor, whole: LocalTeacher) -> None:
 SOURCES = {name: name for name in MODELS} | {"offloaded": "qwen3", "not lazy": "qwen3", "hub id": "mixture"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_weight_and_buffer_and_score_equals_from_pretrained(folders, ranks, name):
     source = SOURCES[name]
@@ -207,12 +208,14 @@ def test_every_weight_and_buffer_and_score_equals_from_pretrained(folders, ranks
         assert (head is None and found["head"] is None) or torch.equal(found["head"], head)
 
 
+@pytest.mark.slow
 def test_teachers_that_no_row_of_a_rank_names_take_part_in_its_collectives(folders, ranks):
     """Otherwise the ranks would hang."""
     for rank, name in zip(ranks, list(MODELS)[:2], strict=True):
         assert_same_scores(rank["routed"], in_one_process(folders[name], "float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["big", "qwen3", "qwen3 tied", "mixture"])
 def test_the_ranks_together_read_every_stored_byte_once(folders, ranks, name):
     size = sum(stored(folders[name]).values())
@@ -224,6 +227,7 @@ def test_the_ranks_together_read_every_stored_byte_once(folders, ranks, name):
     assert max(count["read"] for count in counts) < half * size
 
 
+@pytest.mark.slow
 def test_beyond_its_shards_a_rank_holds_its_part_of_one_parameter(folders, ranks):
     largest = 2 * max(stored(folders["big"]).values())  # in float32
     stacked = 6 * 2 * 8 * 16 * 4  # gate and up projections of six experts
@@ -234,6 +238,7 @@ def test_beyond_its_shards_a_rank_holds_its_part_of_one_parameter(folders, ranks
         assert count["most_held"] <= count["kept"] + 2 * stacked  # read one by one, then joined
 
 
+@pytest.mark.slow
 def test_the_process_itself_grows_by_half_the_model_where_a_whole_load_takes_all(folders, ranks):
     """Peak resident memory as the kernel counts it, mapped files included; the allocator keeps some of what was freed."""
     size = 2 * sum(stored(folders["big"]).values())
@@ -242,6 +247,7 @@ def test_the_process_itself_grows_by_half_the_model_where_a_whole_load_takes_all
         assert rank["whole growth"] > 0.95 * size
 
 
+@pytest.mark.slow
 def test_pages_of_a_file_that_were_copied_are_let_go_of(folders, ranks):
     """Else a rank holds its shards and a mapping of all it read; both are half of one file here."""
     size = sum(stored(folders["big"]).values())

@@ -275,7 +275,7 @@ def test_answers_that_predict_wrote_are_replayed(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
 
 
-@pytest.mark.parametrize("name", ["opsd", "sdft", "replay"])
+@pytest.mark.parametrize("name", ["opsd", "sdft", pytest.param("sdpo", marks=pytest.mark.slow), "replay"])
 def test_every_recipe_trains_a_step(name, tmp_path):
     """As it stands, on the embedded task, with smaller batches; its command is on line 1 and its page names it."""
     path = ROOT / "configs" / "recipes" / f"{name}.yaml"

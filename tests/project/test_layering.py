@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "weighting": {"types", "errors", "masked", "streams", "distributed", "lists", "batchwise"},
     "objective": {"types", "errors", "masked", "scoring"},
     "step": {
-        "types", "errors", "streams", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting",
+        "types", "errors", "masked", "streams", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting",
         "objective",
     },
     "evaluation": {"types", "errors", "answers", "masked", "streams", "distributed", "prompts", "rollout"},

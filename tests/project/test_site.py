@@ -48,6 +48,12 @@ def test_every_page_is_in_the_navigation_and_every_link_and_anchor_of_the_site_l
     assert (tmp_path / "project" / "examples" / "one_step.py").is_file()
 
 
+def every_kind(base: type) -> list[type]:
+    """Public classes below ``base``, in the order they were written."""
+    found = [kind for below in base.__subclasses__() for kind in (below, *every_kind(below))]
+    return [kind for kind in found if not kind.__name__.startswith("_")]
+
+
 def test_the_reference_shows_every_public_name_strategy_transform_and_callback():
     blocks = re.findall(r"^::: (\S+)$", "\n".join(PAGES.reference().values()), flags=re.M)
     assert len(set(blocks)) == len(blocks)
@@ -55,7 +61,7 @@ def test_the_reference_shows_every_public_name_strategy_transform_and_callback()
     for name in blocks:
         module, _, attribute = name.rpartition(".")
         shown.append(getattr(importlib.import_module(module), attribute))
-    transforms = [kind for kind in AdvantageTransform.__subclasses__() if kind.__module__ == "lit_opd.advantage"]
+    transforms = [kind for kind in every_kind(AdvantageTransform) if kind.__module__ == "lit_opd.advantage"]
     wanted = [getattr(lit_opd, name) for name in lit_opd.__all__ if name != "__version__"]
     wanted += [getattr(weighting, name) for name in weighting.__all__]
     wanted += [getattr(callbacks, name) for name in callbacks.__all__ if name != "default_callbacks"]

@@ -200,7 +200,7 @@ def models(tmp_path_factory):
     return tiny.pair(tmp_path_factory.mktemp("models"))
 
 
-SLOW = {"annealed strategy, length budget", "no validation"}
+SLOW = {"annealed strategy, length budget", "no validation", "schedule, random strategy"}
 PARAMS = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in sorted(CASES)]
 
 
@@ -312,13 +312,24 @@ def test_a_schedule_that_was_changed_says_that_it_goes_on_as_it_was(models, tmp_
 
 @pytest.fixture(scope="module")
 def ranks(models, tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Runs under DDP."""
+    return two_ranks(models, tmp_path_factory, "ddp")
+
+
+@pytest.fixture(scope="module")
+def sharded_ranks(models, tmp_path_factory) -> Path:
+    """Folder of the runs with shards."""
+    return two_ranks(models, tmp_path_factory, "shards")[1]
+
+
+def two_ranks(models, tmp_path_factory, kind: str) -> tuple[Path, Path, list[dict[str, Any]]]:
     """A config of two ranks, the folder with the runs of tests/helpers/resume_ranks.py, and what the ranks report."""
     folder = tmp_path_factory.mktemp("ranks")
     ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"process_group_backend": "gloo"}}
     shared = {"trainer.devices": 2, "trainer.strategy": ddp, "trainer.max_steps": 5, "trainer.val_check_interval": 3}
     config = write_config(folder, models, **shared, **{"model.optimizer.init_args.lr": 1e-2})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.helpers.resume_ranks", str(folder), str(config)]
+    command += ["-m", "tests.helpers.resume_ranks", str(folder), str(config), kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -346,8 +357,9 @@ def test_a_disk_that_is_full_for_the_writing_rank_stops_every_rank(ranks):
         assert "No space left on device" in report["full disk"] and "there is no checkpoint yet" in report["full disk"]
 
 
-def test_shards_are_whole_checked_and_go_on(ranks):
-    _, folder, _ = ranks
+@pytest.mark.slow
+def test_shards_are_whole_checked_and_go_on(sharded_ranks):
+    folder = sharded_ranks
     checkpoints = folder / "shards" / "checkpoints"
     named = {line.split("  ")[1] for line in (checkpoints / "step-5.ckpt.sha256").read_text().splitlines()}
     assert named == {path.relative_to(checkpoints).as_posix() for path in (checkpoints / "step-5.ckpt").iterdir()}

@@ -316,8 +316,12 @@ def batches(report: Report) -> list[Batch]:
 
 
 # what a sampler, a teacher or an option of a callback adds; their values are tested with them: rollout/test_replay.py,
-# teacher/test_aligned_teacher.py, weighting/test_rewards.py, and for lists of likely tokens callbacks/test_position_profile.py
+# rollout/test_partial.py, teacher/test_aligned_teacher.py, weighting/test_rewards.py, and for lists of likely tokens
+# callbacks/test_position_profile.py
 OF_OTHER_PARTS = {"train/replay_gap", "train/replayed_fraction", "train/aligned_fraction", "train/reward"}
+OF_OTHER_PARTS |= {"train/trained_rows", "train/trained_tokens", "train/older_fraction", "train/older_gap"}
+OF_OTHER_PARTS |= {"train/hint_fraction", "train/hint_refused_fraction"}
+OF_OTHER_PARTS |= {"train/waiting_rows", "train/waiting_tokens", "train/waiting_steps"}
 
 
 def documented() -> set[str]:

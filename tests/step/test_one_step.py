@@ -154,6 +154,7 @@ def test_the_script_samples_what_the_engine_samples(example, folders, rollout):
         assert float((ours[name] - value).abs().max() / value.abs().max()) < 1e-12, name
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_its_loss_falls():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(SCRIPT_STEPS)]

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
 from lit_opd.cli.command import main
 from lit_opd.cli.parse_errors import USAGE_ERROR
+from lit_opd.weighting import WeightingStrategy
 from tests.helpers import tiny
 from tests.helpers.signals import strategy_classes
 
@@ -94,7 +96,23 @@ def refused(base: Path, run_dir: Path, capsys: Any, *overrides: str) -> str:
     return message
 
 
+EVERY = 3  # of the overlays one in three trains in `make test`, all in `make test-slow`
+TRAINED = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if place % EVERY else ())
+    for place, path in enumerate(OVERLAYS)
+]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_every_overlay_names_a_strategy_with_settings_it_takes(overlay):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(WeightingStrategy, "weighting")
+    given = yaml.safe_load(overlay.read_text())["model"]["weighting"]
+    strategy = parser.instantiate_classes(parser.parse_object({"weighting": given})).weighting
+    assert type(strategy).__name__ == given["class_path"].rpartition(".")[2]
+
+
+@pytest.mark.parametrize("overlay", TRAINED)
 def test_every_overlay_trains_and_weighs_as_its_strategy_does_on_the_whole_batch(base, tmp_path, overlay):
     watch = train(base, tmp_path / "run", "--config", str(overlay))
     strategy = watch.module.weighting

@@ -15,10 +15,10 @@ from lit_opd import advantage as adv
 from lit_opd.batchwise import group_moments
 from lit_opd.errors import InputError
 from lit_opd.evaluation import AnswerReward, Reward
-from lit_opd.objective import PolicyLoss
-from lit_opd.preflight.module_checks import check_reward
+from lit_opd.objective import Divergence, PolicyLoss
+from lit_opd.preflight.module_checks import check_reward, setting_warnings
 from lit_opd.types import PromptBatch, Provenance, Rollout, TokenSignal
-from lit_opd.weighting import Uniform
+from lit_opd.weighting import ImportanceWeighting, Uniform
 from tests.helpers import fixed, tiny
 
 NAN = math.nan
@@ -82,7 +82,7 @@ def test_the_residual_is_centred_in_the_row_and_added_to_the_group():
         assert found[row][own].tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("how", "factor", "left"), [("keep", 0.5, 0.0), ("scale", 0.25, 0.25)])
+@pytest.mark.parametrize(("how", "factor", "left"), [("keep", 0.5, 0.0), ("scale", 0.25, 0.25), ("drop", 0.5, 0.0)])
 def test_the_gate_passes_rows_on_which_teacher_and_reward_agree(how, factor, left):
     given = signal()
     found = adv.RewardGate(how, factor)(adv.Sign()(given.log_ratio, given), given)
@@ -114,7 +114,7 @@ def test_without_groups_or_rewards_nothing_is_guessed():
         (adv.GroupReward, {"teacher": -1.0}),
         (adv.ResidualReward, {"coefficient": -1.0}),
         (adv.ResidualReward, {"normalise": "mean"}),
-        (adv.RewardGate, {"how": "drop"}),
+        (adv.RewardGate, {"how": "mask"}),
         (adv.RewardGate, {"factor": 1.5}),
     ],
 )
@@ -179,6 +179,40 @@ def test_with_the_reward_alone_the_step_is_grpo(folders, aggregation, token_budg
         for name, value in fresh.student.causal_lm.named_parameters()
     }
     assert fixed.relative_gap(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean"])
+@pytest.mark.parametrize("objective", [PolicyLoss(importance_cap=None), Divergence("reverse_kl")])
+def test_a_gate_that_drops_is_the_step_on_the_rows_that_pass(folders, aggregation, objective):
+    """Against a batch of these rows alone, without the gate; which ones pass is told by a slow loop."""
+    rollout = samples()
+    settings = {"aggregation": aggregation, "objective": objective, "weighting": ImportanceWeighting()}
+    gated = fixed.module(
+        folders, rollout, advantage=[adv.RewardGate("drop")], reward=Given(), token_budget=20, **settings
+    )
+    collect = fixed.fit(gated, rollout.prompts, watch=(start := fixed.StartWeights()))
+    ours = {name: start.weights[name] - value for name, value in fixed.weights(gated).items()}
+    record = collect.records[0]
+    means = [
+        statistics.fmean(row[own].tolist())
+        for row, own in zip(record.signal.log_ratio, record.rollout.mask, strict=True)
+    ]
+    passing = [
+        row for row, (reward, mean) in enumerate(zip(REWARDS, means, strict=True)) if not (2 * reward - 1) * mean < 0
+    ]
+    assert 0 < len(passing) < len(REWARDS) and 2 in passing  # 2 has no reward
+    assert record.kept.any(-1).nonzero().flatten().tolist() == passing
+    part = rollout.rows(torch.tensor(passing))
+    loss, theirs = fixed.gradient(fixed.module(folders, part, **settings), part.prompts)
+    assert fixed.relative_gap(ours, theirs) < 1e-9 and collect.losses[0] == pytest.approx(loss, rel=1e-9)
+
+
+def test_a_gate_that_drops_is_not_said_to_be_without_effect(folders):
+    settings = {"reward": Given(), "objective": Divergence("reverse_kl")}
+    for how, said in (("drop", []), ("keep", ["`model.advantage` has no effect: `Divergence` reads no advantage"])):
+        trained = fixed.module(folders, samples(), advantage=[adv.RewardGate(how)], **settings)
+        assert list(setting_warnings(trained)) == said
+        assert (adv.order_warning([adv.RewardGate(how), adv.NullAdvantage()]) is None) == (how == "drop")
 
 
 def test_the_mean_reward_of_rows_that_have_one_is_logged(folders):

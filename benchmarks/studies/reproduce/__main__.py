@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.studies.reproduce.hypotheses import hypotheses_of
 from benchmarks.studies.reproduce.plan import PLAN, Plan, read_plan
 from lit_opd.errors import InputError
 
@@ -44,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if getattr(args, "jobs", 1) < 1:
         parser.error(f"--jobs must be >= 1, got {args.jobs}")
     try:
-        status = {"tune": tune, "run": run, "report": report}[args.command](read_plan(args.plan), args)
+        plan = read_plan(args.plan)
+        hypotheses_of(plan)  # before anything is trained
+        status = {"tune": tune, "run": run, "report": report}[args.command](plan, args)
     except InputError as error:
         parser.error(str(error))
     raise SystemExit(status)
@@ -77,7 +80,12 @@ def tune(plan: Plan, args: argparse.Namespace) -> int:
 
 
 def report(plan: Plan, args: argparse.Namespace) -> int:
-    """The `report` command."""
+    """The `report` command; a plan with hypotheses has a page of its own kind."""
+    if hypotheses_of(plan):
+        from benchmarks.studies.reproduce.referee import write_referee
+
+        print(write_referee(plan, args.runs, args.out))
+        return 0
     from benchmarks.studies.reproduce.report import write_report
     from benchmarks.studies.reproduce.results import all_results
 

@@ -7,6 +7,7 @@ builds anew. It appears whole or not at all and holds ``asset.json``: specificat
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,16 +53,23 @@ def build_asset(asset: Asset, root: Path) -> dict[str, Any]:
 
 
 def write_data(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Prompts to train on and to validate on: one draw of different problems, cut in two."""
+    """Prompts to train on and to validate on: one draw of different problems, cut in two.
+
+    With a ``pool`` the first part has as many problems, of which ``split`` draws the ``num_train`` to train on.
+    """
     num_train, num_val = spec.get("num_train", NUM_TRAIN), spec.get("num_val", NUM_VAL)
+    pool = spec.get("pool", num_train)
     problems = sample_problems(
         make_automaton(all_legal=spec.get("all_legal", False)),
-        count=num_train + num_val,
+        count=pool + num_val,
         seed=spec["seed"],
         chain_length=spec.get("chain_length", CHAIN_LENGTH),
     )
-    write_records(folder / "train.jsonl", records(problems[:num_train], name="train"))
-    write_records(folder / "val.jsonl", records(problems[num_train:], name="val"))
+    rows = records(problems[:pool], name="train")
+    if "split" in spec:
+        rows = random.Random(spec["split"]).sample(rows, num_train)
+    write_records(folder / "train.jsonl", rows)
+    write_records(folder / "val.jsonl", records(problems[pool:], name="val"))
     return {"train": num_train, "val": num_val}
 
 

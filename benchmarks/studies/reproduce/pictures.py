@@ -17,7 +17,7 @@ SHOWN = 6  # variants in colour in a picture of curves
 TICKS = 4  # intervals between ticks at most: "-0.010" five times touches its neighbours
 COLORS = ("#202020", "#1f5fa8", "#57a0d3", "#c4500c", "#2f7d32", "#8e44ad")
 PANELS = {"greedy": ("greedy accuracy", "exact match"), "reverse_kl": ("KL(student || teacher)", "nats/token")}
-GOOD_BELOW = "reverse KL"  # the one measure of which less is better
+GOOD_BELOW = {"reverse KL", "late KL"}  # measures of which less is better
 
 
 def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path, names: Sequence[str]) -> None:
@@ -70,14 +70,43 @@ def draw_differences(found: Mapping[str, Mapping[str, Estimate | None]], path: P
     figure, axes = plt.subplots(1, len(measures), figsize=(13, height), sharey=True, layout="constrained")
     for axis, measure in zip(axes, measures, strict=True):
         for row, (_, estimates) in enumerate(found.items()):
-            _estimate(axis, row, estimates[measure], sign=-1 if measure == GOOD_BELOW else 1)
+            _estimate(axis, row, estimates[measure], sign=-1 if measure in GOOD_BELOW else 1)
         axis.axvline(0, color="0.4", lw=0.8)
-        axis.set_title(f"{measure} - uniform{' (left is better)' if measure == GOOD_BELOW else ''}", fontsize=10)
+        axis.set_title(f"{measure} - uniform{' (left is better)' if measure in GOOD_BELOW else ''}", fontsize=10)
         axis.grid(axis="y", color="0.93")
         axis.xaxis.set_major_locator(MaxNLocator(TICKS))
     axes[0].set_yticks(range(len(found)), list(found))
     axes[0].set_ylim(len(found) - 0.5, -0.5)
     _limit(axes, [[e[measure] for e in found.values()] for measure in measures])
+    save(figure, path)
+
+
+def draw_by_position(runs: Mapping[str, Sequence[Record]], path: Path, names: Sequence[str]) -> None:
+    """Divergence and disagreement at the start and the end, and the mean weight of all steps, by tenth of the response.
+
+    Args:
+        runs: variant -> its runs.
+        path: PNG to write.
+        names: variants in colour, ``SHOWN`` at most; the ends of the others are grey without a name.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
+    kept = {"KL(student || teacher)": "kl_bands", "disagreement |q - s|": "bands"}
+    for axis, (title, key) in zip(axes, kept.items(), strict=False):
+        start = [run[key][0][1] for group in runs.values() for run in group]
+        draw_positions(axis, start, "0.55", "--")
+        for name in (name for name in runs if name not in names):
+            draw_positions(axis, [run[key][-1][1] for run in runs[name]], "0.85", "-")
+        for name, color in zip(names, COLORS, strict=False):
+            draw_positions(axis, [run[key][-1][1] for run in runs[name]], color, "-")
+        axis.set(title=f"{title}: start (dashes), end", ylabel="nats/token")
+    for name, color in zip(names, COLORS, strict=False):
+        draw_positions(axes[2], [run["weight_bands"] for run in runs[name]], color, "-")
+        axes[2].lines[-1].set_label(f"{name} ({len(runs[name])})")
+    axes[2].set(title="mean weight, all steps", ylabel="weight")
+    for axis in axes:
+        axis.set(xlabel="position in the response, %")
+        axis.set_ylim(bottom=0)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=SHOWN, frameon=False)
     save(figure, path)
 
 

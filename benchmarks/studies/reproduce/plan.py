@@ -6,8 +6,11 @@ Keys of the plan:
     settings        the configuration of every run; condition, variant and tuning are merged over it, in this order
     variants        name -> weighting, number of main seeds in base; ``like`` names the variant whose learning rate it takes
     conditions      name -> part, about, variants and seeds (left out: every variant that has ``seeds``), settings, models,
-                    ``rate``: one learning rate for all in place of the tuned ones
-    models, data    what a condition's ``models`` may name in place of the shipped teacher, student and prompts
+                    ``rate``: one learning rate for all in place of the tuned ones,
+                    ``turn``: conditions of one turn are trained side by side, seed by seed (left out: one after the other)
+    models, data    what a condition's ``models`` may name in place of the shipped teacher, student and prompts; data with a
+                    ``pool``: each seed trains on its own draw from as many problems
+    hypotheses      may be left out, like their ``margin``; hypotheses.py says what they hold
     tuning          condition, learning rates, settings of the tuning runs; learning_rates is what they gave
     search          conditions for the search of a weighting and for its confirmation, and what counts as a win; in a plan
                     that extends this one ``references``: variants that all others are compared with in one table
@@ -36,6 +39,7 @@ KEYS = {"question", "seeds", "search", "target", "settings", "tuning", "learning
     "models",
     "data",
 }
+OPTIONAL = {"hypotheses", "margin"}
 REFERENCE = "uniform"
 Asset = tuple[str, dict[str, Any]]  # name and specification of a model or of prompts
 
@@ -146,8 +150,8 @@ class Plan:
             self._require_known("learning_rates", self.content["learning_rates"], self.content["variants"])
 
     def _require_keys(self) -> None:
-        if set(self.content) != KEYS:
-            differing = ", ".join(sorted(set(self.content) ^ KEYS))
+        if set(self.content) - OPTIONAL != KEYS:
+            differing = ", ".join(sorted((set(self.content) - OPTIONAL) ^ KEYS))
             raise InputError(f"`{self.path}` must have the keys {', '.join(sorted(KEYS))}, got others in: {differing}")
 
     def _require(self, holds: bool, field: str, wanted: str, got: str) -> None:
@@ -217,13 +221,13 @@ class Plan:
         return {name: main[: v["seeds"]] for name, v in self.content["variants"].items() if "seeds" in v}
 
     def jobs(self, parts: tuple[str, ...] = ("base",)) -> list[Job]:
-        """The runs of these parts, by seed first, so that a stopped reproduction has whole comparisons."""
+        """The runs of these parts, a turn of conditions by seed first, so that a stopped reproduction has whole comparisons."""
         found = []
         for name, condition in self.content["conditions"].items():
             if condition["part"] in parts:
                 found += [self._job(name, v, seed) for v, seeds in self.variants_of(name).items() for seed in seeds]
-        order = {name: place for place, name in enumerate(self.content["conditions"])}
-        return sorted(found, key=lambda job: (order[job.condition], job.seed))
+        turn = {name: spec.get("turn", place) for place, (name, spec) in enumerate(self.content["conditions"].items())}
+        return sorted(found, key=lambda job: (turn[job.condition], job.seed))
 
     def tuning_jobs(self) -> Iterator[Job]:
         """One run for each variant, learning rate and tuning seed."""
@@ -245,9 +249,14 @@ class Plan:
         if lr is not None:
             settings = merged(settings, {"model": {"optimizer": {"init_args": {"lr": lr}}}})
         named = spec.get("models", {}).items()
-        assets = {role: (name, self.content["data" if role == "data" else "models"][name]) for role, name in named}
+        assets = {role: (name, self._specification(role, name, seed)) for role, name in named}
         label, plan = (f"lr-{rate:g}", self.untuned_sha) if rate else ("", self.sha)
         return Job(condition, variant, seed, label, settings, assets, plan)
+
+    def _specification(self, role: str, name: str, seed: int) -> dict[str, Any]:
+        """What a model or prompts are made of; prompts drawn from a pool are the seed's own."""
+        spec: dict[str, Any] = self.content["data" if role == "data" else "models"][name]
+        return spec | {"split": seed} if "pool" in spec else spec
 
 
 def extended(below: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.studies.cells import machine
+from benchmarks.studies.reproduce.outcomes import by_problem
 from benchmarks.studies.reproduce.plan import Job
 from benchmarks.studies.run_folder import BANDS, column, metrics, summary, write_record
 from lit_opd.compare.statistics import mean_height
@@ -27,14 +28,14 @@ Record = dict[str, Any]
 
 
 def measured(folder: Path) -> Record:
-    """Curves as [step, value] pairs, disagreement by relative position at each evaluation, means over the steps."""
+    """Curves as [step, value] pairs, disagreement by relative position at each evaluation, means over the steps; by problem."""
     rows = metrics(folder)
     bands = [[int(row["step"]), [float(row[band]) for band in BANDS]] for row in rows if row.get(BANDS[0])]
     return {
         "curves": {name: column(rows, logged) for name, logged in CURVES.items()},
         "bands": bands,
         "means": {name: fmean(value for _, value in column(rows, logged)) for name, logged in MEANS.items()},
-    }
+    } | by_problem(folder)
 
 
 def code_version() -> str:

@@ -7,13 +7,18 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.pages import Part
-from benchmarks.studies.reproduce.plan import Plan, read_plan
+from benchmarks.studies.reproduce.plan import PLAN, Plan, read_plan
 from benchmarks.studies.reproduce.results import Record, area
 from lit_opd.compare.document import markdown_table
 from lit_opd.errors import InputError
 
 PART = Part("# <tuned>", "# </tuned>", option="--plan")
-TABLE = "tuning.md"
+
+
+def table_path(plan: Plan) -> Path:
+    """Where what was tried stands: beside the plan's file, tuning.md for the committed plan."""
+    name = "tuning.md" if plan.path.stem == PLAN.stem else f"{plan.path.stem}-tuning.md"
+    return plan.path.parent / name
 
 
 def scores(records: Sequence[Record]) -> dict[float, tuple[float, float]]:
@@ -55,9 +60,9 @@ def write_rates(plan: Plan, found: dict[str, list[Record]]) -> Plan:
     """Put the chosen rates into the plan's file and the table of what was tried beside it; the new plan."""
     tolerance = tolerance_of(plan)
     lines = [f"  {variant}: {chosen(records, tolerance=tolerance)!r}\n" for variant, records in found.items()]
-    block = f"learning_rates:    # tried: {TABLE}, tuning of plan {plan.untuned_sha[:12]} without its rates\n"
+    block = f"learning_rates:    # tried: {table_path(plan).name}, tuning of plan {plan.untuned_sha[:12]} without its rates\n"
     PART.write(plan.path, block + "".join(lines))
-    (plan.path.parent / TABLE).write_text(table(plan, found), encoding="utf-8")
+    table_path(plan).write_text(table(plan, found), encoding="utf-8")
     return read_plan(plan.path)
 
 

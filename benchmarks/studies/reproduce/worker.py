@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
 from benchmarks.studies.reproduce.plan import Asset, Job, folder_of, merged
+from benchmarks.studies.reproduce.problems import KeepProblems
 from benchmarks.studies.reproduce.results import Record, code_version, finish
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
 from lit_opd.sweep.crew import Report
@@ -23,7 +24,7 @@ from lit_opd.sweep.train import train
 
 def run_callbacks() -> list[Callback]:
     """What a run of the plan needs: no pictures and no profile, which would cost seconds a run."""
-    return [Progress(every=10), RngState(), ExportStudent(), Summary(), RunCheckpoint(keep=1)]
+    return [Progress(every=10), RngState(), ExportStudent(), Summary(), RunCheckpoint(keep=1), KeepProblems()]
 
 
 def run_job(job: Job, root: Path, report: Report = lambda steps: None) -> Record:

@@ -37,7 +37,6 @@ from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attenti
 from lit_opd.rollout.decoding.own_writer import OwnWriter, prefilled
 from lit_opd.rollout.decoding.plain_decoder import PlainDecoder, has_whole_weights, is_plain_decoder
 from lit_opd.rollout.decoding.responses import Responses
-from lit_opd.streams import row_uniforms
 from lit_opd.types import PromptBatch, Rollout
 
 ENGINE = "decode"
@@ -56,6 +55,7 @@ class DecodeSampler(Sampler):
     """
 
     stops_early = True
+    continues = True
 
     @torch.no_grad()
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
@@ -100,9 +100,7 @@ def _decode(
     """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
     cached = _prefilled(model, prompts, settings)
     plain = _runs_plain(model, prompts.ids.device)
-    uniforms = row_uniforms(
-        settings.seed, prompts.row_keys, settings.step, settings.max_new_tokens, domain=settings.domain
-    )
+    uniforms = settings.uniforms(prompts.row_keys)
     # transformers keeps tensors of a forward in its modules: inference mode is for our own decoder only
     with torch.inference_mode(plain):
         responses = Responses(uniforms, settings)

@@ -1,6 +1,6 @@
 """Is a healed student healed, or has it collapsed onto what the teacher finds likely?
 
-    python -m benchmarks.studies.healing runs/healing --out docs/healing
+    python -m benchmarks.studies.healed_run runs/healing --out docs/healing
 
 Reads a finished run folder (its config.yaml, metrics.csv and student/), and on the run's own held-out prompts compares the
 student it started from with the one it ended with: negative log-likelihood of answers the teacher wrote, distinct-2 of the
