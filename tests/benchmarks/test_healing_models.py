@@ -311,6 +311,23 @@ def test_the_plan_runs_and_a_second_call_repeats_nothing(place, capsys):
         run_jobs(other.plan.jobs("cpu", variants=["iw-1.5"]), other, workers=0)
 
 
+@pytest.mark.slow
+def test_the_command_stops_when_its_minutes_are_over_and_goes_on(place, capsys):
+    """Real processes, the first of them ended while it works."""
+    own = fresh(place, "timed")
+    words = ["--plan", own.plan.path, "--runs", own.runs, "--weights", own.weights, "--records", own.records]
+    words = [*map(str, words), "--jobs", "1", "--variants", "uniform"]
+    with pytest.raises(SystemExit, match="^0$"):
+        command.main([*words, "--minutes", "0.02"])
+    assert "stopped: the minutes are over; the same command goes on" in capsys.readouterr().out
+    job = own.plan.job("tiny", "uniform", 11, "cpu")
+    assert read(own.record(job)) is None
+    with pytest.raises(SystemExit, match="^0$"):
+        command.main([*words, "--minutes", "10"])
+    assert f"2/2 runs | {job.name}: reverse kl" in capsys.readouterr().out
+    assert read(own.record(job))["steps"] == STEPS and read(own.start("cpu", "tiny")) is not None
+
+
 def content_of(place: Place) -> dict:
     return yaml.safe_load(place.plan.path.read_text())
 
