@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,16 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks.studies.leaderboard.__main__ import main
+from benchmarks.studies.leaderboard.added import add_sweeps
 from benchmarks.studies.leaderboard.board import board_of
+from benchmarks.studies.leaderboard.condition import write_condition
+from benchmarks.studies.leaderboard.page import cells_of
 from benchmarks.studies.leaderboard.ranks import joint_draws, ranks_of, standings
 from benchmarks.studies.leaderboard.write import HTML, PAGE, PART, PICTURE
+from benchmarks.studies.reproduce.assets import write_data
+from benchmarks.studies.reproduce.outcomes import packed
 from benchmarks.studies.reproduce.plan import Plan, read_plan
 from benchmarks.studies.reproduce.referee import KEPT, compact
-from lit_opd.compare.statistics import mean_height, two_way_draws, two_way_interval
+from lit_opd.compare.statistics import mean_height, mean_interval, two_way_draws, two_way_interval
 from lit_opd.errors import InputError
-from tests.benchmarks.test_referee import PARTS, REFEREE, synthetic
+from lit_opd.sweep import command
+from lit_opd.sweep.checks import settings_of
+from tests.benchmarks.test_referee import PARTS, REFEREE, synthetic, tiny_plan
+from tests.sweep import parts
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = [0, 10, 20, 30, 40]
@@ -253,3 +263,190 @@ def test_the_committed_page_is_of_the_committed_records():
     page = PART.require(ROOT / "docs" / PAGE)
     found = re.search(r"(\d+) of \d+ planned runs are finished", page)
     assert (int(found[1]) if found else 0) == count and ("No run is finished yet" in page) == (count == 0)
+
+
+# -- rows of one's own ---------------------------------------------------------------------------------------------------
+
+SEEDS = (1000, 1001)
+MINE = {"class_path": "lit_opd.weighting.LinearDecay", "init_args": {"gamma": 0.5}}
+Changes = dict[str, Any]
+
+
+def changed(config: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """A copy with other values at dotted names."""
+    found = copy.deepcopy(config)
+    for name, value in changes.items():
+        *above, last = name.split(".")
+        inside = found
+        for key in above:
+            inside = inside[key]
+        inside[last] = value
+    return found
+
+
+def write_run_of(folder: Path, config: dict[str, Any], seed: int, *, kept: bool = True) -> None:
+    """A finished run as ``fit`` leaves it; its answers are made up."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    generator = np.random.default_rng(seed)
+    lines = [{"step": step, "right": generator.integers(2, size=8).tolist()} for step in (0, 1, 2)]
+    rows = ["step,train/tokens,val/greedy_accuracy", *(f"{e['step']},10,{np.mean(e['right'])}" for e in lines)]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    ends = {"steps": 2, "tokens": 30, "seconds": 1.5, "seed": seed, "strategy": "LinearDecay"}
+    (folder / "summary.json").write_text(json.dumps(ends))
+    if kept:
+        rest = {"problems": 8, "kl": [[1, 1, 1]], "kl_bands": [0.1], "weight_bands": [1.0]}
+        kept_lines = [e | rest | {"right": packed([bool(bit) for bit in e["right"]])} for e in lines]
+        (folder / "problems.jsonl").write_text("".join(json.dumps(each) + "\n" for each in kept_lines))
+
+
+def write_sweep(root: Path, config: dict[str, Any], changes: Changes | None = None, **how: Any) -> Path:
+    """A sweep of one variant with two seeds, of the settings that ``fit`` would have saved but for the changes."""
+    runs = {}
+    for seed in SEEDS:
+        train = config["data"]["train"].replace("1000", str(seed))
+        own = {"seed_everything": seed, "data.train": train, "model.weighting": MINE} | (changes or {})
+        write_run_of(root / "mine" / f"seed-{seed}", changed(config, own), seed, **how)
+        runs[f"mine/seed-{seed}"] = {"variant": "Mine", "seed": seed, "code": {"mine.py": "00"}}
+    (root / "sweep.json").write_text(json.dumps({"kind": "sweep", "runs": runs}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path, list[dict[str, Any]], dict[str, Any]]:
+    """A tiny plan, the folder that ``condition base`` has written, made runs of uniform and IW-OPD, settings."""
+    plan, root = tiny_plan(), tmp_path_factory.mktemp("board")
+    write_condition(plan, "base", root / "base", root / "runs")
+    jobs = [
+        job for job in plan.jobs(PARTS) if job.condition == "base" and job.seed in SEEDS and job.variant in VARIANTS
+    ]
+    generator, records = np.random.default_rng(5), []
+    for job in jobs:
+        verdicts = generator.random((3, 8)) < 0.5
+        curve = [[step, float(each.mean())] for step, each in enumerate(verdicts)]
+        right = [[step, packed([bool(bit) for bit in each])] for step, each in enumerate(verdicts)]
+        about = json.loads(next((root / "runs" / "assets").glob("teacher-*/asset.json")).read_text())
+        models = {"teacher": {"name": "teacher", "greedy": about["greedy"], "steps": about["steps"]}}
+        record = {"run": job.name, "condition": "base", "variant": job.variant, "seed": job.seed, "models": models}
+        record |= {"settings": job.settings_sha, "learning_rate": 2e-4, "tokens": 30, "cpu_seconds": 1.0}
+        records.append(record | {"curves": {"greedy": curve}, "problems": 8, "right": right})
+    words = ["fit", "--config", str(root / "base" / "config.yaml"), "--seed_everything", "1000"]
+    return plan, root, records, settings_of(words)
+
+
+def test_what_condition_writes_is_what_the_study_trains_on(place):
+    plan, root, _, config = place
+    job = next(job for job in plan.jobs(PARTS) if job.condition == "base" and job.seed == 1001)
+    name, spec = job.assets["data"]
+    write_data(name, spec, root / "own")
+    for ours, theirs in (("train-1001.jsonl", "train.jsonl"), ("val.jsonl", "val.jsonl")):
+        assert (root / "base" / ours).read_text() == (root / "own" / theirs).read_text()
+    assert config["data"]["train"] == str(root / "base" / "train-1000.jsonl")
+    with pytest.raises(InputError, match="`condition` must be one of base, .* got 'tuning'"):
+        write_condition(plan, "tuning", root / "base", root / "runs")
+
+
+def test_a_sweep_with_the_conditions_config_becomes_a_row_that_moves_no_other(place, tmp_path):
+    plan, root, records, config = place
+    sweep = write_sweep(tmp_path / "sweep", config)
+    found = add_sweeps(plan, records, [str(sweep)], tmp_path / "added.jsonl", root / "runs")
+    assert [(each["variant"], each["seed"]) for each in found] == [("Mine", 1000), ("Mine", 1001)]
+    kept = [json.loads(line) for line in (tmp_path / "added.jsonl").read_text().splitlines()]
+    board, before = board_of(plan, records, kept), board_of(plan, records)
+    row = board.conditions[0].row("Mine")
+    assert row is not None and row.added and row.by_problem and row.standing is not None and row.own.count == 2
+    areas = [mean_height([0, 1, 2], [v for _, v in each["curves"]["greedy"]], horizon=2) for each in kept]
+    assert row.own.mean == pytest.approx(np.mean(areas)) and row.seconds == 1.5 and row.cpu_seconds is None
+    assert len(row.standing.shares) == len(board.conditions[0].ranked) + 1
+    for name in board.conditions[0].ranked:
+        assert board.conditions[0].row(name) == before.conditions[0].row(name)
+    add_sweeps(plan, records, [str(sweep)], tmp_path / "added.jsonl", root / "runs")  # the same again
+    assert len((tmp_path / "added.jsonl").read_text().splitlines()) == 2
+    other = json.loads((sweep / "sweep.json").read_text())
+    other["runs"]["mine/seed-1000"]["code"] = {"mine.py": "11"}
+    (sweep / "sweep.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="one setting a variant, got Mine in base with two"):
+        add_sweeps(plan, records, [str(sweep)], tmp_path / "added.jsonl", root / "runs")
+
+
+def test_without_outcomes_by_problem_a_row_is_over_seeds_only_and_marked(place, tmp_path):
+    plan, root, records, config = place
+    sweep = write_sweep(tmp_path / "sweep", config, kept=False)
+    found = add_sweeps(plan, records, [f"own={sweep}"], tmp_path / "added.jsonl", root / "runs")
+    board = board_of(plan, records, found)
+    row = board.conditions[0].row("own")
+    assert row is not None and row.standing is None and not row.by_problem
+    areas = [mean_height([0, 1, 2], [v for _, v in each["curves"]["greedy"]], horizon=2) for each in found]
+    assert row.own == mean_interval(areas)
+    assert cells_of(row)[0] == "+ own (seeds only)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer.max_steps": 3}, r"`trainer.max_steps` of \S+ must be that of base, 2, got 3; train with"),
+        ({"model.sampler.init_args.temperature": 0.7}, r"`model.sampler.temperature` of .* 1.0, got 0.7"),
+        ({"model.gradient_clip_norm": 2.0}, "`model.gradient_clip_norm` of .* 1.0, got 2.0"),
+        ({"model.optimizer.init_args.weight_decay": 0.0}, "weight_decay` of .* base, 0.01, got 0.0"),
+        ({"trainer.callbacks": [{"class_path": "mine.Stop"}]}, "`trainer.callbacks` of .* must be that of base"),
+        (
+            {"data.train": "val.jsonl"},
+            "`data.train` of .* must hold the 16 problems of base with seed 1000, got 8 others",
+        ),
+        ({"data.val": "gone.jsonl"}, "`data.val` of .* must be a file that is still there, got .*gone.jsonl"),
+        (
+            {"model.teacher.init_args.path": "elsewhere"},
+            "`model.teacher.init_args.path` of .* must be teacher as the study",
+        ),
+        ({"seed_everything": 7}, "`seed_everything` of .* must be a seed of base, .* got 7"),
+        ({"vars": {}}, "`vars.condition` must name the condition"),
+        ({"vars": {"condition": "there"}}, "`condition` must be one of base, .* got 'there'"),
+    ],
+)
+def test_a_run_that_was_trained_otherwise_is_refused_with_the_setting_and_both_values(
+    changes, message, place, tmp_path
+):
+    plan, root, records, config = place
+    inside = {name: str(root / "base" / value) for name, value in changes.items() if str(value).endswith(".jsonl")}
+    sweep = write_sweep(tmp_path / "sweep", config, changes | inside)
+    with pytest.raises(InputError, match=message) as error:
+        add_sweeps(plan, records, [str(sweep)], tmp_path / "added.jsonl", root / "runs")
+    assert "\n" not in str(error.value) and not (tmp_path / "added.jsonl").exists()
+
+
+def test_what_is_no_sweep_or_is_not_finished_is_refused(place, tmp_path):
+    plan, root, records, config = place
+    for word in (str(tmp_path), str(tmp_path / "nowhere")):
+        with pytest.raises(InputError, match="`--add` must be a folder of `lit-opd sweep`"):
+            add_sweeps(plan, records, [word], tmp_path / "added.jsonl", root / "runs")
+    sweep = write_sweep(tmp_path / "sweep", config)
+    with pytest.raises(InputError, match="must name new variants, got 'uniform'"):
+        add_sweeps(plan, records, [f"uniform={sweep}"], tmp_path / "added.jsonl", root / "runs")
+    problems = sweep / "mine" / "seed-1001" / "problems.jsonl"
+    problems.write_text(problems.read_text().replace('"problems": 8', '"problems": 4'))
+    with pytest.raises(InputError, match="must hold 8 outcomes that add up"):
+        add_sweeps(plan, records, [str(sweep)], tmp_path / "added.jsonl", root / "runs")
+    for seed in SEEDS:
+        (sweep / "mine" / f"seed-{seed}" / "summary.json").unlink()
+    with pytest.raises(InputError, match="must have finished runs"):
+        add_sweeps(plan, records, [str(sweep)], tmp_path / "added.jsonl", root / "runs")
+
+
+@pytest.mark.slow
+def test_the_round_trip_of_the_page_condition_sweep_row(place, tmp_path, monkeypatch):
+    """As the page says it, through the real sweep, with two seeds of two steps."""
+    plan, root, records, config = place
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = [
+        "--config",
+        str(root / "base" / "config.yaml"),
+        "--weightings",
+        "PrefixRatioTilt",
+        "--seeds",
+        *map(str, SEEDS),
+    ]
+    assert command.run([*words, "--out", str(tmp_path / "sweep")], parts.callbacks) == 0
+    found = add_sweeps(plan, records, [str(tmp_path / "sweep")], tmp_path / "added.jsonl", root / "runs")
+    assert [each["seed"] for each in found] == list(SEEDS) and all(each["problems"] == 8 for each in found)
+    row = board_of(plan, records, found).conditions[0].row("PrefixRatioTilt")
+    assert row is not None and row.added and row.standing is not None and row.minus is not None
