@@ -127,11 +127,12 @@ def on_files(files: Any, config: Any) -> Any:
 
     pages = [file.src_uri for file in files if file.src_uri.endswith(".md")]
     outside = {path for page in pages for path in linked(f"docs/{page}")} | {"README.md"}
-    for moved in ("index.md", "leaderboard.html"):  # leaderboard.md becomes a leaderboard.html itself
-        file = files.get_file_from_path(moved)
-        if file is not None:
-            files.remove(file)
-    for path in sorted(outside | {"docs/index.md", "docs/leaderboard.html"}):
+    index = files.get_file_from_path("index.md")
+    if index is not None:
+        files.remove(index)
+    for path in sorted(
+        outside | {"docs/index.md", "docs/leaderboard.html"}
+    ):  # leaderboard.md becomes a leaderboard.html itself
         files.append(File.generated(config, site_path(path), abs_src_path=str(ROOT / path)))
     for path, text in reference().items():
         files.append(File.generated(config, path, content=text))

@@ -34,12 +34,16 @@ HOW_RANKS = (
 )
 HOW_ROWS = (
     "Area: mean height of greedy accuracy over training. Brackets are 95 % intervals over seeds and problems; an asterisk marks "
-    "a difference whose interval leaves 0 out, which one in twenty does by chance. Cost is the median of a run on the machine "
-    "named above, beside whatever else ran there."
+    "a difference whose interval leaves 0 out, which one in twenty does by chance."
+)
+HOW_COST = (
+    "Median CPU seconds of a run on the machine named above, beside whatever else ran there, so compare within a condition; of "
+    "added rows seconds by the clock. Tokens: mean of a run, of all that were sampled for training. The plan's rates were tuned on "
+    "the task of base, with other problems and seeds."
 )
 ADDED = (
     "Rows with + were added from sweeps and are no part of the plan. Each is ranked among the plan's variants on the seeds that "
-    "it shares with them and moves no other rank. Seconds by the clock of the machine it was trained on."
+    "it shares with them and moves no other rank."
 )
 SEEDS_ONLY = (
     "Rows with (seeds only) have no outcomes by problem: their intervals are over seeds alone, and they are not ranked."
@@ -57,6 +61,7 @@ def sections_of(plan: Plan, chosen: Chosen, board: Board) -> list[Section]:
         sections.append(overall_section(board.overall, board))
     sections.append(Section("How to read the tables", how_lines(board)))
     sections += [condition_section(plan, each) for each in board.conditions]
+    sections.append(cost_section(board))
     if chosen.counted:
         sections.append(claims_section(plan, chosen))
     return sections + shares_sections(board)
@@ -147,20 +152,34 @@ def condition_section(plan: Plan, found: Condition) -> Section:
 
 def cells_of(row: Row) -> list[str]:
     """A row as text."""
-    name = f"{'+ ' if row.added else ''}{row.variant}{'' if row.by_problem else ' (seeds only)'}"
     gap = show(row.minus, signed=True) if row.minus else UNKNOWN
-    seconds = row.seconds if row.cpu_seconds is None else row.cpu_seconds
     return [
-        name,
+        name_of(row),
         str(row.own.count),
         show(row.own),
         gap + (" *" if row.minus and row.minus.excludes_zero else ""),
         rank(row.standing),
         percent(row.standing.first) if row.standing else UNKNOWN,
-        f"{row.learning_rate:g}",
-        UNKNOWN if seconds is None else f"{seconds:,.0f}",
-        f"{row.tokens:,.0f}",
     ]
+
+
+def cost_section(board: Board) -> Section:
+    """What a run of each variant costs in each condition."""
+    rows: dict[str, list[str]] = {}
+    for place, condition in enumerate(board.conditions):
+        for row in condition.rows:
+            cells = rows.setdefault(name_of(row), [f"{row.learning_rate:g}", *[UNKNOWN] * len(board.conditions)])
+            seconds = row.seconds if row.cpu_seconds is None else row.cpu_seconds
+            cells[place + 1] = f"{UNKNOWN if seconds is None else format(seconds, ',.0f')} s, {row.tokens:,.0f}"
+    header = ["variant", "learning rate", *(condition.name for condition in board.conditions)]
+    return Section(
+        "Cost of a run: seconds, sampled tokens", [HOW_COST], Table(header, [[n, *c] for n, c in rows.items()])
+    )
+
+
+def name_of(row: Row) -> str:
+    """As the tables call a variant."""
+    return f"{'+ ' if row.added else ''}{row.variant}{'' if row.by_problem else ' (seeds only)'}"
 
 
 def drawn(estimate: Estimate | None) -> Interval | None:
