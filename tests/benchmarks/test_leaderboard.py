@@ -16,13 +16,14 @@ from benchmarks.studies.leaderboard.__main__ import main
 from benchmarks.studies.leaderboard.added import add_sweeps
 from benchmarks.studies.leaderboard.board import board_of
 from benchmarks.studies.leaderboard.condition import write_condition
-from benchmarks.studies.leaderboard.page import cells_of
+from benchmarks.studies.leaderboard.page import cells_of, sections_of
 from benchmarks.studies.leaderboard.ranks import joint_draws, ranks_of, standings
 from benchmarks.studies.leaderboard.write import HTML, PAGE, PART, PICTURE
 from benchmarks.studies.reproduce.assets import write_data
 from benchmarks.studies.reproduce.outcomes import packed
 from benchmarks.studies.reproduce.plan import Plan, read_plan
 from benchmarks.studies.reproduce.referee import KEPT, compact
+from benchmarks.studies.reproduce.report import choose
 from lit_opd.compare.statistics import mean_height, mean_interval, two_way_draws, two_way_interval
 from lit_opd.errors import InputError
 from lit_opd.sweep import command
@@ -227,6 +228,9 @@ def test_the_pages_are_made_from_the_records_alone(made, tmp_path, monkeypatch, 
     assert re.search(r"^\| H2 \| IW-OPD, 2606.22600 \| .* \| not decided \| 1 not decided \|$", page, flags=re.M)
     rows = re.findall(r"^\| (\S+) \| \d \| 0\.\d{3} \[", page, flags=re.M)
     assert rows == [row.variant for each in board_of(plan, records).conditions for row in each.rows]
+    chosen = choose(plan, records)
+    tables = [section.table for section in sections_of(plan, chosen, board_of(plan, records)) if section.table]
+    assert len(tables) == 8 and all(len(row) == len(table.header) for table in tables for row in table.rows)
     assert html.count('class="forest"') == 2 * 3  # every variant but uniform, drawn in the page itself
     body = re.sub(r"<script.*?</script>", "", html, flags=re.S)
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?!data:)[^"'> ]""", body) and "://" not in body

@@ -38,8 +38,8 @@ HOW_ROWS = (
 )
 HOW_COST = (
     "Median CPU seconds of a run on the machine named above, beside whatever else ran there, so compare within a condition; of "
-    "added rows seconds by the clock. Tokens: mean of a run, of all that were sampled for training. The plan's rates were tuned on "
-    "the task of base, with other problems and seeds."
+    "added rows seconds by the clock. Tokens: mean of a run, of all that were sampled for training. The plan's rates were tuned "
+    "on the task of base, with other problems and seeds."
 )
 ADDED = (
     "Rows with + were added from sweeps and are no part of the plan. Each is ranked among the plan's variants on the seeds that "
@@ -135,17 +135,7 @@ def condition_section(plan: Plan, found: Condition) -> Section:
     text += (
         [f"{len(found.ranked)} of {len(known)} variants are ranked, {seeds}."] if found.ranked else ["Not ranked yet."]
     )
-    header = [
-        "variant",
-        "seeds",
-        "area",
-        f"area - {REFERENCE}",
-        "mean rank",
-        "first",
-        "learning rate",
-        "seconds",
-        "tokens",
-    ]
+    header = ["variant", "seeds", "area", f"area - {REFERENCE}", "mean rank", "first"]
     rows = [cells_of(row) for row in found.rows]
     return Section(found.name, text, Table(header, rows, intervals=[drawn(row.minus) for row in found.rows]))
 

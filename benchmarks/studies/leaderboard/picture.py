@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.studies.figures import plt, save
 from benchmarks.studies.leaderboard.board import Board, Row
 from benchmarks.studies.reproduce.plan import REFERENCE
+from lit_opd.compare.document import show
 from lit_opd.compare.pictures import plain
 
 ABOVE, BELOW, UNDECIDED = "#1f5fa8", "#c4500c", "0.45"
@@ -68,7 +69,8 @@ def _draw_row(axis: Axes, place: int, row: Row | None, far: float) -> None:
     if abs(found.mean) > far:
         right = found.mean > 0
         where = axis.get_yaxis_transform()  # x of the panel, y of the data
-        text, side = (f"{found.mean:+.2f} >", "right") if right else (f"< {found.mean:+.2f}", "left")
+        value = show(found, 2, signed=True)
+        text, side = (f"{value} \u25b8", "right") if right else (f"\u25c2 {value}", "left")
         axis.text(0.98 if right else 0.02, place, text, transform=where, ha=side, va="center", fontsize=8, color=color)
         return
     if found.low is not None and found.high is not None:
