@@ -94,7 +94,7 @@ referee: $(STAMP)
 	$(REPRODUCE) tune $(REFEREE) $(if $(JOBS),--jobs $(JOBS))
 	$(REPRODUCE) run $(REFEREE) $(if $(JOBS),--jobs $(JOBS))
 	$(REPRODUCE) run $(REFEREE) --parts base full $(if $(JOBS),--jobs $(JOBS)); status=$$?; \
-	  $(REPRODUCE) report $(REFEREE) && exit $$status
+	  $(REPRODUCE) report $(REFEREE) && $(BIN)/python -m benchmarks.studies.leaderboard && exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from typing import Any
 from lit_opd import _PLACES  # the public names, by module; loads no torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MOVED = {"README.md": "index.md", "docs/index.md": "pages.md"}
+MOVED = {"README.md": "index.md", "docs/index.md": "pages.md", "docs/leaderboard.html": "leaderboard-drawn.html"}
 OUTSIDE = "project"  # folder of the site for files that stand outside docs/
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"(^```.*?^```)", flags=re.S | re.M)
@@ -130,7 +130,9 @@ def on_files(files: Any, config: Any) -> Any:
     index = files.get_file_from_path("index.md")
     if index is not None:
         files.remove(index)
-    for path in sorted(outside | {"docs/index.md"}):
+    for path in sorted(
+        outside | {"docs/index.md", "docs/leaderboard.html"}
+    ):  # leaderboard.md becomes a leaderboard.html itself
         files.append(File.generated(config, site_path(path), abs_src_path=str(ROOT / path)))
     for path, text in reference().items():
         files.append(File.generated(config, path, content=text))

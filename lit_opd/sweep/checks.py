@@ -224,10 +224,19 @@ def _checked(run: SweepRun, asked: Asked, callbacks: Callbacks) -> OPDCLI:
 def _settings(run: SweepRun, asked: Asked) -> Config:
     """The settings that the run is asked for."""
     with _about(run):
-        try:
-            _Reading(args=run.words(asked))
-        except _Read as read:
-            return dict(read.args[0])
+        return settings_of(run.words(asked))
+
+
+def settings_of(words: Sequence[str]) -> Config:
+    """All settings, with defaults, that a command line of ``fit`` asks for; nothing is built.
+
+    Raises:
+        SystemExit: the parser has said what is wrong.
+    """
+    try:
+        _Reading(args=list(words))
+    except _Read as read:
+        return dict(read.args[0])
     raise AssertionError  # a command line builds its classes
 
 
@@ -243,7 +252,7 @@ def _require_unchanged(run: SweepRun, wanted: Config, known: dict[str, Any]) -> 
         InputError: it was not.
     """
     remedy = f"give another --out, or remove {run.folder} to train it anew"
-    before, after = _compared(_saved(run.folder)), _compared(wanted)
+    before, after = compared(_saved(run.folder)), compared(wanted)
     found = changes(before, after)
     if found:
         name, old, new = found[0]
@@ -257,8 +266,8 @@ def _require_unchanged(run: SweepRun, wanted: Config, known: dict[str, Any]) -> 
             raise InputError(f"`{file}` must hold the code that {run.name} was begun with, got another; {remedy}")
 
 
-def _compared(config: Config) -> Config:
-    """Without what does not change a run's result."""
+def compared(config: Config) -> Config:
+    """Settings without what does not change a run's result."""
     kept = {key: value for key, value in config.items() if key not in OF_THE_PLACE}
     return kept | {"trainer": {**(kept.get("trainer") or {}), "default_root_dir": None}}
 

@@ -57,6 +57,15 @@ def write_data(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     With a ``pool`` the first part has as many problems, of which ``split`` draws the ``num_train`` to train on.
     """
+    train, val = drawn(spec)
+    train = split_of(spec, train)
+    write_records(folder / "train.jsonl", train)
+    write_records(folder / "val.jsonl", val)
+    return {"train": len(train), "val": len(val)}
+
+
+def drawn(spec: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """All rows that may be trained on, and those that are validated on: seconds for a large pool."""
     num_train, num_val = spec.get("num_train", NUM_TRAIN), spec.get("num_val", NUM_VAL)
     pool = spec.get("pool", num_train)
     problems = sample_problems(
@@ -65,12 +74,12 @@ def write_data(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         seed=spec["seed"],
         chain_length=spec.get("chain_length", CHAIN_LENGTH),
     )
-    rows = records(problems[:pool], name="train")
-    if "split" in spec:
-        rows = random.Random(spec["split"]).sample(rows, num_train)
-    write_records(folder / "train.jsonl", rows)
-    write_records(folder / "val.jsonl", records(problems[pool:], name="val"))
-    return {"train": num_train, "val": num_val}
+    return records(problems[:pool], name="train"), records(problems[pool:], name="val")
+
+
+def split_of(spec: dict[str, Any], rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of a pool that the seed of ``split`` trains on; all without one."""
+    return random.Random(spec["split"]).sample(rows, spec.get("num_train", NUM_TRAIN)) if "split" in spec else rows
 
 
 def write_model(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
