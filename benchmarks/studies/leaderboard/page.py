@@ -185,7 +185,7 @@ def rank(standing: Standing | None) -> str:
     >>> rank(Standing(1.5, 1.0, 3.0, (0.5, 0.5, 0.0)))
     '1.5 [1, 3]'
     """
-    return UNKNOWN if standing is None else f"{standing.mean:.1f} [{standing.low:g}, {standing.high:g}]"
+    return UNKNOWN if standing is None else f"{standing.mean:.1f} [{standing.low:.1f}, {standing.high:.1f}]"
 
 
 def percent(share: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from lit_opd.compare.pictures import plain
 
 ABOVE, BELOW, UNDECIDED = "#1f5fa8", "#c4500c", "0.45"
 TICKS = 4
+LETTERS = 12  # of a title, an inch
 BEYOND = 1.15  # of half the median interval, beside the farthest mean
 FAR, NEAR = 6.0, 0.02  # a difference above FAR times the median one and NEAR is written, not drawn
 
@@ -54,9 +56,8 @@ def draw_board(board: Board, order: Sequence[str], path: Path) -> None:
     grid[0][0].set_yticks(range(len(order)), labels)
     grid[0][0].set_ylim(len(order) - 0.5, -0.5)
     by = "behind a name its mean rank" if overall else "by rank in the first condition"
-    figure.suptitle(
-        f"area under greedy accuracy minus that of {REFERENCE}, 95 % over seeds and problems; {by}", fontsize=10
-    )
+    title = f"area under greedy accuracy minus that of {REFERENCE}, 95 % over seeds and problems; {by}"
+    figure.suptitle(fill(title, int(LETTERS * size[0])), fontsize=10)
     save(figure, path)
 
 
