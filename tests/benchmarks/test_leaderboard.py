@@ -24,7 +24,7 @@ from benchmarks.studies.reproduce.outcomes import packed
 from benchmarks.studies.reproduce.plan import Plan, read_plan
 from benchmarks.studies.reproduce.referee import KEPT, compact
 from benchmarks.studies.reproduce.report import choose
-from lit_opd.compare.statistics import mean_height, mean_interval, two_way_draws, two_way_interval
+from lit_opd.compare.statistics import mean_height, mean_interval, two_way
 from lit_opd.errors import InputError
 from lit_opd.sweep import command
 from lit_opd.sweep.checks import settings_of
@@ -55,11 +55,12 @@ def test_draws_of_a_variant_and_of_a_difference_are_those_of_the_two_way_interva
     cases = [(drawn[:, at], tables[at]) for at in range(3)]
     cases += [(drawn[:, 0] - drawn[:, 1], tables[0] - tables[1]), (drawn[:, 2] - drawn[:, 0], tables[2] - tables[0])]
     for found, table in cases:
-        want = two_way_interval(table, draws=6_000)
-        assert want.low is not None and want.high is not None
-        width = want.high - want.low
-        assert np.abs(np.quantile(found, [0.025, 0.975]) - [want.low, want.high]).max() < 0.06 * width
-        assert found.var() == pytest.approx(two_way_draws(table, draws=6_000).var(), rel=0.12)
+        want = two_way(table, draws=6_000)
+        assert want is not None and want.freedom == 5
+        low, high = want.interval()
+        assert np.abs(np.quantile(found, [0.025, 0.975]) - [low, high]).max() < 0.06 * (high - low)
+        variance = want.scale**2 * 5 / 3 + want.again.var()  # of Student's t with 5 degrees of freedom: 5 / (5 - 2)
+        assert found.var() == pytest.approx(variance, rel=0.12)
 
 
 def test_what_seeds_and_problems_move_in_all_variants_alike_parts_none():

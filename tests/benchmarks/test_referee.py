@@ -17,6 +17,7 @@ import torch
 from benchmarks.studies.reproduce import worker
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
 from benchmarks.studies.reproduce.hypotheses import (
+    ALPHA,
     MEASURES,
     Outcomes,
     evidence,
@@ -31,6 +32,7 @@ from benchmarks.studies.reproduce.problems import KeptAnswers, KeptDivergence
 from benchmarks.studies.reproduce.referee import KEPT, NOT_FINISHED, PART, compact, keep, write_referee
 from benchmarks.studies.reproduce.results import all_results, area
 from lit_opd.cli.command import OPDCLI
+from lit_opd.compare.statistics import TwoWay, two_way
 from lit_opd.errors import InputError
 from lit_opd.testbed import read_records
 from lit_opd.weighting import WeightingStrategy
@@ -252,16 +254,43 @@ def test_holm_is_that_of_hand_arithmetic():
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
+def seen(low: float, high: float) -> TwoWay:
+    """999 equal steps around the middle, and no seeds that differ."""
+    middle = (low + high) / 2
+    return TwoWay(middle, scale=0.0, freedom=3, again=np.linspace(low, high, 999) - middle)
+
+
 def test_evidence_is_of_the_nearer_bound():
-    draws = np.linspace(0.001, 0.099, 999)
-    assert evidence(draws, 0.05, "above", 0.0) == (pytest.approx(0.002), True)
-    assert evidence(draws, 0.05, "below", 0.0) == (pytest.approx(0.002), False)
-    p, agrees = evidence(draws, 0.05, "equal", 0.1)
+    draws = seen(0.001, 0.099)
+    assert evidence(draws, "above", 0.0) == (pytest.approx(0.002), True)
+    assert evidence(draws, "below", 0.0) == (pytest.approx(0.002), False)
+    p, agrees = evidence(draws, "equal", 0.1)
     assert p == pytest.approx(0.002) and agrees
-    p, agrees = evidence(draws, 0.05, "equal", 0.06)  # inside, but four tenths of the draws lie outside
+    p, agrees = evidence(draws, "equal", 0.06)  # inside, but four tenths of the draws lie outside
     assert p == pytest.approx(0.8, abs=0.02) and agrees
-    p, agrees = evidence(draws, 0.05, "equal", 0.0005)
+    p, agrees = evidence(draws, "equal", 0.0005)
     assert p == pytest.approx(0.002) and not agrees
+    mirrored = seen(-0.099, -0.001)
+    assert evidence(mirrored, "below", 0.0) == (pytest.approx(0.002), True)
+    assert evidence(mirrored, "equal", 0.06)[0] == pytest.approx(0.8, abs=0.02)
+    assert evidence(mirrored, "equal", 0.0005) == (pytest.approx(0.002), False)
+
+
+@pytest.mark.parametrize("expect", ["above", "equal"])
+def test_a_verdict_at_five_percent_is_an_interval_that_leaves_the_bound_out(expect):
+    """Of the same bootstrap: where 0, or a margin, is moved over an end of the interval, p goes through 0.05."""
+    found = two_way(np.random.default_rng(2).normal(0.5, 1.0, (5, 60)))
+    low, high = found.interval()
+    for end, inwards in ((low, 1), (high, -1)):
+        for step, decided in ((-1e-3, True), (1e-3, False)):
+            bound = end + inwards * step
+            if expect == "equal":  # both margins lie far off but for the one at the end
+                moved = TwoWay(found.mean - bound + inwards * -10, found.scale, found.freedom, found.again)
+                p, agrees = evidence(moved, "equal", 10.0)
+                assert agrees
+            else:
+                p, _ = evidence(TwoWay(found.mean - bound, found.scale, found.freedom, found.again), "above", 0.0)
+            assert (p - 2 / len(found.again) < ALPHA) == decided, (end, step, p)
 
 
 FEW = 256  # problems of a made run
