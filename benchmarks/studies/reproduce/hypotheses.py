@@ -219,9 +219,9 @@ def evidence(found: TwoWay, expect: Expectation, margin: float) -> tuple[float, 
     """Two-sided p of what was seen, and whether that was expected.
 
     Seen are a mean above or below 0, or for "equal" one inside or outside the margin; p is twice the share of the bootstrap that
-    lies on the other side of the bound, for a mean inside of either bound the larger one. So for "equal" it is two one-sided tests
-    (Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15), each at half of the level: support at p < 0.05 is a
-    95 % interval within the margin, as it is one that leaves 0 out elsewhere. At least 2 in the number of draws: problems are drawn.
+    lies on the other side of the bound, inside the margin of the nearer bound. So "equal" is two one-sided tests (Schuirmann
+    1987, Journal of Pharmacokinetics and Biopharmaceutics 15), each at half of the level: p below 0.05 is a 95 % interval inside
+    the margin, as elsewhere it is one that leaves 0 out. No p is below 2 in the number of draws, for problems are drawn.
     """
     mean, draws = found.mean, len(found.again)
 
