@@ -1,4 +1,4 @@
-"""Weightings that the searches (docs/search.md, docs/better.md) try and the library does not have: they ship only if they win."""
+"""Weightings that docs/search.md and docs/default-search.md try and the library does not have: they ship only if they win."""
 
 from __future__ import annotations
 
