@@ -22,7 +22,7 @@ from benchmarks.studies.leaderboard.write import HTML, PAGE, PART, PICTURE
 from benchmarks.studies.reproduce.assets import write_data
 from benchmarks.studies.reproduce.outcomes import packed
 from benchmarks.studies.reproduce.plan import Plan, read_plan
-from benchmarks.studies.reproduce.referee import KEPT, compact
+from benchmarks.studies.reproduce.referee import compact
 from benchmarks.studies.reproduce.report import choose
 from lit_opd.compare.statistics import mean_height, mean_interval, two_way
 from lit_opd.errors import InputError
@@ -299,7 +299,7 @@ def test_records_that_are_none_are_refused_in_one_line(text, message, tmp_path, 
 
 def test_the_committed_page_is_of_the_committed_records():
     """A board that is older than its records would be believed."""
-    kept = ROOT / "docs" / KEPT
+    kept = ROOT / "docs" / read_plan(REFEREE).kept
     count = len({json.loads(line)["run"] for line in kept.read_text().splitlines()}) if kept.is_file() else 0
     page = PART.require(ROOT / "docs" / PAGE)
     found = re.search(r"(\d+) of \d+ planned runs are finished", page)
