@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.studies.cells import interval, machine, spread
 from benchmarks.studies.figures import draw_band, draw_positions, plt, save
 from benchmarks.studies.healed_run import measure
-from benchmarks.studies.reproduce.plan import digest
+from benchmarks.studies.plans import digest
 from benchmarks.studies.run_folder import BANDS, curve, summary, write_record
 from lit_opd.compare.document import markdown_table
 from lit_opd.compare.statistics import paired

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.studies.plans import digest
 from benchmarks.studies.reproduce import worker
 from benchmarks.studies.reproduce.assets import build_asset, paths_of, split_of
 from benchmarks.studies.reproduce.hypotheses import (
@@ -27,7 +28,7 @@ from benchmarks.studies.reproduce.hypotheses import (
     verdict,
 )
 from benchmarks.studies.reproduce.outcomes import by_problem, packed, unpacked
-from benchmarks.studies.reproduce.plan import PLAN, Job, Plan, digest, missing, read_plan
+from benchmarks.studies.reproduce.plan import PLAN, Job, Plan, missing, read_plan
 from benchmarks.studies.reproduce.problems import KeptAnswers, KeptDivergence
 from benchmarks.studies.reproduce.referee import (
     NOT_FINISHED,

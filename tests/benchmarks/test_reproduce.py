@@ -24,6 +24,7 @@ import yaml
 from lightning.pytorch import Callback
 
 import lit_opd.weighting
+from benchmarks.studies.plans import merged
 from benchmarks.studies.reproduce import tune, worker
 from benchmarks.studies.reproduce.__main__ import main
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
@@ -37,7 +38,7 @@ from benchmarks.studies.reproduce.candidates import (
     WindowedRatio,
 )
 from benchmarks.studies.reproduce.pictures import draw_curves, draw_differences
-from benchmarks.studies.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
+from benchmarks.studies.reproduce.plan import PLAN, Plan, folder_of, missing, read_plan
 from benchmarks.studies.reproduce.report import PART, choose, coloured, write_report
 from benchmarks.studies.reproduce.results import read_results
 from lit_opd.cli.command import OPDCLI

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.studies.healing.plan import PLAN, Plan, read_plan
 from benchmarks.studies.healing.records import SHORT, Place
+from benchmarks.studies.plans import require_known, with_command
 from lit_opd.errors import InputError
 
 RECORDS = Path("docs/healing/runs")
@@ -62,14 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; wrong input ends with exit code 2 and one line, failed runs with 1."""
     parser = make_parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help")):
-        words = ["run", *words]
-    args = parser.parse_args(words)
+    args = parser.parse_args(with_command(sys.argv[1:] if arguments is None else arguments, COMMANDS, "run"))
     try:
         plan = read_plan(args.plan)
         if getattr(args, "models", None):
-            plan.require_known("--models", args.models, plan.content["models"])
+            require_known("--models", args.models, plan.content["models"])
         status = {"run": run, "report": report, "pieces": pieces, "assemble": assemble}[args.command](plan, args)
     except InputError as error:
         parser.error(str(error))

@@ -8,10 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.studies.healing.problems import Problem, problems
-from benchmarks.studies.reproduce.plan import digest, merged
+from benchmarks.studies.plans import digest, merged, read_content, require_known
 from lit_opd.errors import InputError
 
 PLAN = Path(__file__).with_name("plan.yaml")
@@ -83,10 +81,10 @@ class Plan:
         for name, device in self.content["devices"].items():
             self._require_same(set(device), DEVICE_KEYS, f"devices.{name}.")
         pairs = [name for pair in self.content["contrasts"] for name in pair]
-        self.require_known(f"{self.path}: contrasts", pairs, [*self.content["variants"], START])
+        require_known(f"{self.path}: contrasts", pairs, [*self.content["variants"], START])
         for field in ("first", "reference"):
             named = self.content[field] if field == "first" else [self.content[field]]
-            self.require_known(f"{self.path}: {field}", named, self.content["variants"])
+            require_known(f"{self.path}: {field}", named, self.content["variants"])
 
     def _require_same(self, found: set[str], wanted: set[str], where: str) -> None:
         if found != wanted:
@@ -94,15 +92,6 @@ class Plan:
             raise InputError(
                 f"`{self.path}` must have the keys {', '.join(sorted(wanted))}, got others in: {differing}"
             )
-
-    def require_known(self, field: str, names: Sequence[Any], known: Any) -> None:
-        """
-        Raises:
-            InputError: one of ``names`` is not known.
-        """
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise InputError(f"`{field}` must name one of {', '.join(map(str, known))}, got {unknown[0]!r}")
 
     @cached_property
     def sha(self) -> str:
@@ -165,13 +154,13 @@ class Plan:
             InputError: one that the plan does not have.
         """
         content = self.content
-        self.require_known("--device", [device], content["devices"])
+        require_known("--device", [device], content["devices"])
         for field, names, known in (
             ("--models", models, content["models"]),
             ("--variants", variants, content["variants"]),
             ("--seeds", seeds, content["seeds"]),
         ):
-            self.require_known(field, names or (), known)
+            require_known(field, names or (), known)
         rest = [name for name in content["variants"] if name not in content["first"]]
         return [
             self.job(model, variant, seed, device)
@@ -208,12 +197,4 @@ def read_plan(path: Path = PLAN) -> Plan:
     Raises:
         InputError: no such file, or a content that is no plan.
     """
-    if not path.is_file():
-        raise InputError(f"`--plan` must be a file, got {path}; the plan is benchmarks/studies/healing/plan.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"`--plan` must be YAML, got {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"`--plan` must hold the keys {', '.join(sorted(KEYS))}, got {path} with {content!r}")
-    return Plan(content, path)
+    return Plan(read_content(path, KEYS, PLAN), path)

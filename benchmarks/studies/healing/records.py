@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.healing.plan import Job, Plan
-from benchmarks.studies.reproduce.plan import digest
+from benchmarks.studies.plans import digest
 from lit_opd.errors import InputError
 from lit_opd.files import replace_whole
 

@@ -18,8 +18,8 @@ from benchmarks.studies.healing.measures import Asked, as_lists, asked, measure,
 from benchmarks.studies.healing.plan import Job
 from benchmarks.studies.healing.problems import Problem
 from benchmarks.studies.healing.records import Place, Record, read, write
+from benchmarks.studies.plans import merged
 from benchmarks.studies.policies import held_out
-from benchmarks.studies.reproduce.plan import merged
 from benchmarks.studies.run_folder import curve, summary
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, StopOnSignal, Summary
 from lit_opd.files import replace_whole

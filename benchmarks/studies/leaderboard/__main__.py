@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.studies.leaderboard.write import write_board
+from benchmarks.studies.plans import with_command
 from benchmarks.studies.reproduce.plan import PLAN, read_plan
 from lit_opd.errors import InputError
 
@@ -48,11 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Do what the words ask for."""
-    given = list(sys.argv[1:] if words is None else words)
-    if not given or (given[0] not in COMMANDS and given[0] not in ("-h", "--help")):
-        given = ["board", *given]
     parser = make_parser()
-    args = parser.parse_args(given)
+    args = parser.parse_args(with_command(sys.argv[1:] if words is None else words, COMMANDS, "board"))
     try:
         plan = read_plan(args.plan)
         if args.command == "board":

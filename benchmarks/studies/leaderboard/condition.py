@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from benchmarks.studies.plans import merged
 from benchmarks.studies.reproduce.assets import build_asset, drawn, paths_of, split_of
-from benchmarks.studies.reproduce.plan import REFERENCE, Job, Plan, folder_of, merged
+from benchmarks.studies.reproduce.plan import REFERENCE, Job, Plan, folder_of
 from lit_opd.errors import InputError
 from lit_opd.files import replace_or_refuse
 from lit_opd.testbed.task import write_records

@@ -23,16 +23,13 @@ Keys of the plan:
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from benchmarks.studies.plans import digest, merged, read_content, require_known
 from lit_opd.errors import InputError
 
 PLAN = Path(__file__).parent / "plan.yaml"
@@ -45,31 +42,6 @@ KEYS = {"question", "seeds", "search", "target", "settings", "tuning", "learning
 OPTIONAL = {"hypotheses", "margin"}
 REFERENCE = "uniform"
 Asset = tuple[str, dict[str, Any]]  # name and specification of a model or of prompts
-
-
-def digest(content: Any) -> str:
-    """sha256 of plain data, independent of the order of its keys, 64 hexadecimal digits.
-
-    >>> digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
-    True
-    """
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, mapping by mapping; another ``class_path`` takes its own ``init_args`` only.
-
-    >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
-    {'a': {'x': 1, 'y': 3}}
-    """
-    if above.get("class_path", below.get("class_path")) != below.get("class_path"):
-        return dict(above)
-    both = {
-        key: merged(below[key], value) if isinstance(below.get(key), Mapping) and isinstance(value, Mapping) else value
-        for key, value in above.items()
-    }
-    return {**below, **both}
 
 
 @dataclass(frozen=True)
@@ -175,10 +147,8 @@ class Plan:
             field, wanted = f"variants.{variant}.like", f"name one of {', '.join(tuned)}"
         self._require(rate is not None or not tuned, field, wanted, str(like or "nothing"))
 
-    def _require_known(self, field: str, names: Any, known: Any) -> None:
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise InputError(f"`{self.path}: {field}` must name one of {', '.join(known)}, got {unknown[0]!r}")
+    def _require_known(self, field: str, names: Iterable[str], known: Collection[str]) -> None:
+        require_known(f"{self.path}: {field}", names, known)
 
     @cached_property
     def sha(self) -> str:
@@ -289,14 +259,7 @@ def read_plan(path: Path = PLAN) -> Plan:
     Raises:
         InputError: a missing file, one that is no plan, or names that the plan does not have.
     """
-    if not path.is_file():
-        raise InputError(f"`--plan` must be a file, got {path}; the plan is benchmarks/studies/reproduce/plan.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"`--plan` must be YAML, got {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"`--plan` must hold the keys {', '.join(sorted(KEYS))}, got {path} with {content!r}")
+    content = read_content(path, KEYS, PLAN)
     name = content.pop("extends", None)
     if name is None:
         return Plan(content, path)

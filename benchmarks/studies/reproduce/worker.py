@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback
 
+from benchmarks.studies.plans import merged
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
-from benchmarks.studies.reproduce.plan import Asset, Job, folder_of, merged
+from benchmarks.studies.reproduce.plan import Asset, Job, folder_of
 from benchmarks.studies.reproduce.problems import KeepProblems
 from benchmarks.studies.reproduce.results import Record, code_version, finish
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, Summary
