@@ -21,6 +21,7 @@ __all__ = ["BETTER", "OPEN", "WORSE", "draw_band", "draw_estimate", "draw_positi
 DPI = 120
 BETTER, WORSE, OPEN = "#1f5fa8", "#c4500c", "0.45"  # blue and orange, which the colour-blind tell apart as well
 WIDE = 4.0  # an interval above WIDE times the median one may run out of its panel
+ROOM: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # around what is written over a line
 MARGIN, LEAST_MARGIN = 0.05, 0.02  # of an axis, beside the outermost end; of one on which all is 0
 
 
@@ -58,12 +59,11 @@ def draw_estimate(
         text = f"{show(found, 2, signed=True)} \u25b8" if right else f"\u25c2 {show(found, 2, signed=True)}"
         place, side = (0.98, "right") if right else (0.02, "left")
         where = axis.get_yaxis_transform()  # x of the panel, y of the data
-        axis.text(place, row, text, transform=where, ha=side, va="center", fontsize=8, color=color)
+        axis.text(place, row, text, transform=where, ha=side, va="center", fontsize=8, color=color, bbox=ROOM)
         return
-    known = found.low is not None and found.high is not None
-    if known:
+    if found.low is not None and found.high is not None:
         axis.plot([found.low, found.high], [row, row], color=color, lw=1.8)
-    axis.plot([found.mean], [row], "o", color=color, ms=4, mfc=color if known else "white")
+    axis.plot([found.mean], [row], "o", color=color, ms=4, mfc=color if found.low is not None else "white")
 
 
 def limit(axis: Axes, estimates: Sequence[Estimate], far: float = np.inf) -> None:

@@ -16,6 +16,7 @@ from lit_opd.compare.statistics import Estimate
 TITLE = "The leaderboard of weightings"
 NOTHING = "No run is finished yet."
 UNKNOWN = "-"
+LOSS = "full-vocabulary"  # the one variant that is no weighting
 FIRST = "share first"  # of the draws
 PAPERS = {  # hypothesis of the plan -> whose claim it is; docs/references.md says how much of each was read
     "H1": "IW-OPD, 2606.22600",
@@ -60,7 +61,8 @@ HOW_COST = (
 )
 HOW_PICTURE = (
     "A line is the unadjusted 95 % interval over seeds and problems of the area minus that of uniform: blue is better, orange "
-    "is worse, grey contains 0. Uniform is the mark at 0; what lies too far out is written. Seeds ranked:"
+    "is worse, grey contains 0. Uniform is the mark at 0; what lies too far out is written; an empty row has not run there. "
+    "Seeds ranked:"
 )
 ADDED = (
     "Rows with + were added from sweeps and are no part of the plan. Each is ranked among the plan's variants on the seeds that "
@@ -148,7 +150,8 @@ def overall_section(found: Overall, board: Board) -> Section:
         f"Mean rank: over {', '.join(found.conditions)}, where every variant of the plan is ranked. Other conditions have fewer "
         "variants, so a rank there is among those. Intervals are over other seeds and problems, not over other conditions."
     )
-    return Section("Mean ranks", [HOW_RANKS, where], Table(header, rows))
+    also = [f"{LOSS} is no weighting: it changes the loss and weighs all tokens alike."] if LOSS in found.order else []
+    return Section("Mean ranks", [HOW_RANKS, where, *also], Table(header, rows))
 
 
 def how_lines(board: Board) -> list[str]:

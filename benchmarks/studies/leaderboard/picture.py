@@ -40,7 +40,7 @@ def draw_board(board: Board, order: Sequence[str], path: Path) -> None:
     panels[0].set_yticks(range(len(order)), _labels(board, order))
     panels[0].set_ylim(len(order) - 0.5, -0.5)
     title = f"area minus that of {REFERENCE}: mean, 95 % interval over seeds and problems"
-    title += "; behind a name its mean rank" if board.overall else ""
+    title += "; beside a name, its mean rank" if board.overall else ""
     figure.suptitle(fill(title, int(LETTERS * size[0])), fontsize=10)
     save(figure, path)
 
