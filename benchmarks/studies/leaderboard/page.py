@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.studies.cells import seeds_cell
 from benchmarks.studies.leaderboard.board import Board, Condition, Overall, Row
 from benchmarks.studies.leaderboard.ranks import Standing
 from benchmarks.studies.reproduce.hypotheses import Finding, Outcomes, findings, hypotheses_of, verdict
 from benchmarks.studies.reproduce.plan import REFERENCE, Plan
-from benchmarks.studies.reproduce.referee import tallied
+from benchmarks.studies.reproduce.referee import seeds_of
 from benchmarks.studies.reproduce.report import Chosen, days, machines
 from lit_opd.compare.document import Document, Interval, Section, Table, markdown_table, markdown_text, show
 from lit_opd.compare.statistics import Estimate
@@ -18,15 +19,16 @@ NOTHING = "No run is finished yet."
 UNKNOWN = "-"
 LOSS = "full-vocabulary"  # the one variant that is no weighting
 FIRST = "share first"  # of the draws
+SMALL = 0.005  # of a share: rounds to 0
 PAPERS = {  # hypothesis of the plan -> whose claim it is; docs/references.md says how much of each was read
     "H1": "IW-OPD, 2606.22600",
     "H2": "IW-OPD, 2606.22600",
-    "H3": "IW-OPD's theory, 2606.22600; the window is ours",
-    "H4": "one or two tokens a response, reported in 2609.04565",
+    "H3": "the ratio: IW-OPD's theory, 2606.22600; the window, and where it helps: ours",
+    "H4": "one or two tokens a response, 2609.04565; a tenth of them: ours",
     "H5": "the null advantage, 2608.31046",
     "H6": "ours, a control",
-    "H7": "CDD, reported in 2609.11127; rate and floor are ours",
-    "H8": "IW-OPD, 2606.22600",
+    "H7": "ours, after what CDD, 2609.11127, says against IW-OPD",
+    "H8": "IW-OPD, 2606.22600: the gap persists; late against early: ours",
 }
 VARIANTS = {  # of the plan; docs/referee.md has the same
     "uniform": "plain on-policy distillation, every token alike",
@@ -51,8 +53,10 @@ HOW_RANKS = (
     "better in them more often than it should."
 )
 HOW_ROWS = (
-    "Area: mean height of greedy accuracy over training. Brackets are unadjusted 95 % intervals over seeds and problems. An "
-    "asterisk marks a difference whose interval leaves 0 out; by chance alone one in twenty does."
+    "Area: mean height of greedy accuracy over training. Brackets are unadjusted 95 % intervals over seeds and problems; one "
+    "seed has none. An asterisk marks a difference whose interval leaves 0 out; of true zeros one in twenty does by chance. "
+    "Seeds draw their training problems from one pool a condition and share a quarter of them: for another pool the intervals "
+    "are too narrow (referee.md says by how much at most)."
 )
 HOW_COST = (
     "Median CPU seconds of a run on the machine named above, which did other work too: compare within a condition. For added "
@@ -71,7 +75,7 @@ ADDED = (
 SEEDS_ONLY = (
     "Rows with (seeds only) have no outcomes by problem: their intervals are over seeds alone, and they are not ranked."
 )
-HOW_SHARES = "How often each variant holds each rank, % of the draws; below 0.5 % is left empty."
+HOW_SHARES = "How often each variant holds each rank, % of the draws; what rounds to 0 is left empty."
 
 
 def sections_of(plan: Plan, chosen: Chosen, board: Board) -> list[Section]:
@@ -146,9 +150,12 @@ def overall_section(found: Overall, board: Board) -> Section:
         inside = [row.standing if (row := condition.row(name)) else None for condition in each]
         rows.append([name, show(found.mean[name], 1), percent(standing.first), *map(rank, inside)])
     header = ["variant", "mean rank", FIRST, *(f"rank in {condition.name}" for condition in each)]
+    seeds = {condition.name: len(condition.seeds) for condition in each}
+    taken = ", ".join(f"{name} ({seeds[name]} seeds)" for name in found.conditions)
     where = (
-        f"Mean rank: over {', '.join(found.conditions)}, where every variant of the plan is ranked. Other conditions have fewer "
-        "variants, so a rank there is among those. Intervals are over other seeds and problems, not over other conditions."
+        f"Mean rank: over {taken}: every condition in which all variants of the plan are ranked, however few its seeds. Other "
+        "conditions have fewer variants, so a rank there is among those. Intervals are over other seeds and problems, not over "
+        "other conditions."
     )
     also = [f"{LOSS} is no weighting: it changes the loss and weighs all tokens alike."] if LOSS in found.order else []
     return Section("Mean ranks", [HOW_RANKS, where, *also], Table(header, rows))
@@ -180,7 +187,7 @@ def cells_of(row: Row) -> list[str]:
     gap = show(row.minus, signed=True) if row.minus else UNKNOWN
     return [
         name_of(row),
-        str(row.own.count),
+        seeds_cell(row.own.count, None if row.variant == REFERENCE else row.minus.count if row.minus else 0),
         show(row.own),
         gap + (" *" if row.minus and row.minus.excludes_zero else ""),
         rank(row.standing),
@@ -226,32 +233,42 @@ def rank(standing: Standing | None) -> str:
 def percent(share: float) -> str:
     """A share of the draws.
 
-    >>> percent(0.914), percent(0.001), percent(0.0)
-    ('91 %', '< 0.5 %', '0 %')
+    >>> percent(0.914), percent(0.001), percent(0.0), percent(0.999), percent(1.0)
+    ('91 %', '< 1 %', '0 %', '> 99 %', '100 %')
     """
-    return "< 0.5 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+    if 0 < share <= SMALL or 1 - SMALL <= share < 1:
+        return "< 1 %" if share <= SMALL else "> 99 %"
+    return f"{100 * share:.0f} %"
 
 
 def claims_section(plan: Plan, chosen: Chosen) -> Section:
     """What became of published claims."""
     found = findings(plan, Outcomes(chosen.counted))
     rows = [
-        [each.name, PAPERS.get(each.name, ""), each.claim, verdict(found[each.name]), tried(found[each.name])]
+        [each.name, PAPERS.get(each.name, ""), each.claim, verdict(found[each.name]), spelt(plan, found[each.name])]
         for each in hypotheses_of(plan)
     ]
     text = (
         "Claims are in this study's words and tested on its tasks. references.md says what was read of each paper, referee.md "
-        "has the contrasts with their intervals. Verdicts are adjusted for all primary contrasts together. Not decided speaks "
-        "neither for nor against a claim."
+        "has the contrasts with their intervals. Verdicts are adjusted for all primary contrasts together, intervals are not. "
+        "Not decided speaks neither for nor against a claim."
     )
     header = ["", "whose claim", "as tested here", "verdict", "primary contrasts"]
     return Section("Which claims held here", [text], Table(header, rows, text_columns=(1, 2)))
 
 
-def tried(found: Sequence[Finding]) -> str:
-    """Primary contrasts, and how many of them have not run."""
-    waiting = sum(each.adjusted is not None and each.estimate is None for each in found)
-    return tallied(found) + (f" ({waiting} not run)" if waiting else "")
+def spelt(plan: Plan, found: Sequence[Finding]) -> str:
+    """Primary contrasts with their intervals; what has not run is named."""
+    return "; ".join(
+        f"{each.contrast.words} in {each.condition}: "
+        + (
+            f"{show(each.estimate, signed=True)}, {each.verdict}, seeds {seeds_of(plan, each)}"
+            if each.estimate
+            else "not run"
+        )
+        for each in found
+        if each.adjusted is not None
+    )
 
 
 def shares_sections(board: Board) -> list[Section]:
@@ -270,7 +287,8 @@ def shares_sections(board: Board) -> list[Section]:
 def shares(title: str, order: Sequence[str], standing: Mapping[str, Standing]) -> Section:
     """A table of variants by ranks."""
     rows = [
-        [name, *(f"{100 * share:.0f}" if share >= 0.005 else "" for share in standing[name].shares)] for name in order
+        [name, *(percent(share).removesuffix(" %") if share > SMALL else "" for share in standing[name].shares)]
+        for name in order
     ]
     return Section(title, [HOW_SHARES], Table(["variant", *map(str, range(1, len(order) + 1))], rows), folded=True)
 

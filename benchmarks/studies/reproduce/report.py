@@ -240,13 +240,13 @@ def coloured(runs: Mapping[str, Sequence[Record]], references: Sequence[str]) ->
     return sorted(runs, key=rank)[: pictures.SHOWN]
 
 
-def models_line(records: Sequence[Record]) -> str:
-    """Where the student starts, and the models that are not the shipped ones."""
-    start = fmean(record["curves"]["greedy"][0][1] for record in records)
+def models_line(records: Sequence[Record], start: str = "") -> str:
+    """Where the student starts, with three digits or as ``start`` says, and the models that are not the shipped ones."""
+    start = start or f"{fmean(record['curves']['greedy'][0][1] for record in records):.3f}"
     models = {role: about for record in records for role, about in record["models"].items()}
     parts = [f"{about['name']} (greedy {about['greedy']:.3f} on 128 other problems, {about['steps']} steps)"
              for about in models.values()]  # fmt: skip
-    return f"The student starts at greedy {start:.3f}." + (f" Models: {', '.join(parts)}." if parts else "")
+    return f"The student starts at greedy {start}." + (f" Models: {', '.join(parts)}." if parts else "")
 
 
 def results_table(
