@@ -25,7 +25,7 @@ from callbacks import RolloutSamples, default_callbacks
 from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
 from lit_opd.compare.differences import compare_runs
-from lit_opd.compare.document import Document, Interval, Section, Table, markdown_text
+from lit_opd.compare.document import FOREST_WIDTH, Document, Interval, Section, Table, markdown_text
 from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
 from lit_opd.compare.pictures import draw_cosines, draw_weights, plain
 from lit_opd.compare.replay import REFERENCES, GradientSums, Replay, WeightSums, find_files, replay_files
@@ -569,6 +569,18 @@ def test_names_are_text_in_markdown():
         assert not re.match(r"#|[-+>] |\d+[.)] ", written)
         assert not re.search(r"(?<!\\)[*_`<]|(?<!\\)\](?=[(:])", written)
     assert markdown_text("0.831 [0.811, 0.851]") == "0.831 [0.811, 0.851]" and markdown_text("-0.003") == "-0.003"
+
+
+def test_a_mean_that_is_far_out_is_an_arrow_and_squeezes_no_other():
+    near = [Interval(0.1, 0.0, 0.2, marked=True), Interval(-0.1), Interval(0.05), Interval(0.02)]
+    rows = [*near, Interval(-9.0, -9.5, -8.5, marked=True), None]
+    first, low, *_, far, none = Table(["a"], [["x"]] * 6, intervals=rows).forest()
+    assert (first["beyond"], low["beyond"], far["beyond"], none) == (0, 0, -1, None)
+    assert (low["dot"], first["high"]) == ("0.0", f"{FOREST_WIDTH:.1f}")  # the scale is of the others alone
+    page = Document("t", [Section("s", [], Table(["a"], [["x"]] * 6, intervals=rows))]).html()
+    assert page.count('class="dot" d="M2 6') == 1 and page.count("<circle") == 4
+    few = Table(["a"], [["x"]] * 4, intervals=rows[1:5]).forest()
+    assert not any(drawn["beyond"] for drawn in few) and few[3]["low"] == "0.0"
 
 
 def test_an_interval_is_drawn_where_it_is():

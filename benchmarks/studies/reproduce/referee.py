@@ -25,7 +25,7 @@ from benchmarks.studies.reproduce.hypotheses import (
 )
 from benchmarks.studies.reproduce.outcomes import unpacked
 from benchmarks.studies.reproduce.plan import REFERENCE, Plan
-from benchmarks.studies.reproduce.report import Chosen, choose, head, models_line, weights_table
+from benchmarks.studies.reproduce.report import Chosen, choose, days, head, machines, models_line, weights_table
 from benchmarks.studies.reproduce.results import Record, all_results
 from lit_opd.compare.document import markdown_table, show
 from lit_opd.compare.statistics import Estimate, mean_interval
@@ -40,17 +40,35 @@ ACCURACY = ("area", "greedy", "reverse KL")
 GAP = ("early KL", "late KL", "late minus early KL")
 DRAWN = ("area", "greedy", "reverse KL", "late KL")
 NOT_FINISHED = (
-    "**The study is not finished.** Verdicts are of the seeds that are; runs are made seed by seed, so that every variant of a "
-    "condition has about as many. A contrast without two finished seeds counts as not decided and in the adjustment. Each look "
-    "at an unfinished study is one more chance to find what is not there: the promised error is that of the whole plan."
+    "**The study is not finished.** Verdicts are of the runs so far and may change. Runs are made seed by seed, so all "
+    "variants of a condition have nearly the same number. A contrast with fewer than two finished seeds is not decided; the "
+    "adjustment counts it. Each look at an unfinished study is one more chance to find what is not there: the promised error is "
+    "that of the whole plan."
 )
-BY_CHANCE = "Unadjusted 95 % intervals: of differences that are truly 0 one in twenty excludes it by chance."
+DIFFERENCES = "mean difference from uniform, 95 % interval over seeds and problems"
+HOW_DIFFERENCES = (
+    "Each variant minus uniform on the seeds that both have. A line is the unadjusted 95 % interval over seeds and problems: "
+    "blue is better, orange is worse, grey contains 0. What lies too far out is written."
+)
+HOW_POSITIONS = (
+    "Means over seeds by tenth of the response, without intervals; one sample of each of 128 validation problems, weights of all "
+    "training tokens. In colour: uniform, and the variants that end nearest to the teacher on the last 30 %."
+)
+BY_CHANCE = "Unadjusted 95 % intervals: of differences that are truly 0, one in twenty excludes it by chance."
 HOW_START = (
     "Brackets of greedy are over problems. The divergence here is a mean over tokens, with intervals over seeds; in the tables "
     "every response counts alike."
 )
 ENDS = (slice(None, 3), slice(-3, None))  # of ten
-CLOSES = "Reverse KL of the last 30 % of a response at the end of training; below 0 is nearer to the teacher. Unadjusted, too."
+CLOSES = (
+    "Reverse KL of the last 30 % of a response at the end of training, nats a token; below 0 is nearer to the teacher than "
+    "uniform is. Intervals are unadjusted."
+)
+SCALE = (
+    "Size of the step and cost, means over steps and seeds. *Effective sample* is the share of the tokens that effectively "
+    "count, `train/weight_ess` of [metrics.md](metrics.md); the gradient norm is the one before clipping; tokens are all that "
+    "were sampled."
+)
 
 
 # -- what is committed ---------------------------------------------------------------------------------------------------
@@ -141,10 +159,10 @@ def verdict_lines(plan: Plan, found: Mapping[str, Sequence[Finding]]) -> list[st
         "",
         markdown_table(["", "hypothesis", "verdict", "primary contrasts"], rows),
         "",
-        f"The contrasts. *Primary* ones have a p adjusted by Holm over all {primary} of them, and the verdict is by it; others "
-        "are read by their own p, and their verdicts, in parentheses, decide nothing. Both are two-sided against "
-        f"{ALPHA:g}. Brackets are unadjusted 95 % intervals, bold where they exclude 0; a contrast expected to be *equal* "
-        f"is held against +-{plan.content.get('margin', 0):g}.",
+        f"The contrasts. The verdict of a *primary* one is by its adjusted p (Holm over all {primary} of them). The others have "
+        "their own p, and their verdicts, in parentheses, decide nothing. Both are two-sided, with the level "
+        f"{ALPHA:g}. Brackets are unadjusted 95 % intervals, bold where they exclude 0. A contrast that is expected to be "
+        f"*equal* is supported within +-{plan.content.get('margin', 0):g}.",
         "",
         contrast_table(plan, hypotheses, found),
         "",
@@ -234,7 +252,7 @@ def section(
     differences, positions = (f"{plan.pictures}-{condition}-{kind}.png" for kind in ("differences", "positions"))
     known = any(estimate is not None for each in versus.values() for estimate in each.values())
     if known:
-        pictures.draw_differences(versus, folder / differences)
+        pictures.draw_differences(versus, folder / differences, f"{condition}: {DIFFERENCES}")
     runs = {name: list(found.values()) for name, found in of.items()}
     pictures.draw_by_position(runs, folder / positions, closest(own))
     return [
@@ -248,12 +266,24 @@ def section(
         "",
         measure_table(order, of, own, versus, GAP),
         "",
+        SCALE,
+        "",
         weights_table(of, order),
         "",
         *([f"![{condition}: differences from uniform with intervals](pictures/{differences})", ""] if known else []),
+        *([caption(of, records, HOW_DIFFERENCES), ""] if known else []),
         f"![{condition}: divergence, disagreement and weight by position](pictures/{positions})",
         "",
+        caption(of, records, HOW_POSITIONS),
+        "",
     ]
+
+
+def caption(of: Mapping[str, Mapping[int, Record]], records: Sequence[Record], how: str) -> str:
+    """Below a picture: how it is read, and what its runs are."""
+    counts = sorted({len(runs) for runs in of.values()})
+    seeds = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    return f"*{how} Seeds a variant: {seeds}; {machines(records)}; {days(records)}.*"
 
 
 def closest(own: Mapping[str, Mapping[str, Estimate | None]]) -> list[str]:
