@@ -474,6 +474,16 @@ def test_a_verdict_that_decides_nothing_stands_in_parentheses():
     assert rows["H5", "all-legal"].endswith("|  | 4 of 10 | (contradicted) |")
 
 
+def test_one_seed_has_a_difference_and_no_p():
+    """1.000 would read as a test that was made."""
+    jobs = [job for job in jobs_of() if job.condition == "base" and job.variant in ("uniform", "null-advantage")]
+    records = synthetic([job for job in jobs if job.seed == 1000], LIFTS)
+    table = contrast_table(plan_of(), hypotheses_of(plan_of()), findings(plan_of(), Outcomes(records), draws=200))
+    (row,) = (line[2:-2].split(" | ") for line in table.splitlines() if "| H5 |" in line and "primary" in line)
+    ours, theirs = (areas_of(records, name)[1000] for name in ("null-advantage", "uniform"))
+    assert row[4:] == [f"{ours - theirs:+.3f}", "", "", "1 of 10", "not decided"]
+
+
 def test_before_training_the_runs_of_a_seed_count_once():
     """Three variants of one seed start alike: two seeds are two values, not four."""
     records = [

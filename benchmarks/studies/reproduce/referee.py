@@ -201,7 +201,7 @@ def contrast_table(plan: Plan, hypotheses: Sequence[Hypothesis], found: Mapping[
                 [
                     *cells,
                     interval(each.estimate),
-                    *(ps if each.estimate else ["", ""]),
+                    *(ps if each.estimate and each.estimate.low is not None else ["", ""]),
                     seeds_of(plan, each),
                     "not run" if not each.estimate else each.verdict if primary else f"({each.verdict})",
                 ]
