@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from callbacks import default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.run.checkpoint_files import problem
 from tests.cli.test_cli import write_prompts
-from tests.helpers import tiny
+from tests.helpers import forks, tiny
 from tests.helpers.wandb_file import records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +213,7 @@ def whole(request, models, tmp_path_factory) -> tuple[str, Path, Path]:
 KILLED_AFTER = {
     "schedule, random strategy": (3, 5),
     "annealed strategy, length budget": (6, 8),
-    "several updates a batch, shuffled weights": (2, 6),
+    "several updates a batch, shuffled weights": (6,),
     "adapters alone": (5,),
     "no validation": (1, 5),
     "responses stopped by their prefix ratio": (4,),
@@ -282,7 +279,7 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("case", sorted(RATES))
+@pytest.mark.parametrize("case", [pytest.param("constant", marks=pytest.mark.slow), "schedule"])
 def test_a_learning_rate_that_was_lowered_is_what_the_run_goes_on_with(models, tmp_path, case):
     """A tenth of it after the first step; the schedule goes on from where it is."""
     changes, rates = RATES[case]
@@ -328,11 +325,7 @@ def two_ranks(models, tmp_path_factory, kind: str) -> tuple[Path, Path, list[dic
     ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"process_group_backend": "gloo"}}
     shared = {"trainer.devices": 2, "trainer.strategy": ddp, "trainer.max_steps": 5, "trainer.val_check_interval": 3}
     config = write_config(folder, models, **shared, **{"model.optimizer.init_args.lr": 1e-2})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.helpers.resume_ranks", str(folder), str(config), kind]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    forks.succeed("tests.helpers.resume_ranks", str(folder), str(config), kind, logs=folder, timeout=TIME_LIMIT)
     return config, folder, [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

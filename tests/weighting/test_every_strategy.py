@@ -96,7 +96,7 @@ def refused(base: Path, run_dir: Path, capsys: Any, *overrides: str) -> str:
     return message
 
 
-EVERY = 3  # of the overlays one in three trains in `make test`, all in `make test-slow`
+EVERY = 8  # of the overlays one in eight trains in `make test`, all in `make test-slow`
 TRAINED = [
     pytest.param(path, id=path.stem, marks=pytest.mark.slow if place % EVERY else ())
     for place, path in enumerate(OVERLAYS)
