@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from callbacks import default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.run.checkpoint_files import problem
 from tests.cli.test_cli import write_prompts
-from tests.helpers import forks, tiny
+from tests.helpers import cases, fixed, forks, tiny
 from tests.helpers.wandb_file import records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,6 +272,22 @@ def test_a_validation_that_the_checkpoint_had_is_not_made_again(models, tmp_path
     (run / "summary.json").unlink()
     fit(config, run, "--ckpt_path", "last")
     assert (metrics(run), json.loads((run / "summary.json").read_text()) | {"seconds": 0}) == before
+
+
+def test_a_run_that_ended_with_its_epoch_goes_on_with_the_next(models, tmp_path):
+    """``fixed.fit`` has epochs of 8 batches; without end, the alarm ends the process."""
+
+    def weights(steps: int, **paths: Path) -> dict[str, torch.Tensor]:
+        trained = fixed.module(models, cases.rollout(), optimizer=cases.momentum)
+        fixed.fit(trained, cases.rollout().prompts, steps=steps, **paths)
+        assert trained.trainer.current_epoch == -(-steps // 8)  # epochs begun
+        return fixed.weights(trained)
+
+    signal.alarm(TIME_LIMIT)
+    weights(8, save=tmp_path / "epoch.ckpt")
+    ours, theirs = weights(9, load=tmp_path / "epoch.ckpt"), weights(9)
+    signal.alarm(0)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 RATES = {
