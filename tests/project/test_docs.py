@@ -50,7 +50,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_rows(folder: Path) -> Path:
     """The first of the embedded training prompts as ``few.jsonl``."""
     lines = (ROOT / "lit_opd/testbed/assets/train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "few.jsonl").write_text("".join(lines[:16]))
+    (folder / "few.jsonl").write_text("".join(lines[:64]))
     return folder / "few.jsonl"
 
 
