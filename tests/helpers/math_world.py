@@ -75,7 +75,7 @@ def config(folder: Path, callbacks: list[dict[str, Any]] | None = None, **traine
             "validation": {"samples": 1, "divergence": False},
         },
         "data": {
-            "train": str(folder / "train.jsonl"),
+            "train": str(folder.parent / "train.jsonl"),
             "val": str(ASSETS / "val.jsonl"),
             "val_limit": 4,
             "prompt_batch": 4,
@@ -84,7 +84,7 @@ def config(folder: Path, callbacks: list[dict[str, Any]] | None = None, **traine
     }
     folder.mkdir(parents=True, exist_ok=True)
     prompts = (ASSETS / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(prompts[:ROWS]))
+    (folder.parent / "train.jsonl").write_text("".join(prompts[:ROWS]))  # one file for every config: a run is its data's
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

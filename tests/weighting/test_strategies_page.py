@@ -162,7 +162,7 @@ def commands(text: str) -> list[list[str]]:
 def test_the_users_strategy_trains_by_its_command_and_weighs_by_its_sentence(workplace):
     (command,) = commands(section("Write your own in twenty lines"))
     watch = Watch()
-    main(lambda: [watch], [*command, *SMALL])
+    main(lambda: [watch], [*command, *SMALL, "--data.prompt_batch", "32"])
     assert (watch.strategy.threshold, watch.strategy.after) == (2.0, 0.2)
     assert len(watch.records) == 2
     for record in watch.records:
