@@ -21,9 +21,9 @@ $(TEST_STAMP): $(STAMP) requirements-test.lock
 quickstart: $(STAMP)
 	$(BIN)/python train.py fit --config configs/quickstart.yaml --run_dir runs/quickstart --overwrite true
 
-# Two processes, a file of tests in one of them: nine minutes on two cores, sixteen in one process
+# Two processes, a file of tests in one of them, the files in the order of tests/conftest.py
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -34,6 +34,7 @@ from lit_opd.prompts.loading import looking_ahead
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
 from lit_opd.run.lightning import (
     attached_trainer,
+    begin_next_epoch,
     bound_waits,
     device_mesh,
     log_agreed,
@@ -504,6 +505,7 @@ class OPDModule(L.LightningModule):
             teacher.begin()
         if self.state.take_due(self, at_start=self.validation.before_training):
             validate_now(self.trainer)
+        begin_next_epoch(self.trainer)
 
     def on_train_end(self) -> None:
         """Measure the end, unless that was just done."""

@@ -45,6 +45,22 @@ def file_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+# files that take longest, seconds above 15, first: else one process is left alone with one of them at the end
+LONG = """
+step/test_distributed run/test_resume project/test_docs callbacks/test_early_aime step/test_faults project/test_installed
+cli/test_what_a_run_says step/test_metric_values servers/test_servers benchmarks/test_reproduce run/test_checkpoints
+cli/test_cli sweep/test_sweep preflight/test_preflight step/test_stopped_rank callbacks/test_signals cli/test_inputs
+compare/test_compare weighting/test_weighting_contract servers/test_server_recovery project/test_guides evaluation/test_grading
+scoring/test_kernels weighting/test_strategies_page
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``LONG`` first, the others in their order; with ``--no-loadscope-reorder``, pytest-xdist hands out files like this."""
+    place = {f"tests/{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONG)))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Say what this run left out."""
     reports = [report for found in terminalreporter.stats.values() for report in found]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -30,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.cli.parse_errors import USAGE_ERROR, OneLineParser
-from lit_opd.cli.redaction import one_line, redacted, with_references
+from lit_opd.cli.redaction import one_line, plain_values, redacted, with_references
 from lit_opd.distributed import is_rank_zero
 from lit_opd.errors import InputError, ServerError, Stopped, first_line, require
 from lit_opd.files import replace_or_refuse
@@ -121,9 +120,9 @@ class RunConfig(SaveConfigCallback):
             for name, value in HOW_STARTED.items():
                 if name in config:
                     config[name] = value
-            text = with_references(self.parser.dump(config, skip_none=False))
-            replace_or_refuse(folder / "config.yaml", text.encode())
-            describe(trainer.loggers, yaml.safe_load(text), seed=getattr(pl_module, "seed", None))
+            text = self.parser.dump(config, skip_none=False)
+            replace_or_refuse(folder / "config.yaml", with_references(text).encode())
+            describe(trainer.loggers, plain_values(text), seed=getattr(pl_module, "seed", None))
 
 
 class OPDCLI(PlainCLI):
@@ -297,7 +296,7 @@ class OPDCLI(PlainCLI):
     def plain_config(self) -> dict[str, Any]:
         """The config as plain values, secrets left out."""
         text = self.command_parser().dump(self.settings, skip_none=False)
-        return dict(yaml.safe_load(with_references(text)))
+        return dict(plain_values(text))
 
     def _require_same_run(self, saved: dict[str, Any]) -> None:
         """A run that goes on has the settings that its checkpoint was trained with, or those that may change by name."""

@@ -48,8 +48,12 @@ def with_references(config: str) -> str:
 
     Values are replaced before they are written: YAML escapes some characters and folds long lines.
     """
-    kept = _referenced(yaml.safe_load(config), secrets())
-    return yaml.safe_dump(kept, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return yaml.safe_dump(plain_values(config), default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+def plain_values(config: str) -> Any:
+    """What the text of ``with_references`` says, without writing it."""
+    return _referenced(yaml.safe_load(config), secrets())
 
 
 def _referenced(value: Any, held: Mapping[str, str]) -> Any:

@@ -222,6 +222,16 @@ def validate_now(trainer: Trainer) -> None:
     trainer.training = True
 
 
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Where the checkpoint that a run goes on from ended with an epoch, go on with the next; called at the start of training.
+
+    Lightning takes the epoch that ended for the running one, finds no batch left in it, and looks again without end.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop.restarting and loop.restarted_on_last and loop._num_ready_batches_reached():
+        loop.restarting = False
+
+
 def validation_due(trainer: Any, *, validated_at: int | None, at_start: bool) -> bool:
     """True where the validation that belongs to the trainer's step is still to be made.
 

@@ -6,10 +6,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,8 @@ from callbacks import default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.errors import Stopped
 from lit_opd.run.checkpoint_files import numbered, problem
-from tests.helpers import tiny
-from tests.run.test_resume import ROOT, assert_same_files, assert_same_run, fit, write_config
+from tests.helpers import forked, tiny
+from tests.run.test_resume import assert_same_files, assert_same_run, fit, write_config
 
 CHANGES: dict[str, Any] = {"trainer.max_steps": 6, "trainer.val_check_interval": 2, "model.mini_batches": 2}
 
@@ -74,6 +71,7 @@ PLACES = {
 
 
 SLOW = {"validation at the start", "sampling of the first batch", "an evaluation's end at step 4"}
+SLOW |= {"second backward of the first batch"}
 CASES = [pytest.param(place, marks=pytest.mark.slow if place in SLOW else ()) for place in sorted(PLACES)]
 
 
@@ -147,22 +145,6 @@ SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "
 PHASES = ("sampling", "scoring", "backward", "evaluation", "checkpoint")
 
 
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Runs a job of tests/helpers/forked.py in a process of its own, and gives its report."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-m", "tests.helpers.forked"], cwd=ROOT, env=environment, **pipes) as parent:
-
-        def run(asked: dict[str, Any]) -> dict[str, Any]:
-            parent.stdin.write(json.dumps(asked) + "\n")
-            parent.stdin.flush()
-            return json.loads(parent.stdout.readline())
-
-        yield run
-        parent.stdin.close()
-
-
 def with_checkpoints(config: Path, **options: int) -> list[dict[str, Any]]:
     """The config's callbacks with other options of ``RunCheckpoint``."""
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
@@ -173,9 +155,12 @@ def job(config: Path, run: Path, *words: str, **options: Any) -> dict[str, Any]:
     return {"argv": ["fit", "--config", str(config), "--run_dir", str(run), *words], "log": f"{run}.log", **options}
 
 
+IMPORTED = "__import__('tests.callbacks.test_signals').callbacks.test_signals"
+
+
 @pytest.fixture(scope="module")
-def processes(whole, forked, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
-    """An impatient user's run, a SLURM job, and one that is killed in the second writing of a checkpoint and goes on."""
+def processes(whole, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    """A SLURM job, and a run that is killed in the second writing of a checkpoint and goes on."""
     config, folder = whole[0], tmp_path_factory.mktemp("processes")
     scontrol = folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -183,22 +168,20 @@ def processes(whole, forked, tmp_path_factory) -> tuple[Path, list[dict[str, Any
     scontrol.chmod(0o755)
     slurm = SLURM | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     often = ["--trainer.callbacks", json.dumps(with_checkpoints(config, every=2))]
-    imported = "__import__('tests.callbacks.test_signals').callbacks.test_signals"
     jobs = [
-        job(config, folder / "impatient", callbacks=f"[{imported}.Impatient()]"),
-        job(config, folder / "slurm", callbacks=f"[{imported}.Sends(10, 'on_before_backward', 3)]", env=slurm),
+        job(config, folder / "slurm", callbacks=f"[{IMPORTED}.Sends(10, 'on_before_backward', 3)]", env=slurm),
         job(config, folder / "killed", *often, kill=["checkpoint", 2, 0.0]),
         job(config, folder / "killed", *often, "--ckpt_path", "last"),
     ]
-    return folder, [forked(asked) for asked in jobs]
+    return folder, [forked.run(asked) for asked in jobs]
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_exits_at_once(processes):
-    folder, reports = processes
-    assert reports[0]["status"] == 130
-    assert "stopping; the state is saved first" in (folder / "impatient.log").read_text()
-    assert not list((folder / "impatient").glob("checkpoints/*.ckpt"))
+def test_a_second_ctrl_c_exits_at_once(whole, tmp_path):
+    report = forked.run(job(whole[0], tmp_path / "impatient", callbacks=f"[{IMPORTED}.Impatient()]"))
+    assert report["status"] == 130
+    assert "stopping; the state is saved first" in (tmp_path / "impatient.log").read_text()
+    assert not list((tmp_path / "impatient").glob("checkpoints/*.ckpt"))
 
 
 def test_a_slurm_job_saves_is_queued_again_and_goes_on_without_another_option(whole, processes, monkeypatch):
@@ -206,7 +189,7 @@ def test_a_slurm_job_saves_is_queued_again_and_goes_on_without_another_option(wh
     config, undisturbed = whole
     folder, reports = processes
     said, run = (folder / "slurm.log").read_text(), folder / "slurm"
-    assert reports[1]["status"] == 0, said[-3000:]
+    assert reports[0]["status"] == 0, said[-3000:]
     assert "stopped by SIGUSR1" in said and "the job is queued again" in said
     assert (folder / "calls").read_text() == "requeue 77\n"
     assert [path.name for path in run.glob("hpc*")] == ["hpc_ckpt_1.ckpt"]
@@ -228,8 +211,8 @@ def test_a_folder_that_no_job_left_is_still_refused_under_slurm(whole, monkeypat
 
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(whole, processes):
     folder, reports = processes
-    assert (reports[2]["status"], reports[2]["phase"]) == (-signal.SIGKILL, "checkpoint")
-    assert reports[3]["status"] == 0, (folder / "killed.log").read_text()[-3000:]
+    assert (reports[1]["status"], reports[1]["phase"]) == (-signal.SIGKILL, "checkpoint")
+    assert reports[2]["status"] == 0, (folder / "killed.log").read_text()[-3000:]
     assert_same_files(folder / "killed", whole[1])
 
 
@@ -247,7 +230,7 @@ def newest_step(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_sixty_kills_at_random_instants_lose_nothing_beyond_the_last_checkpoint(models, forked, tmp_path):
+def test_sixty_kills_at_random_instants_lose_nothing_beyond_the_last_checkpoint(models, tmp_path):
     """Runs of 6 steps, a checkpoint every second one, killed again and again until they end; then all is as if undisturbed."""
     draw = random.Random(0)
     config = write_config(tmp_path, models, **{"trainer.max_steps": 6, "trainer.val_check_interval": 2})
@@ -260,7 +243,7 @@ def test_sixty_kills_at_random_instants_lose_nothing_beyond_the_last_checkpoint(
         while True:
             going_on = ("--ckpt_path", "last") if saved else ("--overwrite", "true")
             kill = [draw.choice(PHASES), draw.randint(1, 4), draw.random() * SLOWEST] if killed < KILLS else None
-            report = forked(job(config, run, *words, *going_on, kill=kill))
+            report = forked.run(job(config, run, *words, *going_on, kill=kill))
             assert report["status"] in (0, -signal.SIGKILL), Path(f"{run}.log").read_text()[-3000:]
             now = newest_step(run)
             assert now >= saved and report["step"] - now <= 2

@@ -543,7 +543,11 @@ def test_positions_are_the_means_of_the_runs_profiles(tmp_path):
     assert_drawn(tmp_path / "out" / "by_position.png")
 
 
-@pytest.mark.parametrize("name", ["$x_1$ and $y$", "$", "_under_", r"\frac$", "a|b", "*a*", "<b>"])
+MORE_NAMES = ["$", "_under_", r"\frac$", "a|b", "*a*"]
+NAMES = ["$x_1$ and $y$", "<b>", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_NAMES)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_a_variant_can_be_drawn_and_written(tmp_path, name):
     for seed in (1, 2):
         for own in (name, f"_{name}"):

@@ -1,4 +1,4 @@
-"""Run under torchrun on two processes: bad rows of one rank, and memory that runs out on one. Writes to argv[1]."""
+"""Run on two processes: bad rows of one rank, and memory that runs out on one. Writes to argv[1]."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Runs the command line in children that are forked from one import, and kills them where it is told; one job a line of input.
+"""Runs the command line in children that are forked from this process, and kills them where it is told.
 
 A job: {"argv": [...], "callbacks": Python for a list, "env": {...}, "log": file, "kill": [phase, occurrence, delay]}. The answer
-is a line with exit status, phase at the kill, and optimizer step.
+has exit status, phase at the kill, and optimizer step.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import signal
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-import lit_opd.report.profile_pictures
 from callbacks import default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.run import checkpoint_files
@@ -72,6 +70,7 @@ def child(job: dict[str, Any], memory: mmap.mmap) -> None:
     """Run the command line; never returns."""
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.update(job.get("env", {}))
     torch.set_num_threads(1)
     sys.argv = ["train.py", *job["argv"]]
@@ -116,9 +115,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if pid == 0:
         child(job, memory)
     return watched(pid, memory, job.get("kill"))
-
-
-if __name__ == "__main__":
-    lit_opd.report.profile_pictures.draw_all = lambda *args, **options: {}
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)

@@ -22,6 +22,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "lit_opd" / "testbed" / "assets"
 STEPS = 3
 SAMPLES = 4
 PROBLEMS = 6
+ROWS = 64  # of the embedded thousands of training prompts, all of which a run would read
 
 
 def models(folder: Path) -> None:
@@ -74,7 +75,7 @@ def config(folder: Path, callbacks: list[dict[str, Any]] | None = None, **traine
             "validation": {"samples": 1, "divergence": False},
         },
         "data": {
-            "train": str(ASSETS / "train.jsonl"),
+            "train": str(folder.parent / "train.jsonl"),
             "val": str(ASSETS / "val.jsonl"),
             "val_limit": 4,
             "prompt_batch": 4,
@@ -82,6 +83,8 @@ def config(folder: Path, callbacks: list[dict[str, Any]] | None = None, **traine
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
+    prompts = (ASSETS / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder.parent / "train.jsonl").write_text("".join(prompts[:ROWS]))  # one file for every config: a run is its data's
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

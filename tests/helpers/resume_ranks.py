@@ -1,4 +1,4 @@
-"""Run under torchrun on two processes: runs that are stopped and go on, through the command line. argv: folder, config, kind."""
+"""Run on two processes: runs that are stopped and go on, through the command line. argv: folder, config, kind."""
 
 from __future__ import annotations
 

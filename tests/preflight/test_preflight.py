@@ -354,7 +354,8 @@ def test_an_unknown_strategy_is_an_error(world, tmp_path, capsys):
 
 def test_a_server_that_does_not_answer_is_one_row(world, tmp_path, capsys):
     overlay = tmp_path / "remote.yaml"
-    teacher = {"urls": ["http://127.0.0.1:9"], "tokenizer_path": str(world / "teacher"), "retry_seconds": 0.1}
+    teacher = {"urls": ["http://127.0.0.1:9"], "tokenizer_path": str(world / "teacher")}
+    teacher |= {"retry_seconds": 0.1, "start_seconds": 0.1}
     remote = {"class_path": "lit_opd.teacher.RemoteTeacher", "init_args": teacher}
     overlay.write_text(yaml.safe_dump({"model": {"teacher": remote}}))
     assert preflight(world / "base.yaml", "--config", str(overlay), "--run_dir", str(tmp_path / "run")) == 2

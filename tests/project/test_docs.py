@@ -24,6 +24,8 @@ from tests.helpers import signals, tiny
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 SMALL = ["--trainer.max_steps", "2", "--data.prompt_batch", "8", "--data.val_limit", "8", "--wandb.mode", "disabled"]
+FEW = ["--data.train", "few.jsonl", "--data.val", "few.jsonl"]  # for the embedded thousands of rows
+LITTLE = [*SMALL, *FEW, "--model.sampler.max_new_tokens", "8", "--model.validation.samples", "1"]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -41,7 +43,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     for name in ("configs", "lit_opd", "examples"):
         (folder / name).symlink_to(ROOT / name)
+    few_rows(folder)
     return folder
+
+
+def few_rows(folder: Path) -> Path:
+    """The first of the embedded training prompts as ``few.jsonl``."""
+    lines = (ROOT / "lit_opd/testbed/assets/train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(lines[:64]))
+    return folder / "few.jsonl"
 
 
 def made_by_quickstart() -> list[str]:
@@ -50,18 +60,27 @@ def made_by_quickstart() -> list[str]:
     return shlex.split(line)[2:]
 
 
-def test_every_command_of_the_readme_runs(workplace, monkeypatch):
-    """As printed, one after the other behind ``make quickstart``, with fewer and smaller steps."""
+@pytest.fixture(scope="module")
+def quickstart(workplace) -> Path:
+    """The run behind ``make quickstart``, on all of its data, with fewer and smaller steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        main(default_callbacks, [*made_by_quickstart(), *SMALL])
+    return workplace / "runs" / "quickstart"
+
+
+def test_every_command_of_the_readme_runs(workplace, quickstart, monkeypatch):
+    """As printed, one after the other behind ``make quickstart``, with fewer and smaller steps on fewer rows."""
     monkeypatch.chdir(workplace)
-    commands = [made_by_quickstart(), *readme_commands()]
-    assert len(commands) >= 9
+    commands = readme_commands()
+    assert len(commands) >= 8
     for command in commands:
         going_on = command[0] == "fit" and "--ckpt_path" in command
         if command[0] == "sweep":  # trained in tests/sweep
             with pytest.raises(SystemExit, match="^0$"):
-                entry.main([*command, *SMALL, "--dry_run"])
+                entry.main([*command, *LITTLE, "--dry_run"])
             continue
-        small = [word if word != "2" or not going_on else "4" for word in SMALL]
+        small = [word if word != "2" or not going_on else "4" for word in LITTLE]
         main(default_callbacks, command if command[0] in ("compare", "export") else [*command, *small])
     strategies = {
         path.parent.name: json.loads(path.read_text())["strategy"] for path in Path("runs").glob("*/summary.json")
@@ -86,17 +105,23 @@ def test_the_readmes_own_strategy_is_the_example():
     assert torch.equal(ours, theirs) and ours[0, 4] == ours[0, 0] / 2
 
 
-def test_every_logged_name_has_a_line_in_the_docs(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
-    main(default_callbacks, ["fit", "--config", "configs/quickstart.yaml", "--run_dir", "runs/names", *SMALL])
-    with Path("runs/names/metrics.csv").open(newline="") as file:
+def test_every_logged_name_has_a_line_in_the_docs(quickstart):
+    with (quickstart / "metrics.csv").open(newline="") as file:
         names = set(csv.DictReader(file).fieldnames or ())
     pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     undocumented = {name for name in names - {"step", "epoch"} if f"`{name}`" not in pages and "/band_" not in name}
     assert not undocumented
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+# that all are complete and their settings are taken, tests/preflight says of each
+TRAINED = {"iw_opd_qwen3_4b_from_30b_a3b_32gpu", "smollm2_healing", "tools_quickstart"}
+EXPERIMENTS = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in TRAINED else pytest.mark.slow)
+    for path in sorted((ROOT / "configs").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS)
 def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
     """Complete, with its command on line 1; paths, sizes and the machine's devices are replaced."""
     first = path.read_text().splitlines()[0]
@@ -246,9 +271,9 @@ def test_every_test_that_the_reliability_page_names_exists_and_its_yaml_parses()
         RunCheckpoint(**callback["init_args"])
 
 
-def reference_answers(path: Path) -> Path:
-    """Right answers to the embedded training prompts, in the place of the teacher's."""
-    rows = [json.loads(line) for line in (ROOT / "lit_opd/testbed/assets/train.jsonl").read_text().splitlines()]
+def reference_answers(path: Path, prompts: Path) -> Path:
+    """Right answers to some of the embedded prompts, in the place of the teacher's."""
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     paths = {row["id"]: path_of(make_automaton(), row["prompt"]) for row in rows}
     lines = [{"id": name, "response": "".join(codes) + f"\\boxed{{{codes[-1]}}}"} for name, codes in paths.items()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -282,14 +307,18 @@ def test_answers_that_predict_wrote_are_replayed(tmp_path):
 
 @pytest.mark.parametrize("name", ["opsd", "sdft", pytest.param("sdpo", marks=pytest.mark.slow), "replay"])
 def test_every_recipe_trains_a_step(name, tmp_path):
-    """As it stands, on the embedded task, with smaller batches; its command is on line 1 and its page names it."""
+    """On the embedded task, with smaller batches of fewer rows; its command is on line 1 and its page names it."""
     path = ROOT / "configs" / "recipes" / f"{name}.yaml"
     command = f"python train.py fit --config configs/recipes/{name}.yaml"
     assert path.read_text().splitlines()[0] == f"# {command}"
     assert command in (ROOT / "docs" / "recipes" / f"{name}.md").read_text()
+    data = yaml.safe_load(path.read_text())["data"]
+    assert all((ROOT / data[part]).is_file() for part in ("train", "val"))
+    few = few_rows(tmp_path)
     small = ["--trainer.max_steps", "1", "--data.prompt_batch", "4", "--data.val_batch", "4", "--data.val_limit", "4"]
+    small += ["--data.train", str(few), "--data.val", str(few), "--model.validation.samples", "1"]
     if name == "replay":
-        small += ["--model.sampler.paths", str(reference_answers(tmp_path / "answers.jsonl"))]
+        small += ["--model.sampler.paths", str(reference_answers(tmp_path / "answers.jsonl", few))]
     words = ["--config", str(path), "--run_dir", str(tmp_path / "run"), "--wandb.mode", "disabled", *small]
     main(default_callbacks, ["fit", *words])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1

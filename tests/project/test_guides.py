@@ -19,6 +19,7 @@ from tests.helpers import signals
 GUIDES = Path(__file__).resolve().parents[2] / "docs" / "guides"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', flags=re.S | re.M)
 SMALL = ["--trainer.max_steps=2", "--data.prompt_batch=2", "--wandb.mode=disabled", "--model.sampler.max_new_tokens=12"]
+SMALL += ["--model.validation.samples=1"]
 FEW = ["--data.train=few.jsonl", "--data.val=few.jsonl"]  # for the quickstart's thousands of rows
 RUN_HERE = {  # guide -> what its last command leaves
     "own-strategy": "runs/compared/compare.html",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,17 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.Import | ast.ImportFrom | ast.Attribute, ...]:
+    """Imports and attributes anywhere in a file."""
+    kinds = ast.Import | ast.ImportFrom | ast.Attribute
+    return tuple(node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))
+
+
 def imports(path: Path) -> set[str]:
     """Files that a file imports by name, for annotations and inside functions too; ``from lit_opd import x`` is ``lit_opd.x``."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -94,7 +102,10 @@ def imports(path: Path) -> set[str]:
     return found & MODULES.keys()
 
 
-GRAPH = {name: imports(path) - {name} for name, path in MODULES.items()}
+@cache
+def graph() -> dict[str, set[str]]:
+    """What every module imports of the others."""
+    return {name: imports(path) - {name} for name, path in MODULES.items()}
 
 
 def room(name: str) -> str:
@@ -105,7 +116,7 @@ def room(name: str) -> str:
 
 def used(own: str) -> set[str]:
     """Rooms that a room imports."""
-    return {room(there) for name, names in GRAPH.items() if room(name) == own for there in names} - {own, "lit_opd"}
+    return {room(there) for name, names in graph().items() if room(name) == own for there in names} - {own, "lit_opd"}
 
 
 def test_the_graph_sees_imports_of_every_form(tmp_path):
@@ -138,10 +149,10 @@ def test_no_two_files_import_each_other_by_any_way():
     def reached(name: str, path: tuple[str, ...]) -> set[str]:
         assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name not in below:
-            below[name] = GRAPH[name].union(*(reached(there, (*path, name)) for there in GRAPH[name]))
+            below[name] = graph()[name].union(*(reached(there, (*path, name)) for there in graph()[name]))
         return below[name]
 
-    for name in GRAPH:
+    for name in graph():
         reached(name, ())
     assert all(name not in found for name, found in below.items())
 
@@ -149,7 +160,7 @@ def test_no_two_files_import_each_other_by_any_way():
 def test_lit_opd_never_imports_callbacks():
     """But for the file that starts the command line with them."""
     others = [name for name in MODULES if room(name) not in ("callbacks", "__main__")]
-    assert not any(room(there) == "callbacks" for name in others for there in GRAPH[name])
+    assert not any(room(there) == "callbacks" for name in others for there in graph()[name])
 
 
 def test_one_file_knows_the_private_names_of_lightning():
@@ -158,7 +169,7 @@ def test_one_file_knows_the_private_names_of_lightning():
     for name, path in MODULES.items():
         if name == "lit_opd.run.lightning":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
                 assert owner not in owners, f"{path}:{node.lineno}: {owner}.{node.attr}"
@@ -171,20 +182,16 @@ def test_writing_a_checkpoint_loads_no_client_of_servers():
     seen, waiting = set(), ["lit_opd.run.checkpoint_files"]
     while waiting:
         name = waiting.pop()
-        if name not in seen and name in GRAPH:
+        if name not in seen and name in graph():
             seen.add(name)
-            waiting += [*GRAPH[name], name.rpartition(".")[0]]
+            waiting += [*graph()[name], name.rpartition(".")[0]]
     assert not any(room(name) in ("servers", "teacher", "module") for name in seen)
 
 
 def test_only_the_client_of_servers_speaks_http():
     """Nothing else opens a connection of its own: one place decides on time, size and redirects."""
     for name, path in MODULES.items():
-        named = {
-            node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
-        }
-        named |= {
-            a.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for a in node.names
-        }
+        named = {node.module or "" for node in nodes(path) if isinstance(node, ast.ImportFrom)}
+        named |= {a.name for node in nodes(path) if isinstance(node, ast.Import) for a in node.names}
         roots = {module.split(".")[0] for module in named} | {module for module in named if module.startswith("http.")}
         assert not roots & {"httpx", "requests", "http.client", "urllib3"} or room(name) == "servers", path

@@ -281,8 +281,13 @@ class Counted(LocalTeacher):
         return super().score(*args, **kwargs)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("weighting", [Uniform(), ImportanceWeighting()], ids=["uniform", "importance"])
+REUSED = [("float64", ImportanceWeighting()), ("float32", Uniform())]
+REUSED += [
+    pytest.param(*each, marks=pytest.mark.slow) for each in (("float64", Uniform()), ("float32", ImportanceWeighting()))
+]
+
+
+@pytest.mark.parametrize(("dtype", "weighting"), REUSED)
 def test_log_probs_of_sampling_serve_as_the_scoring_pass(folders, monkeypatch, weighting, dtype):
     """The teacher runs once a token, and signal and gradient are those of a pass of its own; micro-batches cut both alike."""
     run = {"weighting": weighting, "dtype": dtype, "token_budget": 40, "truncated": "drop"}

@@ -158,8 +158,12 @@ def trained(folders, rows, teacher, objective, **settings):
     return fixed.gradient(module, rows.prompts)
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
-@pytest.mark.parametrize("whose", ["teacher", "student"])
+SLOW = pytest.mark.slow
+LISTS = [("reverse_kl", "student"), ("forward_kl", "teacher"), ("jsd", "teacher"), ("jsd", "student")]
+LISTS += [pytest.param("reverse_kl", "teacher", marks=SLOW), pytest.param("forward_kl", "student", marks=SLOW)]
+
+
+@pytest.mark.parametrize(("kind", "whose"), LISTS)
 def test_a_step_with_a_server_equals_the_local_one(folders, server, rows, kind, whose):
     """Loss and gradient, the batch cut into micro-batches; of the teacher's list the first 12 of 20 are read."""
     server.scores_ids = whose == "student"

@@ -1,13 +1,11 @@
-"""Two gloo processes, started by torchrun, against one process: gradients in float64, and a fit that ends."""
+"""Two gloo processes against one process: gradients in float64, and a fit that ends."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import runpy
 import sys
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
 import torch
@@ -22,13 +20,13 @@ from lit_opd.rollout import TransformersSampler
 from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
 from lit_opd.run.shard_index import read_index
 from lit_opd.step.micro_batches import micro_batches
-from tests.helpers import cases, fixed, tiny, two_ranks
+from tests.helpers import cases, fixed, forks, tiny, two_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 FSDP2 = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
 TIME_LIMIT = 600  # seconds; a hang is a failure, a busy machine is none
 # DDP is also what the two ranks of test_resume.py and test_metric_values.py train with
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp1")]
+WHOLE = [pytest.param((name, "whole"), id=name, marks=pytest.mark.slow) for name in ("ddp", "fsdp1", "fsdp2")]
+FEW = pytest.param(("fsdp2", "few"), id="fsdp2-few")
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +36,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def one_process(folders):
-    return {
-        key: fixed.gradient(fixed.module(folders, cases.rollout_of(settings), **settings), cases.rollout().prompts)
-        for key, settings in cases.gradient_cases().items()
-    }
+    """Loss and gradient of a case."""
+
+    @cache
+    def found(case):
+        settings = cases.gradient_cases()[case]
+        return fixed.gradient(fixed.module(folders, cases.rollout_of(settings), **settings), cases.rollout().prompts)
+
+    return found
 
 
 def one_process_fit(folders, steps: int, **paths):
@@ -56,22 +58,31 @@ def uninterrupted(folders):
     return one_process_fit(folders, cases.STEPS)
 
 
-@pytest.fixture(scope="module", params=[*SLOWER, "fsdp2"])
-def strategy_name(request):
+@pytest.fixture(scope="module", params=[*WHOLE, FEW])
+def extent(request):
+    """A strategy's name, and "whole" or "few"."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def two_processes_folder(strategy_name, folders, tmp_path_factory):
-    out = tmp_path_factory.mktemp(strategy_name)
+def strategy_name(extent):
+    return extent[0]
+
+
+@pytest.fixture(scope="module")
+def two_processes_folder(extent, folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("-".join(extent))
     one_process_fit(folders, cases.STEPS // 2, save=out / "one.ckpt")
     fixed.fit(cases.adapted(folders), cases.rollout().prompts, steps=cases.STEPS // 2, save=out / "adapters-one.ckpt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.helpers.two_ranks", str(out), strategy_name, *folders]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    forks.succeed("tests.helpers.two_ranks", str(out), *extent, *folders, logs=out, timeout=TIME_LIMIT)
     return out
+
+
+def part(results, name):
+    """What one case found; a test of a case that ``few`` leaves out is none."""
+    if name not in results:
+        pytest.skip("in make test-slow")
+    return results[name]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +98,8 @@ def test_the_ranks_have_different_numbers_of_micro_batches():
 
 @pytest.mark.parametrize("case", sorted(cases.gradient_cases()))
 def test_gradient_of_two_ranks_equals_one_process(one_process, two_processes, case):
-    loss, gradient = one_process[case]
+    part(two_processes[0]["gradients"], case)
+    loss, gradient = one_process(case)
     for rank in two_processes:
         other_loss, other = rank["gradients"][case]
         assert other_loss == pytest.approx(loss, rel=1e-10)
@@ -102,8 +114,8 @@ def test_gradient_is_the_same_where_fsdp2_opens_no_dataclass_as_before_torch_2_1
         pytest.skip("only FSDP2 of a torch that opens dataclasses")
     for rank in two_processes:
         other_loss, other = rank["older hooks"][case]
-        assert other_loss == pytest.approx(one_process[case][0], rel=1e-10)
-        assert fixed.relative_gap(other, one_process[case][1]) < 1e-10
+        assert other_loss == pytest.approx(one_process(case)[0], rel=1e-10)
+        assert fixed.relative_gap(other, one_process(case)[1]) < 1e-10
 
 
 def test_a_fit_with_sampling_inside_ends_on_both_ranks_with_one_loss(two_processes):
@@ -141,6 +153,7 @@ def test_conversations_of_two_ranks_are_those_of_one_process(folders, two_proces
 
 @pytest.mark.parametrize("case", sorted(cases.fit_cases()))
 def test_three_clipped_steps_of_two_ranks_equal_one_process(folders, two_processes, case):
+    part(two_processes[0]["fits"], case)
     whole = cases.fit_rollout(case)
     trained = fixed.module(folders, whole, **cases.fit_cases()[case])
     records = fixed.fit(trained, whole.prompts, steps=3).records
@@ -158,7 +171,7 @@ def test_the_strategys_time_out_holds_in_every_process_group(two_processes):
 
 
 def test_recomputed_activations_leave_the_gradient_alone(one_process, two_processes):
-    _, gradient = one_process["sequence-mean/sequence"]  # the same settings but for the recomputation
+    _, gradient = one_process("sequence-mean/sequence")  # the same settings but for the recomputation
     for rank in two_processes:
         assert fixed.relative_gap(rank["gradients"]["recomputed"][1], gradient) < 1e-10
         assert rank["layer calls"] == [1, 2]  # a second forward in the backward pass
@@ -191,6 +204,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(folders, uninterrupted, tw
 def test_adapters_go_on_in_two_processes_as_if_never_stopped(folders, two_processes, strategy_name, path):
     if strategy_name == "ddp" and path == "shards in two":
         pytest.skip("DDP writes no shards")
+    part(two_processes[0]["adapters"], path)
     never_stopped = cases.adapted(folders)
     fixed.fit(never_stopped, cases.rollout().prompts, steps=cases.STEPS)
     expected = fixed.weights(never_stopped)
@@ -204,14 +218,21 @@ def test_adapters_go_on_in_two_processes_as_if_never_stopped(folders, two_proces
 def test_two_processes_save_adapters_and_no_base(two_processes_folder, strategy_name):
     saved = torch.load(two_processes_folder / "adapters-two.ckpt", weights_only=True)["state_dict"]
     assert saved and all("lora_" in name for name in saved)
-    if strategy_name != "ddp":
+    if (two_processes_folder / "adapters-shards.ckpt").exists():
         index = read_index(two_processes_folder / "adapters-shards.ckpt")
         named = [name for name in index.state_dict_metadata if name.split(".")[0] in ("model", "state_dict")]
         assert named and all("lora_" in name for name in named)
 
 
+def consolidate(command, monkeypatch):
+    """Run "-m module path" as ``python`` would, in this process, which has it loaded."""
+    _, module, path = command.split()
+    monkeypatch.setattr(sys, "argv", [module, path])
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def test_shards_are_refused_in_one_process_with_the_command_that_makes_them_one_file(
-    folders, uninterrupted, two_processes_folder, strategy_name
+    folders, uninterrupted, two_processes_folder, strategy_name, monkeypatch
 ):
     shards = two_processes_folder / "shards.ckpt"
     if strategy_name == "ddp":
@@ -219,12 +240,12 @@ def test_shards_are_refused_in_one_process_with_the_command_that_makes_them_one_
     with pytest.raises(InputError, match="--ckpt_path.*consolidate_checkpoint") as refused:
         check_checkpoint(shards, SingleDeviceStrategy(), training=True)
     (command,) = re.findall("`python (-m .*?)`", str(refused.value))
-    subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, timeout=TIME_LIMIT)
+    consolidate(command, monkeypatch)
     resumed = one_process_fit(folders, cases.STEPS, load=f"{shards}.consolidated")
     assert fixed.relative_gap(resumed, uninterrupted) < 1e-9
 
 
-def test_shards_of_another_strategy_and_consolidated_ones_are_refused(two_processes_folder, strategy_name):
+def test_shards_of_another_strategy_and_consolidated_ones_are_refused(two_processes_folder, strategy_name, monkeypatch):
     shards, consolidated = (two_processes_folder / f"shards.ckpt{end}" for end in ("", ".consolidated"))
     other = {"fsdp1": FSDP2, "fsdp2": FSDPStrategy}.get(strategy_name)
     if other is None:
@@ -234,7 +255,7 @@ def test_shards_of_another_strategy_and_consolidated_ones_are_refused(two_proces
     own = {"fsdp1": FSDPStrategy, "fsdp2": FSDP2}[strategy_name]()
     check_checkpoint(shards, own, training=True)
     if not consolidated.exists():  # the test above makes it
-        subprocess.run([sys.executable, *CONSOLIDATE.split()[1:], str(shards)], check=True, capture_output=True)
+        consolidate(f"{CONSOLIDATE.removeprefix('python ')} {shards}", monkeypatch)
     with pytest.raises(InputError, match="must be the folder itself"):
         check_checkpoint(consolidated, own, training=True)
 

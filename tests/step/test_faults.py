@@ -6,11 +6,8 @@ import csv
 import json
 import math
 import multiprocessing
-import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ from lit_opd.step.skips import bad_rows, finite
 from lit_opd.step.token_budget import TokenBudget
 from lit_opd.weighting.combinators import BatchMeanOne
 from lit_opd.weighting.importance import ImportanceWeighting
-from tests.helpers import cases, fault_ranks, fixed, poisoned, tiny
+from tests.helpers import cases, fault_ranks, fixed, forks, poisoned, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 240  # seconds; a hang is a failure
@@ -45,11 +42,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": default_optimizer},  # moves a weight without a gradient by momentum and decay alone
 }
 SKIPPED = [
-    ("teacher", "one update"),
+    pytest.param("teacher", "one update", marks=pytest.mark.slow),
     ("teacher", "batch scope"),
     pytest.param("teacher", "divergence", marks=pytest.mark.slow),
     pytest.param("teacher", "two mini-batches, two epochs", marks=pytest.mark.slow),
-    ("student", "one update"),
+    pytest.param("student", "one update", marks=pytest.mark.slow),
     ("student", "two mini-batches, two epochs"),
     ("gradient", "AdamW"),
 ]
@@ -247,18 +244,9 @@ RANKS = [pytest.param(fault_ranks.FAST, id="fast"), pytest.param(fault_ranks.SLO
 def two_ranks(request, models, tmp_path_factory):
     """Folder of the run, and what both ranks report by case."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        "-m",
-        "tests.helpers.fault_ranks",
-        str(out),
-        ",".join(request.param),
-        *models["teacher"],
-        *models["student"],
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
-    assert (out / "rank-1.pt").exists(), done.stdout[-2000:] + done.stderr[-6000:]
+    words = [str(out), ",".join(request.param), *models["teacher"], *models["student"]]
+    forks.run("tests.helpers.fault_ranks", *words, logs=out, timeout=TIME_LIMIT, cwd=out)
+    assert (out / "rank-1.pt").exists(), forks.said(out)
     first, second = (torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     return out, {named: (first[named], second[named]) for named in request.param}
 
@@ -344,7 +332,7 @@ LONGEST = max(map(sum, zip(cases.PROMPTS, cases.LENGTHS, strict=True)))  # 15 to
 HALVED = [
     ("no budget", "student"),
     ("no budget", "teacher"),
-    ("divergence", "student"),
+    pytest.param("divergence", "student", marks=pytest.mark.slow),
     pytest.param("budget", "student", marks=pytest.mark.slow),
     pytest.param("batch scope", "student", marks=pytest.mark.slow),
 ]

@@ -82,8 +82,12 @@ def number_of_micro_batches(rollout, budget: int | None) -> int:
     return len(micro_batches(rollout.layout.row_lengths, token_budget=budget))
 
 
-@pytest.mark.parametrize(("budget", "count"), [(None, 1), (48, 2), (20, 5)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-6)])
+CUTS = [("float64", 1e-10, None, 1), ("float64", 1e-10, 48, 2), ("float64", 1e-10, 20, 5), ("float32", 1e-6, 20, 5)]
+CUTS += [pytest.param("float32", 1e-6, *cut, marks=pytest.mark.slow) for cut in ((None, 1), (48, 2))]
+BUDGETS = [pytest.param(None, marks=pytest.mark.slow), 20]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "budget", "count"), CUTS)
 def test_importance_weighted_step_equals_the_slow_script(folders, rollout, budget, count, dtype, tolerance):
     assert number_of_micro_batches(rollout, budget) == count
     trained = fixed.module(
@@ -101,7 +105,7 @@ def test_importance_weighted_step_equals_the_slow_script(folders, rollout, budge
 
 
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "sequence-sum", "constant"])
-@pytest.mark.parametrize("budget", [None, 20])
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_every_aggregation_equals_the_slow_script(folders, rollout, aggregation, budget):
     def weigh(d):
         return [1.0] * len(d)
@@ -121,7 +125,7 @@ def test_every_aggregation_equals_the_slow_script(folders, rollout, aggregation,
 
 
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean"])
-@pytest.mark.parametrize("budget", [None, 20])
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_dropped_tokens_leave_the_denominator(folders, rollout, aggregation, budget):
     def first_third(d):
         kept = -(-len(d) * 3 // 10)  # ceil of 0.3 n in integers

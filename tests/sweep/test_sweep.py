@@ -20,6 +20,7 @@ from lit_opd.errors import InputError
 from lit_opd.sweep import checks, command, options, variants
 from lit_opd.sweep.ending import labels, table
 from tests.compare.test_compare import known, write_run
+from tests.helpers import forks
 from tests.sweep import parts
 
 LONGEST_LINE, NUM_PROMPTS = 80, 16
@@ -56,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("lit_opd.sweep.crew.SPAWN", forks.Forked)
         write_files()
         Path(parts.CRASH).write_text("Mine")
         status = sweep()

@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "docs" / "strategies.md").read_text()
 SMALL = ["--trainer.max_steps", "2", "--data.prompt_batch", "8", "--wandb.mode", "disabled"]
 SMALL += ["--model.validation.greedy", "false", "--model.validation.samples", "0"]
-SMALL += ["--model.validation.divergence", "false"]
+SMALL += ["--model.validation.divergence", "false", "--data.train", "few.jsonl", "--data.val", "few.jsonl"]
 
 
 def section(title: str) -> str:
@@ -147,6 +147,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (code,) = re.findall(r"```python\n(.*?)```", section("Write your own in twenty lines"), flags=re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     (tmp_path / "my_strategies.py").write_text(code)
+    rows = (REPO / "lit_opd" / "testbed" / "assets" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(rows[:64]))  # of thousands, all of which a run would read
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -160,7 +162,7 @@ def commands(text: str) -> list[list[str]]:
 def test_the_users_strategy_trains_by_its_command_and_weighs_by_its_sentence(workplace):
     (command,) = commands(section("Write your own in twenty lines"))
     watch = Watch()
-    main(lambda: [watch], [*command, *SMALL])
+    main(lambda: [watch], [*command, *SMALL, "--data.prompt_batch", "32"])
     assert (watch.strategy.threshold, watch.strategy.after) == (2.0, 0.2)
     assert len(watch.records) == 2
     for record in watch.records:
@@ -193,9 +195,16 @@ def test_the_commands_at_the_top_of_the_page_train(workplace):
 # -- the picture -------------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_has_a_panel_of_every_strategy(tmp_path):
+def test_the_picture_has_a_panel_of_every_strategy():
     drawn = [name for _, names in weight_curves.FAMILIES.values() for name in names]
     assert sorted(drawn) == [cls.__name__ for cls in strategy_classes()]
+
+
+@pytest.mark.parametrize("families", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_the_picture_is_drawn(tmp_path, monkeypatch, families):
+    """Every strategy weighs; a panel each of the last families, or of all."""
+    drawn = dict(list(weight_curves.FAMILIES.items())[-families if families else 0 :])
+    monkeypatch.setattr(weight_curves, "FAMILIES", drawn)
     weight_curves.main(["--out", str(tmp_path / "curves.png"), "--rows", "8"])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -76,14 +76,14 @@ def only_required(strategy: WeightingStrategy, signal: TokenSignal) -> TokenSign
 
 
 @every_strategy
-@pytest.mark.parametrize("progress", [0.0, 0.37, 1.0])
-def test_weights_are_finite_nonnegative_and_exactly_zero_where_nothing_counts(strategy, progress):
+def test_weights_are_finite_nonnegative_and_exactly_zero_where_nothing_counts(strategy):
     signal = random_signal(holey_mask(8, 23))
-    weights, kept = strategy(signal, progress), strategy.kept(signal, progress)
-    assert weights.shape == kept.shape == signal.mask.shape
-    assert torch.isfinite(weights).all() and (weights >= 0).all()
-    assert (weights[~signal.mask] == 0).all() and (weights[~kept] == 0).all()
-    assert not (kept & ~signal.mask).any()
+    for progress in (0.0, 0.37, 1.0):
+        weights, kept = strategy(signal, progress), strategy.kept(signal, progress)
+        assert weights.shape == kept.shape == signal.mask.shape
+        assert torch.isfinite(weights).all() and (weights >= 0).all(), progress
+        assert (weights[~signal.mask] == 0).all() and (weights[~kept] == 0).all(), progress
+        assert not (kept & ~signal.mask).any()
 
 
 @every_strategy
@@ -94,13 +94,14 @@ def test_drops_tokens_says_whether_keep_can_drop(strategy):
         assert torch.equal(strategy.kept(signal, PROGRESS), signal.mask)
 
 
+PRECISIONS = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+
+
 @every_strategy
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
-)
-def test_weights_have_the_precision_of_the_signal_and_at_least_float32(strategy, given, expected):
-    assert strategy(random_signal(holey_mask(6, 11), dtype=given), PROGRESS).dtype == expected
+def test_weights_have_the_precision_of_the_signal_and_at_least_float32(strategy):
+    mask = holey_mask(6, 11)
+    found = {given: strategy(random_signal(mask, dtype=given), PROGRESS).dtype for given in PRECISIONS}
+    assert found == PRECISIONS
 
 
 @every_strategy
@@ -113,17 +114,17 @@ def test_weights_carry_no_gradient(strategy):
 
 
 @every_strategy
-@pytest.mark.parametrize("content", [float("nan"), float("inf"), -1e30])
-def test_weights_ignore_padding_content(strategy, content):
+def test_weights_ignore_padding_content(strategy):
     signal = random_signal(holey_mask(8, 23))
-
-    def dirtied(name: str, value: Tensor) -> Tensor:
-        fill = content if value.is_floating_point() else value.flip(0)
-        return value if name == "mask" else torch.where(along(signal.mask, value), value, fill)
-
-    weights, kept = outputs(strategy, mapped(signal, dirtied))
     want_weights, want_kept = outputs(strategy, signal)
-    assert torch.equal(weights, want_weights) and torch.equal(kept, want_kept)
+    for content in (float("nan"), float("inf"), -1e30):
+
+        def dirtied(name: str, value: Tensor, content: float = content) -> Tensor:
+            fill = content if value.is_floating_point() else value.flip(0)
+            return value if name == "mask" else torch.where(along(signal.mask, value), value, fill)
+
+        weights, kept = outputs(strategy, mapped(signal, dirtied))
+        assert torch.equal(weights, want_weights) and torch.equal(kept, want_kept), content
 
 
 @every_strategy
@@ -200,11 +201,10 @@ def test_a_missing_required_field_is_an_error_naming_class_and_field(strategy):
 
 
 @every_strategy
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
-def test_batches_without_rows_or_columns_give_empty_weights(strategy, shape):
-    signal = random_signal(torch.zeros(shape, dtype=torch.bool))
-    weights, kept = outputs(strategy, signal)
-    assert weights.shape == kept.shape == shape
+def test_batches_without_rows_or_columns_give_empty_weights(strategy):
+    for shape in ((0, 5), (3, 0), (0, 0)):
+        weights, kept = outputs(strategy, random_signal(torch.zeros(shape, dtype=torch.bool)))
+        assert weights.shape == kept.shape == shape
 
 
 @every_strategy
@@ -218,14 +218,14 @@ def test_empty_rows_get_zeros_and_one_token_rows_one_finite_weight(strategy):
 
 
 @every_strategy
-@pytest.mark.parametrize("gap", [0.0, 0.7, -0.7])
-def test_equal_and_zero_disagreement_give_finite_weights(strategy, gap):
+def test_equal_and_zero_disagreement_give_finite_weights(strategy):
     signal = random_signal(holey_mask(8, 23))
     flat = torch.full_like(signal.student_logprobs, -1.0)
-    states = {name: torch.full_like(flat, abs(gap)) for name in STATE_FIELDS}
-    level = replace(signal, student_logprobs=flat, teacher_logprobs=flat + gap, **states)
-    weights, kept = outputs(strategy, level)
-    assert torch.isfinite(weights).all() and (weights >= 0).all() and (weights[~kept] == 0).all()
+    for gap in (0.0, 0.7, -0.7):
+        states = {name: torch.full_like(flat, abs(gap)) for name in STATE_FIELDS}
+        level = replace(signal, student_logprobs=flat, teacher_logprobs=flat + gap, **states)
+        weights, kept = outputs(strategy, level)
+        assert torch.isfinite(weights).all() and (weights >= 0).all() and (weights[~kept] == 0).all(), gap
 
 
 @functools.cache
@@ -264,10 +264,11 @@ def test_random_strategies_follow_the_row_key_and_not_the_row():
 
 
 @every_strategy
-@pytest.mark.parametrize("progress", [-0.1, 1.1, float("nan")])
-def test_progress_outside_the_unit_interval_is_an_error(strategy, progress):
-    with pytest.raises(InputError, match="progress"):
-        strategy(random_signal(holey_mask(6, 11)), progress)
+def test_progress_outside_the_unit_interval_is_an_error(strategy):
+    signal = random_signal(holey_mask(6, 11))
+    for progress in (-0.1, 1.1, float("nan")):
+        with pytest.raises(InputError, match="progress"):
+            strategy(signal, progress)
 
 
 def test_combinators_combine_the_properties_of_their_children():
@@ -382,7 +383,8 @@ def _weigh_share(rank: int, rendezvous: str, folder: str) -> None:
 
 
 def test_two_ranks_give_batch_scope_weights_of_one_batch(tmp_path):
-    torch.multiprocessing.spawn(_weigh_share, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    given = (str(tmp_path / "rendezvous"), str(tmp_path))  # forked: importing the stack twice is what takes time
+    torch.multiprocessing.start_processes(_weigh_share, args=given, nprocs=2, start_method="fork")
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     whole = [outputs(strategy, signal) for signal in _batch_signals() for strategy in _batch_strategies()]
     for (weights, kept), first, second in zip(whole, *shares, strict=True):
