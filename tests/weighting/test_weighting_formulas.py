@@ -937,7 +937,7 @@ def test_dial_between_the_log_ratio_and_the_gap_of_probabilities():
 
 
 def test_counts_forgive_the_rounding_of_whole_products():
-    """In floats 0.14 * 50 is just above 7, and (1 - 0.9) * 20 just below 2."""
+    """In floats 0.14 * 50 is just above 7, (1 - 0.9) * 20 just below 2, and 0.28 * 25 just above 7."""
     row = random_signal(torch.ones(1, 50, dtype=torch.bool))
     for n, fraction, count in ((50, 0.3, 15), (50, 0.14, 7), (25, 0.28, 7), (3, 0.1, 1)):
         part = replace(row, mask=torch.arange(50).unsqueeze(0) < n)
@@ -946,6 +946,16 @@ def test_counts_forgive_the_rounding_of_whole_products():
     teacher = -torch.arange(1.0, 51.0, dtype=torch.float64).unsqueeze(0)
     weights = w.TeacherConfidence(window=20, alpha=0.01)(replace(row, teacher_logprobs=teacher))
     assert math.isclose(float(weights[0, 20]), math.exp(-0.01 * 19.5))  # the largest two of 1..20
+    rows = small_signal([-1.0], [-1.0])
+    spread = replace(
+        rows.rows(torch.zeros(26, dtype=torch.int64)), teacher_logprobs=-torch.arange(26.0).square()[:, None]
+    )
+    assert int((~w.FiReRows(0.28).kept(spread)).sum()) == 7  # of 26, at most 0.28 * 26
+
+
+def test_dial_counts_in_float64():
+    """0.14 * 75 is above 10.5, and 10.5 in float32, which is rounded to 10."""
+    assert int(w.DIALOPD(keep_fraction=0.14).kept(random_signal(torch.ones(1, 75, dtype=torch.bool))).sum()) == 11
 
 
 def test_dash_adds_no_error_where_agreement_is_long():
