@@ -550,8 +550,8 @@ class OPDModule(L.LightningModule):
         """A sampled response a row, its signal, and the weights the strategy gives it at the end of training."""
         rollout = self.generate(prompts)
         signal = self.student_signal(rollout)
-        trains_on = signal if "token_kl" in self.recipe.required else replace(signal, token_kl=None)
-        return Prediction(rollout=rollout, signal=signal, weights=self.weighting(trains_on, 1.0))
+        weights = self.weighting(self.recipe.as_weighed(signal), 1.0)
+        return Prediction(rollout=rollout, signal=signal, weights=weights)
 
     def student_signal(self, rollout: Rollout) -> TokenSignal:
         """What the weighting reads of a rollout, and full-vocabulary KL(student || teacher) where the teacher can give it."""

@@ -34,7 +34,7 @@ from lit_opd.preflight.list_checks import (
     require_transforms,
 )
 from lit_opd.preflight.partial_checks import check_partial
-from lit_opd.preflight.replay_checks import check_replay
+from lit_opd.preflight.replay_checks import check_replay, likelihood_warnings
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
@@ -284,6 +284,7 @@ def setting_warnings(module: Subject) -> Iterator[str]:
     if idle:
         what = "" if idle == advantage else f"{', '.join(f'`{type(part).__name__}`' for part in idle)} in "
         yield f"{what}`model.advantage` has no effect: `{type(objective).__name__}` reads no advantage"
+    yield from likelihood_warnings(module)
     if module.reference is not None and "reference" not in module.scorers:
         yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
 

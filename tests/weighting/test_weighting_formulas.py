@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from lit_opd import weighting as w
+from lit_opd.advantage import ValueBaseline
 from lit_opd.errors import InputError
+from lit_opd.objective import PolicyLoss
+from lit_opd.step.recipe import Recipe
 from lit_opd.streams import row_uniforms, stream_seed, token_uniforms
 from lit_opd.types import TokenSignal, TopK
 from lit_opd.weighting.ier_opd import signal_to_noise
@@ -689,6 +692,21 @@ def test_tip_uses_disagreement_where_token_kl_was_not_computed():
     signal = replace(random_signal(holey_mask(8, 23)), token_kl=None)
     as_if = replace(signal, token_kl=signal.disagreement)
     assert torch.equal(w.TIP()(signal), w.TIP()(as_if))
+
+
+class LooksOn:
+    """A callback that asks for the token KL."""
+
+    requires = frozenset({"token_kl"})
+
+
+def test_who_looks_on_does_not_change_what_tip_keeps():
+    signal = random_signal(holey_mask(8, 23))
+    by_disagreement, by_kl = w.TIP(0.3)(replace(signal, token_kl=None)), w.TIP(0.3)(signal)
+    assert not torch.equal(by_disagreement, by_kl)
+    recipe = Recipe(w.TIP(0.3), PolicyLoss(), max_new_tokens=23)
+    assert torch.equal(replace(recipe, observers=(LooksOn(),)).weighted(signal, 0.5)[0], by_disagreement)
+    assert torch.equal(replace(recipe, advantage=(ValueBaseline(),)).weighted(signal, 0.5)[0], by_kl)
 
 
 def test_tip_breaks_ties_by_position_and_then_by_row_key():
