@@ -35,3 +35,12 @@ def interval(estimate: Estimate | None) -> str:
         return ""
     text = show(estimate, signed=True)
     return f"**{text}**" if estimate.excludes_zero else text
+
+
+def seeds_cell(count: int, pairs: int | None) -> str:
+    """How many seeds a row has and, where its difference is of fewer, how many of them are paired.
+
+    >>> seeds_cell(4, 4), seeds_cell(4, 3), seeds_cell(1, 0), seeds_cell(4, None)
+    ('4', '4 (3 paired)', '1 (0 paired)', '4')
+    """
+    return str(count) if pairs in (None, count) else f"{count} ({pairs} paired)"

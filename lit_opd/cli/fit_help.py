@@ -1,4 +1,4 @@
-"""The first screen of ``fit --help``: what people change. ``fit --help all`` is the parser's own list of every setting."""
+"""The first screen of ``fit --help`` and of its relatives. ``--help all`` is the parser's own list of every setting."""
 
 from __future__ import annotations
 
@@ -47,6 +47,37 @@ every setting:        {program} fit --help all
 those of a class:     {program} fit --model.weighting.help LinearDecay
 check, train nothing: {program} preflight --config FILE
 """
+PREFLIGHT = """usage: {program} preflight --config FILE [--config OVERLAY] [options]
+
+Checks a config as fit would, and estimates the memory of a rank. It trains and
+writes nothing; the exit status is 2 where a check is an error.
+
+  --config FILE      as for fit, with the same overrides
+  --memory_gb X      GiB a rank has; default this machine's
+  --deep true        load the models and try a few prompts; default: small
+                     ones in local folders, for a run on CPUs
+
+settings:            {program} fit --help
+every setting:       {program} preflight --help all
+"""
+MEASURING = """usage: {program} {command} --config FILE [options]
+
+{what}
+
+  --config FILE               that of the run: RUN/config.yaml
+  --ckpt_path FILE            a checkpoint of it: RUN/checkpoints/last.ckpt
+  --model.student.path DIR    or an exported student, without --ckpt_path
+  --data.val FILE             other prompts
+  --run_dir DIR               folder of the result
+
+settings:        {program} fit --help
+every setting:   {program} {command} --help all
+"""
+WHAT = {
+    "validate": "Measures a student on the validation prompts, as fit does while it trains.",
+    "test": "Measures a student once more, and keeps the result beside that of validate.",
+    "predict": "Samples an answer to every validation prompt and writes it with the log-probs\nand the weight of each token.",
+}
 
 
 def first_screen(words: Sequence[str]) -> str | None:
@@ -55,9 +86,12 @@ def first_screen(words: Sequence[str]) -> str | None:
     Args:
         words: of the command line, the command included.
     """
-    if not words or words[0] != "fit" or not any(word in _ASKS for word in words) or words[-1] == ALL:
+    if not any(word in _ASKS for word in words) or words[-1] == ALL:
         return None
-    return HELP.format(program=program())
+    if words[0] in WHAT:
+        return MEASURING.format(program=program(), command=words[0], what=WHAT[words[0]])
+    screens = {"fit": HELP, "preflight": PREFLIGHT}
+    return screens[words[0]].format(program=program()) if words[0] in screens else None
 
 
 def without_all(words: Sequence[str]) -> list[str]:

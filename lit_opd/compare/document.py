@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lit_opd.compare.statistics import Estimate
@@ -17,6 +19,8 @@ from lit_opd.report.charts import Drawing, measured
 
 NAME = "compare"
 FOREST_WIDTH = 176.0  # of the drawn intervals, in CSS pixels
+FAR, NEAR = 6.0, 0.02  # a mean above FAR times the median one and NEAR is not drawn to scale
+FEW = 4  # of so few all are
 _ACTIVE = re.compile(r"[\\`*_<$~]|\](?=[(\[:])|^(?=#|>|[+-] )|(?<=^[0-9])[.)](?= )")
 
 
@@ -54,14 +58,24 @@ class Table:
     intervals: Sequence[Interval | None] = ()
 
     def forest(self) -> list[dict[str, Any] | None]:
-        """Where dot, line and 0 of each row stand, in pixels from the left."""
-        ends = [0.0]
-        for own in self.intervals:
-            ends += [value for value in (own.mean, own.low, own.high) if value is not None] if own else []
-        return [_drawn(own, ends) for own in self.intervals]
+        """Where dot, line and 0 of each row stand, pixels from the left; where ``beyond`` is not 0, an arrow stands for them."""
+        known = [own for own in self.intervals if own is not None]
+        far, ends = far_of([own.mean for own in known]), [0.0]
+        for own in (own for own in known if abs(own.mean) <= far):
+            ends += [value for value in (own.mean, own.low, own.high) if value is not None]
+        return [_drawn(own, ends, far) for own in self.intervals]
 
 
-def _drawn(own: Interval | None, ends: Sequence[float]) -> dict[str, Any] | None:
+def far_of(means: Sequence[float]) -> float:
+    """Beyond it one mean would squeeze all others together.
+
+    >>> far_of([0.01, -0.02, 0.03, 0.01, -0.5]), far_of([0.01, 0.5])
+    (0.14, inf)
+    """
+    return FAR * median(map(abs, means)) + NEAR if len(means) > FEW else inf
+
+
+def _drawn(own: Interval | None, ends: Sequence[float], far: float) -> dict[str, Any] | None:
     if own is None:
         return None
     low, high = min(ends), max(ends)
@@ -70,7 +84,8 @@ def _drawn(own: Interval | None, ends: Sequence[float]) -> dict[str, Any] | None
     found = {
         name: None if value is None else f"{(value - low) / width * FOREST_WIDTH:.1f}" for name, value in places.items()
     }
-    return found | {"marked": own.marked}
+    beyond = 0 if abs(own.mean) <= far else 1 if own.mean > 0 else -1
+    return found | {"marked": own.marked, "beyond": beyond, "width": FOREST_WIDTH}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist, fmean, stdev
 from typing import Any, TypeVar
 
@@ -16,8 +17,10 @@ from lit_opd.errors import InputError
 CONFIDENCE = 0.95
 TWO_WAY_DRAWS = 2000
 _HALVINGS = 60  # of (0, pi / 2): to the last bit
+_ENDS_HALVINGS = 20  # of a range some widths wide, to a millionth of it
 
 Key = TypeVar("Key", bound=Hashable)
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Estimate:
         return dict(vars(self))
 
 
+@cache
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     """t with P(|T| <= t) = ``confidence`` for Student's T with ``freedom`` degrees of freedom.
 
@@ -65,15 +69,15 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     return math.sqrt(freedom) * math.tan(low)
 
 
-def _inside(angle: float, freedom: int) -> float:
-    """P(|T| <= sqrt(freedom) tan(angle))."""
-    cosine, odd = math.cos(angle), freedom % 2
-    term = cosine if odd else 1.0
-    total = term if freedom > 1 else 0.0
+def _inside(angle: Any, freedom: int) -> Any:
+    """P(|T| <= sqrt(freedom) tan(angle)), of one angle or an array of them; below 0 its negative."""
+    cosine, odd = np.cos(angle), freedom % 2
+    term = cosine if odd else np.ones_like(cosine)
+    total = term if freedom > 1 else np.zeros_like(cosine)
     for power in range(3 if odd else 2, freedom - 1, 2):
-        term *= (power - 1) / power * cosine * cosine
-        total += term
-    total *= math.sin(angle)
+        term = term * ((power - 1) / power * cosine * cosine)
+        total = total + term
+    total = total * np.sin(angle)
     return 2 / math.pi * (angle + total) if odd else total
 
 
@@ -114,63 +118,108 @@ def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> Estimate:
 # -- seeds and problems ------------------------------------------------------------------------------------------------
 
 
-def two_way_interval(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DRAWS) -> Estimate:
-    """The mean of a table of seeds x problems, and its 95 % interval over other seeds and other problems at once.
+@dataclass(frozen=True)
+class TwoWay:
+    """What the mean of a table of seeds x problems might have been: the distribution of a two-way bootstrap, see ``two_way``.
 
-    For y_sp = mean + seed_s + problem_p + rest_sp. A two-way bootstrap: each draw adds a deviation of the seeds' mean, from
-    Student's t with S - 1 degrees of freedom (why not drawn again: ``mean_interval``), and one of the problems' mean, from the
-    problems drawn again with replacement. Seeds' means hold the rest once, and so do problems' means; it must count once
-    (resampling both counts it three times, Owen 2007, "The pigeonhole bootstrap", The Annals of Applied Statistics 1), so the
-    problems' deviations are scaled down to the variance that is left of them without it, and up by what a percentile interval of
-    P values lacks (Hesterberg 2015).
+    A problem part, drawn, plus Student's t. The t is integrated over, not drawn: its far tail is what small p and the ends of an
+    interval are made of, and few of some thousand draws lie there.
+
+    Args:
+        mean: of the table.
+        scale: of the t, 0 where seeds do not differ.
+        freedom: of the t.
+        again: [draws] deviations of the problems' mean.
+    """
+
+    mean: float
+    scale: float
+    freedom: int
+    again: Values
+
+    def below(self, bound: float) -> float:
+        """Share at ``bound`` or below."""
+        gaps = bound - self.mean - self.again
+        if not self.scale:
+            return float((gaps >= 0).mean())
+        return float(0.5 + _inside(np.arctan(gaps / (self.scale * math.sqrt(self.freedom))), self.freedom).mean() / 2)
+
+    def above(self, bound: float) -> float:
+        """Share at ``bound`` or above."""
+        return TwoWay(-self.mean, self.scale, self.freedom, -self.again).below(-bound)
+
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Both ends, with equal shares beyond them."""
+        tail = (1 - confidence) / 2
+        if not self.scale:
+            low, high = np.quantile(self.mean + self.again, [tail, 1 - tail])
+            return float(low), float(high)
+        return self._end(tail), self._end(1 - tail)
+
+    def estimate(self) -> Estimate:
+        """The mean with its interval; it counts seeds."""
+        return Estimate(self.mean, *self.interval(), self.freedom + 1)
+
+    def _end(self, share: float) -> float:
+        """Where ``share`` lies below: halving a range that holds it, for each part of the mixture alone does."""
+        reach = self.scale * t_quantile(self.freedom, abs(2 * share - 1)) * (1 if share > 0.5 else -1)
+        low, high = (self.mean + float(end) + reach for end in (self.again.min(), self.again.max()))
+        for _ in range(_ENDS_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.below(middle) < share else (low, middle)
+        return (low + high) / 2
+
+
+def two_way(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DRAWS) -> TwoWay | None:
+    """The two-way bootstrap of the mean of a table of seeds x problems, over other seeds and other problems at once.
+
+    For y_sp = mean + seed_s + problem_p + rest_sp. It adds a deviation of the seeds' mean, Student's t with S - 1 degrees of
+    freedom (why not drawn again: ``mean_interval``), and one of the problems' mean, from the problems drawn again with
+    replacement. Seeds' means hold the rest once, and so do problems' means; it must count once (resampling both counts it three
+    times, Owen 2007, "The pigeonhole bootstrap", The Annals of Applied Statistics 1), so the problems' deviations are scaled down
+    to the variance that is left of them without it, and up by what a percentile interval of P values lacks (Hesterberg 2015).
 
     Args:
         table: [S, P], every seed on the same problems. Where each seed has problems of its own, take ``mean_interval`` of the
             seeds' means instead: they hold both.
         seed: of the draws.
-        draws: bootstrap samples.
+        draws: bootstrap samples of the problems.
     Returns:
-        the estimate, with S as its count; without an interval below two seeds or two problems.
-    Raises:
-        InputError: no table of finite numbers.
-    """
-    values = _seeds_by_problems(table)
-    mean, found = float(values.mean()), two_way_draws(values, seed=seed, draws=draws)
-    if not found.size:
-        return Estimate(mean, None, None, len(values))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return Estimate(mean, float(low), float(high), len(values))
-
-
-def two_way_draws(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DRAWS) -> NDArray[np.float64]:
-    """What the mean of a table might have been: the bootstrap samples of ``two_way_interval``, for tests of a bound.
-
-    Args:
-        table, seed, draws: as there.
-    Returns:
-        [draws], empty below two seeds or two problems.
+        the distribution; None below two seeds or two problems.
     Raises:
         InputError: no table of finite numbers.
     """
     values = _seeds_by_problems(table)
     mean, (seeds, problems) = float(values.mean()), values.shape
     if seeds < 2 or problems < 2:
-        return np.empty(0)
+        return None
     rows, columns = values.mean(1) - mean, values.mean(0) - mean
     rest = np.square(values - mean - rows[:, None] - columns).sum() / ((seeds - 1) * (problems - 1))
     between = seeds * np.square(columns).sum() / (problems - 1)  # expected: rest + seeds * variance of problems
     left = max(1.0 - rest / between, 0.0) if between > 0 else 0.0
-    generator = np.random.default_rng(seed)
-    by_seed = generator.standard_t(seeds - 1, draws) * math.sqrt(np.square(rows).sum() / ((seeds - 1) * seeds))
-    again = columns[generator.integers(problems, size=(draws, problems))].mean(1)
     lacking = (
         math.sqrt(problems / (problems - 1)) * t_quantile(problems - 1) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     )
-    return np.asarray(mean + by_seed + again * math.sqrt(left) * lacking)
+    drawn = np.random.default_rng(seed).integers(problems, size=(draws, problems))
+    scale = math.sqrt(np.square(rows).sum() / ((seeds - 1) * seeds))
+    return TwoWay(mean, scale, seeds - 1, columns[drawn].mean(1) * math.sqrt(left) * lacking)
 
 
-def _seeds_by_problems(table: ArrayLike) -> NDArray[np.float64]:
+def two_way_interval(table: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DRAWS) -> Estimate:
+    """The mean of a table of seeds x problems, and its 95 % interval by ``two_way``.
+
+    Args:
+        table, seed, draws: as there.
+    Returns:
+        the estimate, with S as its count; without an interval below two seeds or two problems.
+    Raises:
+        InputError: no table of finite numbers.
+    """
+    values, found = _seeds_by_problems(table), two_way(table, seed=seed, draws=draws)
+    return found.estimate() if found else Estimate(float(values.mean()), None, None, len(values))
+
+
+def _seeds_by_problems(table: ArrayLike) -> Values:
     values = np.asarray(table, dtype=np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise InputError(

@@ -16,15 +16,15 @@ from benchmarks.studies.leaderboard.__main__ import main
 from benchmarks.studies.leaderboard.added import add_sweeps
 from benchmarks.studies.leaderboard.board import board_of
 from benchmarks.studies.leaderboard.condition import write_condition
-from benchmarks.studies.leaderboard.page import cells_of, sections_of
-from benchmarks.studies.leaderboard.ranks import joint_draws, ranks_of, standings
+from benchmarks.studies.leaderboard.page import PAPERS, cells_of, percent, sections_of, shares
+from benchmarks.studies.leaderboard.ranks import Standing, joint_draws, ranks_of, standings
 from benchmarks.studies.leaderboard.write import HTML, PAGE, PART, PICTURE
 from benchmarks.studies.reproduce.assets import write_data
 from benchmarks.studies.reproduce.outcomes import packed
 from benchmarks.studies.reproduce.plan import Plan, read_plan
-from benchmarks.studies.reproduce.referee import KEPT, compact
+from benchmarks.studies.reproduce.referee import compact
 from benchmarks.studies.reproduce.report import choose
-from lit_opd.compare.statistics import mean_height, mean_interval, two_way_draws, two_way_interval
+from lit_opd.compare.statistics import mean_height, mean_interval, two_way
 from lit_opd.errors import InputError
 from lit_opd.sweep import command
 from lit_opd.sweep.checks import settings_of
@@ -55,11 +55,12 @@ def test_draws_of_a_variant_and_of_a_difference_are_those_of_the_two_way_interva
     cases = [(drawn[:, at], tables[at]) for at in range(3)]
     cases += [(drawn[:, 0] - drawn[:, 1], tables[0] - tables[1]), (drawn[:, 2] - drawn[:, 0], tables[2] - tables[0])]
     for found, table in cases:
-        want = two_way_interval(table, draws=6_000)
-        assert want.low is not None and want.high is not None
-        width = want.high - want.low
-        assert np.abs(np.quantile(found, [0.025, 0.975]) - [want.low, want.high]).max() < 0.06 * width
-        assert found.var() == pytest.approx(two_way_draws(table, draws=6_000).var(), rel=0.12)
+        want = two_way(table, draws=6_000)
+        assert want is not None and want.freedom == 5
+        low, high = want.interval()
+        assert np.abs(np.quantile(found, [0.025, 0.975]) - [low, high]).max() < 0.06 * (high - low)
+        variance = want.scale**2 * 5 / 3 + want.again.var()  # of Student's t with 5 degrees of freedom: 5 / (5 - 2)
+        assert found.var() == pytest.approx(variance, rel=0.12)
 
 
 def test_what_seeds_and_problems_move_in_all_variants_alike_parts_none():
@@ -189,6 +190,41 @@ def test_rows_have_the_values_of_plain_loops(made):
     assert [board.overall.mean[name].mean for name in board.overall.order] == pytest.approx(np.mean(ranks, 1).tolist())
 
 
+def test_seeds_that_only_one_side_has_are_named_and_rank_nothing(made):
+    """Uniform has a fifth seed: no pair and no rank is of it. A variant of one run has a value, and that is all."""
+    plan, records = made
+    board = board_of(plan, records)
+    cells = {row.variant: cells_of(row) for row in board.conditions[0].rows}
+    assert cells["uniform"][1] == "5" and cells["iw-1.5"][1] == "4" and board.conditions[0].seeds[-1] == 1003
+    few = [r for r in records if r["variant"] != "iw-1.5" or r["seed"] == 1002]
+    few = [r for r in few if r["variant"] != "last-30" or r["seed"] in (1002, 1003)]
+    few = [r for r in few if (r["variant"], r["seed"]) != ("uniform", 1002)]
+    board = board_of(plan, few)
+    cells = {row.variant: cells_of(row) for row in board.conditions[0].rows}
+    assert cells["iw-1.5"][1] == "1 (0 paired)" and cells["iw-1.5"][3:] == ["-", "-", "-"]
+    assert "[" not in cells["iw-1.5"][2] and cells["last-30"][1] == "2 (1 paired)" and "[" not in cells["last-30"][3]
+    assert board.overall is None and not board.conditions[0].ranked  # one seed is common to those of two and more
+    text = str(sections_of(plan, choose(plan, few), board))
+    assert "Not ranked yet" in text and "supported" not in text and "iw-1.5 - uniform in base: not run" in text
+
+
+def test_papers_are_credited_with_what_they_claim():
+    """Every hypothesis has a source, every paper that is named is in references.md, and what no paper claims is called ours."""
+    plan, references = read_plan(REFEREE), (ROOT / "docs" / "references.md").read_text()
+    assert set(PAPERS) == set(plan.content["hypotheses"])
+    for number in re.findall(r"\d{4}\.\d{5}", " ".join(PAPERS.values())):
+        assert f"| {number} |" in references
+    assert all("ours" in PAPERS[name] for name in ("H3", "H4", "H6", "H7", "H8"))
+
+
+def test_shares_near_none_and_all_are_not_rounded_to_them():
+    assert [percent(share) for share in (0.0, 0.0005, 0.005, 0.006, 0.994, 0.995, 0.9995, 1.0)] == [
+        "0 %", "< 1 %", "< 1 %", "1 %", "99 %", "> 99 %", "> 99 %", "100 %",
+    ]  # fmt: skip
+    standing = {"a": Standing(1.0, 1.0, 2.0, (0.995, 0.005)), "b": Standing(2.0, 1.0, 2.0, (0.0, 1.0))}
+    assert shares("Ranks", ["a", "b"], standing).table.rows == [["a", "> 99", ""], ["b", "", "100"]]
+
+
 def test_a_condition_is_drawn_apart_and_a_single_seed_ranks_nothing(made):
     plan, records = made
     one = [record for record in records if record["seed"] == 1000]
@@ -225,7 +261,8 @@ def test_the_pages_are_made_from_the_records_alone(made, tmp_path, monkeypatch, 
     assert capsys.readouterr().out.split() == [str(out / name) for name in (PAGE, HTML, str(PICTURE))]
     page, html = (out / PAGE).read_text(), (out / HTML).read_text()
     assert "34 of 80 planned runs are finished" in page and "The study is not finished" in page
-    assert re.search(r"^\| H2 \| IW-OPD, 2606.22600 \| .* \| not decided \| 1 not decided \|$", page, flags=re.M)
+    contrast = r"iw-1.5 - uniform in base: [+-]0\.\d+ \[.*\], not decided, seeds 4 of 10"
+    assert re.search(rf"^\| H2 \| IW-OPD, 2606.22600 \| .* \| not decided \| {contrast} \|$", page, flags=re.M)
     rows = re.findall(r"^\| (\S+) \| \d \| 0\.\d{3} \[", page, flags=re.M)
     assert rows == [row.variant for each in board_of(plan, records).conditions for row in each.rows]
     chosen = choose(plan, records)
@@ -262,7 +299,7 @@ def test_records_that_are_none_are_refused_in_one_line(text, message, tmp_path, 
 
 def test_the_committed_page_is_of_the_committed_records():
     """A board that is older than its records would be believed."""
-    kept = ROOT / "docs" / KEPT
+    kept = ROOT / "docs" / read_plan(REFEREE).kept
     count = len({json.loads(line)["run"] for line in kept.read_text().splitlines()}) if kept.is_file() else 0
     page = PART.require(ROOT / "docs" / PAGE)
     found = re.search(r"(\d+) of \d+ planned runs are finished", page)

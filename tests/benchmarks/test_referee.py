@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from benchmarks.studies.reproduce import worker
-from benchmarks.studies.reproduce.assets import build_asset, paths_of
+from benchmarks.studies.reproduce.assets import build_asset, paths_of, split_of
 from benchmarks.studies.reproduce.hypotheses import (
+    ALPHA,
     MEASURES,
     Outcomes,
     evidence,
@@ -26,11 +27,23 @@ from benchmarks.studies.reproduce.hypotheses import (
     verdict,
 )
 from benchmarks.studies.reproduce.outcomes import by_problem, packed, unpacked
-from benchmarks.studies.reproduce.plan import PLAN, Job, Plan, missing, read_plan
+from benchmarks.studies.reproduce.plan import PLAN, Job, Plan, digest, missing, read_plan
 from benchmarks.studies.reproduce.problems import KeptAnswers, KeptDivergence
-from benchmarks.studies.reproduce.referee import NOT_FINISHED, PART, compact, keep, write_referee
+from benchmarks.studies.reproduce.referee import (
+    NOT_FINISHED,
+    PART,
+    compact,
+    contrast_table,
+    ends_of,
+    keep,
+    measure_table,
+    overview,
+    tallied,
+    write_referee,
+)
 from benchmarks.studies.reproduce.results import all_results, area
 from lit_opd.cli.command import OPDCLI
+from lit_opd.compare.statistics import TwoWay, mean_interval, two_way
 from lit_opd.errors import InputError
 from lit_opd.testbed import read_records
 from lit_opd.weighting import WeightingStrategy
@@ -126,6 +139,13 @@ def test_a_hypothesis_of_what_the_plan_does_not_have_is_refused(change, message)
             hypotheses_of(Plan(content, REFEREE))
 
 
+def test_the_plan_and_its_runs_are_those_that_finished_runs_are_known_by():
+    """By one bit more or less every finished run would count as another plan's."""
+    settings = sorted((job.name, job.settings_sha) for job in jobs_of())
+    assert plan_of().sha == "41d62fee2abbde2b529b05ab2f95558c517677c39f1ca532552861de47bc9898"
+    assert digest(settings) == "0b9dddd76b28de4f1400c82c0dfb20f5eda02991812d3cc1e4c5e67883bded41"
+
+
 # -- what a seed moves ---------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +221,23 @@ def test_problems_survive_a_records_round_trip_and_add_up_to_what_was_logged(bui
     assert min(weights) <= record["means"]["weight_mean"] <= max(weights)
 
 
+def test_seeds_share_a_quarter_of_their_problems_and_what_that_hides_is_what_the_page_says():
+    """Each problem adds to what is learnt: seeds that draw from one pool differ less than from pools of their own."""
+    spec, generator = {"num_train": 16}, np.random.default_rng(0)
+    means, within, shared = [], [], []
+    for study in range(400):
+        pool = generator.normal(size=64).tolist()
+        drawn = [
+            split_of(spec | {"split": ALL_SEEDS * study + seed}, list(enumerate(pool))) for seed in range(ALL_SEEDS)
+        ]
+        of_seeds = [np.mean([value for _, value in rows]) for rows in drawn]
+        means.append(np.mean(of_seeds))
+        within.append(np.var(of_seeds, ddof=1) / ALL_SEEDS)
+        shared.append(len({at for at, _ in drawn[0]} & {at for at, _ in drawn[1]}) / 16)
+    assert np.mean(shared) == pytest.approx(0.25, abs=0.02)
+    assert np.var(means) / np.mean(within) == pytest.approx(1 + ALL_SEEDS / 3, rel=0.2)
+
+
 def test_rows_are_kept_in_their_order_and_only_those_that_count():
     kept = KeptAnswers()
     kept.update(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([True, True, False]))
@@ -252,16 +289,43 @@ def test_holm_is_that_of_hand_arithmetic():
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
+def seen(low: float, high: float) -> TwoWay:
+    """999 equal steps around the middle, and no seeds that differ."""
+    middle = (low + high) / 2
+    return TwoWay(middle, scale=0.0, freedom=3, again=np.linspace(low, high, 999) - middle)
+
+
 def test_evidence_is_of_the_nearer_bound():
-    draws = np.linspace(0.001, 0.099, 999)
-    assert evidence(draws, 0.05, "above", 0.0) == (pytest.approx(0.002), True)
-    assert evidence(draws, 0.05, "below", 0.0) == (pytest.approx(0.002), False)
-    p, agrees = evidence(draws, 0.05, "equal", 0.1)
+    draws = seen(0.001, 0.099)
+    assert evidence(draws, "above", 0.0) == (pytest.approx(0.002), True)
+    assert evidence(draws, "below", 0.0) == (pytest.approx(0.002), False)
+    p, agrees = evidence(draws, "equal", 0.1)
     assert p == pytest.approx(0.002) and agrees
-    p, agrees = evidence(draws, 0.05, "equal", 0.06)  # inside, but four tenths of the draws lie outside
+    p, agrees = evidence(draws, "equal", 0.06)  # inside, but four tenths of the draws lie outside
     assert p == pytest.approx(0.8, abs=0.02) and agrees
-    p, agrees = evidence(draws, 0.05, "equal", 0.0005)
+    p, agrees = evidence(draws, "equal", 0.0005)
     assert p == pytest.approx(0.002) and not agrees
+    mirrored = seen(-0.099, -0.001)
+    assert evidence(mirrored, "below", 0.0) == (pytest.approx(0.002), True)
+    assert evidence(mirrored, "equal", 0.06)[0] == pytest.approx(0.8, abs=0.02)
+    assert evidence(mirrored, "equal", 0.0005) == (pytest.approx(0.002), False)
+
+
+@pytest.mark.parametrize("expect", ["above", "equal"])
+def test_a_verdict_at_five_percent_is_an_interval_that_leaves_the_bound_out(expect):
+    """Of the same bootstrap: where 0, or a margin, is moved over an end of the interval, p goes through 0.05."""
+    found = two_way(np.random.default_rng(2).normal(0.5, 1.0, (5, 60)))
+    low, high = found.interval()
+    for end, inwards in ((low, 1), (high, -1)):
+        for step, decided in ((-1e-3, True), (1e-3, False)):
+            bound = end + inwards * step
+            if expect == "equal":  # both margins lie far off but for the one at the end
+                moved = TwoWay(found.mean - bound + inwards * -10, found.scale, found.freedom, found.again)
+                p, agrees = evidence(moved, "equal", 10.0)
+                assert agrees
+            else:
+                p, _ = evidence(TwoWay(found.mean - bound, found.scale, found.freedom, found.again), "above", 0.0)
+            assert (p - 2 / len(found.again) < ALPHA) == decided, (end, step, p)
 
 
 FEW = 256  # problems of a made run
@@ -339,6 +403,84 @@ def test_a_study_that_has_hardly_begun_decides_nothing():
     for records in ([], synthetic(one, LIFTS)):
         found = findings(plan_of(), Outcomes(records), draws=200)
         assert {verdict(each) for each in found.values()} == {"not decided"} and len(found) == 8
+
+
+def partly_finished() -> list[dict[str, Any]]:
+    """Base: uniform with three seeds, cdd with three others of which two are the same, one run each of what is left.
+
+    all-legal has one run, of a variant without its partner there.
+    """
+    done = {("uniform", 0), ("uniform", 1), ("uniform", 2), ("cdd", 1), ("cdd", 2), ("cdd", 3), ("last-30", 0)}
+    done |= {("sparse-10", 3)}
+    jobs = [job for job in jobs_of() if job.condition == "base" and (job.variant, job.seed - 1000) in done]
+    alone = [job for job in jobs_of() if (job.condition, job.variant, job.seed) == ("all-legal", "prefix-ratio", 1000)]
+    return synthetic(jobs + alone, LIFTS)
+
+
+def areas_of(records: list[dict[str, Any]], variant: str) -> dict[int, float]:
+    """By hand: trapezoids of ten steps over forty."""
+    runs = {each["seed"]: [v for _, v in each["curves"]["greedy"]] for each in records if each["variant"] == variant}
+    return {seed: (h[0] / 2 + h[1] + h[2] + h[3] + h[4] / 2) / 4 for seed, h in runs.items()}
+
+
+def test_a_difference_is_of_the_seeds_that_both_have_and_says_of_how_many():
+    plan, records = plan_of(), partly_finished()
+    outcomes = Outcomes(records)
+    ours, theirs = areas_of(records, "cdd"), areas_of(records, "uniform")
+    found = outcomes.estimate("base", "cdd", "uniform", "area")
+    assert found.count == 2 and found.mean == pytest.approx(np.mean([ours[s] - theirs[s] for s in (1001, 1002)]))
+    of = {name: outcomes.runs["base", name] for name in ("uniform", "cdd", "last-30", "sparse-10")}
+    own = {name: {"area": outcomes.estimate("base", name, None, "area")} for name in of}
+    versus = {n: {"area": outcomes.estimate("base", n, "uniform", "area")} for n in of if n != "uniform"}
+    table = measure_table(list(of), of, own, versus, ["area"])
+    rows = {cells[0]: cells for cells in (line[2:-2].split(" | ") for line in table.splitlines())}
+    assert [rows[name][1] for name in of] == ["3", "3 (2 paired)", "1", "1 (0 paired)"]
+    assert f"{np.mean(list(ours.values())):.3f} [" in rows["cdd"][2] and "[" in rows["cdd"][3]
+    assert "[" not in "".join(rows["last-30"]) and rows["sparse-10"][3] == ""
+    table = "".join(overview(plan, outcomes, "area"))
+    assert "all-legal" not in table and "prefix-ratio" not in table and "sparse-10" not in table
+
+
+def test_a_partly_finished_study_claims_no_more_than_it_has():
+    plan, records = plan_of(), partly_finished()
+    found = findings(plan, Outcomes(records), draws=200)
+    assert {verdict(each) for each in found.values()} == {"not decided"}
+    rows = [line[2:-2].split(" | ") for line in contrast_table(plan, hypotheses_of(plan), found).splitlines()[2:]]
+    known = {(row[0], row[3]): row for row in rows if row[-1] != "not run"}
+    assert set(known) == {("H8", "base, primary")}  # uniform alone; no other has both sides of a pair
+    assert known["H8", "base, primary"][7] == "3 of 10" and "[" in known["H8", "base, primary"][4]
+    assert all(row[4:7] == ["", "", ""] and row[7] == "0 of 10" for row in rows if row[-1] == "not run")
+    assert tallied(found["H3"]) == "4 not decided (4 not run)" and tallied(found["H8"]) == "1 not decided"
+
+
+def test_a_claim_with_a_primary_contrast_that_has_not_run_is_not_supported():
+    """The prefix ratio and its window in base, far above uniform; nothing in all-legal, where they should be below it."""
+    names = ("uniform", "prefix-ratio", "windowed-ratio")
+    jobs = [job for job in jobs_of() if job.condition == "base" and job.variant in names]
+    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS)), draws=2000)
+    assert tallied(found["H3"]) == "2 supported, 2 not decided (2 not run)" and verdict(found["H3"]) == "not decided"
+    secondary = [each for each in found["H3"] if each.adjusted is None]
+    assert secondary and all(each.estimate is None for each in secondary)
+
+
+def test_a_verdict_that_decides_nothing_stands_in_parentheses():
+    names, conditions = ("uniform", "null-advantage"), ("base", "all-legal")
+    jobs = [job for job in jobs_of() if job.condition in conditions and job.variant in names and job.seed < 1004]
+    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS)), draws=2000)
+    table = contrast_table(plan_of(), hypotheses_of(plan_of()), found)
+    rows = {tuple(line[2:-2].split(" | ")[::3][:2]): line for line in table.splitlines() if line.startswith("| H5")}
+    assert rows["H5", "base, primary"].endswith("| 4 of 10 | contradicted |")
+    assert rows["H5", "all-legal"].endswith("|  | 4 of 10 | (contradicted) |")
+
+
+def test_before_training_the_runs_of_a_seed_count_once():
+    """Three variants of one seed start alike: two seeds are two values, not four."""
+    records = [
+        {"seed": seed, "kl_bands": [[0, [value] * 9 + [None]]]}
+        for seed, value in ((1, 1.0), (1, 1.0), (1, 1.0), (2, 3.0))
+    ]
+    found = ends_of(records, 0, slice(-3, None))
+    assert found == mean_interval([1.0, 3.0]) and found.count == 2
 
 
 def test_the_page_of_an_unfinished_study_is_made_from_what_is_committed(tmp_path):

@@ -24,6 +24,7 @@ import yaml
 from lightning.pytorch import Callback
 
 import lit_opd.weighting
+from benchmarks.studies.figures import BETTER, OPEN, WORSE, draw_estimate, far_of, limit, plt
 from benchmarks.studies.reproduce import tune, worker
 from benchmarks.studies.reproduce.__main__ import main
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
@@ -851,3 +852,21 @@ def test_pictures_are_not_blank(tmp_path):
         for panel in np.array_split(image, num_panels, axis=1):
             coloured = (panel.max(-1) - panel.min(-1)) > 0.3  # what is drawn of the runs; frames and words are grey
             assert coloured.sum() > 200
+
+
+def test_one_mean_that_is_far_out_is_written_and_the_axis_holds_the_other_intervals():
+    near = [Estimate(mean, mean - 0.02, mean + 0.02, 4) for mean in (-0.03, 0.01, 0.04)]
+    wide, out = Estimate(0.02, -2.0, 2.0, 2), Estimate(-0.9, -1.0, -0.8, 4)
+    figure, axis = plt.subplots()
+    far = far_of([each.mean for each in (*near, wide, out)])
+    for row, each in enumerate((*near, wide, out)):
+        draw_estimate(axis, row, each, far=far)
+    limit(axis, [*near, wide, out], far)
+    left, right = axis.get_xlim()
+    assert -0.07 < left < -0.05 and 0.06 < right < 0.08  # neither the wide interval nor the far mean counts
+    assert [text.get_text() for text in axis.texts] == ["\u25c2 -0.90 [-1.00, -0.80]"]
+    dots = [line.get_color() for line in axis.lines if line.get_marker() == "o"]
+    assert dots == [WORSE, OPEN, BETTER, OPEN] and axis.texts[0].get_color() == WORSE
+    draw_estimate(axis, 5, near[0], less_is_better=True)
+    assert axis.lines[-1].get_color() == BETTER
+    plt.close(figure)

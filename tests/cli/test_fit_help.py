@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lit_opd.__main__ import main
-from lit_opd.cli.fit_help import HELP, first_screen, without_all
+from lit_opd.cli.fit_help import HELP, WHAT, first_screen, without_all
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREEN_LINES, SCREEN_COLUMNS = 40, 80
@@ -101,6 +101,18 @@ def test_the_first_screen_fits_and_says_how_to_see_the_rest():
     assert text is not None and len(text.splitlines()) <= SCREEN_LINES
     assert max(map(len, text.splitlines())) <= SCREEN_COLUMNS
     assert "fit --help all" in text and text == first_screen(["fit", "--config", "quickstart", "-h"])
+
+
+@pytest.mark.parametrize("command", ["preflight", *WHAT])
+def test_relatives_of_fit_have_a_first_screen_of_options_that_they_have(command, capsys):
+    text = first_screen([command, "--config", "quickstart", "--help"])
+    assert text is not None and max(map(len, text.splitlines())) <= SCREEN_COLUMNS and f"{command} --help all" in text
+    named = set(re.findall(r"^  --(\S+) ", text, flags=re.M)) - {"config"}
+    assert len(named) >= 2
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help", "all"])
+    listed = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"--{name} " in listed for name in named)
 
 
 @pytest.mark.parametrize("words", [[], ["fit"], ["compare", "--help"], ["fit", "--help", "all"], ["--help"]], ids=str)

@@ -25,7 +25,7 @@ from callbacks import RolloutSamples, default_callbacks
 from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
 from lit_opd.compare.differences import compare_runs
-from lit_opd.compare.document import Document, Interval, Section, Table, markdown_text
+from lit_opd.compare.document import FOREST_WIDTH, Document, Interval, Section, Table, markdown_text
 from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
 from lit_opd.compare.pictures import draw_cosines, draw_weights, plain
 from lit_opd.compare.replay import REFERENCES, GradientSums, Replay, WeightSums, find_files, replay_files
@@ -40,6 +40,7 @@ from lit_opd.compare.statistics import (
     paired_two_way,
     reached,
     t_quantile,
+    two_way,
     two_way_interval,
 )
 from lit_opd.compare.strategies import read_strategies
@@ -354,6 +355,17 @@ def test_two_way_intervals_hold_the_truth_as_often_as_they_say(seeds, source):
     assert 0.92 * SIMULATED <= held <= 0.98 * SIMULATED, held / SIMULATED
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_two_way_tails_are_not_too_small_with_few_seeds(seeds, source):
+    """Where the problems' part counts, the sum of both is wider than it need be; never narrower."""
+    generator = np.random.default_rng(seeds)
+    tables = [simulated_table(seeds, 50, source, generator) for _ in range(SIMULATED)]
+    found = [two_way(table, seed=number, draws=FEW_DRAWS).below(0.0) for number, table in enumerate(tables)]
+    assert sum(0.025 <= share <= 0.975 for share in found) >= 0.92 * SIMULATED
+    assert sum(0.0025 <= share <= 0.9975 for share in found) >= 0.98 * SIMULATED  # of 99.5 %, as Holm's first step asks
+
+
 def test_an_interval_over_seeds_or_over_problems_alone_would_not():
     generator = np.random.default_rng(3)
     by_seed = [mean_interval(simulated_table(10, 50, "problems", generator).mean(1).tolist()) for _ in range(SIMULATED)]
@@ -379,6 +391,28 @@ def test_a_two_way_interval_is_that_over_seeds_where_problems_do_not_vary_and_th
         pytest.approx(exact.high, abs=0.01),
     )
     assert by_problem == two_way_interval(np.repeat(values[None], 8, axis=0), draws=8_000)  # the same draws
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 10])
+def test_a_two_way_tail_is_that_of_plain_draws(seeds):
+    """Student's t drawn, not integrated: far more of them than the far tail needs."""
+    generator = np.random.default_rng(seeds)
+    found = two_way(simulated_table(seeds, 50, "both", generator))
+    drawn = found.mean + found.scale * generator.standard_t(seeds - 1, (200, len(found.again))) + found.again
+    low, high = found.interval()
+    for bound in (low, high, found.mean, found.mean - 3 * (found.mean - low)):
+        assert found.below(bound) == pytest.approx((drawn <= bound).mean(), abs=1e-3)
+        assert found.below(bound) + found.above(bound) == pytest.approx(1.0)
+    assert (found.below(low), found.above(high)) == (pytest.approx(0.025, rel=1e-3), pytest.approx(0.025, rel=1e-3))
+
+
+def test_p_of_few_seeds_is_as_small_as_their_effect_is_large():
+    """Four seeds alone, effect d standard errors: the t of 3 degrees of freedom, in closed form. No floor of few draws."""
+    table = np.repeat(np.array([-1.0, 1.0, -1.0, 1.0])[:, None], 30, axis=1)  # standard error 1 / sqrt(3)
+    for effect in (1.0, 3.0, 10.0, 100.0):
+        found, t = two_way(table + effect), effect * 3**0.5
+        closed = 0.5 - (math.atan(t / 3**0.5) + t * 3**0.5 / (3 + t * t)) / math.pi
+        assert found.below(0.0) == pytest.approx(closed, rel=1e-6)
 
 
 def test_a_two_way_difference_is_of_what_all_have():
@@ -535,6 +569,18 @@ def test_names_are_text_in_markdown():
         assert not re.match(r"#|[-+>] |\d+[.)] ", written)
         assert not re.search(r"(?<!\\)[*_`<]|(?<!\\)\](?=[(:])", written)
     assert markdown_text("0.831 [0.811, 0.851]") == "0.831 [0.811, 0.851]" and markdown_text("-0.003") == "-0.003"
+
+
+def test_a_mean_that_is_far_out_is_an_arrow_and_squeezes_no_other():
+    near = [Interval(0.1, 0.0, 0.2, marked=True), Interval(-0.1), Interval(0.05), Interval(0.02)]
+    rows = [*near, Interval(-9.0, -9.5, -8.5, marked=True), None]
+    first, low, *_, far, none = Table(["a"], [["x"]] * 6, intervals=rows).forest()
+    assert (first["beyond"], low["beyond"], far["beyond"], none) == (0, 0, -1, None)
+    assert (low["dot"], first["high"]) == ("0.0", f"{FOREST_WIDTH:.1f}")  # the scale is of the others alone
+    page = Document("t", [Section("s", [], Table(["a"], [["x"]] * 6, intervals=rows))]).html()
+    assert page.count('class="dot" d="M2 6') == 1 and page.count("<circle") == 4
+    few = Table(["a"], [["x"]] * 4, intervals=rows[1:5]).forest()
+    assert not any(drawn["beyond"] for drawn in few) and few[3]["low"] == "0.0"
 
 
 def test_an_interval_is_drawn_where_it_is():

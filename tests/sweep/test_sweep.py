@@ -18,7 +18,7 @@ from lit_opd.cli.command import main
 from lit_opd.compare import compare_runs, read_run
 from lit_opd.errors import InputError
 from lit_opd.sweep import checks, command, options, variants
-from lit_opd.sweep.ending import table
+from lit_opd.sweep.ending import labels, table
 from tests.compare.test_compare import known, write_run
 from tests.sweep import parts
 
@@ -323,6 +323,21 @@ def test_the_last_table_fits_80_columns_and_has_the_numbers_of_the_comparison(tm
     mean = sum(0.4 + 0.01 * seed + 0.4 for seed in range(4)) / 4
     row = next(line for line in lines if line.startswith("Uniform"))
     assert float(row.split()[2]) == pytest.approx(mean, abs=0.002) and row.split()[1] == "4"
+    assert " *  -0.160" in gap  # columns do not touch
+    at = next(place for place, line in enumerate(lines) if line.startswith("WindowedP...ace-in-it 4"))
+    assert lines[at + 1] == gap  # the name takes one line, and stands whole at the end
+    key = next(place for place, line in enumerate(lines) if line.startswith("WindowedP...ace-in-it is"))
+    assert "".join(lines[key:]).replace(" ", "") == f"WindowedP...ace-in-it is {long}".replace(" ", "")
+
+
+def test_no_two_names_of_a_table_are_shortened_alike():
+    names = [f"PrefixRatioTilt(alpha={alpha}, low=-5.0, high=0.0)" for alpha in range(12)]
+    names += ["Uniform", "Prefi...=0.0)", "A" * 13, "B" * 14]  # the second is what the first long one would be cut to
+    found = labels(names, 13)
+    assert list(found) == names and len(set(found.values())) == len(names)
+    assert all(len(short) <= 13 for short in found.values())
+    assert all(found[name] == name for name in names[12:15]) and found["B" * 14] == "BBBBB...BBBBB"
+    assert found[names[0]] == "Pref....0) #2" and found[names[11]] == "Pre....0) #13"
 
 
 def test_the_help_fits_80_columns_and_a_wrong_word_is_one_line(monkeypatch, capsys):

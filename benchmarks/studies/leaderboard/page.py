@@ -4,42 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.studies.cells import seeds_cell
 from benchmarks.studies.leaderboard.board import Board, Condition, Overall, Row
 from benchmarks.studies.leaderboard.ranks import Standing
 from benchmarks.studies.reproduce.hypotheses import Finding, Outcomes, findings, hypotheses_of, verdict
 from benchmarks.studies.reproduce.plan import REFERENCE, Plan
-from benchmarks.studies.reproduce.referee import tallied
-from benchmarks.studies.reproduce.report import Chosen
+from benchmarks.studies.reproduce.referee import seeds_of
+from benchmarks.studies.reproduce.report import Chosen, days, machines
 from lit_opd.compare.document import Document, Interval, Section, Table, markdown_table, markdown_text, show
 from lit_opd.compare.statistics import Estimate
 
 TITLE = "The leaderboard of weightings"
 NOTHING = "No run is finished yet."
 UNKNOWN = "-"
+LOSS = "full-vocabulary"  # the one variant that is no weighting
+FIRST = "share first"  # of the draws
+SMALL = 0.005  # of a share: rounds to 0
 PAPERS = {  # hypothesis of the plan -> whose claim it is; docs/references.md says how much of each was read
     "H1": "IW-OPD, 2606.22600",
     "H2": "IW-OPD, 2606.22600",
-    "H3": "IW-OPD's theory, 2606.22600; the window is ours",
-    "H4": "one or two tokens a response, 2609.04565",
+    "H3": "the ratio: IW-OPD's theory, 2606.22600; the window, and where it helps: ours",
+    "H4": "one or two tokens a response, 2609.04565; a tenth of them: ours",
     "H5": "the null advantage, 2608.31046",
     "H6": "ours, a control",
-    "H7": "CDD, 2609.11127",
-    "H8": "IW-OPD, 2606.22600",
+    "H7": "ours, after what CDD, 2609.11127, says against IW-OPD",
+    "H8": "IW-OPD, 2606.22600: the gap persists; late against early: ours",
+}
+VARIANTS = {  # of the plan; docs/referee.md has the same
+    "uniform": "plain on-policy distillation, every token alike",
+    "iw-1.5": "IW-OPD, w_max 1.5",
+    "windowed-ratio": "min(teacher-to-student ratio of the last 8 tokens, 1), at least 0.3",
+    "prefix-ratio": "min(teacher-to-student ratio of the whole prefix, 1)",
+    "last-30": "the last 30 % of each response's tokens, the others dropped",
+    "first-30": "the first 30 %",
+    "random-30": "30 % at random",
+    "sparse-10": "4 of 42 tokens: those with the two largest and the two smallest advantages",
+    "sparse-random": "4 of 42 tokens at random",
+    "null-advantage": "advantage -0.5 on every token: no teacher",
+    "iw-1.5-curve": "the mean weight of iw-1.5 at each position, in place of its weights",
+    "windowed-curve": "the mean weight of windowed-ratio at each position, in place of its weights",
+    "cdd": "divergence-based discount, rate 0.1 a nat, floor 0.1",
+    "full-vocabulary": "no weighting but another loss: reverse KL of the whole vocabulary in place of the sampled token",
 }
 HOW_RANKS = (
-    "Rank 1 is the largest area. Each of 2,000 draws of the two-way bootstrap moves all variants by the same seeds and the same "
-    "problems, and ranks them anew: shown are the mean rank with its 95 % interval, and how often a variant is first. The draws "
-    "lie around what was seen, so shares say how firmly these runs hold the order; between variants that are truly equal they "
-    "look firmer than they are."
+    "Rank 1 is the largest area. Seeds and problems are drawn anew 2,000 times (two-way bootstrap), each time the same ones "
+    "for all variants, and the variants are ranked in each draw. Shown are the mean rank with its 95 % interval, and in how "
+    "many draws a variant is first. The draws lie around what was seen: of two variants that are truly equal, one looks "
+    "better in them more often than it should."
 )
 HOW_ROWS = (
-    "Area: mean height of greedy accuracy over training. Brackets are 95 % intervals over seeds and problems; an asterisk marks "
-    "a difference whose interval leaves 0 out, which one in twenty does by chance."
+    "Area: mean height of greedy accuracy over training. Brackets are unadjusted 95 % intervals over seeds and problems; one "
+    "seed has none. An asterisk marks a difference whose interval leaves 0 out; of true zeros one in twenty does by chance. "
+    "Seeds draw their training problems from one pool a condition and share a quarter of them: for another pool the intervals "
+    "are too narrow (referee.md says by how much at most)."
 )
 HOW_COST = (
-    "Median CPU seconds of a run on the machine named above, beside whatever else ran there, so compare within a condition; of "
-    "added rows seconds by the clock. Tokens: mean of a run, of all that were sampled for training. The plan's rates were tuned "
-    "on the task of base, with other problems and seeds."
+    "Median CPU seconds of a run on the machine named above, which did other work too: compare within a condition. For added "
+    "rows, seconds of wall time. Tokens: mean of a run, of all that were sampled for training. The plan's learning rates were "
+    "tuned on the task of base, with other problems and seeds."
+)
+HOW_PICTURE = (
+    "A line is the unadjusted 95 % interval over seeds and problems of the area minus that of uniform: blue is better, orange "
+    "is worse, grey contains 0. Uniform is the mark at 0; what lies too far out is written; an empty row has not run there. "
+    "Seeds ranked:"
 )
 ADDED = (
     "Rows with + were added from sweeps and are no part of the plan. Each is ranked among the plan's variants on the seeds that "
@@ -48,7 +75,7 @@ ADDED = (
 SEEDS_ONLY = (
     "Rows with (seeds only) have no outcomes by problem: their intervals are over seeds alone, and they are not ranked."
 )
-HOW_SHARES = "How often each variant holds each rank, % of the draws; below 0.5 % is left empty."
+HOW_SHARES = "How often each variant holds each rank, % of the draws; what rounds to 0 is left empty."
 
 
 def sections_of(plan: Plan, chosen: Chosen, board: Board) -> list[Section]:
@@ -59,17 +86,28 @@ def sections_of(plan: Plan, chosen: Chosen, board: Board) -> list[Section]:
     sections = [head]
     if board.overall is not None:
         sections.append(overall_section(board.overall, board))
+    if chosen.counted:
+        sections.append(claims_section(plan, chosen))
     sections.append(Section("How to read the tables", how_lines(board)))
     sections += [condition_section(plan, each) for each in board.conditions]
     sections.append(cost_section(board))
-    if chosen.counted:
-        sections.append(claims_section(plan, chosen))
     return sections + shares_sections(board)
 
 
 def document_of(plan: Plan, chosen: Chosen, board: Board) -> Document:
-    """The HTML page."""
-    return Document(TITLE, sections_of(plan, chosen, board), headline=headline(board))
+    """The HTML page; it has no links, so it says itself what the variants are."""
+    sections = sections_of(plan, chosen, board)
+    if board.conditions:
+        sections.append(variants_section(plan))
+    count, planned = len(chosen.counted), sum(chosen.planned.values())
+    so_far = f" ({count} of {planned} runs so far)" if 0 < count < planned else ""
+    return Document(TITLE, sections, headline=headline(board) + so_far)
+
+
+def variants_section(plan: Plan) -> Section:
+    """What each name stands for."""
+    rows = [[name, VARIANTS.get(name, "")] for name in plan.content["variants"]]
+    return Section("What the variants are", [], Table(["variant", "what it is"], rows, text_columns=(1,)), folded=True)
 
 
 def headline(board: Board) -> str:
@@ -77,10 +115,10 @@ def headline(board: Board) -> str:
     if board.overall is None:
         return NOTHING if not board.conditions else "Not every variant is ranked in a condition yet"
     found, best = board.overall, board.overall.order[0]
-    where = f"{len(found.conditions)} condition{'s' if len(found.conditions) > 1 else ''} with all variants"
+    where = found.conditions[0] if len(found.conditions) == 1 else f"{len(found.conditions)} conditions"
     return (
-        f"{best} has the lowest mean rank, {show(found.mean[best], 1)} of {len(found.order)}, over {where}; it is first in "
-        f"{percent(found.standing[best].first)} of the draws"
+        f"{best} has the best mean rank in {where}: {show(found.mean[best], 1)} of {len(found.order)} variants, first in "
+        f"{percent(found.standing[best].first)} of the bootstrap's draws"
     )
 
 
@@ -93,11 +131,10 @@ def finished_lines(plan: Plan, chosen: Chosen) -> list[str]:
     if count < planned:
         by_name = {name: sum(record["condition"] == name for record in chosen.counted) for name in chosen.planned}
         of = ", ".join(f"{name} {by_name[name]} of {all_of}" for name, all_of in chosen.planned.items())
-        lines.append(f"The study is not finished, and ranks may still change: {of}.")
+        lines.append(f"The study is not finished, and ranks may still change. Runs so far: {of}.")
     if chosen.other:
         lines.append(f"{len(chosen.other)} runs were made with settings that are not this plan's and are left out.")
-    machines = sorted({record["machine"] for record in chosen.counted})
-    return [*lines, f"Machine: {'; '.join(machines)}; one thread a run."]
+    return [*lines, f"Machine: {machines(chosen.counted)}; one thread a run; {days(chosen.counted)}."]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -106,18 +143,22 @@ def finished_lines(plan: Plan, chosen: Chosen) -> list[str]:
 def overall_section(found: Overall, board: Board) -> Section:
     """Mean ranks over conditions, and in each."""
     each = [condition for condition in board.conditions if condition.ranked]
+    each = each if len(each) > 1 else []  # the mean of one says it
     rows = []
     for name in found.order:
         standing = found.standing[name]
         inside = [row.standing if (row := condition.row(name)) else None for condition in each]
         rows.append([name, show(found.mean[name], 1), percent(standing.first), *map(rank, inside)])
-    header = ["variant", "mean rank", "first", *(f"rank in {condition.name}" for condition in each)]
+    header = ["variant", "mean rank", FIRST, *(f"rank in {condition.name}" for condition in each)]
+    seeds = {condition.name: len(condition.seeds) for condition in each}
+    taken = ", ".join(f"{name} ({seeds[name]} seeds)" for name in found.conditions)
     where = (
-        f"Mean rank: over {', '.join(found.conditions)}, the conditions in which every variant of the plan is ranked. Other "
-        "conditions have fewer variants, so a rank there is among those. Its interval is over other seeds and problems, not over "
+        f"Mean rank: over {taken}: every condition in which all variants of the plan are ranked, however few its seeds. Other "
+        "conditions have fewer variants, so a rank there is among those. Intervals are over other seeds and problems, not over "
         "other conditions."
     )
-    return Section("Mean ranks", [HOW_RANKS, where], Table(header, rows))
+    also = [f"{LOSS} is no weighting: it changes the loss and weighs all tokens alike."] if LOSS in found.order else []
+    return Section("Mean ranks", [HOW_RANKS, where, *also], Table(header, rows))
 
 
 def how_lines(board: Board) -> list[str]:
@@ -131,11 +172,12 @@ def condition_section(plan: Plan, found: Condition) -> Section:
     """One row a variant, with the difference from uniform drawn."""
     known = plan.variants_of(found.name)
     seeds = f"on the {len(found.seeds)} seeds that all of them have"
-    text = [f"{plan.content['conditions'][found.name]['about']}."]
+    about = str(plan.content["conditions"][found.name]["about"])
+    text = [f"{about[0].upper()}{about[1:]}."]
     text += (
         [f"{len(found.ranked)} of {len(known)} variants are ranked, {seeds}."] if found.ranked else ["Not ranked yet."]
     )
-    header = ["variant", "seeds", "area", f"area - {REFERENCE}", "mean rank", "first"]
+    header = ["variant", "seeds", "area", f"area - {REFERENCE}", "mean rank", FIRST]
     rows = [cells_of(row) for row in found.rows]
     return Section(found.name, text, Table(header, rows, intervals=[drawn(row.minus) for row in found.rows]))
 
@@ -145,7 +187,7 @@ def cells_of(row: Row) -> list[str]:
     gap = show(row.minus, signed=True) if row.minus else UNKNOWN
     return [
         name_of(row),
-        str(row.own.count),
+        seeds_cell(row.own.count, None if row.variant == REFERENCE else row.minus.count if row.minus else 0),
         show(row.own),
         gap + (" *" if row.minus and row.minus.excludes_zero else ""),
         rank(row.standing),
@@ -191,38 +233,48 @@ def rank(standing: Standing | None) -> str:
 def percent(share: float) -> str:
     """A share of the draws.
 
-    >>> percent(0.914), percent(0.001), percent(0.0)
-    ('91 %', '< 0.5 %', '0 %')
+    >>> percent(0.914), percent(0.001), percent(0.0), percent(0.999), percent(1.0)
+    ('91 %', '< 1 %', '0 %', '> 99 %', '100 %')
     """
-    return "< 0.5 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+    if 0 < share <= SMALL or 1 - SMALL <= share < 1:
+        return "< 1 %" if share <= SMALL else "> 99 %"
+    return f"{100 * share:.0f} %"
 
 
 def claims_section(plan: Plan, chosen: Chosen) -> Section:
     """What became of published claims."""
     found = findings(plan, Outcomes(chosen.counted))
     rows = [
-        [each.name, PAPERS.get(each.name, ""), each.claim, verdict(found[each.name]), tried(found[each.name])]
+        [each.name, PAPERS.get(each.name, ""), each.claim, verdict(found[each.name]), spelt(plan, found[each.name])]
         for each in hypotheses_of(plan)
     ]
     text = (
-        "A claim is as this study words it, on its own tasks; what was read of each paper stands in references.md, contrasts "
-        "with their intervals in referee.md. Verdicts are adjusted for all primary contrasts together; not decided is no verdict "
-        "against a claim."
+        "Claims are in this study's words and tested on its tasks. references.md says what was read of each paper, referee.md "
+        "has the contrasts with their intervals. Verdicts are adjusted for all primary contrasts together, intervals are not. "
+        "Not decided speaks neither for nor against a claim."
     )
     header = ["", "whose claim", "as tested here", "verdict", "primary contrasts"]
-    return Section("Which claims held here", [text], Table(header, rows, text_columns=(1, 2, 3, 4)))
+    return Section("Which claims held here", [text], Table(header, rows, text_columns=(1, 2)))
 
 
-def tried(found: Sequence[Finding]) -> str:
-    """Primary contrasts, and how many of them have not run."""
-    waiting = sum(each.adjusted is not None and each.estimate is None for each in found)
-    return tallied(found) + (f" ({waiting} not run)" if waiting else "")
+def spelt(plan: Plan, found: Sequence[Finding]) -> str:
+    """Primary contrasts with their intervals; what has not run is named."""
+    return "; ".join(
+        f"{each.contrast.words} in {each.condition}: "
+        + (
+            f"{show(each.estimate, signed=True)}, {each.verdict}, seeds {seeds_of(plan, each)}"
+            if each.estimate
+            else "not run"
+        )
+        for each in found
+        if each.adjusted is not None
+    )
 
 
 def shares_sections(board: Board) -> list[Section]:
     """How often each rank: over the conditions, then in each."""
     sections = []
-    if board.overall is not None:
+    if board.overall is not None and sum(bool(each.ranked) for each in board.conditions) > 1:
         found = board.overall
         sections.append(shares("Ranks by mean rank", found.order, found.standing))
     for condition in board.conditions:
@@ -235,7 +287,8 @@ def shares_sections(board: Board) -> list[Section]:
 def shares(title: str, order: Sequence[str], standing: Mapping[str, Standing]) -> Section:
     """A table of variants by ranks."""
     rows = [
-        [name, *(f"{100 * share:.0f}" if share >= 0.005 else "" for share in standing[name].shares)] for name in order
+        [name, *(percent(share).removesuffix(" %") if share > SMALL else "" for share in standing[name].shares)]
+        for name in order
     ]
     return Section(title, [HOW_SHARES], Table(["variant", *map(str, range(1, len(order) + 1))], rows), folded=True)
 
@@ -243,12 +296,19 @@ def shares(title: str, order: Sequence[str], standing: Mapping[str, Standing]) -
 # -- Markdown ----------------------------------------------------------------------------------------------------------
 
 
-def markdown_of(sections: Sequence[Section], picture: str | None) -> str:
+def caption(board: Board, chosen: Chosen) -> str:
+    """Below the picture: how it is read, and what its runs are."""
+    seeds = ", ".join(f"{each.name} {len(each.seeds)}" for each in board.conditions)
+    return f"*{markdown_text(HOW_PICTURE)} {seeds}. {markdown_text(machines(chosen.counted))}; {days(chosen.counted)}.*"
+
+
+def markdown_of(sections: Sequence[Section], picture: str | None, below: str = "") -> str:
     """The generated part of the page.
 
     Args:
         sections: as on the HTML page.
         picture: path from the page; None for none.
+        below: Markdown, the picture's caption.
     """
     parts: list[str] = []
     for place, section in enumerate(sections):
@@ -258,6 +318,7 @@ def markdown_of(sections: Sequence[Section], picture: str | None) -> str:
             parts.append(markdown_table(rows[0], rows[1:]))
         if picture is not None and place == 0:
             parts.append(f"![Area minus that of uniform in each condition, variants by mean rank]({picture})")
+            parts += [below] if below else []
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 

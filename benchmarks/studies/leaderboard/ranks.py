@@ -18,12 +18,13 @@ NO_SPREAD = 1e-10  # of the largest eigenvalue
 
 
 def joint_draws(tables: ArrayLike, *, seed: int = 0, draws: int = TWO_WAY_DRAWS) -> Values:
-    """What the means of several tables might have been together: ``two_way_draws`` for many variants at once.
+    """What the means of several tables might have been together: draws of ``two_way`` for many variants at once.
 
     Every draw moves all variants by the same seeds and the same problems drawn again. So the draws of a difference of two
-    variants have the variance of ``two_way_draws`` of their difference: Student's t becomes the multivariate t, and the
+    variants have the variance of ``two_way`` of their difference: Student's t becomes the multivariate t, and the
     factor that takes the rest out of the problems' means becomes the matrix A with A K A' = K - R / S, where K is the
-    covariance of the problems' means and R that of the rest between variants (eigenvalues below 0 count as 0).
+    covariance of the problems' means and R that of the rest between variants. Its eigenvalues below 0 count as 0; where
+    there are such, and problems hardly part two variants, their difference varies a little more than there.
 
     Args:
         tables: [V, S, P], variants on the same seeds and problems.

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.pages import part
 from benchmarks.studies.leaderboard.board import board_of
-from benchmarks.studies.leaderboard.page import document_of, markdown_of, picture_rows, sections_of
+from benchmarks.studies.leaderboard.page import caption, document_of, markdown_of, picture_rows, sections_of
 from benchmarks.studies.reproduce.plan import Plan
 from benchmarks.studies.reproduce.report import choose
 from lit_opd.errors import InputError
@@ -48,7 +48,8 @@ def write_board(plan: Plan, records: Path, out: Path, *, add: Sequence[str] = ()
         draw_board(board, picture_rows(board, plan), out / PICTURE)
         written.append(out / PICTURE)
     sections = sections_of(plan, chosen, board)
-    PART.write(page, markdown_of(sections, PICTURE.as_posix() if board.conditions else None))
+    below = caption(board, chosen) if chosen.counted else ""
+    PART.write(page, markdown_of(sections, PICTURE.as_posix() if board.conditions else None, below))
     replace_whole(out / HTML, document_of(plan, chosen, board).html().encode())
     return written
 

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from benchmarks.studies.reproduce.outcomes import PER_NAT, unpacked
 from benchmarks.studies.reproduce.plan import Plan
 from benchmarks.studies.reproduce.results import Record
-from lit_opd.compare.statistics import Estimate, mean_height, two_way_draws, two_way_interval
+from lit_opd.compare.statistics import Estimate, TwoWay, mean_height, two_way, two_way_interval
 from lit_opd.errors import InputError
 
 Expectation = Literal["above", "below", "equal"]
 Verdict = Literal["supported", "contradicted", "not decided"]
 Values = NDArray[np.float64]
 ALPHA = 0.05  # of all primary contrasts together
-DRAWS = 10_000
+DRAWS = 10_000  # of the problems: leave a tenth of a small p open, where problems decide it
 WHOLE, EARLY, LATE = range(3)  # columns of a record's ``kl``
 
 
@@ -215,33 +215,36 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def evidence(draws: Values, mean: float, expect: Expectation, margin: float) -> tuple[float, bool]:
+def evidence(found: TwoWay, expect: Expectation, margin: float) -> tuple[float, bool]:
     """Two-sided p of what was seen, and whether that was expected.
 
-    Seen are a mean above or below 0, or for "equal" one inside or outside the margin; p is twice the share of the draws that lie
-    on the other side of the bound, of the nearer one.
+    Seen are a mean above or below 0, or for "equal" one inside or outside the margin; p is twice the share of the bootstrap that
+    lies on the other side of the bound, inside the margin of the nearer bound. So "equal" is two one-sided tests (Schuirmann
+    1987, Journal of Pharmacokinetics and Biopharmaceutics 15), each at half of the level: p below 0.05 is a 95 % interval inside
+    the margin, as elsewhere it is one that leaves 0 out. No p is below 2 in the number of draws, for problems are drawn.
     """
+    mean, draws = found.mean, len(found.again)
 
-    def twice(beyond: NDArray[np.bool_]) -> float:
-        return min(1.0, 2 * (int(beyond.sum()) + 1) / (len(draws) + 1))
+    def twice(share: float) -> float:
+        return min(1.0, 2 * (share * draws + 1) / (draws + 1))
 
     if expect == "equal":
         if abs(mean) < margin:
-            return max(twice(draws >= margin), twice(draws <= -margin)), True
-        return twice(draws <= margin if mean > 0 else draws >= -margin), False
-    return twice(draws <= 0 if mean > 0 else draws >= 0), (mean > 0) == (expect == "above")
+            return max(twice(found.above(margin)), twice(found.below(-margin))), True
+        return twice(found.below(margin) if mean > 0 else found.above(-margin)), False
+    return twice(found.below(0.0) if mean > 0 else found.above(0.0)), (mean > 0) == (expect == "above")
 
 
 def tried(contrast: Contrast, condition: str, outcomes: Outcomes, margin: float, *, draws: int = DRAWS) -> Finding:
-    """What finished runs say of a contrast in a condition."""
+    """What finished runs say of a contrast in a condition; interval and p are of the same draws."""
     table = outcomes.table(condition, contrast.variant, contrast.minus, contrast.measure)
     if table is None:
         return Finding(contrast, condition, None, 1.0, agrees=False)
-    estimate, found = two_way_interval(table), two_way_draws(table, draws=draws)
-    if not found.size or not np.ptp(table):  # one seed; or the same value everywhere, which has no spread to test with
-        return Finding(contrast, condition, estimate, 1.0, agrees=False)
-    p, agrees = evidence(found, estimate.mean, contrast.expect, margin)
-    return Finding(contrast, condition, estimate, p, agrees)
+    found = two_way(table, draws=draws)
+    if found is None or not np.ptp(table):  # one seed; or the same value everywhere, which has no spread to test with
+        return Finding(contrast, condition, two_way_interval(table), 1.0, agrees=False)
+    p, agrees = evidence(found, contrast.expect, margin)
+    return Finding(contrast, condition, found.estimate(), p, agrees)
 
 
 def findings(plan: Plan, outcomes: Outcomes, *, draws: int = DRAWS) -> dict[str, list[Finding]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.pages import part
-from benchmarks.studies.cells import interval
+from benchmarks.studies.cells import interval, seeds_cell
 from benchmarks.studies.reproduce import pictures
 from benchmarks.studies.reproduce.choice import choice_lines
 from benchmarks.studies.reproduce.hypotheses import (
@@ -22,11 +23,12 @@ from benchmarks.studies.reproduce.hypotheses import (
     hypotheses_of,
     verdict,
 )
+from benchmarks.studies.reproduce.outcomes import unpacked
 from benchmarks.studies.reproduce.plan import REFERENCE, Plan
-from benchmarks.studies.reproduce.report import Chosen, choose, head, models_line, weights_table
+from benchmarks.studies.reproduce.report import Chosen, choose, days, head, machines, models_line, weights_table
 from benchmarks.studies.reproduce.results import Record, all_results
 from lit_opd.compare.document import markdown_table, show
-from lit_opd.compare.statistics import Estimate
+from lit_opd.compare.statistics import Estimate, mean_interval
 from lit_opd.errors import InputError
 from lit_opd.files import read_lines, replace_whole
 
@@ -38,11 +40,35 @@ ACCURACY = ("area", "greedy", "reverse KL")
 GAP = ("early KL", "late KL", "late minus early KL")
 DRAWN = ("area", "greedy", "reverse KL", "late KL")
 NOT_FINISHED = (
-    "**The study is not finished.** Verdicts are of the seeds that are; runs are made seed by seed, so that every variant of a "
-    "condition has about as many. A contrast without two finished seeds counts as not decided and in the adjustment."
+    "**The study is not finished.** Verdicts are of the runs so far and may change. Runs are made seed by seed, so all "
+    "variants of a condition have nearly the same number. A contrast with fewer than two finished seeds is not decided; the "
+    "adjustment counts it. Each look at an unfinished study is one more chance to find what is not there: the promised error "
+    "is that of the whole plan."
 )
-BY_CHANCE = "Unadjusted 95 % intervals: one in twenty excludes 0 by chance."
-CLOSES = "Reverse KL of the last 30 % of a response at the end of training; below 0 is nearer to the teacher. Unadjusted, too."
+DIFFERENCES = "mean difference from uniform, 95 % interval over seeds and problems"
+HOW_DIFFERENCES = (
+    "Each variant minus uniform on the seeds that both have. A line is the unadjusted 95 % interval over seeds and problems: "
+    "blue is better, orange is worse, grey contains 0. What lies too far out is written."
+)
+HOW_POSITIONS = (
+    "Means over seeds by tenth of the response, without intervals; one sample of each of 128 validation problems, weights of all "
+    "training tokens. In colour: uniform, and the variants that end nearest to the teacher on the last 30 %."
+)
+BY_CHANCE = "Unadjusted 95 % intervals: of differences that are truly 0 one in twenty excludes it by chance."
+CLOSES = (
+    "Reverse KL of the last 30 % of a response at the end of training, nats a token; below 0 is nearer to the teacher than "
+    "uniform is. Intervals are unadjusted."
+)
+SCALE = (
+    "Size of the step and cost, means over steps and seeds. *Effective sample* is the share of the tokens that effectively "
+    "count, `train/weight_ess` of [metrics.md](metrics.md); the gradient norm is the one before clipping; tokens are all that "
+    "were sampled."
+)
+HOW_START = (
+    "Brackets of greedy are over problems. The divergence here is a mean over tokens, with intervals over seeds; in the tables "
+    "every response counts alike."
+)
+ENDS = (slice(None, 3), slice(-3, None))  # of ten
 
 
 # -- what is committed ---------------------------------------------------------------------------------------------------
@@ -133,9 +159,10 @@ def verdict_lines(plan: Plan, found: Mapping[str, Sequence[Finding]]) -> list[st
         "",
         markdown_table(["", "hypothesis", "verdict", "primary contrasts"], rows),
         "",
-        f"The contrasts. *Primary* ones have a p adjusted by Holm over all {primary} of them, and the verdict is by it; others "
-        f"are read by their own p. Both are two-sided against {ALPHA:g}. Brackets are unadjusted 95 % intervals, bold where they "
-        f"exclude 0; a contrast that is expected to be *equal* is held against +-{plan.content.get('margin', 0):g}.",
+        f"The contrasts. The verdict of a *primary* one is by its adjusted p (Holm over all {primary} of them). Others are read "
+        "by their own p, and their verdicts, in parentheses, decide nothing. Both are two-sided, with the level "
+        f"{ALPHA:g}. Brackets are unadjusted 95 % intervals, bold where they exclude 0. A contrast expected to be *equal* "
+        f"is supported where the difference lies within +-{plan.content.get('margin', 0):g}.",
         "",
         contrast_table(plan, hypotheses, found),
         "",
@@ -143,11 +170,18 @@ def verdict_lines(plan: Plan, found: Mapping[str, Sequence[Finding]]) -> list[st
 
 
 def tallied(found: Sequence[Finding]) -> str:
-    """What became of a hypothesis's primary contrasts."""
-    each = [finding.verdict for finding in found if finding.adjusted is not None]
-    return ", ".join(
-        f"{each.count(name)} {name}" for name in ("supported", "contradicted", "not decided") if name in each
-    )
+    """What became of a hypothesis's primary contrasts, and how many of them have no run yet."""
+    primary = [finding for finding in found if finding.adjusted is not None]
+    each, waiting = [finding.verdict for finding in primary], sum(finding.estimate is None for finding in primary)
+    names = ("supported", "contradicted", "not decided")
+    text = ", ".join(f"{each.count(name)} {name}" for name in names if name in each)
+    return text + (f" ({waiting} not run)" if waiting else "")
+
+
+def seeds_of(plan: Plan, finding: Finding) -> str:
+    """Pairs of runs that are finished, of those that are planned."""
+    planned = len(plan.variants_of(finding.condition)[finding.contrast.variant])
+    return f"{finding.estimate.count if finding.estimate else 0} of {planned}"
 
 
 def contrast_table(plan: Plan, hypotheses: Sequence[Hypothesis], found: Mapping[str, Sequence[Finding]]) -> str:
@@ -155,8 +189,6 @@ def contrast_table(plan: Plan, hypotheses: Sequence[Hypothesis], found: Mapping[
     rows = []
     for hypothesis in hypotheses:
         for each in found[hypothesis.name]:
-            planned = len(plan.variants_of(each.condition)[each.contrast.variant])
-            seeds = f"{each.estimate.count if each.estimate else 0} of {planned}"
             primary = each.adjusted is not None
             cells = [
                 hypothesis.name,
@@ -170,8 +202,8 @@ def contrast_table(plan: Plan, hypotheses: Sequence[Hypothesis], found: Mapping[
                     *cells,
                     interval(each.estimate),
                     *(ps if each.estimate else ["", ""]),
-                    seeds,
-                    each.verdict if each.estimate else "not run",
+                    seeds_of(plan, each),
+                    "not run" if not each.estimate else each.verdict if primary else f"({each.verdict})",
                 ]
             )
     heads = ["", "contrast", "expected", "condition", "difference", "p", "adjusted p", "seeds", "verdict"]
@@ -220,13 +252,13 @@ def section(
     differences, positions = (f"{plan.pictures}-{condition}-{kind}.png" for kind in ("differences", "positions"))
     known = any(estimate is not None for each in versus.values() for estimate in each.values())
     if known:
-        pictures.draw_differences(versus, folder / differences)
+        pictures.draw_differences(versus, folder / differences, f"{condition}: {DIFFERENCES}")
     runs = {name: list(found.values()) for name, found in of.items()}
     pictures.draw_by_position(runs, folder / positions, closest(own))
     return [
         f"### {condition}: {plan.content['conditions'][condition]['about']}",
         "",
-        f"{len(records)} of {planned} runs. {models_line(records)} {start_line(records)}",
+        f"{len(records)} of {planned} runs. {start_lines(records)}",
         "",
         measure_table(order, of, own, versus, ACCURACY),
         "",
@@ -234,12 +266,24 @@ def section(
         "",
         measure_table(order, of, own, versus, GAP),
         "",
+        SCALE,
+        "",
         weights_table(of, order),
         "",
         *([f"![{condition}: differences from uniform with intervals](pictures/{differences})", ""] if known else []),
+        *([caption(of, records, HOW_DIFFERENCES), ""] if known else []),
         f"![{condition}: divergence, disagreement and weight by position](pictures/{positions})",
         "",
+        caption(of, records, HOW_POSITIONS),
+        "",
     ]
+
+
+def caption(of: Mapping[str, Mapping[int, Record]], records: Sequence[Record], how: str) -> str:
+    """Below a picture: how it is read, and what its runs are."""
+    counts = sorted({len(runs) for runs in of.values()})
+    seeds = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    return f"*{how} Seeds a variant: {seeds}; {machines(records)}; {days(records)}.*"
 
 
 def closest(own: Mapping[str, Mapping[str, Estimate | None]]) -> list[str]:
@@ -253,12 +297,28 @@ def closest(own: Mapping[str, Mapping[str, Estimate | None]]) -> list[str]:
     return [*(name for name in own if name == REFERENCE), *others][: pictures.SHOWN]
 
 
-def start_line(records: Sequence[Record]) -> str:
-    """Divergence by position before training."""
-    bands = np.array([record["kl_bands"][0][1] for record in records], dtype=float)
-    means = np.ma.masked_invalid(bands).mean(0)
-    early, late = float(means[:3].mean()), float(means[-3:].mean())
-    return f"Before training the reverse KL of the first three tenths of a response is {early:.3f}, of the last three {late:.3f}."
+def start_lines(records: Sequence[Record]) -> str:
+    """The student before training, and divergence from the teacher by position then and at the end of uniform's runs."""
+    right = unpacked(records[0]["right"][0][1], records[0]["problems"])  # greedy, so the same in every run
+    text = models_line(records, show(mean_interval([float(each) for each in right])))
+    early, late = (show(ends_of(records, 0, end)) for end in ENDS)
+    text += (
+        f" Before training the reverse KL of the first three tenths of a response is {early}, of the last three {late}"
+    )
+    trained = [record for record in records if record["variant"] == REFERENCE]
+    if trained:
+        early, late = (show(ends_of(trained, -1, end)) for end in ENDS)
+        text += f"; at the end of {REFERENCE}'s runs {early} and {late}"
+    return f"{text}. {HOW_START}"
+
+
+def ends_of(records: Sequence[Record], validation: int, bands: slice) -> Estimate:
+    """Mean of some tenths in the first or last validation, over seeds: before training a seed's runs are alike."""
+    by_seed: dict[int, list[float]] = {}
+    for record in records:
+        values = np.array(record["kl_bands"][validation][1][bands], dtype=float)
+        by_seed.setdefault(record["seed"], []).append(float(np.nanmean(values)))
+    return mean_interval([fmean(values) for values in by_seed.values()])
 
 
 def measure_table(
@@ -273,10 +333,16 @@ def measure_table(
     for measure in measures:
         heads += [measure, *([f"{measure} - {REFERENCE}"] if measure in DRAWN else [])]
     for name in order:
-        cells = [name, str(len(of[name]))]
+        cells = [name, paired_seeds(len(of[name]), versus.get(name, {}))]
         for measure in measures:
             cells.append(show(own[name][measure]))
             if measure in DRAWN:
                 cells.append(interval(versus.get(name, {}).get(measure)))
         rows.append(cells)
     return markdown_table(heads, rows)
+
+
+def paired_seeds(count: int, differences: Mapping[str, Estimate | None]) -> str:
+    """Seeds of a row; uniform has no differences."""
+    pairs = {estimate.count if estimate else 0 for estimate in differences.values()}
+    return seeds_cell(count, min(pairs, default=None))

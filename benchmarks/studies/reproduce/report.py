@@ -110,19 +110,28 @@ def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
 
 def head(plan: Plan, chosen: Chosen) -> list[str]:
     """Plan, machine, dates, cost, and whether the plan changed after results existed."""
-    dates = sorted(record["finished"][:10] for record in chosen.counted)
-    machines = sorted({record["machine"] for record in chosen.counted})
     code = sorted({f"`{record['code']}`" for record in chosen.counted})
     cpu = [record["cpu_seconds"] for record in chosen.counted]
     return [
         f"Plan sha256 `{plan.sha}`. {len(chosen.counted)} of {sum(chosen.planned.values())} planned runs are finished"
-        f" ({dates[0]} to {dates[-1]}; {'; '.join(machines)}; one thread a run, median {median(cpu):.0f} CPU seconds, "
+        f" ({days(chosen.counted)}; {machines(chosen.counted)}; one thread a run, median {median(cpu):.0f} CPU seconds, "
         f"{sum(cpu) / 3600:.1f} CPU hours in all; code {', '.join(code)}).",
         *([] if plan.tuned else [NOT_TUNED]),
         *changes(chosen),
         *([f"Shared with {plan.below.path.name}: {described(chosen.shared)}."] if plan.below and chosen.shared else []),
         "",
     ]
+
+
+def days(records: Iterable[Record]) -> str:
+    """When the runs finished."""
+    dates = sorted(record["finished"][:10] for record in records)
+    return dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+
+
+def machines(records: Iterable[Record]) -> str:
+    """What the runs were made on."""
+    return "; ".join(sorted({record["machine"] for record in records}))
 
 
 def changes(chosen: Chosen) -> list[str]:
@@ -231,13 +240,13 @@ def coloured(runs: Mapping[str, Sequence[Record]], references: Sequence[str]) ->
     return sorted(runs, key=rank)[: pictures.SHOWN]
 
 
-def models_line(records: Sequence[Record]) -> str:
-    """Where the student starts, and the models that are not the shipped ones."""
-    start = fmean(record["curves"]["greedy"][0][1] for record in records)
+def models_line(records: Sequence[Record], start: str = "") -> str:
+    """Where the student starts, with three digits or as ``start`` says, and the models that are not the shipped ones."""
+    start = start or f"{fmean(record['curves']['greedy'][0][1] for record in records):.3f}"
     models = {role: about for record in records for role, about in record["models"].items()}
     parts = [f"{about['name']} (greedy {about['greedy']:.3f} on 128 other problems, {about['steps']} steps)"
              for about in models.values()]  # fmt: skip
-    return f"The student starts at greedy {start:.3f}." + (f" Models: {', '.join(parts)}." if parts else "")
+    return f"The student starts at greedy {start}." + (f" Models: {', '.join(parts)}." if parts else "")
 
 
 def results_table(
