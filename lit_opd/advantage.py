@@ -36,6 +36,16 @@ class AdvantageTransform(ABC):
         """Either "sequence", or "batch" when A' depends on other rows: then no micro-batch is cut before it."""
         return "sequence"
 
+    def check_rewards(self, reward: Tensor, rows: Sequence[str]) -> None:  # noqa: B027
+        """What it asks of the rewards of a batch, on the host, before anything is computed of them.
+
+        Args:
+            reward: float32 [B], NaN where a row has none.
+            rows: the names of the rows.
+        Raises:
+            InputError: a reward is out of the range it can read; the row is named.
+        """
+
     @property
     def is_baseline(self) -> bool:
         """True when it subtracts a baseline, which only weights that ignore token t leave unbiased."""
@@ -494,7 +504,8 @@ class RewardGate(_ReadsReward):
     """Follows the teacher where it agrees with the reward: on rows with (2 R_i - 1) * mean of A in row i >= 0, R in [0, 1].
 
     A right answer that the teacher finds worse than the student does, and a wrong one that it finds better, are rows that teach
-    the wrong thing. Rows without a reward pass. "drop" takes the others out of the loss and its denominator, as the source does;
+    the wrong thing. A reward of another range would call them right or wrong by a bound that is not its own, and is refused. Rows
+    without a reward pass. "drop" takes the others out of the loss and its denominator, as the source does;
     "keep" sets A' = 0 on them, "scale" multiplies by ``factor``, and both leave them in the denominator. A is the raw log ratio,
     whatever stood before.
 
@@ -515,6 +526,15 @@ class RewardGate(_ReadsReward):
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """A, or less of it, [B, T] nats."""
         return torch.where(self._passes(signal), advantage, advantage * (self.factor if self.how == "scale" else 0.0))
+
+    def check_rewards(self, reward: Tensor, rows: Sequence[str]) -> None:
+        """Every reward is in [0, 1], or NaN."""
+        for row, value in zip(rows, reward.tolist(), strict=True):
+            if value < 0 or value > 1:
+                raise InputError(
+                    f"`{type(self).__name__}` must get rewards in [0, 1], from a wrong answer to a right one, got {value:g} for "
+                    f"row {row!r}; give it such ones"
+                )
 
     @property
     def drops_tokens(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.distributed import all_max, all_min, all_sum, gather_rows
-from lit_opd.masked import floor_count, positions
+from lit_opd.masked import COUNT_SLACK, floor_count, positions
 
 
 def token_order(mask: Tensor, row_keys: Tensor) -> Tensor:
@@ -79,12 +79,14 @@ def rank_shares(score: Tensor) -> Tensor:
 def batch_quantiles(values: Tensor, shares: tuple[float, ...]) -> Tensor:
     """Quantiles of all ranks' values with linear interpolation, float64 [len(shares)]; 0 where there is no value.
 
-    ``torch.quantile`` takes no more than 2^24 values; this is its formula.
+    ``torch.quantile`` takes no more than 2^24 values; this is its formula, and a place that is whole but for its last bits is
+    whole (0.28 * 25 is 7).
     """
     everyone = gather_rows(values.double()).sort().values
     if not len(everyone):
         return everyone.new_zeros(len(shares))
     place = torch.tensor(shares, dtype=torch.float64, device=values.device) * (len(everyone) - 1)
+    place = torch.where((place - place.round()).abs() < COUNT_SLACK, place.round(), place)
     low = place.floor().long()
     above = everyone[(low + 1).clamp(max=len(everyone) - 1)]
     return torch.where(place > low, everyone[low] + (place - low) * (above - everyone[low]), everyone[low])

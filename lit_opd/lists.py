@@ -49,7 +49,8 @@ def overlap(student: TopK, teacher: TopK, k: int) -> Tensor:
 
     Source: the diagnostic of arXiv 2604.13016, as verl computes it.
     """
-    return listed_in(named(leading(student, k)), leading(teacher, k)).double().mean(-1)
+    common = listed_in(named(leading(student, k)), leading(teacher, k))
+    return common.sum(-1).double() / common.shape[-1]  # a mean on CUDA multiplies by 1 / K, which rounds otherwise
 
 
 def teacher_mass(student: TopK, teacher: TopK, k: int) -> Tensor:

@@ -30,6 +30,7 @@ from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, unus
 from lit_opd.models.weights import StudentWeights
 from lit_opd.objective import Aggregation, Objective, PolicyLoss
 from lit_opd.preflight.module_checks import check_run, check_settings
+from lit_opd.prompts.hindsight import Hindsight
 from lit_opd.prompts.loading import looking_ahead
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings, TransformersSampler
 from lit_opd.run.lightning import (
@@ -369,20 +370,28 @@ class OPDModule(L.LightningModule):
 
     def _rewarded(self, rollout: Rollout) -> Rollout:
         """With what the responses are worth, where something asks for it."""
-        if self.reward is None:
+        if self.reward is None and rollout.reward is None:
             return rollout
         with shared_failure():
-            found = self.reward(rollout, self.tokenizer)
-        return replace(rollout, reward=found)
+            found = rollout if self.reward is None else replace(rollout, reward=self.reward(rollout, self.tokenizer))
+            assert found.reward is not None  # one of both gave it
+            for transform in self.advantage:
+                transform.check_rewards(found.reward, found.prompts.row_ids)
+        return found
+
+    @property
+    def _hindsight(self) -> Hindsight | None:
+        """Makes the teacher's prompts of sampled responses; None where they are known before."""
+        found: Hindsight | None = getattr(getattr(self.trainer, "datamodule", None), "hindsight", None)
+        return found
 
     def _told(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
         """With what the teacher reads of the responses, where that is made of them, and how many got it; see ``Hindsight``."""
-        hindsight = getattr(getattr(self.trainer, "datamodule", None), "hindsight", None)
+        hindsight = self._hindsight
         if hindsight is None:
             return rollout, None
         with shared_failure():
-            told: tuple[Rollout, Tensor] = hindsight(rollout)
-        return told
+            return hindsight(rollout)
 
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
@@ -469,7 +478,8 @@ class OPDModule(L.LightningModule):
         """
         step = self.global_step if step is None else step
         changes: dict[str, Any] = {"step": step, "replay": "all" if self.warms_up else "some"}
-        changes["together"] = self.reward is not None  # what reads rewards may compare the samples of a prompt
+        # what reads rewards may compare the samples of a prompt, and what makes the teacher's prompts is given all of them
+        changes["together"] = self.reward is not None or self._hindsight is not None
         if self.length_budget is not None:
             tokens = self.length_budget.tokens(progress(step=step, **self._length))
             changes |= {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}
@@ -542,7 +552,8 @@ class OPDModule(L.LightningModule):
         """A sampled response a row, its signal, and the weights the strategy gives it at the end of training."""
         rollout = self.generate(prompts)
         signal = self.student_signal(rollout)
-        return Prediction(rollout=rollout, signal=signal, weights=self.weighting(signal, 1.0))
+        weights = self.weighting(self.recipe.as_weighed(signal), 1.0)
+        return Prediction(rollout=rollout, signal=signal, weights=weights)
 
     def student_signal(self, rollout: Rollout) -> TokenSignal:
         """What the weighting reads of a rollout, and full-vocabulary KL(student || teacher) where the teacher can give it."""

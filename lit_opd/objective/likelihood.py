@@ -16,7 +16,8 @@ class Likelihood(Objective):
 
     Nats. Meant for texts that were not sampled now (``ReplaySampler``); on the student's own samples its expected gradient is
     zero. No advantage, no teacher and no importance weight enter. With temperature 1 and weights of 1 this is the usual loss of
-    fine-tuning, averaged as ``aggregation`` says.
+    fine-tuning, averaged as ``aggregation`` says. The run's teacher says one thing all the same: where it has another tokenizer
+    (``AlignedTeacher``), tokens that it cannot score are left out here too, and with its ``chunks="sum"`` a chunk counts as one.
     """
 
     @property

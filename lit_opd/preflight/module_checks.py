@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from lit_opd.advantage import GroupReward, ResidualReward, baseline_warning, order_warning
+from lit_opd.advantage import GroupReward, ResidualReward, RewardGate, baseline_warning, order_warning
 from lit_opd.distributed import check_master_port, shared_failure
 from lit_opd.errors import InputError
+from lit_opd.evaluation.reward import AnswerReward
 from lit_opd.models.sharding import shards
 from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
@@ -33,7 +34,7 @@ from lit_opd.preflight.list_checks import (
     require_transforms,
 )
 from lit_opd.preflight.partial_checks import check_partial
-from lit_opd.preflight.replay_checks import check_replay
+from lit_opd.preflight.replay_checks import check_replay, likelihood_warnings
 from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
@@ -251,6 +252,7 @@ def check_reward(module: Subject, data: PromptDataModule | None) -> None:
             f"`model.reward` must be given for {name}, which reads a reward, got null; set it to AnswerReward, to a class of "
             "your own, or sample with TurnsSampler"
         )
+    _require_unit_rewards(module, readers)
     samples = getattr(data, "samples_per_prompt", 2)
     if samples < 2 and any(isinstance(part, GroupReward | ResidualReward) for part in readers):
         raise InputError(
@@ -259,14 +261,30 @@ def check_reward(module: Subject, data: PromptDataModule | None) -> None:
         )
 
 
+def _require_unit_rewards(module: Subject, readers: Sequence[object]) -> None:
+    """What ``AnswerReward`` gives is what a gate reads; of a class of the user's it is known at the first batch."""
+    given = module.reward
+    if not isinstance(given, AnswerReward) or not any(isinstance(part, RewardGate) for part in readers):
+        return
+    for name in ("right", "wrong"):
+        value = getattr(given, name)
+        if not 0.0 <= value <= 1.0:
+            raise InputError(
+                f"`AnswerReward.{name}` must be in [0, 1] with `RewardGate`, which reads how right an answer is, got {value:g}"
+            )
+
+
 def setting_warnings(module: Subject) -> Iterator[str]:
     """What is allowed and probably not meant: transforms in an odd order, settings without effect."""
     advantage, objective = list(module.recipe.advantage), module.recipe.objective
     for warning in (baseline_warning(advantage, module.recipe.weighting), order_warning(advantage)):
         if warning is not None:
             yield warning
-    if advantage and not objective.reads_advantage and not any(part.drops_tokens for part in advantage):
-        yield f"`model.advantage` has no effect: `{type(objective).__name__}` reads no advantage"
+    idle = [] if objective.reads_advantage else [part for part in advantage if not part.drops_tokens]
+    if idle:
+        what = "" if idle == advantage else f"{', '.join(f'`{type(part).__name__}`' for part in idle)} in "
+        yield f"{what}`model.advantage` has no effect: `{type(objective).__name__}` reads no advantage"
+    yield from likelihood_warnings(module)
     if module.reference is not None and "reference" not in module.scorers:
         yield "`model.reference` has no effect and is not loaded: nothing reads its log-probs"
 

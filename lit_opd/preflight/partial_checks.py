@@ -7,7 +7,7 @@ import warnings
 from lit_opd.errors import InputError
 from lit_opd.objective import PolicyLoss
 from lit_opd.preflight.subject import Subject
-from lit_opd.prompts import PromptDataModule
+from lit_opd.prompts import HindsightPrompt, PromptDataModule
 from lit_opd.rollout import PartialSampler
 
 
@@ -45,7 +45,11 @@ def _check_room(module: Subject, sampler: PartialSampler, data: PromptDataModule
     samples = data.samples_per_prompt
     rows = data.prompt_batch // ranks * samples
     fewest, _ = sampler.trained_rows(rows)
-    together = samples if module.reward is not None else 1
+    together = (
+        samples
+        if module.reward is not None or isinstance(getattr(data, "teacher_prompt", None), HindsightPrompt)
+        else 1
+    )
     if rows - fewest < together:
         what = f"the {together} samples of a prompt, which end in one batch" if together > 1 else "a row"
         raise InputError(

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 from lit_opd.errors import InputError
-from lit_opd.objective import PolicyLoss
+from lit_opd.objective import Likelihood, PolicyLoss
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.prompts.special_tokens import SpecialTokens
@@ -67,6 +67,19 @@ def _check_use(module: Subject, sampler: ReplaySampler, data: PromptDataModule |
         )
     for recipe in _reading(module, sampler):
         _check_recipe(recipe, sampler)
+
+
+def likelihood_warnings(module: Subject) -> Iterator[str]:
+    """A likelihood of the student's own samples has nothing to learn from, unless something leaves some of them out."""
+    sampler, recipe = module.sampler, module.recipe
+    replays = isinstance(sampler, ReplaySampler) and sampler.on_policy_fraction < 1.0
+    chosen = any(part.drops_tokens for part in recipe.advantage)
+    if isinstance(recipe.objective, Likelihood) and not replays and not chosen:
+        yield (
+            f"`model.objective` Likelihood has `{type(sampler).__name__}`, which draws from the student: the expected gradient "
+            "of its own samples' likelihood is zero, but for what the weighting makes of single tokens; take ReplaySampler, or "
+            "another objective"
+        )
 
 
 def _reading(module: Subject, sampler: ReplaySampler) -> Iterator[Recipe]:

@@ -108,7 +108,7 @@ class SamplingSettings:
         replay: how many rows a ``ReplaySampler`` may answer with what it has saved: "none" outside training, "some", or "all".
         begun: of each row, the optimizer step in which it was begun and the tokens it has since, which are part of the prompt:
             its random numbers are those that follow. Empty where all rows begin now.
-        together: samples of one prompt are compared with each other, and so end in one batch; see ``PartialSampler``.
+        together: something compares or reads the samples of one prompt, which so end in one batch; see ``PartialSampler``.
     """
 
     max_new_tokens: int

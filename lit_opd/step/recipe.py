@@ -107,6 +107,14 @@ class Recipe:
             or any(part.drops_tokens for part in self.advantage)
         )
 
+    def as_weighed(self, signal: TokenSignal) -> TokenSignal:
+        """The signal without a token KL that nothing learned from asks for. A strategy may read one where it is there (``TIP``),
+        and who looks on, or a prediction that shows it, must not change weights."""
+        learned = [part for part in self.parts if part not in self.observers]
+        if signal.token_kl is None or any("token_kl" in part.requires for part in learned):
+            return signal
+        return replace(signal, token_kl=None, validate=False)
+
     def weighted(self, signal: TokenSignal, progress: float) -> tuple[Tensor, Tensor]:
         """Weights [B, T], 0 where a token does not count, and bool [B, T], the tokens that count in the denominator.
 
@@ -114,7 +122,8 @@ class Recipe:
             signal: of the whole batch.
             progress: of the training, in [0, 1].
         """
-        weights, kept = self.weighting(signal, progress), self.weighting.kept(signal, progress)
+        weighed = self.as_weighed(signal)
+        weights, kept = self.weighting(weighed, progress), self.weighting.kept(weighed, progress)
         for transform in self.advantage:
             if transform.drops_tokens:
                 kept = kept & transform.kept(signal)

@@ -181,7 +181,7 @@ class Update:
             return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
         self.scores.buffer.put_scores("student", rows, scores)
         signal = self.scores.signal(part, rows)
-        weights = self.recipe.weighting(signal, self.progress)
+        weights = self.recipe.weighting(self.recipe.as_weighed(signal), self.progress)
         self.scores.buffer.put("weights", rows, weights)
         return signal, weights, signal.mask
 

@@ -114,7 +114,7 @@ class RoutedTeacher(SeveralTeachers):
                 scores = score(teacher, rollout.rows(torch.tensor(wanted)), wanted)
                 if rows[name]:
                     parts.append((torch.tensor(wanted), scores))
-        return _merged(parts, len(rollout))
+        return _merged(parts, len(rollout), list_size=self.list_size)
 
     def _rows_by_name(self, rollout: Rollout) -> dict[str, list[int]]:
         rows: dict[str, list[int]] = {name: [] for name in self.names}
@@ -125,8 +125,9 @@ class RoutedTeacher(SeveralTeachers):
         return rows
 
 
-def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
-    """One record of ``count`` rows from the records of some of them each."""
+def _merged(parts: list[tuple[Tensor, TokenScores]], count: int, *, list_size: int) -> TokenScores:
+    """One record of ``count`` rows from the records of some of them each; lists of ``list_size`` entries at most, whichever
+    teachers these rows have, since those of other rows join them."""
 
     def spread(values: list[Tensor]) -> Tensor:
         dtype = torch.promote_types(values[0].dtype, values[-1].dtype)
@@ -146,8 +147,7 @@ def _merged(parts: list[tuple[Tensor, TokenScores]], count: int) -> TokenScores:
         if any(value is None for value in values):
             continue
         if isinstance(values[0], TopK):
-            shortest = min(lists.ids.shape[-1] for lists in values)
-            cut = [lists.first(shortest) for lists in values]
+            cut = [lists.first(list_size) if field.name == "topk" else lists for lists in values]
             found[field.name] = TopK(spread([v.ids for v in cut]), spread([v.logprobs for v in cut]))
         else:
             found[field.name] = spread(values)

@@ -77,8 +77,8 @@ class TurnBalanced(_Wrapper):
         w_t = v_t * (V / K) / V_j,   V_j the sum of v over t's turn j, V over the row, K the row's turns with V_j > 0
 
     A long turn counts no more than a short one; its tokens count less. Source: TurnOPD (reported in arXiv 2607.05804, abstract;
-    the constant is ours, so that a row keeps its total). Keeps the mean weight of each row over the tokens of the mask; a turn
-    whose inner weights are all 0 stays 0. Range [0, n] times the inner one. Reads all turns, hence "sequence".
+    the constant is ours, so that a row keeps its total). The mean weight of each row is that of the inner strategy; a turn whose
+    inner weights are all 0 stays 0. Range [0, n] times the inner one. Reads all turns, hence "sequence".
 
     Args:
         strategy: gives the inner weights.

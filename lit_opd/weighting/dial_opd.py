@@ -53,5 +53,5 @@ class DIALOPD(_Selection):
         shrink = torch.where(size > 0, -torch.expm1(-size) / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0)
         # the logarithm of L, which itself is 0 where both are absurd
         score = (self.beta * (larger + shrink.log())).exp() * size
-        counts = (self.keep_fraction * lengths(signal.mask)).round().long().clamp(min=1)
+        counts = (self.keep_fraction * lengths(signal.mask).double()).round().long().clamp(min=1)
         return best_of_rows(score, signal.mask, counts)

@@ -21,7 +21,7 @@ class PGT(_ReadsLists, _BatchSelection):
         score_t = Var_p[log pi_T - log pi_S] over the union C of both lists of k, both models renormalised over C
         keep    = the ceil(keep_fraction * N) highest of the batch's N valid tokens (ties: position, then row key)
 
-    Source: somebody's note only, without a paper's number; ours are the fraction over the batch, hence no default, and the
+    Source: an unpublished note, we know of no paper; ours are the fraction over the batch, hence no default, and the
     log-prob of a candidate outside a model's list of LIST_LENGTH, -12 as in the code of IER-OPD. The variance is the squared
     norm of the expected gradient in the logits' Fisher metric: 0 where the ratio is the same for all candidates. Weight 1 where
     kept; keeps the mean weight over the kept tokens. Scope "batch".

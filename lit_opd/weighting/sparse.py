@@ -31,7 +31,8 @@ class SparseTokens(WeightingStrategy):
     the step is thousands of times smaller than ``Uniform``'s. An optimizer such as Adam undoes most of that, a clipped gradient
     not. Draws come from (seed, row key, step). Reads the whole row, hence "sequence".
 
-    Fails as evidence without its control: what few tokens teach is to be compared with as many random ones.
+    Fails as evidence without its control: what few tokens teach is to be compared with as many random ones ("tails" are twice
+    ``count``: ``Shuffled`` around it draws as many).
 
     Args:
         which: "random", "largest", "smallest" or "tails".

@@ -22,8 +22,8 @@ class TIP(_BatchSelection):
                   (ties: earlier position, then smaller row key)
 
     Source: reported in arXiv 2604.14084. Weight 1 where kept; keeps the mean weight over the kept tokens. The batch is
-    that of all ranks, hence scope "batch". Whether token KL is there depends on what else asks for it. Row keys must
-    differ: tokens that tie in score, position and row key share their fate.
+    that of all ranks, hence scope "batch". Token KL is there where an advantage transform or an objective asks for it. Row
+    keys must differ: tokens that tie in score, position and row key share their fate.
 
     Args:
         keep_fraction: in (0, 1]; 1 is ``Uniform``.

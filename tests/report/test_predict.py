@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_opd.report.tokens_page import PredictedResponse, PredictedToken, render, token_texts
+from lit_opd.weighting import TIP
+from tests.helpers import fixed, tiny
 from tests.helpers import math_world as world
 from tests.helpers.pages import HOSTILE, Reader, assert_only_text
 
@@ -59,6 +61,17 @@ def test_the_weights_are_the_strategys(predicted):
         gaps = [abs(token["teacher_logprob"] - token["student_logprob"]) for token in row["tokens"]]
         for place, token in enumerate(row["tokens"]):
             assert token["weight"] == pytest.approx(1.5 - 0.5 * sum(gaps[:place]) / sum(gaps), abs=1e-4)
+
+
+def test_a_prediction_weighs_by_what_training_computes(tmp_path):
+    """``TIP`` reads token KL where something computes it: a prediction does, for the page, and training does not."""
+    rollout = fixed.rollout(lengths=[9, 4, 12, 7], prompt_lengths=[3, 5, 4, 4], truncated=set())
+    frozen = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
+    trained = fixed.module(tiny.pair(tmp_path), rollout, weighting=TIP(0.3), **frozen)
+    (record,) = fixed.fit(trained, rollout.prompts).records
+    predicted = trained.predict_step(rollout.prompts, 0)
+    assert predicted.signal.token_kl is not None and not torch.equal(TIP(0.3)(predicted.signal), record.weights)
+    assert torch.equal(predicted.weights, record.weights)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from lit_opd.errors import InputError
 from lit_opd.evaluation import Reward
 from lit_opd.module import OPDModule
 from lit_opd.objective import PolicyLoss
-from lit_opd.prompts import PromptDataModule
+from lit_opd.prompts import HindsightPrompt, PromptDataModule
 from lit_opd.rollout import (
     DecodeSampler,
     LengthBudget,
@@ -96,6 +96,7 @@ def fit(
     lr: float = 0.0,
     samples: int = 1,
     batch: int = ROWS,
+    hint: HindsightPrompt | None = None,
     **settings: Any,
 ) -> tuple[OPDModule, list[StepRecord]]:
     """A float64 run on the prompts of the file."""
@@ -112,7 +113,8 @@ def fit(
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
         **given,
     )
-    data = PromptDataModule(train=train_file, prompt_batch=batch, samples_per_prompt=samples, max_prompt_tokens=24)
+    shape = {"prompt_batch": batch, "samples_per_prompt": samples, "max_prompt_tokens": 24}
+    data = PromptDataModule(train=train_file, teacher_prompt=hint, **shape)
     collect = fixed.Collect()
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -407,10 +409,29 @@ class Long(Reward):
         return [float(length) for length in rollout.lengths]
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_samples_of_a_prompt_end_in_one_batch_where_something_compares_them(folders, train_file, together):
-    given = {"reward": Long(), "advantage": [GroupReward(1.0)]} if together else {}
-    trained, records = fit(folders, train_file, partial(), steps=3, samples=3, batch=4, **given)
+class OthersSaid(HindsightPrompt):
+    """Is given the other samples of the prompt, and needs no reward; keeps whose they were."""
+
+    compares = True
+    max_prompt_tokens = 24
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def render(self, attempt, peers):
+        """The prompt as it is."""
+        self.seen.append([one.row.row_id for one in (attempt, *peers)])
+        return attempt.row.prompt[0]["content"]
+
+
+@pytest.mark.parametrize("by", ["reward", "hint", None])
+def test_samples_of_a_prompt_end_in_one_batch_where_something_compares_them(folders, train_file, by):
+    together, hint = by is not None, OthersSaid() if by == "hint" else None
+    given = {"reward": Long(), "advantage": [GroupReward(1.0)]} if by == "reward" else {}
+    trained, records = fit(folders, train_file, partial(), steps=3, samples=3, batch=4, hint=hint, **given)
+    assert hint is None or {(len(ids), len(set(ids))) for ids in hint.seen} == {
+        (3, 1)
+    }  # of one prompt, and all of them
     whole = []
     for record in records:
         rollout = record.rollout

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from lit_opd.advantage import RewardGate
 from lit_opd.errors import InputError
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, Likelihood, PolicyLoss
+from lit_opd.preflight.module_checks import setting_warnings
 from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.prompts.encoding import row_key
 from lit_opd.report.replay import load_record, save_record
@@ -342,6 +344,20 @@ def test_metrics_tell_old_rows_from_new_ones(folders, rows, old, saved, texts):
     assert found["train/replayed_fraction"] == 1.0 and math.isnan(
         found["train/replay_gap"] + found["train/sampler_gap"]
     )
+
+
+def test_a_likelihood_of_ones_own_samples_is_warned_of(folders, rows, saved):
+    """Their expected gradient is zero; of rows that a reward chose it is not."""
+
+    def said(**settings: Any) -> list[str]:
+        return list(setting_warnings(fixed.module(folders, rows, objective=Likelihood(), **settings)))
+
+    (warning,) = said()
+    assert "`model.objective` Likelihood has `FixedSampler`" in warning and "take ReplaySampler" in warning
+    later = replaying(saved, rows, on_policy_fraction=1.0)
+    assert len(said(sampler=later, warmup=WarmUp(2))) == 1  # what follows the warm-up
+    assert not said(sampler=replaying(saved, rows, on_policy_fraction=0.5))
+    assert not said(advantage=[RewardGate("drop")])
 
 
 def test_rollouts_of_a_replay_are_saved_with_who_sampled_them(folders, rows, saved, tmp_path):

@@ -165,6 +165,12 @@ def test_rows_go_to_the_teacher_they_name(folders, server, rows):
     assert both.provides == {"teacher_entropy", "teacher_topk"}
     scores = both.score(named, requires=both.provides)
     assert scores.entropy is not None and scores.topk is not None
+    short = RoutedTeacher({"a": local(folders[0]), "b": remote(folders, server, top_k=5)})
+    whole = short.score(named, requires=frozenset({"teacher_topk"})).topk.ids
+    assert whole.shape[-1] == short.list_size == 5
+    for rows_of_one in ([1, 2, 4], [0, 3, 5]):  # a micro-batch may hold rows of one teacher alone, and joins the others
+        part = short.score(named.rows(torch.tensor(rows_of_one)), requires=frozenset({"teacher_topk"})).topk.ids
+        assert torch.equal(part, whole[rows_of_one][:, : part.shape[1]])
     for bad in (None, "c"):
         wrong = replace(rows, prompts=replace(rows.prompts, teachers=(*names[:-1], bad)))
         with pytest.raises(InputError, match="'a', 'b'.*row 5.*row-5"):

@@ -94,6 +94,28 @@ def test_the_gate_passes_rows_on_which_teacher_and_reward_agree(how, factor, lef
     assert {row for row, reward in enumerate(REWARDS) if found[row].abs().max() < 1}  # some are stopped
 
 
+def test_a_gate_refuses_rewards_that_are_no_share_of_right(folders):
+    """With 0 for right and -1 for wrong every row would count as wrong."""
+    gate, names = adv.RewardGate(), ["a", "b", "c"]
+    gate.check_rewards(torch.tensor([0.0, 1.0, NAN]), names)
+    for wrong in (-1.0, 1.5):
+        with pytest.raises(InputError, match=f"`RewardGate` must get rewards in .0, 1.*got {wrong:g} for row 'b'"):
+            gate.check_rewards(torch.tensor([0.0, wrong, NAN]), names)
+    adv.GroupReward().check_rewards(torch.tensor([7.0]), ["a"])
+
+    class Penalty(Given):
+        def score(self, responses, rollout):
+            return [-1.0] * len(responses)
+
+    trained = fixed.module(folders, samples(), advantage=[gate], reward=Penalty())
+    with pytest.raises(InputError, match="got -1 for row 'prompt-3'"):
+        fixed.fit(trained, samples().prompts)
+    known = fixed.module(folders, samples(), advantage=[gate], reward=AnswerReward(right=0.0, wrong=-1.0))
+    with pytest.raises(InputError, match="`AnswerReward.wrong` must be in .0, 1. with `RewardGate`.*got -1"):
+        check_reward(known, None)
+    known.reward.close()
+
+
 def test_without_groups_or_rewards_nothing_is_guessed():
     given = signal(groups=None)
     with pytest.raises(InputError, match="`TokenSignal.group` must say which rows answer one prompt"):
@@ -213,6 +235,9 @@ def test_a_gate_that_drops_is_not_said_to_be_without_effect(folders):
         trained = fixed.module(folders, samples(), advantage=[adv.RewardGate(how)], **settings)
         assert list(setting_warnings(trained)) == said
         assert (adv.order_warning([adv.RewardGate(how), adv.NullAdvantage()]) is None) == (how == "drop")
+    beside = fixed.module(folders, samples(), advantage=[adv.RewardGate("drop"), adv.GroupReward()], **settings)
+    said = list(setting_warnings(beside))
+    assert said == ["`GroupReward` in `model.advantage` has no effect: `Divergence` reads no advantage"]
 
 
 def test_the_mean_reward_of_rows_that_have_one_is_logged(folders):

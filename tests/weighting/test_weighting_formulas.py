@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from lit_opd import weighting as w
+from lit_opd.advantage import ValueBaseline
 from lit_opd.errors import InputError
+from lit_opd.objective import PolicyLoss
+from lit_opd.step.recipe import Recipe
 from lit_opd.streams import row_uniforms, stream_seed, token_uniforms
 from lit_opd.types import TokenSignal, TopK
 from lit_opd.weighting.ier_opd import signal_to_noise
@@ -699,6 +702,21 @@ def test_tip_uses_disagreement_where_token_kl_was_not_computed():
     assert torch.equal(w.TIP()(signal), w.TIP()(as_if))
 
 
+class LooksOn:
+    """A callback that asks for the token KL."""
+
+    requires = frozenset({"token_kl"})
+
+
+def test_who_looks_on_does_not_change_what_tip_keeps():
+    signal = random_signal(holey_mask(8, 23))
+    by_disagreement, by_kl = w.TIP(0.3)(replace(signal, token_kl=None)), w.TIP(0.3)(signal)
+    assert not torch.equal(by_disagreement, by_kl)
+    recipe = Recipe(w.TIP(0.3), PolicyLoss(), max_new_tokens=23)
+    assert torch.equal(replace(recipe, observers=(LooksOn(),)).weighted(signal, 0.5)[0], by_disagreement)
+    assert torch.equal(replace(recipe, advantage=(ValueBaseline(),)).weighted(signal, 0.5)[0], by_kl)
+
+
 def test_tip_breaks_ties_by_position_and_then_by_row_key():
     flat = torch.zeros(2, 3)
     signal = TokenSignal(
@@ -945,7 +963,7 @@ def test_dial_between_the_log_ratio_and_the_gap_of_probabilities():
 
 
 def test_counts_forgive_the_rounding_of_whole_products():
-    """In floats 0.14 * 50 is just above 7, and (1 - 0.9) * 20 just below 2."""
+    """In floats 0.14 * 50 is just above 7, (1 - 0.9) * 20 just below 2, and 0.28 * 25 just above 7."""
     row = random_signal(torch.ones(1, 50, dtype=torch.bool))
     for n, fraction, count in ((50, 0.3, 15), (50, 0.14, 7), (25, 0.28, 7), (3, 0.1, 1)):
         part = replace(row, mask=torch.arange(50).unsqueeze(0) < n)
@@ -954,6 +972,16 @@ def test_counts_forgive_the_rounding_of_whole_products():
     teacher = -torch.arange(1.0, 51.0, dtype=torch.float64).unsqueeze(0)
     weights = w.TeacherConfidence(window=20, alpha=0.01)(replace(row, teacher_logprobs=teacher))
     assert math.isclose(float(weights[0, 20]), math.exp(-0.01 * 19.5))  # the largest two of 1..20
+    rows = small_signal([-1.0], [-1.0])
+    spread = replace(
+        rows.rows(torch.zeros(26, dtype=torch.int64)), teacher_logprobs=-torch.arange(26.0).square()[:, None]
+    )
+    assert int((~w.FiReRows(0.28).kept(spread)).sum()) == 7  # of 26, at most 0.28 * 26
+
+
+def test_dial_counts_in_float64():
+    """0.14 * 75 is above 10.5, and 10.5 in float32, which is rounded to 10."""
+    assert int(w.DIALOPD(keep_fraction=0.14).kept(random_signal(torch.ones(1, 75, dtype=torch.bool))).sum()) == 11
 
 
 def test_dash_adds_no_error_where_agreement_is_long():
