@@ -110,7 +110,7 @@ def gemma3(**changes: Any) -> Any:
     )
     model = Gemma3ForCausalLM(config)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             weight.mul_(5.0) if weight.ndim > 1 else weight.normal_(std=0.3)
         model.lm_head.weight.mul_(0.1)
     return model

@@ -43,16 +43,16 @@ ENGINE = "decode"
 ENDED_SHARE = 0.25  # of the rows: when so many have ended, they leave the batch
 CHECK_EVERY = 16  # steps between looks at which rows ended, where looking means waiting for the device
 CHECK_EVERY_ON_CPU = 1
-# Between the model's own next-token log-probs and those of ``PlainDecoder``: a share of the largest one, or nats where that is below
-# 1. Rounding grows with the logits: with log-probs of -32 it was 1.3e-4 nats in a model of 24 layers.
+# Between the model's own next-token log-probs and those of ``PlainDecoder``: a share of the largest one, or nats where that is
+# below 1. Rounding grows with the logits: with log-probs of -32 it was 1.3e-4 nats in a model of 24 layers.
 PROBE_TOLERANCE = 1e-4
 PROBE_TOLERANCE_HALF = 0.1  # nats, for 16-bit weights
 _AGREES: WeakKeyDictionary[Any, dict[torch.dtype | None, bool]] = WeakKeyDictionary()  # what the probe said of a model
 
 
 class DecodeSampler(Sampler):
-    """Samples with a decode loop of its own; runs where every layer attends to all earlier tokens, as one with a sliding window does
-    that holds the longest prompt and response.
+    """Samples with a decode loop of its own; runs where every layer attends to all earlier tokens, as one with a sliding window
+    does that holds the longest prompt and response.
 
     Other models (shorter windows, linear attention) need ``TransformersSampler``.
     """
