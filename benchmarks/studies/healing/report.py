@@ -220,13 +220,13 @@ def about(plan: Plan, results: Results) -> list[str]:
         f"a run; {'; '.join(sorted({record['machine'] for record in records}))}, {min(r['finished'] for r in records)} to "
         f"{max(r['finished'] for r in records)}.",
         "",
-        f"A problem counts once, by the mean over the tokens of its response, the end symbol among them; the KL is exact over the "
-        f"vocabulary, at temperature 1. Brackets are 95 % intervals over seeds and the {len(plan.held_out)} held-out problems at "
-        f"once (two-way bootstrap, Student's t for seeds); one seed has none. They hold what another seed (order, training problems, "
-        f"sampling) and other problems of this kind would change, not another model, pruning or learning rate. Differences are "
-        f"paired by seed and problem, bold where 0 lies outside. {compared} differences were looked at: of so many, about "
-        f"{compared / 20:.1f} would be bold by chance. Right answers are greedy. A tenth is of the response's own length; a "
-        f"response without a token there is left out of it.",
+        f"A problem counts once, by the mean over the tokens of its response, the end symbol among them; the KL is exact over "
+        f"the vocabulary, at temperature 1. Brackets are 95 % intervals over seeds and the {len(plan.held_out)} held-out "
+        f"problems at once (two-way bootstrap, Student's t for seeds); one seed has none. They hold what another seed (order, "
+        f"training problems, sampling) and other problems of this kind would change, not another model, pruning or learning "
+        f"rate. Differences are paired by seed and problem, bold where 0 lies outside. {compared} differences were looked at: "
+        f"of so many, about {compared / 20:.1f} would be bold by chance. Right answers are greedy. A tenth is of the response's "
+        f"own length; a response without a token there is left out of it.",
     ]
 
 

@@ -114,8 +114,8 @@ class Norm:
         return cls(*scale_of(norm), rounds_last=not hasattr(norm, "variance_epsilon"))
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[..., size] -> as many, in the dtype of the weight; 16-bit states are rounded before a float32 weight meets them, and the
-        result where ``rounds_last``."""
+        """[..., size] -> as many, in the dtype of the weight; 16-bit states are rounded before a float32 weight meets them, or,
+        where ``rounds_last``, behind it."""
         if states.dtype.itemsize < self.weight.dtype.itemsize:
             wide = F.rms_norm(states.to(self.weight.dtype), self.weight.shape[-1:], eps=self.epsilon)
             return (wide * self.weight).to(states.dtype) if self.rounds_last else wide.to(states.dtype) * self.weight
