@@ -28,7 +28,7 @@ from benchmarks.studies.reproduce.hypotheses import (
 from benchmarks.studies.reproduce.outcomes import by_problem, packed, unpacked
 from benchmarks.studies.reproduce.plan import PLAN, Job, Plan, missing, read_plan
 from benchmarks.studies.reproduce.problems import KeptAnswers, KeptDivergence
-from benchmarks.studies.reproduce.referee import KEPT, NOT_FINISHED, PART, compact, keep, write_referee
+from benchmarks.studies.reproduce.referee import NOT_FINISHED, PART, compact, keep, write_referee
 from benchmarks.studies.reproduce.results import all_results, area
 from lit_opd.cli.command import OPDCLI
 from lit_opd.errors import InputError
@@ -366,10 +366,10 @@ def test_the_page_of_an_unfinished_study_is_made_from_what_is_committed(tmp_path
     assert rows[0][2].startswith(f"{area_of('last-30'):.3f} [")
     assert rows[0][3].strip("*").startswith(f"{area_of('last-30') - area_of('uniform'):+.3f} [")
     assert all((out / name).is_file() for name in re.findall(r"\]\((pictures/.*?)\)", page))
-    kept = (out / KEPT).read_text()
+    kept = (out / plan.kept).read_text()
     assert len(kept.splitlines()) == len(jobs) and '"learning_rate":0.0002' in kept and '"grad_norm":2.3333' in kept
-    again = keep(plan, all_results(tmp_path / "nowhere"), out / KEPT)  # where no run is
-    assert (out / KEPT).read_text() == kept and [each["run"] for each in again] == [job.name for job in jobs]
+    again = keep(plan, all_results(tmp_path / "nowhere"), out / plan.kept)  # where no run is
+    assert (out / plan.kept).read_text() == kept and [each["run"] for each in again] == [job.name for job in jobs]
 
 
 def test_a_whole_study_fits_into_three_megabytes():
@@ -381,10 +381,9 @@ def test_a_whole_study_fits_into_three_megabytes():
     assert size * len(jobs_of()) < 3e6
 
 
-@pytest.mark.skipif(not (ROOT / "docs" / KEPT).is_file(), reason="no run has been kept yet")
 def test_what_is_kept_is_of_the_committed_plan():
     jobs = {job.name: job for job in jobs_of()}
-    kept = [json.loads(line) for line in (ROOT / "docs" / KEPT).read_text().splitlines()]
+    kept = [json.loads(line) for line in (ROOT / "docs" / read_plan(REFEREE).kept).read_text().splitlines()]
     assert all(record["settings"] == jobs[record["run"]].settings_sha for record in kept)
     for record in kept:
         bits = {step: np.mean(unpacked(bits, record["problems"])) for step, bits in record["right"]}

@@ -27,7 +27,15 @@ import lit_opd.weighting
 from benchmarks.studies.reproduce import tune, worker
 from benchmarks.studies.reproduce.__main__ import main
 from benchmarks.studies.reproduce.assets import build_asset, paths_of
-from benchmarks.studies.reproduce.candidates import Largest, SurpriseDrift, TeacherCertainty, WindowedRatio
+from benchmarks.studies.reproduce.candidates import (
+    AdaptiveFloor,
+    Largest,
+    LeakyRatio,
+    RecoveryCurve,
+    SurpriseDrift,
+    TeacherCertainty,
+    WindowedRatio,
+)
 from benchmarks.studies.reproduce.pictures import draw_curves, draw_differences
 from benchmarks.studies.reproduce.plan import PLAN, Plan, folder_of, merged, missing, read_plan
 from benchmarks.studies.reproduce.report import PART, choose, coloured, write_report
@@ -193,6 +201,54 @@ def test_the_searchs_own_weightings_are_those_of_plain_loops():
         for strategy, value in expected.items():
             assert float(found[strategy][row, column]) == pytest.approx(value, rel=1e-5)
     assert all(not weights[~mask].any() for weights in found.values())
+
+
+def test_the_second_searchs_own_weightings_are_those_of_plain_loops():
+    generator = torch.Generator().manual_seed(0)
+    student = -3 * torch.rand(4, 12, generator=generator)
+    teacher = (
+        student + 1.0 - torch.rand(4, 12, generator=generator) * torch.arange(12)
+    )  # they part as the response goes on
+    mask = torch.arange(12) < torch.tensor([12, 7, 1, 0]).unsqueeze(-1)
+    signal = TokenSignal(student_logprobs=student, teacher_logprobs=teacher, mask=mask)
+    leaky = LeakyRatio(memory=0.5, floor=0.2)
+    curve, floor = RecoveryCurve(nats=2.0, prior=1.0, reach=3), AdaptiveFloor(nats=2.0, prior=1.0, window=4)
+    a = (teacher - student).tolist()
+    places = [(row, column) for row, column in mask.nonzero().tolist()]
+    errors = {(row, column): [k for k in range(column) if a[row][k] <= -2.0] for row, column in places}
+    far = {place: place[1] - known[-1] if known else 0 for place, known in errors.items()}
+
+    def mean_of(chosen, start=(0.0, 0)):
+        agreed = [math.exp(min(a[row][column], 0.0)) for row, column in chosen]
+        return (sum(agreed) + start[0]) / (len(agreed) + start[1])
+
+    whole = mean_of([place for place in places if not far[place]])
+    curve_of = {d: min(mean_of([p for p in places if min(far[p], 3) == d], (whole, 1)) / whole, 1.0) for d in (1, 2, 3)}
+    smallest = min(mean_of([p for p in places if 0 < far[p] <= 4], (whole, 1)) / whole, 1.0)
+    assert 0.3 < smallest < 0.95 and any(value < 0.95 for value in curve_of.values())  # else nothing is tested
+    for row, column in places:
+        kept = sum(0.5 ** (column - 1 - k) * a[row][k] for k in range(column))
+        window = math.exp(min(0.0, sum(a[row][max(0, column - 4) : column])))
+        expected = {
+            leaky: max(math.exp(min(kept, 0.0)), 0.2),
+            curve: curve_of[min(far[row, column], 3)] if far[row, column] else 1.0,
+            floor: max(window, smallest),
+        }
+        for strategy, value in expected.items():
+            assert float(strategy(signal, 0.0)[row, column]) == pytest.approx(value, rel=1e-5)
+
+
+def test_where_no_error_is_seen_the_estimated_reliability_is_whole():
+    mask = torch.tensor([[True, True, True], [False, False, False]])
+    agreed = TokenSignal(
+        student_logprobs=torch.full((2, 3), -1.0), teacher_logprobs=torch.full((2, 3), -1.2), mask=mask
+    )
+    none = TokenSignal(
+        student_logprobs=agreed.student_logprobs, teacher_logprobs=agreed.teacher_logprobs, mask=mask & False
+    )
+    for strategy in (RecoveryCurve(), AdaptiveFloor()):
+        assert torch.equal(strategy(agreed, 0.0) == 1.0, mask)
+        assert not strategy(none, 0.0).any()
 
 
 def test_the_shipped_weighting_is_the_one_that_was_confirmed():

@@ -10,12 +10,15 @@ Keys of the plan:
                     ``turn``: conditions of one turn are trained side by side, seed by seed (left out: one after the other)
     models, data    what a condition's ``models`` may name in place of the shipped teacher, student and prompts; data with a
                     ``pool``: each seed trains on its own draw from as many problems
-    hypotheses      may be left out, like their ``margin``; hypotheses.py says what they hold
+    hypotheses      may be left out, like their ``margin``; hypotheses.py says what they hold. Where the key is there, if empty,
+                    the report is that of referee.py, with intervals over seeds and problems
     tuning          condition, learning rates, settings of the tuning runs; learning_rates is what they gave
     search          conditions for the search of a weighting and for its confirmation, and what counts as a win; in a plan
-                    that extends this one ``references``: variants that all others are compared with in one table
-    extends         another plan's file beside this one: this plan's keys are merged over its, but it has those variants and
-                    conditions only that it names itself (``uniform: {}`` takes over the other plan's)
+                    that extends this one ``references``: variants that all others are compared with in one table, and
+                    ``choose``: group -> candidates, of which the report names the best
+    extends         another plan's file beside this one: this plan's keys are merged over its, but it has those variants,
+                    conditions and hypotheses only that it names itself (``uniform: {}`` takes over the other plan's), and the
+                    other plan's learning rates unless it has the key, empty before it is tuned
 """
 
 from __future__ import annotations
@@ -193,6 +196,11 @@ class Plan:
         return "findings.md" if self.path.stem == PLAN.stem else f"{self.path.stem}.md"
 
     @property
+    def kept(self) -> Path:
+        """Where the report keeps what finished runs gave, below the pages."""
+        return Path("benchmarks") / self.path.stem / "runs.jsonl"
+
+    @property
     def pictures(self) -> str:
         """What the names of its pictures begin with."""
         return "reproduce" if self.path.stem == PLAN.stem else self.path.stem
@@ -261,11 +269,15 @@ class Plan:
 
 def extended(below: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a plan that extends another one, see the module's ``extends``."""
-    content = merged(below, own)
+    content = {key: value for key, value in merged(below, own).items() if key != "hypotheses"}
+    if "hypotheses" in own:
+        content["hypotheses"] = own["hypotheses"]
     for key in ("variants", "conditions"):
         named = own.get(key, below[key])
         content[key] = {name: merged(below[key].get(name, {}), spec) for name, spec in named.items()}
     rates = content["learning_rates"]
+    if "learning_rates" in own:
+        return content | {"learning_rates": own["learning_rates"]}
     taken = {spec.get("like", name) for name, spec in content["variants"].items()} | set(content["variants"])
     content["learning_rates"] = {name: rate for name, rate in rates.items() if name in taken}
     return content
@@ -289,4 +301,5 @@ def read_plan(path: Path = PLAN) -> Plan:
     if name is None:
         return Plan(content, path)
     below = read_plan(path.parent / name)
-    return Plan(extended(below.content, content), path, below)
+    shares = "learning_rates" not in content  # a plan with rates of its own has no run in common with the other
+    return Plan(extended(below.content, content), path, below if shares else None)

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.pages import part
 from benchmarks.studies.cells import interval
 from benchmarks.studies.reproduce import pictures
+from benchmarks.studies.reproduce.choice import choice_lines
 from benchmarks.studies.reproduce.hypotheses import (
     ALPHA,
     Finding,
@@ -30,7 +31,6 @@ from lit_opd.errors import InputError
 from lit_opd.files import read_lines, replace_whole
 
 PART = part("results")
-KEPT = Path("benchmarks") / "referee" / "runs.jsonl"  # below the pages
 DROPPED = {"label", "wall_seconds", "steps"}  # of a record; the rest is what the page is made of
 DIGITS = 5  # significant ones, of a learning rate too
 LEAST_P = 0.001
@@ -80,7 +80,7 @@ def write_referee(plan: Plan, runs: Path, out: Path) -> Path:
     """Keep what has finished, then write pictures and the page from what is kept; returns the page.
 
     Args:
-        plan: with hypotheses.
+        plan: with the key ``hypotheses``.
         runs: folder of the runs; one that is not there adds nothing.
         out: folder of the page.
     Raises:
@@ -88,9 +88,9 @@ def write_referee(plan: Plan, runs: Path, out: Path) -> Path:
     """
     page = out / plan.page
     PART.require(page)
-    chosen = choose(plan, keep(plan, all_results(runs), out / KEPT))
+    chosen = choose(plan, keep(plan, all_results(runs), out / plan.kept))
     if not chosen.counted:
-        raise InputError(f"`--runs` or {out / KEPT} must hold finished runs of plan {plan.sha[:12]}; make referee")
+        raise InputError(f"`--runs` or {out / plan.kept} must hold finished runs of plan {plan.sha[:12]}")
     PART.write(page, "\n".join(["", *lines_of(plan, chosen, out / "pictures"), ""]))
     return page
 
@@ -102,8 +102,11 @@ def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
     """The whole part: head, verdicts, then a section a condition."""
     outcomes, finished = Outcomes(chosen.counted), len(chosen.counted) == sum(chosen.planned.values())
     lines = [*head(plan, chosen), *([] if finished else [NOT_FINISHED, ""])]
-    lines += verdict_lines(plan, findings(plan, outcomes))
-    lines += ["### Area minus that of uniform", "", BY_CHANCE, "", *overview(plan, outcomes, "area")]
+    lines += verdict_lines(plan, findings(plan, outcomes)) if hypotheses_of(plan) else []
+    lines += choice_lines(plan, outcomes)
+    for reference in plan.content["search"].get("references", [REFERENCE]):
+        table = overview(plan, outcomes, "area", reference)
+        lines += [f"### Area minus that of {reference}", "", BY_CHANCE, "", *table] if table else []
     lines += [
         "### Late KL minus that of uniform: what closes the gap",
         "",
@@ -184,12 +187,12 @@ def shown(p: float) -> str:
     return f"< {LEAST_P:g}" if p < LEAST_P else f"{p:.3f}"
 
 
-def overview(plan: Plan, outcomes: Outcomes, measure: str) -> list[str]:
-    """A measure minus that of uniform: variants by conditions."""
-    conditions = [name for name in plan.content["conditions"] if (name, REFERENCE) in outcomes.runs]
+def overview(plan: Plan, outcomes: Outcomes, measure: str, reference: str = REFERENCE) -> list[str]:
+    """A measure minus that of a reference: variants by conditions."""
+    conditions = [name for name in plan.content["conditions"] if (name, reference) in outcomes.runs]
     rows = []
-    for name in (name for name in plan.content["variants"] if name != REFERENCE):
-        cells = [interval(outcomes.estimate(condition, name, REFERENCE, measure)) for condition in conditions]
+    for name in (name for name in plan.content["variants"] if name != reference):
+        cells = [interval(outcomes.estimate(condition, name, reference, measure)) for condition in conditions]
         if any(cells):
             rows.append([name, *cells])
     return [markdown_table(["variant", *conditions], rows), ""] if rows else []
