@@ -7,7 +7,7 @@ from typing import Any
 from lit_opd.models.loading import load_causal_lm, load_tokenizer
 from lit_opd.models.vocabulary import configured_stops, num_used, unused_ids
 from lit_opd.prompts.datamodule import PromptDataModule
-from lit_opd.rollout import SamplingSettings, TransformersSampler
+from lit_opd.rollout import Sampler, SamplingSettings, TransformersSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch, Rollout
 
@@ -37,6 +37,7 @@ def sample(
     new_tokens: int,
     seed: int,
     greedy: bool = False,
+    sampler: type[Sampler] = TransformersSampler,
 ) -> Rollout:
     """Temperature-1 responses with fixed random streams.
 
@@ -48,6 +49,7 @@ def sample(
         new_tokens: longest response.
         seed: of the streams.
         greedy: the likeliest token each time, in place of temperature 1.
+        sampler: which engine; the tokens are the same up to the rounding of logits.
     """
     settings = SamplingSettings(
         max_new_tokens=new_tokens,
@@ -57,4 +59,4 @@ def sample(
         seed=seed,
         greedy=greedy,
     )
-    return TransformersSampler(max_new_tokens=new_tokens).sample(policy, prompts, settings)
+    return sampler(max_new_tokens=new_tokens).sample(policy, prompts, settings)

@@ -25,6 +25,7 @@ from benchmarks.studies.healing.records import Place, read, write
 from benchmarks.studies.healing.runner import TimeLimit, run_jobs
 from lit_opd.errors import InputError
 from lit_opd.sweep.crew import TaskFailed
+from lit_opd.types import FinishReason
 from tests.helpers import tiny
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "healing"
@@ -65,7 +66,7 @@ def test_a_seed_has_problems_of_its_own_and_none_that_is_measured():
     sets = {seed: {problem.question for problem in plan.training(seed)} for seed in plan.content["seeds"]}
     held = {problem.question for problem in plan.held_out}
     assert all(len(own) == plan.content["train"]["count"] and not own & held for own in sets.values())
-    assert len(held) == 32 and len(sets[11] & sets[12]) < len(sets[11]) / 2
+    assert len(held) == 64 and len(sets[11] & sets[12]) < len(sets[11]) / 2
     assert [p.question for p in plan.training(11)] == [p.question for p in read_plan().training(11)]
     assert {job.prompts for job in plan.jobs("cpu", models=["smollm2"], seeds=[11])} != {
         job.prompts for job in plan.jobs("cpu", models=["smollm2"], seeds=[12])
@@ -191,7 +192,7 @@ def place(tmp_path_factory) -> Place:
         "data": {"chat_template": True},
     }
     own |= {
-        "models": {"tiny": {**frame, "sampler": "lit_opd.rollout.DecodeSampler"}},
+        "models": {"tiny": frame},
         "seeds": [11],
         "held_out": {"count": 4, "seed": 5},
         "train": {"count": 6},
@@ -220,6 +221,7 @@ def test_a_measurement_equals_loops_over_transformers_own_logits(place):
     own = measures._answers(measures.load_policy(path), path, held, greedy=False)
     assert found["tokens"] == int(own.mask.sum())
     tenths: list[list[float]] = [[] for _ in range(10)]
+    gaps_of: list[list[float]] = []
     for row in range(4):
         prompt = held.prompts.ids[row][held.prompts.mask[row]]
         response = own.response_ids[row][own.mask[row]]
@@ -228,12 +230,24 @@ def test_a_measurement_equals_loops_over_transformers_own_logits(place):
         assert found["reverse_kl"][row] == pytest.approx(float(torch.stack(kl).mean()), abs=1e-5)
         gaps = [abs(float(q[token] - p[token])) for p, q, token in zip(*both, response.tolist(), strict=True)]
         assert found["disagreement"][row] == pytest.approx(fmean(gaps), abs=1e-5)
+        gaps_of.append(gaps)
         for place_in_row, gap in enumerate(gaps):
             tenths[int((place_in_row + 0.5) / len(gaps) * 10)].append(gap)
         written = held.written.response_ids[row][held.written.mask[row]]
         said = _logprobs(student, prompt, written)
         nll = [-float(own_row[token]) for own_row, token in zip(said, written.tolist(), strict=True)]
         assert found["teacher_text_nll"][row] == pytest.approx(fmean(nll), abs=1e-5)
+    for row, own_gaps in enumerate(gaps_of):
+        expected = [
+            [g for i, g in enumerate(own_gaps) if int((i + 0.5) / len(own_gaps) * 10) == band] for band in range(10)
+        ]
+        assert found["tenths"]["disagreement"][row] == [
+            pytest.approx(fmean(g), abs=1e-5) if g else None for g in expected
+        ]
+        of_row = [value for value in found["tenths"]["reverse_kl"][row] if value is not None]
+        assert min(of_row) <= found["reverse_kl"][row] <= max(of_row)
+    assert found["lengths"] == [len(own_gaps) for own_gaps in gaps_of] and sum(found["lengths"]) == found["tokens"]
+    assert found["ended"] == [int(reason == FinishReason.STOP) for reason in own.finish_reason.tolist()]
     assert found["bands"] == [pytest.approx(fmean(gaps), abs=1e-5) if gaps else None for gaps in tenths]
     assert len(found["samples"]) == 2 and found["exact"] == [0.0] * 4
 
@@ -305,6 +319,13 @@ def test_the_plan_runs_and_a_second_call_repeats_nothing(place, capsys):
     assert [step for step, _ in ends["uniform"]["training_kl"]] == [1, 2]
     assert ends["uniform"]["training_kl"][0] == ends["null-advantage"]["training_kl"][0]  # the same streams and prompts
     assert ends["uniform"]["end"]["reverse_kl"] != ends["null-advantage"]["end"]["reverse_kl"]
+    retrained = replace(own, weights=own.weights.with_name("other-weights"))
+    shutil.copytree(own.weights, retrained.weights)
+    tiny.save(tiny.qwen3(seed=3, window=256), retrained.weights / "tiny" / "student")
+    with pytest.raises(InputError, match=r"must hold runs of the weights in .*, got tiny-uniform of others"):
+        run_jobs(own.plan.jobs("cpu", variants=["uniform", "cdd"]), retrained, workers=0)
+    assert not worker.is_of(own.runs / "cpu" / "tiny-uniform-11", jobs[0], retrained)
+    assert worker.is_of(own.runs / "cpu" / "tiny-uniform-11", jobs[0], own)
     changed = content_of(own) | {"new_tokens": NEW_TOKENS + 1}
     other = replace(own, plan=Plan(changed, own.plan.path))
     with pytest.raises(InputError, match="must hold runs of these settings"):
@@ -361,9 +382,10 @@ KLS = {"uniform": {11: [1.0, 2.0], 12: [1.2, 2.4]}, "iw-1.5": {11: [0.9, 1.8], 1
 
 def made_up(kl: list[float]) -> dict:
     bands = [2.0, *([1.5] * 8), 1.0]
+    tenths = {"disagreement": [bands, [3.0, *bands[1:]]], "reverse_kl": [bands, [None, *bands[1:]]]}
     shown = [{"sampled": "a `b` | c", "greedy": "7"}]
     return {"reverse_kl": kl, "teacher_text_nll": kl, "disagreement": kl, "exact": [0.0, 1.0]} | {
-        "bands": bands, "tokens": 9, "distinct_2": 0.5, "samples": shown,
+        "bands": bands, "tenths": tenths, "lengths": [4, 5], "ended": [1, 0], "tokens": 9, "distinct_2": 0.5, "samples": shown,
     }  # fmt: skip
 
 
@@ -397,7 +419,7 @@ def finished(place) -> Place:
 def test_the_page_says_what_was_run_and_its_numbers_are_the_records(finished, tmp_path):
     page = report.write_report(finished.plan, finished.records, tmp_path).read_text()
     assert "5 of 12 runs, 2 steps of 2 prompts" in page and "None of 12 runs is finished." in page
-    assert "12 differences were looked at" in page
+    assert "18 differences were looked at" in page  # 8 and 4 from uniform and of cdd from IW-OPD, 6 of late from early
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.splitlines() if line.startswith("| ")}
     assert rows["(start)"][2].startswith("4.000") or "| (start) |  | 4.000 |" in page
     assert "| iw-1.5 | 2 | 1.500 [" in page and "| cdd | 1 | 2.500 |" in page
@@ -407,7 +429,12 @@ def test_the_page_says_what_was_run_and_its_numbers_are_the_records(finished, tm
         1.65 - 4.0
     )
     assert "| +1.000 |" in page  # cdd on one seed has no interval
-    assert "2.000 | 1.000 | **-1.000 [-1.000, -1.000]**" in page
+    uniform = next(line for line in page.splitlines() if line.startswith("| uniform | 2.000 | 1.000"))
+    assert (
+        uniform.split(" | ")[3] == "-1.000"
+    )  # of the one problem that has a token in its first tenth, so without an interval
+    assert uniform.split(" | ")[4:6] == ["2.500", "1.000"] and "-1.500 [" in uniform
+    assert "| tokens a response | ended by itself |" in page and "| 4 | 50 % |" in page
     assert "- uniform, seed 11: `a 'b' | c`" in page and "> How many?" in page
     assert matplotlib.image.imread(tmp_path / "models_cpu.png").std() > 0.05
     assert not (tmp_path / "models_cuda.png").exists()
@@ -422,7 +449,7 @@ def test_without_the_reference_and_without_any_run_there_is_a_page(finished, tmp
     for seed in (11, 12):
         finished.record(finished.plan.job("tiny", "uniform", seed, "cpu")).unlink()
     page = report.write_report(finished.plan, finished.records, tmp_path / "some").read_text()
-    assert "3 of 12 runs" in page and "4 differences were looked at" in page
+    assert "3 of 12 runs" in page and "8 differences were looked at" in page
     page = report.write_report(finished.plan, tmp_path / "none", tmp_path / "empty").read_text()
     assert page.count("None of 12 runs is finished.") == 2 and "![" not in page
 

@@ -440,7 +440,8 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
         assert torch.equal(found, expected)
 
 
-def test_sliding_windows_are_refused():
+def windowed(window: int) -> ScoringModel:
+    torch.manual_seed(9)
     config = MistralConfig(
         vocab_size=64,
         hidden_size=16,
@@ -449,11 +450,21 @@ def test_sliding_windows_are_refused():
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
-        sliding_window=8,
+        sliding_window=window,
     )
-    policy = ScoringModel(MistralForCausalLM(config), vocabulary=64)
+    return ScoringModel(MistralForCausalLM(config).double(), vocabulary=64)
+
+
+@pytest.mark.parametrize("window", [8, 17])
+def test_sliding_windows_are_refused(window):
     with pytest.raises(InputError, match=r"`model.sampler` must be TransformersSampler .* sliding_attention"):
-        ours.sample(policy, prompts(2), settings())
+        ours.sample(windowed(window), prompts(2), settings())
+
+
+def test_a_window_that_holds_the_longest_row_cuts_nothing():
+    """Prompts of 6 columns and 12 new tokens."""
+    policy = windowed(18)
+    require_same(ours.sample(policy, prompts(16), settings()), reference.sample(policy, prompts(16), settings()))
 
 
 def test_a_model_that_leaves_the_cache_empty_is_refused(policy, monkeypatch):

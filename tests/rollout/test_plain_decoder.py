@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GraniteConfig,
@@ -93,6 +95,27 @@ def gemma() -> Any:
     return GemmaForCausalLM(GemmaConfig(**SMALL, head_dim=4)).double()
 
 
+def gemma3(**changes: Any) -> Any:
+    """Norms in front of each part and behind it, layers with short rotary periods, a window that holds all rows."""
+    torch.manual_seed(9)
+    ropes = {"full_attention": 1000.0, "sliding_attention": 10.0}
+    config = Gemma3TextConfig(
+        **SMALL,
+        head_dim=4,
+        query_pre_attn_scalar=4,
+        sliding_window=18,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={kind: {"rope_type": "default", "rope_theta": base} for kind, base in ropes.items()},
+        **changes,
+    )
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5.0) if weight.ndim > 1 else weight.normal_(std=0.3)
+        model.lm_head.weight.mul_(0.1)
+    return model
+
+
 def olmo() -> Any:
     """Named like Llama; its norms have no weight."""
     torch.manual_seed(8)
@@ -112,6 +135,32 @@ def test_llama_mistral_and_qwen_take_plain_steps_and_sample_as_generate_does(bui
     policy = ScoringModel(build(), vocabulary=64)
     assert decode._runs_plain(policy, CPU)
     require_same(ours.sample(policy, prompts(16), settings()), reference.sample(policy, prompts(16), settings()))
+
+
+def test_gemma_3_takes_plain_steps_and_samples_as_generate_does():
+    """In float32, since its norms are computed in that."""
+    policy = ScoringModel(gemma3(), vocabulary=64)
+    assert decode._runs_plain(policy, CPU)
+    found, expected = (sampler.sample(policy, prompts(16), settings(stop_ids=())) for sampler in (ours, reference))
+    assert torch.equal(found.response_ids, expected.response_ids) and len(found.response_ids.unique()) > 20
+    torch.testing.assert_close(found.sampler_logprobs, expected.sampler_logprobs, rtol=0, atol=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(found.sampler_logprobs, policy(found).logprobs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gemma_3_takes_plain_steps_in_16_bits(dtype):
+    """By autocast, or with such weights: the same kinds at the same places as its own forward."""
+    policy = ScoringModel(gemma3() if dtype is None else gemma3().to(dtype), vocabulary=64)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is None), torch.no_grad():
+        assert decode._runs_plain(policy, CPU)
+        found = ours.sample(policy, prompts(4), settings(stop_ids=()))
+        assert float((found.sampler_logprobs - policy(found).logprobs).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "attn_logit_softcapping"])
+def test_gemma_3_with_bent_logits_keeps_its_own_forward(name):
+    assert is_plain_decoder(gemma3()) and not is_plain_decoder(gemma3(**{name: 5.0}))
 
 
 def test_other_architectures_keep_their_own_forward():
@@ -172,6 +221,21 @@ def test_a_known_class_with_other_numbers_is_found_out_by_the_probe():
     with pytest.warns(UserWarning, match="LlamaForCausalLM's own forward, which is slower"):
         found = ours.sample(policy, prompts(16), settings())
     require_same(found, reference.sample(policy, prompts(16), settings()))
+
+
+def test_rounding_of_large_logits_is_no_other_arithmetic():
+    """In float32 it grows with them, beyond any bound in nats."""
+    model = tiny.llama(seed=1)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    policy = ScoringModel(model, vocabulary=64)
+    assert decode._runs_plain(policy, CPU)
+    rollout = ours.sample(policy, prompts(4), settings())
+    own, step = (
+        decode._probed(kind, policy, prompts(2), settings()) for kind in (decode.OwnWriter, decode._PlainWriter)
+    )
+    assert 1e-4 < float((own - step).abs().max().detach()) < 1e-5 * float(own.abs().max().detach())
+    assert rollout.mask.any()
 
 
 @pytest.mark.parametrize("rows", [FEW_ROWS - 1, FEW_ROWS + 9])

@@ -15,6 +15,8 @@ from benchmarks.studies.healing.problems import is_right
 from benchmarks.studies.policies import load_policy, sample
 from lit_opd.evaluation.statistics import PositionBands
 from lit_opd.models.loading import load_tokenizer
+from lit_opd.models.vocabulary import configured_stops
+from lit_opd.rollout import DecodeSampler
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch, Provenance, Rollout
 
@@ -28,7 +30,7 @@ MEASURES = {
     "disagreement": "held-out disagreement, nats/token",
     "exact": "right answers, greedy",
 }
-HIGHER_IS_BETTER = ("exact",)
+BY_TENTH = ("reverse_kl", "disagreement")  # of them, those that are kept by tenth of the response, too
 Figures = dict[str, Any]
 
 
@@ -59,6 +61,27 @@ def row_means(values: Tensor, mask: Tensor) -> list[float]:
     """Mean over the valid tokens of each row, [B, T] -> B numbers."""
     means = (values.double() * mask).sum(-1) / mask.sum(-1)
     return [round(value, DIGITS) for value in means.tolist()]
+
+
+def tenths(values: Tensor, mask: Tensor) -> list[list[float | None]]:
+    """Means of each row by tenth of its valid tokens, [B, T] -> B lists of ``BANDS``; None where a tenth is empty."""
+    found = []
+    for row, valid in zip(values, mask, strict=True):
+        bands = PositionBands(BANDS).to(mask.device)
+        bands.update(row[None], valid[None])
+        found.append(_rounded(bands.compute()))
+    return found
+
+
+def _rounded(means: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else round(value, DIGITS) for value in means.tolist()]
+
+
+def how_long(rollout: Rollout, path: str, tokenizer: Any) -> Figures:
+    """Tokens of each row, its end symbol among them, and 1 where it ended by itself, not at the longest length."""
+    stops = configured_stops(path, tokenizer)
+    rows = as_lists(rollout)
+    return {"lengths": [len(row) for row in rows], "ended": [int(row[-1] in stops) for row in rows]}
 
 
 def as_lists(rollout: Rollout) -> list[list[int]]:
@@ -99,14 +122,16 @@ def asked(
     tokenizer = load_tokenizer(teacher_path, "path")
     teacher, prompts = load_policy(teacher_path).to(device), prompts.to(device)
     if written is None:
-        rollout = sample(teacher, prompts, tokenizer, teacher_path, new_tokens=new_tokens, seed=SAMPLING_SEED)
+        how: dict[str, Any] = {"new_tokens": new_tokens, "seed": SAMPLING_SEED, "sampler": DecodeSampler}
+        rollout = sample(teacher, prompts, tokenizer, teacher_path, **how)
     else:
         rollout = from_lists(written, prompts)
     return Asked(prompts, answers, rollout, tokenizer, teacher, teacher_path, new_tokens)
 
 
 def _answers(policy: ScoringModel, path: str, held: Asked, *, greedy: bool) -> Rollout:
-    how: dict[str, Any] = {"new_tokens": held.new_tokens, "seed": SAMPLING_SEED, "greedy": greedy}
+    how: dict[str, Any] = {"new_tokens": held.new_tokens, "seed": SAMPLING_SEED, "sampler": DecodeSampler}
+    how["greedy"] = greedy
     return sample(policy, held.prompts, held.tokenizer, path, **how)
 
 
@@ -126,8 +151,8 @@ def measure(path: str, held: Asked, *, shown: int) -> Figures:
         held: what it is measured on.
         shown: how many problems' responses are kept as text.
     Returns:
-        the lists of ``MEASURES``, ``bands`` (mean |q - s| by tenth of the response, None where a tenth is empty), ``tokens`` of
-        its samples, ``distinct_2`` of them, and ``samples``.
+        the lists of ``MEASURES``; of its samples ``lengths`` and ``ended``, ``tenths`` (of ``BY_TENTH``, problem by problem, None
+        where a tenth is empty), ``bands`` (mean |q - s| by tenth of all responses), ``tokens``, ``distinct_2``; and ``samples``.
     """
     student = load_policy(path).to(held.prompts.ids.device)
     own = _answers(student, path, held, greedy=False)
@@ -144,7 +169,9 @@ def measure(path: str, held: Asked, *, shown: int) -> Figures:
         "teacher_text_nll": row_means(-student(held.written).logprobs, held.written.mask),
         "disagreement": row_means(gap, own.mask),
         "exact": exact,
-        "bands": [None if math.isnan(value) else round(value, DIGITS) for value in bands.compute().tolist()],
+        **how_long(own, path, held.tokenizer),
+        "tenths": {name: tenths(values, own.mask) for name, values in zip(BY_TENTH, (ours.token_kl, gap), strict=True)},
+        "bands": _rounded(bands.compute()),
         "tokens": int(own.mask.sum()),
         "distinct_2": round(distinct_2(own), DIGITS),
         "samples": [{"sampled": sampled[row], "greedy": greedy[row]} for row in range(min(shown, len(greedy)))],
@@ -160,6 +187,7 @@ def measure_teacher(held: Asked, *, shown: int) -> Figures:
     return {
         "exact": exact,
         "teacher_text_nll": own,
+        **how_long(held.written, held.teacher_path, held.tokenizer),
         "tokens": int(held.written.mask.sum()),
         "distinct_2": round(distinct_2(held.written), DIGITS),
         "samples": [{"sampled": written[row], "greedy": greedy[row]} for row in range(min(shown, len(greedy)))],

@@ -13,12 +13,13 @@ from benchmarks.studies.plans import digest, merged, read_content, require_known
 from lit_opd.errors import InputError
 
 PLAN = Path(__file__).with_name("plan.yaml")
+SAMPLER = "lit_opd.rollout.DecodeSampler"  # Gemma's windows hold the longest row
 START = "start"  # of a contrast: the student before training
 KEYS = {
     "question", "hypotheses", "seeds", "held_out", "train", "new_tokens", "shown", "reference", "contrasts", "variants", "first",
     "models", "settings", "devices",
 }  # fmt: skip
-MODEL_KEYS = {"title", "folder", "make", "frame", "data", "sampler"}
+MODEL_KEYS = {"title", "folder", "make", "frame", "data"}
 DEVICE_KEYS = {"steps", "batch", "settings"}
 
 
@@ -183,7 +184,7 @@ class Plan:
             "trainer": {"max_steps": on["steps"]},
             "model": {
                 **content["variants"][variant],
-                "sampler": {"class_path": of_model["sampler"], "init_args": {"max_new_tokens": content["new_tokens"]}},
+                "sampler": {"class_path": SAMPLER, "init_args": {"max_new_tokens": content["new_tokens"]}},
             },
             "data": {**of_model["data"], "prompt_batch": on["batch"]},
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from benchmarks.studies.plans import digest
 from lit_opd.errors import InputError
 from lit_opd.files import replace_whole
 
+PARTS = ("teacher", "student")
 SHORT = 12  # digits of a hash that are shown
 Record = dict[str, Any]
 
@@ -47,6 +48,13 @@ class Place:
         rows = self.plan.rows(model, self.plan.held_out)
         return digest([rows, content["models"][model]["data"], content["settings"]["data"], content["new_tokens"]])
 
+    def weights_sha(self, model: str) -> str:
+        """sha256 of what is seen of both models' weights without reading all of them."""
+        from lit_opd.models.base import weights_revision  # loads torch
+
+        folder = self.pair(model)
+        return digest([weights_revision(str(folder / part), "--weights") for part in PARTS])
+
     def pair(self, model: str) -> Path:
         """Folder with teacher/ and student/.
 
@@ -55,7 +63,7 @@ class Place:
         """
         about = self.plan.content["models"][model]
         folder = self.weights / about["folder"]
-        for part in ("teacher", "student"):
+        for part in PARTS:
             if not (folder / part / "config.json").is_file():
                 raise InputError(
                     f"`--weights` must hold {about['folder']}/{part}, got {self.weights} without it; run `{about['make']}`, or "
@@ -96,6 +104,21 @@ def is_started(model: str, device: str, place: Place) -> bool:
     if record is not None and record.get("settings") != place.start_sha(model):
         raise InputError(f"`--records` must hold starts of this plan, got {path} of another; remove it")
     return record is not None
+
+
+def require_weights(model: str, records: Iterable[Record | None], place: Place) -> None:
+    """
+    Raises:
+        InputError: a record of the model is of other weights than those that are there.
+    """
+    own = place.weights_sha(model)
+    for record in records:
+        if record is not None and record.get("weights") != own:
+            which = f"{model}-{record.get('variant', 'start')}"
+            raise InputError(
+                f"`--records` must hold runs of the weights in {place.pair(model)} ({own[:SHORT]}), got {which} of others "
+                f"({str(record.get('weights'))[:SHORT]}); name another folder, or remove it"
+            )
 
 
 def is_finished(job: Job, place: Place) -> bool:

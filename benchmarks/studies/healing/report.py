@@ -11,17 +11,18 @@ from typing import Any
 from benchmarks.pages import part
 from benchmarks.studies.cells import interval
 from benchmarks.studies.figures import draw_positions, plt, save
-from benchmarks.studies.healing.measures import MEASURES
+from benchmarks.studies.healing.measures import BY_TENTH, MEASURES
 from benchmarks.studies.healing.plan import START, Plan
 from benchmarks.studies.healing.records import SHORT, Place, Record, is_finished, is_started, read
 from lit_opd.compare.document import markdown_table, show
-from lit_opd.compare.statistics import Estimate, mean_interval, paired_two_way, two_way_interval
+from lit_opd.compare.statistics import Estimate, paired_two_way, two_way_interval
 from lit_opd.files import replace_whole
 
 PAGE, PART = "models.md", part("healing-models")
 TITLE = "# Two real models healed"
 COLORS = ("#202020", "#1f5fa8", "#c4500c", "#2f7d32", "#8e44ad", "#b8860b")
 CHARS = 300  # of a sample that is shown
+LENGTHS = ("tokens a response", "ended by itself")
 FIRST, LAST = 0, -1  # tenths of a response
 ROW_HEIGHT = 3.2  # inches of a model in the picture
 Problems = dict[str, float]  # problem -> value
@@ -112,18 +113,25 @@ def table(plan: Plan, results: Results, model: str) -> str:
     """A row a variant: levels, then differences from the reference."""
     of, start = results.runs.get(model, {}), results.starts.get(model)
     names = [title.split(",")[0] for title in MEASURES.values()]
-    header = ["", "seeds", *MEASURES.values(), *(f"{name} - {plan.reference}" for name in names)]
+    header = ["", "seeds", *MEASURES.values(), *(f"{name} - {plan.reference}" for name in names), *LENGTHS]
     rows: list[list[str]] = []
     if start is not None:
-        teacher = [f"{fmean(start['teacher'][name]):.3f}" if name in start["teacher"] else "" for name in MEASURES]
-        rows.append(["(teacher)", "", *teacher])
-        rows.append(["(start)", "", *(f"{fmean(start['student'][name]):.3f}" for name in MEASURES)])
+        for who in ("teacher", "student"):
+            means = [f"{fmean(start[who][name]):.3f}" if name in start[who] else "" for name in MEASURES]
+            name = "(start)" if who == "student" else "(teacher)"
+            rows.append([name, "", *means, *[""] * len(names), *_lengths([start[who]])])
     for variant, seeds in of.items():
         cells = [show(level(seeds, name)) for name in MEASURES]
-        if variant != plan.reference and plan.reference in of:
-            cells += [interval(from_reference(seeds, of[plan.reference], name)) for name in MEASURES]
-        rows.append([variant, str(len(seeds)), *cells])
-    return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
+        compared = variant != plan.reference and plan.reference in of
+        cells += [interval(from_reference(seeds, of[plan.reference], name)) if compared else "" for name in MEASURES]
+        rows.append([variant, str(len(seeds)), *cells, *_lengths([record["end"] for record in seeds.values()])])
+    return markdown_table(header, rows)
+
+
+def _lengths(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Mean tokens of a response, and the share that ended by itself."""
+    tokens, ended = ([value for own in found for value in own[name]] for name in ("lengths", "ended"))
+    return [f"{fmean(tokens):.0f}", f"{100 * fmean(ended):.0f} %"]
 
 
 def contrasts_table(plan: Plan, results: Results, model: str) -> str:
@@ -137,23 +145,42 @@ def contrasts_table(plan: Plan, results: Results, model: str) -> str:
 
 
 def positions_table(results: Results, model: str) -> str:
-    """Disagreement in the first and the last tenth, before and after."""
-    rows = []
-    start = results.starts.get(model)
-    if start is not None:
-        rows.append(["(start)", *_tenths([start["student"]["bands"]])])
-    rows += [[variant, *_tenths(bands(seeds))] for variant, seeds in results.runs.get(model, {}).items()]
-    return markdown_table(["disagreement, nats/token", "first tenth", "last tenth", "last - first"], rows)
+    """What is kept by tenth, in the first and the last one, before and after."""
+    start, of = results.starts.get(model), results.runs.get(model, {})
+    before = {} if start is None else {"(start)": {0: {"end": start["student"]}}}
+    rows = [
+        [name, *(cell for measure in BY_TENTH for cell in _ends(seeds, measure))]
+        for name, seeds in {**before, **of}.items()
+    ]
+    titles = [MEASURES[name].split(",")[0] for name in BY_TENTH]
+    return markdown_table(
+        ["", *(f"{title}, {end}" for title in titles for end in ("first tenth", "last tenth", "last - first"))], rows
+    )
 
 
-def _tenths(found: Sequence[Sequence[float | None]]) -> list[str]:
-    """Means over seeds, with the spread of the difference as an interval where there are several."""
-    whole = [(own[FIRST], own[LAST]) for own in found if own[FIRST] is not None and own[LAST] is not None]
-    if not whole:
-        return ["", "", ""]
-    pairs = [(float(first), float(last)) for first, last in whole]  # type: ignore[arg-type]
-    means = [f"{fmean(side):.3f}" for side in zip(*pairs, strict=True)]
-    return [*means, interval(mean_interval([last - first for first, last in pairs]))]
+def tenth(figures: Mapping[str, Any], measure: str, place: int) -> Problems:
+    """Problem -> mean in a tenth of its response, where that has a token."""
+    return {
+        f"{number:04d}": row[place] for number, row in enumerate(figures["tenths"][measure]) if row[place] is not None
+    }
+
+
+def late_from_early(seeds: Mapping[int, Record], measure: str) -> Estimate | None:
+    """Last tenth - first tenth, paired by seed and problem; None without a problem that has both in all seeds."""
+    last, first = (
+        {seed: tenth(record["end"], measure, place) for seed, record in seeds.items()} for place in (LAST, FIRST)
+    )
+    both = [problems.keys() & first[seed].keys() for seed, problems in last.items()]
+    return paired_two_way(last, first) if set.intersection(*map(set, both)) else None
+
+
+def _ends(seeds: Mapping[int, Record], measure: str) -> list[str]:
+    """Means over seeds and problems of both tenths, and their difference."""
+    sides = [
+        [value for record in seeds.values() for value in tenth(record["end"], measure, place).values()]
+        for place in (FIRST, LAST)
+    ]
+    return [*(f"{fmean(side):.3f}" if side else "" for side in sides), interval(late_from_early(seeds, measure))]
 
 
 def samples(plan: Plan, results: Results, model: str) -> list[str]:
@@ -186,15 +213,20 @@ def about(plan: Plan, results: Results) -> list[str]:
     )
     pairs = [(model, *pair) for model in results.runs for pair in plan.content["contrasts"]]
     compared += sum(contrast(results, *pair, name) is not None for pair in pairs for name in MEASURES)
+    compared += sum(len(of) for of in results.runs.values()) * len(BY_TENTH)
     return [
         f"{len(records)} of {results.planned} runs, {first['steps']} steps of {first['batch']} prompts, "
         f"{plan.content['new_tokens']} new tokens, plan {plans}. Median training {sorted(seconds)[len(seconds) // 2]:.0f} s "
         f"a run; {'; '.join(sorted({record['machine'] for record in records}))}, {min(r['finished'] for r in records)} to "
         f"{max(r['finished'] for r in records)}.",
         "",
-        f"Brackets are 95 % intervals over seeds and the {len(plan.held_out)} held-out problems at once (two-way bootstrap); one "
-        f"seed has none. Differences are paired by seed and problem, bold where 0 lies outside. {compared} differences were "
-        f"looked at: of so many, about {compared / 20:.1f} would be bold by chance. Right answers are greedy.",
+        f"A problem counts once, by the mean over the tokens of its response, the end symbol among them; the KL is exact over "
+        f"the vocabulary, at temperature 1. Brackets are 95 % intervals over seeds and the {len(plan.held_out)} held-out "
+        f"problems at once (two-way bootstrap, Student's t for seeds); one seed has none. They hold what another seed (order, "
+        f"training problems, sampling) and other problems of this kind would change, not another model, pruning or learning "
+        f"rate. Differences are paired by seed and problem, bold where 0 lies outside. {compared} differences were looked at: "
+        f"of so many, about {compared / 20:.1f} would be bold by chance. Right answers are greedy. A tenth is of the response's "
+        f"own length; a response without a token there is left out of it.",
     ]
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.studies.healing.plan import Job
-from benchmarks.studies.healing.records import Place, Record, is_finished, is_started
+from benchmarks.studies.healing.records import Place, Record, is_finished, is_started, read, require_weights
 from lit_opd.sweep.crew import Crew, Report, Task
 from lit_opd.sweep.progress import INTERRUPTED, Outcome, locked, run_tasks
 
-GRACE = 60.0  # seconds to save what runs when the study is stopped
+GRACE = 180.0  # seconds to save what runs when the study is stopped: two checkpoints of 3 GB at once, read back
 OVER = "the minutes are over"
 MINUTE = 60.0
 
@@ -62,7 +62,7 @@ def run_jobs(
         jobs: of one device.
         place: where; one call at a time works in its folder of runs.
         workers: processes; 0 for this one, without a limit of time.
-        minutes: what runs then is saved, which takes a minute more at most; None for no limit.
+        minutes: what runs then is saved, which takes three minutes more at most; None for no limit.
         console: where to write.
     Raises:
         InputError: records of other settings, missing weights, or another call at work.
@@ -74,7 +74,8 @@ def run_jobs(
         outcome = Outcome(kept=[job.name for job in done])
         todo = [job for job in jobs if job not in done]
         for model in dict.fromkeys(job.model for job in todo):
-            place.pair(model)
+            before = [place.record(job) for job in done if job.model == model]
+            require_weights(model, map(read, [*before, place.start(todo[0].device, model)]), place)
         limit = TimeLimit(minutes)
         tasks = [*_starts(todo, place), *(_task(job, place) for job in todo)]
         if tasks and workers:

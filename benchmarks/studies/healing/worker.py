@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -62,16 +63,16 @@ def held_problems(place: Place, model: str, device: str) -> Asked:
     }
     prompts = held_out(settings, load_tokenizer(str(folder / "teacher"), "path"))
     cache = place.runs / device / f"{model}-written.json"  # what the teacher wrote, so that it writes once
-    known = read(cache) or {}
+    known, of = read(cache) or {}, {"settings": place.start_sha(model), "weights": place.weights_sha(model)}
     held = asked(
         str(folder / "teacher"),
         prompts,
         [problem.answer for problem in found],
         new_tokens=place.plan.content["new_tokens"],
         device=device,
-        written=known["written"] if known.get("settings") == place.start_sha(model) else None,
+        written=known["written"] if known and known.items() >= of.items() else None,
     )
-    write(cache, {"settings": place.start_sha(model), "written": as_lists(held.written)})
+    write(cache, {**of, "written": as_lists(held.written)})
     return held
 
 
@@ -82,6 +83,7 @@ def measure_start(model: str, device: str, place: Place, report: Report = lambda
         "model": model,
         "device": device,
         "settings": place.start_sha(model),
+        "weights": place.weights_sha(model),
         "machine": described(device),
         "finished": today(),
         "problems": [problem.question for problem in place.plan.held_out[:shown]],
@@ -103,16 +105,21 @@ def settings_of(job: Job, place: Place) -> dict[str, Any]:
     paths = {
         "model": {"student": {"path": str(folder / "student")}, "teacher": teacher},
         "data": {"train": str(training)},
-        "vars": {"plan": job.plan, "settings": job.settings_sha},
+        "vars": {"plan": job.plan, **began(job, place)},
     }
     return merged(job.settings, paths)
 
 
-def began_as(folder: Path) -> str | None:
-    """Hash of the settings that the run in ``folder`` was begun with, None where there is none."""
+def began(job: Job, place: Place) -> dict[str, str]:
+    """Hashes of what a run that goes on must have been begun with."""
+    return {"settings": job.settings_sha, "weights": place.weights_sha(job.model)}
+
+
+def is_of(folder: Path, job: Job, place: Place) -> bool:
+    """Whether the run in ``folder`` was begun with this job's settings and weights."""
     path = folder / "config.yaml"
     found: Any = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    return (found.get("vars") or {}).get("settings")
+    return bool((found.get("vars") or {}).items() >= began(job, place).items())
 
 
 def trained(job: Job, place: Place, report: Report) -> Path:
@@ -122,8 +129,10 @@ def trained(job: Job, place: Place, report: Report) -> Path:
         TaskFailed: it ended with an error.
     """
     folder = place.runs / job.device / job.name
-    mine = began_as(folder) == job.settings_sha
-    if mine and (folder / "summary.json").is_file():  # the last thing a run writes
+    mine = is_of(folder, job, place)
+    if mine and all(
+        (folder / name).is_file() for name in ("summary.json", "student/config.json")
+    ):  # the former is written last
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.with_name(f"{folder.name}.yaml")  # not with_suffix, which cuts "iw-1.5"
@@ -147,6 +156,7 @@ def run_job(job: Job, place: Place, report: Report = lambda steps: None) -> Reco
         TaskFailed: it ended with an error.
     """
     folder = trained(job, place, report)
+    gc.collect()  # the trainer holds itself: weights, gradients and moments stay beside what is loaded now
     end = measure(
         str(folder / "student"), held_problems(place, job.model, job.device), shown=place.plan.content["shown"]
     )
@@ -154,6 +164,7 @@ def run_job(job: Job, place: Place, report: Report = lambda steps: None) -> Reco
     record = {
         **{name: getattr(job, name) for name in ("model", "variant", "seed", "device", "plan", "steps", "batch")},
         "settings": job.settings_sha,
+        "weights": place.weights_sha(job.model),
         "tokens": ends["tokens"],
         "seconds": round(ends["seconds"], 1),
         "machine": described(job.device),

@@ -56,11 +56,19 @@ class Slab(DynamicLayer):
         self.length -= start
 
 
-def require_full_attention(config: Any, *, refusal: Refusal) -> None:
-    """An error unless every layer of a text model attends to all earlier tokens, as far as its configuration says."""
+def require_full_attention(config: Any, *, refusal: Refusal, columns: int | None = None) -> None:
+    """An error unless every layer of a text model attends to all earlier tokens, as far as its configuration says.
+
+    Args:
+        config: of a text model.
+        refusal: makes the error.
+        columns: of the longest row, padding with it: a window that holds them all cuts nothing. None where they are not known.
+    """
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     unnamed = "sliding_attention" if window else "full_attention"
     kinds = set(getattr(config, "layer_types", None) or {unnamed}) - {"full_attention"}
+    if columns is not None and window and columns <= config.sliding_window:
+        kinds -= {"sliding_attention"}
     if kinds:
         raise refusal(config, f"layers of kind {', '.join(sorted(kinds))}")
 

@@ -24,6 +24,7 @@ from lit_opd.rollout.decoding.layers import (
     attended_by_products,
     head_norm,
     product,
+    scale_of,
     turned,
     two_products,
     written,
@@ -31,9 +32,21 @@ from lit_opd.rollout.decoding.layers import (
 
 _DECODERS = {
     f"transformers.models.{name}.modeling_{name}.{kind}Model"
-    for name, kind in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+    for name, kind in (
+        ("llama", "Llama"),
+        ("mistral", "Mistral"),
+        ("qwen2", "Qwen2"),
+        ("qwen3", "Qwen3"),
+        ("gemma3", "Gemma3Text"),
+    )
 }
+_BENT = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+)  # what Gemma's may do, and this does not
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_MORE_NORMS = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # of Gemma: before and behind each part
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -47,8 +60,11 @@ def is_plain_decoder(model: Any) -> bool:
     decoder, linear = model.get_decoder(), model.get_output_embeddings()
     if f"{type(decoder).__module__}.{type(decoder).__qualname__}" not in _DECODERS:
         return False
-    rotary = getattr(decoder, "rotary_emb", None)
-    if getattr(rotary, "rope_type", None) not in _FIXED_ROTATIONS or type(linear) is not nn.Linear:
+    rotations = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+    rotations = list(rotations.values()) if isinstance(rotations, dict) else [rotations]
+    if any(rotation not in _FIXED_ROTATIONS for rotation in rotations) or type(linear) is not nn.Linear:
+        return False
+    if any(getattr(decoder.config, name, None) for name in _BENT):
         return False
     if any(_is_hooked(module) for module in model.modules()):
         return False
@@ -67,31 +83,39 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _is_plain_layer(layer: Any) -> bool:
     names = {name for name, _ in layer.named_children()}
-    if names != _LAYER:
+    if names not in (_LAYER, _LAYER | _MORE_NORMS):
         return False
     attention = {name for name, _ in layer.self_attn.named_children()}
     if attention not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or {n for n, _ in layer.mlp.named_children()} != _MLP:
         return False
     products = [*(getattr(layer.self_attn, n) for n in _ATTENTION), *(getattr(layer.mlp, n) for n in _MLP - {"act_fn"})]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [getattr(layer.self_attn, name) for name in attention & _HEAD_NORMS]
-    if len({getattr(norm, "variance_epsilon", None) for norm in norms[2:]}) > 1:
+    of_heads = [getattr(layer.self_attn, name) for name in attention & _HEAD_NORMS]
+    norms = [*(getattr(layer, name) for name in names - {"self_attn", "mlp"}), *of_heads]
+    if not all(_is_plain_norm(norm) for norm in norms) or len({scale_of(norm)[1] for norm in of_heads}) > 1:
         return False
-    return all(type(product) is nn.Linear for product in products) and all(_is_plain_norm(norm) for norm in norms)
+    return all(type(product) is nn.Linear for product in products)
 
 
 def _is_plain_norm(norm: Any) -> bool:
-    return hasattr(norm, "weight") and hasattr(norm, "variance_epsilon")
+    return hasattr(norm, "weight") and (hasattr(norm, "variance_epsilon") or type(norm).__name__ == "Gemma3RMSNorm")
 
 
 class _Layer:
-    """The modules of one layer, taken out."""
+    """The modules of one layer, taken out.
 
-    def __init__(self, layer: Any, rows: int, half: torch.dtype | None) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.before, self.after = (
-            Norm(norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        )
+    Args:
+        layer: of transformers.
+        kind: of its rotary positions; None where all layers have the same.
+        rows, half: as for ``PlainDecoder``.
+    """
+
+    def __init__(self, layer: Any, kind: str | None, rows: int, half: torch.dtype | None) -> None:
+        attention, mlp, self.kind = layer.self_attn, layer.mlp, kind
+        self.before, self.after = Norm.of(layer.input_layernorm), Norm.of(layer.post_attention_layernorm)
+        self.of_attention = self.of_mlp = None  # norms of what a part adds
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            self.of_attention, self.after = self.after, Norm.of(layer.pre_feedforward_layernorm)
+            self.of_mlp = Norm.of(layer.post_feedforward_layernorm)
         turning = [attention.q_proj, attention.k_proj]
         self.inputs = two_products(turning, [attention.v_proj], rows=rows, half=half)
         self.out = product([attention.o_proj], rows=rows, half=half)
@@ -105,10 +129,32 @@ class _Layer:
         turning, values = (heads.unflatten(-1, (-1, self.size)) for heads in self.inputs(states))
         return turning if self.head_norm is None else self.head_norm(turning), values
 
+    def mixed(self, attended: Tensor) -> Tensor:
+        """What the attention adds to the states, [B, query heads * size] -> [B, H]."""
+        added = self.out(attended)
+        return added if self.of_attention is None else self.of_attention(added)
+
     def mlp(self, states: Tensor) -> Tensor:
-        """[B, H] -> [B, H]."""
-        gate, up = self.gates(states)
-        return self.down(self.activation(gate).mul_(up))
+        """What the MLP adds, [B, H] -> [B, H]."""
+        gate, up = self.gates(self.after(states))
+        added = self.down(self.activation(gate).mul_(up))
+        return added if self.of_mlp is None else self.of_mlp(added)
+
+
+def _kinds(decoder: Any) -> list[str | None]:
+    """The kind of each layer's rotary positions; None where all layers have the same."""
+    several = isinstance(decoder.rotary_emb.rope_type, dict)
+    return list(decoder.config.layer_types) if several else [None] * len(decoder.layers)
+
+
+def _turns(decoder: Any, kind: str | None, columns: int) -> Tensor:
+    """Cosines and sines of all positions, [columns, 2, 1, size], the sine signed for ``roll``."""
+    weight = decoder.embed_tokens.weight
+    positions = torch.arange(columns, device=weight.device).unsqueeze(0)
+    found = decoder.rotary_emb(weight[:1], positions, *([] if kind is None else [kind]))
+    cos, sin = (values[0].unsqueeze(1) for values in found)
+    size = cos.shape[-1] // 2
+    return torch.stack([cos, torch.cat([-sin[..., :size], sin[..., size:]], -1)], 1)
 
 
 def _takes_products(weight: Tensor, half: torch.dtype | None) -> bool:
@@ -128,18 +174,12 @@ class PlainDecoder:
 
     def __init__(self, model: Any, *, rows: int, columns: int, half: torch.dtype | None = None) -> None:
         decoder, linear = model.get_decoder(), model.get_output_embeddings()
-        self.embedding, self.last = (
-            decoder.embed_tokens.weight,
-            Norm(decoder.norm.weight, decoder.norm.variance_epsilon),
-        )
-        self.layers = [_Layer(layer, rows, half) for layer in decoder.layers]
+        self.embedding, self.last, kinds = decoder.embed_tokens.weight, Norm.of(decoder.norm), _kinds(decoder)
+        self.embed_scale = getattr(decoder.embed_tokens, "embed_scale", None)
+        self.layers = [_Layer(layer, kind, rows, half) for layer, kind in zip(decoder.layers, kinds, strict=True)]
         self.head = product([linear], rows=rows, half=half)
         self.dtype = linear.weight.dtype if half is None else half  # of keys and values
-        positions = torch.arange(columns, device=linear.weight.device).unsqueeze(0)
-        cos, sin = (values[0].unsqueeze(1) for values in decoder.rotary_emb(self.embedding[:1], positions))
-        size = cos.shape[-1] // 2
-        # [columns, 2, 1, size], the sine signed for ``roll``
-        self.turns = torch.stack([cos, torch.cat([-sin[..., :size], sin[..., size:]], -1)], 1)
+        self.turns = {kind: _turns(decoder, kind, columns) for kind in dict.fromkeys(kinds)}
         scale = decoder.layers[0].self_attn.scaling
         if _takes_products(linear.weight, half):
             self.attended = partial(attended_by_products, scale=linear.weight.new_tensor(scale))
@@ -171,15 +211,16 @@ class PlainDecoder:
             bias: [B, columns], -inf where nothing stands; None where every column counts.
         """
         states = self.embedding[ids]
-        cos, sin = self.turns[positions].unbind(1)
+        states = states if self.embed_scale is None else states * self.embed_scale.to(states.dtype)
+        turns = {kind: turns[positions].unbind(1) for kind, turns in self.turns.items()}
         for layer, cache in zip(self.layers, caches, strict=True):
             turning, values = layer.heads(layer.before(states))
-            turning = turned(turning, cos, sin)
+            turning = turned(turning, *turns[layer.kind])
             turning = turning if turning.dtype == self.dtype else turning.to(self.dtype)
             query, key = turning[:, : -layer.num_keys], turning[:, -layer.num_keys :]
             keys, values = written(cache, column, key, values, columns)
-            states.add_(layer.out(self.attended(query, keys, values, bias)))
-            states.add_(layer.mlp(layer.after(states)))
+            states.add_(layer.mixed(self.attended(query, keys, values, bias)))
+            states.add_(layer.mlp(states))
         return self.last(states)
 
     def logits(self, states: Tensor) -> Tensor:

@@ -43,15 +43,18 @@ ENGINE = "decode"
 ENDED_SHARE = 0.25  # of the rows: when so many have ended, they leave the batch
 CHECK_EVERY = 16  # steps between looks at which rows ended, where looking means waiting for the device
 CHECK_EVERY_ON_CPU = 1
-PROBE_TOLERANCE = 1e-4  # nats between the model's own next-token log-probs and those of ``PlainDecoder``, for 16-bit
-PROBE_TOLERANCE_HALF = 0.1  # weights this
+# Between the model's own next-token log-probs and those of ``PlainDecoder``: a share of the largest one, or nats where that is
+# below 1. Rounding grows with the logits: with log-probs of -32 it was 1.3e-4 nats in a model of 24 layers.
+PROBE_TOLERANCE = 1e-4
+PROBE_TOLERANCE_HALF = 0.1  # nats, for 16-bit weights
 _AGREES: WeakKeyDictionary[Any, dict[torch.dtype | None, bool]] = WeakKeyDictionary()  # what the probe said of a model
 
 
 class DecodeSampler(Sampler):
-    """Samples with a decode loop of its own; runs where every layer attends to all earlier tokens.
+    """Samples with a decode loop of its own; runs where every layer attends to all earlier tokens, as one with a sliding window
+    does that holds the longest prompt and response.
 
-    Other models (sliding windows, linear attention) need ``TransformersSampler``.
+    Other models (shorter windows, linear attention) need ``TransformersSampler``.
     """
 
     stops_early = True
@@ -61,7 +64,8 @@ class DecodeSampler(Sampler):
     def sample(self, model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
         """One response a row, [B, T <= max_new_tokens]; see ``Sampler.sample``."""
         require_room(model, prompts, settings)
-        require_full_attention(model.causal_lm.config.get_text_config(), refusal=_refusal)
+        columns = prompts.ids.shape[1] + settings.max_new_tokens
+        require_full_attention(model.causal_lm.config.get_text_config(), refusal=_refusal, columns=columns)
         with cached_casts(prompts.ids.device):
             watch = None if settings.stop is None else settings.stop(prompts, settings)
             ids, logprobs = model.run(_decode, prompts, settings, watch)
@@ -232,11 +236,11 @@ def _agrees(model: Any, device: torch.device) -> bool:
     settings = SamplingSettings(max_new_tokens=2, stop_ids=(), pad_id=0, vocabulary=model.vocabulary)
     with casts_kept(device, False):  # each weight is read once
         own, ours = (_probed(kind, model, prompts, settings) for kind in (OwnWriter, _PlainWriter))
-    gap = float(
-        (own - ours)[own != -torch.inf].abs().max()
-    )  # not of entries that name no token; NaN stays, to be found
+    counted = own != -torch.inf  # not of entries that name no token; NaN stays, to be found
+    gap = float((own - ours)[counted].abs().max())
     half = model.causal_lm.get_output_embeddings().weight.dtype.itemsize == 2 or autocast_dtype(device) is not None
-    agrees = gap <= (PROBE_TOLERANCE_HALF if half else PROBE_TOLERANCE)
+    largest = max(1.0, float(own[counted].abs().max()))
+    agrees = gap <= (PROBE_TOLERANCE_HALF if half else PROBE_TOLERANCE * largest)
     if not agrees:
         warnings.warn(f"DecodeSampler runs {type(model.causal_lm).__name__}'s own forward, which is slower: a decode step in "
                       f"few operations differs by {gap:.3g} nats on a probe", stacklevel=2)  # fmt: skip
