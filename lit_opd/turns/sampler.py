@@ -31,6 +31,7 @@ from lit_opd.turns.environment import (
     Response,
     checked_answer,
     checked_messages,
+    is_reward,
 )
 from lit_opd.turns.stage import Failure, failure, run_all
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
@@ -294,12 +295,12 @@ class TurnsSampler(Sampler):
             return None
         try:
             answer = checked_answer(answer, self.environment.role)
+            reward = _total(row.reward, answer.reward)
             ids = [] if answer.done else self._observed(row, answer, settings)
         except (Refused, InputError) as error:
             self._failed(row, Failure(str(error)))
             return None
-        if answer.reward is not None:
-            row.reward = answer.reward + (row.reward or 0.0)
+        row.reward = reward
         if answer.done:
             row.reason = FinishReason.STOP
             return None
@@ -335,6 +336,15 @@ class TurnsSampler(Sampler):
                 f"{said}; the row ends there, and all such rows are counted as train/environment_failed_fraction",
                 stacklevel=2,
             )
+
+
+def _total(so_far: float | None, reward: float | None) -> float | None:
+    """A row's reward with that of a further turn."""
+    if so_far is None or reward is None:
+        return so_far if reward is None else reward
+    if not is_reward(so_far + reward):
+        raise Refused(f"must return rewards whose sum is a finite number (of float32), got {so_far:g} and {reward:g}")
+    return so_far + reward
 
 
 def _with_prompts(prompts: PromptBatch, changed: dict[int, list[int]], settings: SamplingSettings) -> PromptBatch:

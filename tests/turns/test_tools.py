@@ -162,6 +162,13 @@ def test_wrong_settings_are_one_line(tmp_path):
     assert LookUp(str(tmp_path / "table.json")).call("a") == "1"
 
 
+def test_half_a_character_in_a_call_is_told_as_a_whole_one():
+    """No tokenizer reads half a one, and JSON can spell it."""
+    said = '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
+    answer = ToolEnvironment([Calculator()]).step(Episode(DataRow()), Response(said, ()))
+    assert answer.observation == [{"role": "tool", "content": "error: no tool ?"}]
+
+
 # -- prompts that show tools -------------------------------------------------------------------------------------------
 
 HERMES = (
