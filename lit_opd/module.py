@@ -376,12 +376,17 @@ class OPDModule(L.LightningModule):
 
     def _told(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
         """With what the teacher reads of the responses, where that is made of them, and how many got it; see ``Hindsight``."""
-        hindsight = getattr(getattr(self.trainer, "datamodule", None), "hindsight", None)
+        hindsight = self._hindsight
         if hindsight is None:
             return rollout, None
         with shared_failure():
             told: tuple[Rollout, Tensor] = hindsight(rollout)
         return told
+
+    @property
+    def _hindsight(self) -> Any:
+        """What makes the teacher's prompts of the responses; None where that is not done."""
+        return getattr(getattr(attached_trainer(self), "datamodule", None), "hindsight", None)
 
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
@@ -468,7 +473,8 @@ class OPDModule(L.LightningModule):
         """
         step = self.global_step if step is None else step
         changes: dict[str, Any] = {"step": step, "replay": "all" if self.warms_up else "some"}
-        changes["together"] = self.reward is not None  # what reads rewards may compare the samples of a prompt
+        # what reads rewards, or makes the teacher's prompts of responses, may compare the samples of a prompt
+        changes["together"] = self.reward is not None or self._hindsight is not None
         if self.length_budget is not None:
             tokens = self.length_budget.tokens(progress(step=step, **self._length))
             changes |= {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}

@@ -291,6 +291,11 @@ class Sampler(ABC):
             weights_version: optimizer steps the weights have seen.
         """
 
+    def kept_awake(self) -> AbstractContextManager[None]:
+        """While calls of ``sample`` follow one another: an engine that gives its memory back between rollouts does so behind
+        the last of them, and keeps its prefix cache until then. Entered and left on every rank."""
+        return nullcontext()
+
     def begin(self, prompts: PromptBatch, settings: SamplingSettings) -> None:
         """Start to sample a batch of training prompts and return; ``sample`` of the same rows takes the responses. Called on
         every rank, with weights that ``prepare`` brought.

@@ -56,7 +56,8 @@ class VLLMEngine(Sampler):
         max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
         memory_fraction: of the device's memory, for the engine's weights and KV cache; ignored on a CPU, where
             VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache.
-        sleep: move the engine's weights to host memory and drop its cache after each sampling; needs CUDA, off on a CPU.
+        sleep: move the engine's weights to host memory and drop its cache after each rollout, of a conversation or a partial one
+            behind its last call; needs CUDA, off on a CPU.
         engine_options: further arguments of ``vllm.LLM``, such as {enforce_eager: true}.
         max_new_tokens: response slots, >= 1.
         temperature: > 0; scoring divides the logits by the same value.
@@ -103,7 +104,7 @@ class VLLMEngine(Sampler):
         self._way: Way | None = None  # "auto" settled
         self._transfer: ipc.IPCTransfer | None = None
         self._adapter: Any = None  # vLLM's name for the student's adapter
-        self._output, self._asleep = Output(), False
+        self._output, self._asleep, self._stays_awake = Output(), False, False
         self._holds_weights = False  # it was started, and holds some of the student's
         self._version: int | None = None  # weights the engine has; None before it was started
         self._window: int | None = None  # tokens a row may hold
@@ -255,11 +256,27 @@ class VLLMEngine(Sampler):
         self._wake()
         requests = [{"prompt_token_ids": text} for text in texts]
         answers = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._adapter)
-        if self._sleeps:
+        if not self._stays_awake:
+            self._sleep()
+        return [sampled_tokens(_choice(answer), text, settings) for answer, text in zip(answers, texts, strict=True)]
+
+    @contextmanager
+    def kept_awake(self) -> Iterator[None]:
+        """See ``Sampler.kept_awake``."""
+        self._stays_awake = True
+        try:
+            yield
+        finally:
+            self._stays_awake = False
+        with shared_failure(), self._failing("failed while sampling"):
+            self._sleep()
+
+    def _sleep(self) -> None:
+        """Give the device's memory back, where that is configured."""
+        if self._sleeps and not self._asleep:
             with self.seconds("engine_sleep"):
                 self._llm.sleep(level=1)
             self._asleep = True
-        return [sampled_tokens(_choice(answer), text, settings) for answer, text in zip(answers, texts, strict=True)]
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:

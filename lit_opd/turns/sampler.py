@@ -173,7 +173,7 @@ class TurnsSampler(Sampler):
         rows = [_Row(Episode(row)) for row in prompts.data]
         with shared_failure():
             prompts, living = self._begin(rows, prompts, settings)
-        with cached_casts(prompts.ids.device):
+        with cached_casts(prompts.ids.device), self.sampler.kept_awake():
             provenance = self._play(model, rows, living, prompts, settings)
         return _rollout(rows, prompts, settings, provenance)
 
@@ -380,7 +380,7 @@ def _rollout(rows: Sequence[_Row], prompts: PromptBatch, settings: SamplingSetti
     lengths = torch.tensor([len(row.ids) for row in rows], device=device)
     read = torch.arange(columns, device=device) < lengths.unsqueeze(-1)
     return Rollout(
-        prompts=replace(prompts, data=None),
+        prompts=prompts,
         response_ids=filled("ids", settings.pad_id, torch.int64),
         mask=sampled,
         sampler_logprobs=filled("logprobs", 0.0, dtype),

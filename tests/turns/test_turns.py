@@ -14,7 +14,9 @@ import torch
 
 from lit_opd.errors import InputError
 from lit_opd.evaluation.sets import load_sets
+from lit_opd.prompts import HindsightPrompt
 from lit_opd.prompts.encoding import PromptEncoder, collate
+from lit_opd.prompts.hindsight import Hindsight
 from lit_opd.prompts.sources import DataSource
 from lit_opd.report.replay import load_record, save_record
 from lit_opd.rollout import DecodeSampler, ReplaySampler, TransformersSampler, VLLMSampler
@@ -563,7 +565,24 @@ def test_problems_of_an_evaluation_can_be_talked_about(policy, tmp_path):
     assert problem.prompt.data is not None and problem.prompt.data["n"] == 7
     batch = collate([problem.prompt], 0)
     rollout = sampler(DecodeSampler(max_new_tokens=60), Counting()).sample(policy, batch, settings())
-    assert rollout.prompts.data is None and int(rollout.num_turns[0]) >= 1
+    assert int(rollout.num_turns[0]) >= 1
+
+
+class Told(HindsightPrompt):
+    """Shows the teacher how long the conversation was."""
+
+    def render(self, attempt: Any, peers: Any) -> str:
+        return f"{len(attempt.text.split())} of {attempt.row['n']}"
+
+
+def test_a_teachers_prompt_may_be_made_of_a_conversation_and_its_row(policy):
+    encoder, rollout = PromptEncoder(tokenizer()), sampled("decode", policy)
+    told, counts = Hindsight(Told(), student=encoder, teacher=encoder, samples=1, pad_id=0)(rollout)
+    assert counts.tolist() == [6, 6, 0] and torch.equal(told.observed, rollout.observed)
+    for row in range(6):
+        said = encoder.tokenizer.decode(rollout.response_ids[row][rollout.read[row]], skip_special_tokens=True)
+        ids = told.prompts.teacher_ids[row][told.prompts.teacher_mask[row]].tolist()
+        assert ids == encoder.encode(f"{len(said.split())} of {row}")
 
 
 def test_observed_and_turn_come_together(policy):
