@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -69,7 +70,7 @@ class VLLMEngine(Sampler):
     """
 
     in_process = False
-    continues = True
+    continues = heeds_room = True
     seconds: Seconds
 
     def __init__(
@@ -237,7 +238,6 @@ class VLLMEngine(Sampler):
 
     def _parameters(self, prompts: PromptBatch, settings: SamplingSettings) -> list[Any]:
         common: dict[str, Any] = {
-            "max_tokens": settings.max_new_tokens,
             "temperature": 0.0 if settings.greedy else settings.temperature,
             "top_p": 1.0 if settings.greedy else settings.top_p,
             "top_k": 0 if settings.greedy else settings.top_k,
@@ -248,7 +248,8 @@ class VLLMEngine(Sampler):
             **_with_whole_numbers(only_tokens(settings)),
         }
         make = importlib.import_module(PACKAGE).SamplingParams
-        return [make(**common, seed=seed) for seed in row_seeds(prompts, settings)]
+        rows = zip(row_seeds(prompts, settings), settings.rooms(len(prompts)), strict=True)
+        return [make(**common, seed=seed, max_tokens=room) for seed, room in rows]
 
     def _sampled(
         self, texts: list[list[int]], parameters: list[Any], settings: SamplingSettings
@@ -258,7 +259,10 @@ class VLLMEngine(Sampler):
         answers = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._adapter)
         if not self._stays_awake:
             self._sleep()
-        return [sampled_tokens(_choice(answer), text, settings) for answer, text in zip(answers, texts, strict=True)]
+        return [
+            sampled_tokens(_choice(answer), text, replace(settings, max_new_tokens=room))
+            for answer, text, room in zip(answers, texts, settings.rooms(len(texts)), strict=True)
+        ]
 
     @contextmanager
     def kept_awake(self) -> Iterator[None]:

@@ -214,7 +214,8 @@ class TurnsSampler(Sampler):
         row.dtype = spoken.logprobs.dtype
         row.reason = FinishReason.BUDGET if settings.budgeted else FinishReason.LENGTH
         if spoken.stopped[place]:
-            row.said = Response(self._tokenizer.decode(ids[:-1], skip_special_tokens=False), tuple(ids))
+            text = self._tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            row.said = Response(text, tuple(ids))
 
     @property
     def _tokenizer(self) -> Any:

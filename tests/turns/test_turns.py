@@ -122,6 +122,24 @@ def test_every_engine_says_the_same(policy, conversations):
     assert torch.equal(reference.mask, conversations.mask) and torch.equal(reference.turn, conversations.turn)
 
 
+class Counted(Again):
+    """Counts its calls."""
+
+    calls = 0
+
+    def sample(self, *given: Any) -> Rollout:
+        self.calls += 1
+        return super().sample(*given)
+
+
+def test_a_turn_is_one_call_of_the_engine_whatever_room_its_rows_have(policy):
+    engine = Counted(max_new_tokens=60)
+    rollout = talked(engine, Counting(), policy, max_turn_tokens=None)
+    assert engine.calls == int(rollout.num_turns.max()) == 3 and len(set(rollout.turn_lengths[:, 0].tolist())) > 2
+    again = talked(DecodeSampler(max_new_tokens=60), Counting(), policy, max_turn_tokens=None)
+    assert torch.equal(rollout.response_ids, again.response_ids) and torch.equal(rollout.mask, again.mask)
+
+
 def test_the_first_turn_is_what_the_engine_says_alone(policy, conversations):
     alone = DecodeSampler(max_new_tokens=12).sample(policy, replace(prompts(), data=None), settings(max_new_tokens=12))
     for row in range(len(alone)):
