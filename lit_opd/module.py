@@ -393,6 +393,11 @@ class OPDModule(L.LightningModule):
         with shared_failure():
             return hindsight(rollout)
 
+    @property
+    def _hindsight(self) -> Any:
+        """What makes the teacher's prompts of the responses; None where that is not done."""
+        return getattr(getattr(attached_trainer(self), "datamodule", None), "hindsight", None)
+
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
         step = self.global_step + self.recipe.updates
@@ -478,7 +483,7 @@ class OPDModule(L.LightningModule):
         """
         step = self.global_step if step is None else step
         changes: dict[str, Any] = {"step": step, "replay": "all" if self.warms_up else "some"}
-        # what reads rewards may compare the samples of a prompt, and what makes the teacher's prompts is given all of them
+        # what reads rewards, or makes the teacher's prompts of responses, may compare the samples of a prompt
         changes["together"] = self.reward is not None or self._hindsight is not None
         if self.length_budget is not None:
             tokens = self.length_budget.tokens(progress(step=step, **self._length))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -27,12 +27,13 @@ def save_record(record: StepRecord, path: str | Path, **notes: str) -> Path:
     """Write the record; the file appears whole or not at all.
 
     Args:
-        record: on any device; padding is stored as it is.
+        record: on any device; padding is stored as it is, and the prompts' data rows are left out: columns may hold anything.
         path: file to write, its folder is made.
         notes: further metadata.
     """
     path = Path(path)
-    leaves = dict(_leaves(record))
+    prompts = replace(record.rollout.prompts, data=None)
+    leaves = dict(_leaves(replace(record, rollout=replace(record.rollout, prompts=prompts))))
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in leaves.items() if _is_tensor(value)}
     plain = {name: value for name, value in leaves.items() if not _is_tensor(value)}
     origin = record.rollout.provenance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from lit_opd.errors import InputError
 from lit_opd.objective import PolicyLoss
@@ -31,6 +32,7 @@ def check_partial(module: Subject, data: PromptDataModule | None, *, ranks: int)
         )
     if data is not None:
         _check_room(module, sampler, data, ranks)
+        _check_columns(data)
     objective = module.recipe.objective
     if isinstance(objective, PolicyLoss) and objective.importance_cap is None:
         warnings.warn(
@@ -40,16 +42,33 @@ def check_partial(module: Subject, data: PromptDataModule | None, *, ranks: int)
         )
 
 
+def _check_columns(data: PromptDataModule) -> None:
+    """Checkpoints hold the data rows of responses that wait, where something reads those, and are read without running code."""
+    for row in getattr(data, "training_rows", ()):
+        for name, value in row.items():
+            if not _is_plain(value):
+                raise InputError(
+                    f"`data.train` must hold text, numbers, lists and objects where PartialSampler keeps data rows in "
+                    f"checkpoints, got {type(value).__name__} in column {name!r} of row {row.row_id!r}; leave the column out, or "
+                    "write it as text"
+                )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, bytes, bool, int, float)
+
+
 def _check_room(module: Subject, sampler: PartialSampler, data: PromptDataModule, ranks: int) -> None:
     """At least one row can wait, with the rows that must end with it."""
     samples = data.samples_per_prompt
     rows = data.prompt_batch // ranks * samples
     fewest, _ = sampler.trained_rows(rows)
-    together = (
-        samples
-        if module.reward is not None or isinstance(getattr(data, "teacher_prompt", None), HindsightPrompt)
-        else 1
-    )
+    compares = module.reward is not None or isinstance(getattr(data, "teacher_prompt", None), HindsightPrompt)
+    together = samples if compares else 1
     if rows - fewest < together:
         what = f"the {together} samples of a prompt, which end in one batch" if together > 1 else "a row"
         raise InputError(

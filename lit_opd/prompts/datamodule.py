@@ -27,6 +27,7 @@ from lit_opd.prompts.sources import ColumnNames, DataSource, PromptRow, read_pro
 from lit_opd.prompts.teacher_prompt import TeacherPrompt
 from lit_opd.prompts.teacher_prompt import teacher_prompt as as_teacher_prompt
 from lit_opd.streams import stable_hash
+from lit_opd.types import DataRow
 
 _HASH_RANGE = 1 << 63
 DEFAULT_SPLIT_SEED = 42
@@ -468,6 +469,11 @@ class PromptDataModule(LightningDataModule):
     def training_prompts(self) -> dict[str, torch.Tensor]:
         """Ids of every training prompt by row id, as the student reads it; empty before ``setup``."""
         return {prompt.row_id: prompt.ids for prompt in self._train_prompts or ()}
+
+    @property
+    def training_rows(self) -> list[DataRow]:
+        """The data rows that go with training prompts; empty where nothing reads them, and before ``setup``."""
+        return [prompt.data for prompt in self._train_prompts or () if prompt.data is not None]
 
     @property
     def num_prompts(self) -> tuple[int, int]:

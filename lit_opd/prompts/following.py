@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lit_opd.errors import InputError
 from lit_opd.prompts.encoding import PromptEncoder
 from lit_opd.prompts.special_tokens import Part
+from lit_opd.prompts.tools import texts_beside
 
 _ANSWER = "zqanswer9xw"
 _PROBE = "zqobserved9xw"
@@ -101,9 +102,16 @@ class Following:
     def _parts(self, roles: tuple[str, ...], new: list[dict[str, Any]], text: str, start: int) -> list[Part]:
         """``text`` from ``start`` on; special tokens are the template's alone, unless the data may write them."""
         special, template = self.encoder.special, self.encoder.template
+        if self.encoder.special_tokens_in_text == "allow":
+            return special.parts(text[start:])
+        for beside in texts_beside(new, None):  # a tool's name, which the student may have spelled
+            if match := special.pattern.search(beside):
+                raise InputError(
+                    f"{WHERE} must not hold a special token's string beside its content, got {match[0]!r}; leave it out"
+                )
         contents = [str(message["content"]) for message in new]
         hostile = next((match for content in contents if (match := special.pattern.search(content))), None)
-        if hostile is None or self.encoder.special_tokens_in_text == "allow":
+        if hostile is None:
             return special.parts(text[start:])
         if self.encoder.special_tokens_in_text == "refuse":
             raise InputError(f"{WHERE} must not hold a special token's string, got {hostile[0]!r}")

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import numpy
@@ -202,7 +203,7 @@ class Hindsight:
         own: makes the prompts.
         student: decodes responses.
         teacher: renders and tokenises prompts.
-        samples: adjacent rows that answer one draw of a prompt.
+        samples: rows that answer one draw of a prompt: neighbours, the first of its rows first.
         pad_id: fills the left of the teacher's prompts.
         keeps_rows: something else reads the data rows behind the prompts; else they go no further.
     """
@@ -224,7 +225,8 @@ class Hindsight:
         """
         attempts = self._attempts(rollout)
         known: dict[str, list[int] | None] = {}
-        texts = [self._rendered(attempts, place) for place in range(len(attempts))]
+        draws = _draws(rollout.prompts.row_ids, self.samples)
+        texts = [self._rendered(attempts, place, draw) for place, draw in enumerate(draws)]
         hints = [self._encoded(one.row, text, known) for one, text in zip(attempts, texts, strict=True)]
         has = [hint is not None for hint in hints]
         refused = sum(text is not None for text in texts) - sum(has)
@@ -235,7 +237,6 @@ class Hindsight:
     def _attempts(self, rollout: Rollout) -> list[Attempt]:
         data = rollout.prompts.data
         assert data is not None  # the data module keeps them
-        assert len(rollout) % self.samples == 0
         ids = rollout.response_ids.cpu()
         rows = [row[torch.from_numpy(read)].tolist() for row, read in zip(ids, rollout.layout.read, strict=True)]
         texts = self.student.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -246,10 +247,9 @@ class Hindsight:
             for row, text, reward, end in zip(data, texts, rewards, ended, strict=True)
         ]
 
-    def _rendered(self, attempts: Sequence[Attempt], place: int) -> str | list[Message] | None:
-        """What the teacher reads of one row, None where there is nothing to say."""
-        first = place - place % self.samples
-        peers = [attempts[other] for other in range(first, first + self.samples) if other != place]
+    def _rendered(self, attempts: Sequence[Attempt], place: int, draw: range) -> str | list[Message] | None:
+        """What the teacher reads of one row, None where there is nothing to say; ``draw`` are the rows of its draw."""
+        peers = [attempts[other] for other in draw if other != place]
         where = f"row {attempts[place].row.row_id!r}"
         try:
             text = self.own.render(attempts[place], peers)
@@ -299,3 +299,15 @@ class Hindsight:
         data = prompts.data if self.keeps_rows else None
         told = replace(rollout, prompts=replace(prompts, **read, data=data))
         return told.with_layout(replace(layout, teacher=mask.numpy()))
+
+
+def _draws(row_ids: Sequence[str], samples: int) -> list[range]:
+    """Of each row the rows of its draw: neighbours of one prompt, ``samples`` at a time. Never those of another prompt, however
+    many rows a batch has of each."""
+    found: list[range] = []
+    for _, run in groupby(range(len(row_ids)), key=lambda row: row_ids[row]):
+        rows = list(run)
+        for first in range(rows[0], rows[-1] + 1, samples):
+            draw = range(first, min(first + samples, rows[-1] + 1))
+            found += [draw] * len(draw)
+    return found

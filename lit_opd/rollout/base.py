@@ -109,6 +109,8 @@ class SamplingSettings:
         begun: of each row, the optimizer step in which it was begun and the tokens it has since, which are part of the prompt:
             its random numbers are those that follow. Empty where all rows begin now.
         together: something compares or reads the samples of one prompt, which so end in one batch; see ``PartialSampler``.
+        room: of each row the tokens it may have, from 1 to ``max_new_tokens``; empty where all may have as many. For samplers
+            that heed it.
     """
 
     max_new_tokens: int
@@ -129,6 +131,11 @@ class SamplingSettings:
     replay: Literal["none", "some", "all"] = "none"
     begun: tuple[tuple[int, int], ...] = ()
     together: bool = False
+    room: tuple[int, ...] = ()
+
+    def rooms(self, rows: int) -> tuple[int, ...]:
+        """The tokens that each of so many rows may have."""
+        return self.room or (self.max_new_tokens,) * rows
 
     def uniforms(self, row_keys: Tensor) -> Tensor:
         """The random numbers of the rows, float64 [B, max_new_tokens].
@@ -215,6 +222,7 @@ class Sampler(ABC):
 
     stops_early = False  # True for an engine that heeds ``SamplingSettings.stop``
     continues = False  # True for one that heeds ``SamplingSettings.begun``, as ``uniforms`` does
+    heeds_room = False  # True for one that heeds ``SamplingSettings.room``
     in_process = True  # False for an engine with memory of its own
     memory_fraction = 0.0  # of a rank's device memory, taken by such an engine while it samples
     sleep = True  # the engine gives most of that back between rollouts
@@ -290,6 +298,11 @@ class Sampler(ABC):
             student: gives the weights: as a Hugging Face folder when it is called, or unit by unit; on every rank or none.
             weights_version: optimizer steps the weights have seen.
         """
+
+    def kept_awake(self) -> AbstractContextManager[None]:
+        """While calls of ``sample`` follow one another: an engine that gives its memory back between rollouts does so behind
+        the last of them, and keeps its prefix cache until then. Entered and left on every rank."""
+        return nullcontext()
 
     def begin(self, prompts: PromptBatch, settings: SamplingSettings) -> None:
         """Start to sample a batch of training prompts and return; ``sample`` of the same rows takes the responses. Called on
@@ -383,7 +396,15 @@ def engine_options(model: Mapping[str, Any]) -> dict[str, Any]:
     return dict((inner.get("init_args") or {}) if isinstance(inner, Mapping) else found)
 
 
-def finish(prompts: PromptBatch, ids: Tensor, logprobs: Tensor, settings: SamplingSettings, *, engine: str) -> Rollout:
+def finish(
+    prompts: PromptBatch,
+    ids: Tensor,
+    logprobs: Tensor,
+    settings: SamplingSettings,
+    *,
+    engine: str,
+    lengths: Tensor | None = None,
+) -> Rollout:
     """The record of sampled columns: lengths from the first stop id, masks from lengths, finish reasons.
 
     Args:
@@ -392,11 +413,15 @@ def finish(prompts: PromptBatch, ids: Tensor, logprobs: Tensor, settings: Sampli
         logprobs: [B, T] nats under the sampled distribution.
         settings: what was asked for.
         engine: recorded as provenance.
+        lengths: int64 [B], columns that were written; None where all were, up to the first stop id.
     """
-    stops = torch.isin(ids, torch.tensor(settings.stop_ids, dtype=ids.dtype, device=ids.device))
     slots = ids.shape[1]
+    columns = torch.arange(slots, device=ids.device)
+    written = torch.ones_like(ids, dtype=torch.bool) if lengths is None else columns < lengths.unsqueeze(-1)
+    # the padding may be a stop id
+    stops = torch.isin(ids, torch.tensor(settings.stop_ids, dtype=ids.dtype, device=ids.device)) & written
     first = torch.where(stops.any(-1), stops.int().argmax(-1), slots)
-    mask = torch.arange(slots, device=ids.device) <= first.unsqueeze(-1)
+    mask = written & (columns <= first.unsqueeze(-1))
     cut = FinishReason.BUDGET if settings.budgeted else FinishReason.LENGTH
     reason = torch.where(first < slots, int(FinishReason.STOP), int(cut)).to(torch.int8)
     return Rollout(

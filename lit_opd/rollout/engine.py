@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,7 +57,8 @@ class VLLMEngine(Sampler):
         max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
         memory_fraction: of the device's memory, for the engine's weights and KV cache; ignored on a CPU, where
             VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache.
-        sleep: move the engine's weights to host memory and drop its cache after each sampling; needs CUDA, off on a CPU.
+        sleep: move the engine's weights to host memory and drop its cache after each rollout, of a conversation or a partial one
+            behind its last call; needs CUDA, off on a CPU.
         engine_options: further arguments of ``vllm.LLM``, such as {enforce_eager: true}.
         max_new_tokens: response slots, >= 1.
         temperature: > 0; scoring divides the logits by the same value.
@@ -68,7 +70,7 @@ class VLLMEngine(Sampler):
     """
 
     in_process = False
-    continues = True
+    continues = heeds_room = True
     seconds: Seconds
 
     def __init__(
@@ -103,7 +105,7 @@ class VLLMEngine(Sampler):
         self._way: Way | None = None  # "auto" settled
         self._transfer: ipc.IPCTransfer | None = None
         self._adapter: Any = None  # vLLM's name for the student's adapter
-        self._output, self._asleep = Output(), False
+        self._output, self._asleep, self._stays_awake = Output(), False, False
         self._holds_weights = False  # it was started, and holds some of the student's
         self._version: int | None = None  # weights the engine has; None before it was started
         self._window: int | None = None  # tokens a row may hold
@@ -236,7 +238,6 @@ class VLLMEngine(Sampler):
 
     def _parameters(self, prompts: PromptBatch, settings: SamplingSettings) -> list[Any]:
         common: dict[str, Any] = {
-            "max_tokens": settings.max_new_tokens,
             "temperature": 0.0 if settings.greedy else settings.temperature,
             "top_p": 1.0 if settings.greedy else settings.top_p,
             "top_k": 0 if settings.greedy else settings.top_k,
@@ -247,7 +248,8 @@ class VLLMEngine(Sampler):
             **_with_whole_numbers(only_tokens(settings)),
         }
         make = importlib.import_module(PACKAGE).SamplingParams
-        return [make(**common, seed=seed) for seed in row_seeds(prompts, settings)]
+        rows = zip(row_seeds(prompts, settings), settings.rooms(len(prompts)), strict=True)
+        return [make(**common, seed=seed, max_tokens=room) for seed, room in rows]
 
     def _sampled(
         self, texts: list[list[int]], parameters: list[Any], settings: SamplingSettings
@@ -255,11 +257,30 @@ class VLLMEngine(Sampler):
         self._wake()
         requests = [{"prompt_token_ids": text} for text in texts]
         answers = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._adapter)
-        if self._sleeps:
+        if not self._stays_awake:
+            self._sleep()
+        return [
+            sampled_tokens(_choice(answer), text, replace(settings, max_new_tokens=room))
+            for answer, text, room in zip(answers, texts, settings.rooms(len(texts)), strict=True)
+        ]
+
+    @contextmanager
+    def kept_awake(self) -> Iterator[None]:
+        """See ``Sampler.kept_awake``."""
+        self._stays_awake = True
+        try:
+            yield
+        finally:
+            self._stays_awake = False
+        with shared_failure(), self._failing("failed while sampling"):
+            self._sleep()
+
+    def _sleep(self) -> None:
+        """Give the device's memory back, where that is configured."""
+        if self._sleeps and not self._asleep:
             with self.seconds("engine_sleep"):
                 self._llm.sleep(level=1)
             self._asleep = True
-        return [sampled_tokens(_choice(answer), text, settings) for answer, text in zip(answers, texts, strict=True)]
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:

@@ -158,12 +158,13 @@ class PartialSampler(Sampler):
             replace(row, ids=[*row.ids], logprobs=[*row.logprobs], versions=[*row.versions]) for row in self._waiting
         ]
         rows += self._begun(prompts, settings)
-        while True:
-            tokens, provenance = self._round(model, rows, settings, device)
-            sampled += tokens
-            ended, waiting = _parted(rows)
-            if not largest(int(len(waiting) > self._most_waiting(len(prompts))), device):
-                break
+        more = True
+        with self.sampler.kept_awake():
+            while more:
+                tokens, provenance = self._round(model, rows, settings, device)
+                sampled += tokens
+                ended, waiting = _parted(rows)
+                more = bool(largest(int(len(waiting) > self._most_waiting(len(prompts))), device))
         self._coming = _Coming(waiting, sampled, settings.step, device)
         return _rollout(ended, settings, provenance, device)
 
@@ -265,15 +266,16 @@ class PartialSampler(Sampler):
         self._cut()
 
     def _cut(self) -> None:
-        """Rows that a smaller ``max_new_tokens`` ends end there."""
-        long = [row for row in self._waiting if row.reason is None and len(row.ids) >= self.max_new_tokens]
+        """Rows that a smaller ``max_new_tokens`` ends end there, those too that had ended behind it and wait for their group."""
+        most = self.max_new_tokens
+        long = [row for row in self._waiting if len(row.ids) > most or (row.reason is None and len(row.ids) == most)]
         for row in long:
             row.reason = FinishReason.LENGTH
             for values in (row.ids, row.logprobs, row.versions):
-                del values[self.max_new_tokens :]  # type: ignore[attr-defined]
+                del values[most:]  # type: ignore[attr-defined]
         if long:
             warnings.warn(
-                f"{len(long)} responses that the checkpoint would have continued have `model.sampler.max_new_tokens` "
+                f"{len(long)} responses that wait in the checkpoint have `model.sampler.max_new_tokens` "
                 f"{self.max_new_tokens} tokens or more: they are cut there",
                 stacklevel=2,
             )

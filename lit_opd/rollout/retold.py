@@ -17,7 +17,8 @@ from lit_opd.types import FinishReason, PromptBatch, Rollout
 class Retold:
     """A ``Conversation`` by ``Sampler.sample``. An engine with a prefix cache reads only what is new.
 
-    Rows whose lengths differ much are sampled apart, so that no call needs more columns than one response would.
+    One call a turn, in which an engine that ``heeds_room`` gives each row its own; others give all rows the longest, what is too
+    much is cut off, and rows that the model's context window then does not hold together are sampled apart.
 
     Args:
         sampler: the engine.
@@ -32,7 +33,9 @@ class Retold:
         self.texts = [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
         self.keys, self.names = prompts.row_keys, prompts.row_ids
         self.spare = self.texts[0]  # what a rank without rows asks for
-        self.most, self.turn = ids.shape[1] + settings.max_new_tokens, 0
+        self.most, self.turn = ids.shape[1] + settings.max_new_tokens, 0  # columns of a call
+        if not sampler.heeds_room:
+            self.most = max(self.most, getattr(model.causal_lm.config, "max_position_embeddings", None) or 0)
         self.provenance = settings.provenance("")
 
     def speak(self, room: Sequence[int]) -> Spoken:
@@ -44,7 +47,7 @@ class Retold:
         lengths, stopped = [0] * len(room), [False] * len(room)
         for number in range(largest(len(groups), self.keys.device)):
             rows = groups[number] if number < len(groups) else []
-            rollout = self._sampled(rows, max((room[row] for row in rows), default=1))
+            rollout = self._sampled(rows, tuple(room[row] for row in rows) or (1,))
             logprobs = logprobs.to(torch.promote_types(logprobs.dtype, rollout.sampler_logprobs.dtype))
             self.provenance = rollout.provenance
             for place, row in enumerate(rows):
@@ -58,7 +61,9 @@ class Retold:
         return Spoken(ids, logprobs, lengths, stopped)
 
     def _groups(self, room: Sequence[int]) -> list[list[int]]:
-        """Rows that fit together into ``most`` columns, longest text first."""
+        """Rows of a call: all of them, or those that fit together into ``most`` columns, longest text first."""
+        if self.sampler.heeds_room:
+            return [list(range(len(room)))] if len(room) else []
         groups: list[list[int]] = []
         for row in sorted(range(len(room)), key=lambda row: -len(self.texts[row])):
             first = groups[-1][0] if groups else row
@@ -67,8 +72,8 @@ class Retold:
             groups[-1].append(row)
         return groups
 
-    def _sampled(self, rows: Sequence[int], most: int) -> Rollout:
-        """One response of each row; of the spare text where there is none."""
+    def _sampled(self, rows: Sequence[int], room: tuple[int, ...]) -> Rollout:
+        """One response of each row, of so many tokens; of the spare text where there is none."""
         texts = [self.texts[row] for row in rows] or [self.spare]
         width, device = max(map(len, texts)), self.keys.device
         ids = torch.full((len(texts), width), self.settings.pad_id, dtype=torch.int64)
@@ -80,7 +85,8 @@ class Retold:
         keys = turn_keys(self.keys[index], self.turn) if rows else torch.zeros(1, dtype=torch.int64, device=device)
         names = tuple(self.names[row] for row in rows) or ("",)
         prompts = PromptBatch(ids.to(device), mask.to(device), keys, names)
-        return self.sampler.sample(self.model, prompts, replace(self.settings, max_new_tokens=most))
+        own = {"room": room} if self.sampler.heeds_room else {}
+        return self.sampler.sample(self.model, prompts, replace(self.settings, max_new_tokens=max(room), **own))
 
     def hear(self, rows: Sequence[int], heard: Sequence[Sequence[int]]) -> None:
         """See ``Conversation``."""

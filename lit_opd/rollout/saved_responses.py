@@ -162,7 +162,7 @@ def _of_lines(file: Path, facts: TextFacts, column: str, id_column: str | None) 
         where = f"{file}:{number}"
         try:
             values = json.loads(line.decode())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
             raise InputError(f"{where}: a line must be a JSON object, got {line[:40]!r}: {error}") from error
         if not isinstance(values, dict):
             raise InputError(f"{where}: a line must be a JSON object, got {type(values).__name__}")
@@ -192,8 +192,12 @@ def _of_line(values: dict[str, Any], where: str, facts: TextFacts, *, column: st
         raise InputError(
             f"{where}: column {column!r} must be the response's text, got {text!r}; name it by `ReplaySampler.response_column`"
         )
+    if text.encode("utf-8", "replace").decode() != text:
+        raise InputError(
+            f"{where}: column {column!r} must be text of whole characters, got a lone surrogate; correct the line"
+        )
     names = {reason.name.lower(): reason for reason in FinishReason}
-    if finish not in names:
+    if not isinstance(finish, str) or finish not in names:
         raise InputError(f"{where}: finish_reason must be one of {', '.join(names)}, or left out, got {finish!r}")
     if tokens is not None:
         ids = _told_ids(tokens, text, where, facts)
@@ -206,7 +210,12 @@ def _of_line(values: dict[str, Any], where: str, facts: TextFacts, *, column: st
 
 def _told_ids(tokens: Any, text: str, where: str, facts: TextFacts) -> list[int]:
     """Ids of a line of predictions.jsonl, where they are those of the text in the student's tokenizer."""
-    ids = [token.get("id") if isinstance(token, dict) else None for token in tokens] if isinstance(tokens, list) else []
+    told = [token if isinstance(token, dict) else {} for token in tokens] if isinstance(tokens, list) else []
+    if any(token.get("turn") for token in told):
+        raise InputError(
+            f"{where}: `tokens` must be of a response of one turn, got those of a conversation, whose answers are not among them"
+        )
+    ids = [token.get("id") for token in told]
     fine = bool(ids) and all(isinstance(id_, int) and 0 <= id_ < facts.vocabulary for id_ in ids)
     if not fine or facts.decode(ids) != text:  # type: ignore[arg-type]  # ``fine`` says that all are ids
         raise InputError(

@@ -59,7 +59,7 @@ class VLLMSampler(Sampler):
     """
 
     in_process = False
-    continues = True
+    continues = heeds_room = True
     seconds: Seconds
 
     def __init__(
@@ -234,13 +234,13 @@ class VLLMSampler(Sampler):
         self, prompts: PromptBatch, settings: SamplingSettings
     ) -> tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]], int], Row]]:
         """A body a row, and what reads its answer."""
-        texts, common = row_texts(prompts), _request(settings)
+        texts, common, rooms = row_texts(prompts), _request(settings), settings.rooms(len(prompts))
 
         def parse(choices: list[dict[str, Any]], index: int) -> tuple[list[int], list[float]]:
-            return sampled_tokens(choices[0], texts[index], settings)
+            return sampled_tokens(choices[0], texts[index], replace(settings, max_new_tokens=rooms[index]))
 
-        seeds = row_seeds(prompts, settings)
-        return [common | {"prompt": [text], "seed": seed} for text, seed in zip(texts, seeds, strict=True)], parse
+        rows = zip(texts, row_seeds(prompts, settings), rooms, strict=True)
+        return [common | {"prompt": [text], "seed": seed, "max_tokens": room} for text, seed, room in rows], parse
 
     def _rollout(
         self, prompts: PromptBatch, rows: list[Row], settings: SamplingSettings, *, version: int | None = None
@@ -289,7 +289,8 @@ def as_rollout(
         logprobs[row, : len(values)] = torch.tensor(values)
     device = prompts.ids.device
     settings = replace(settings, weights_version=version)
-    return finish(prompts, ids.to(device), logprobs.to(device), settings, engine=ENGINE)
+    lengths = torch.tensor([len(tokens) for tokens, _ in rows], device=device)
+    return finish(prompts, ids.to(device), logprobs.to(device), settings, engine=ENGINE, lengths=lengths)
 
 
 def _plain(temperature: float, top_p: float, top_k: int) -> bool:

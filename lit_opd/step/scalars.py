@@ -21,51 +21,61 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     Returns:
         scalars by metric name.
     """
-    signal, kept, weights = record.signal, record.kept, record.weights
-    ratio, mask = signal.log_ratio, signal.mask
-    truncated = record.finish_reason == int(FinishReason.LENGTH)
-    budget, drift = (record.finish_reason == int(reason) for reason in (FinishReason.BUDGET, FinishReason.DRIFT))
-    held = record.sampled_tokens if record.response_tokens is None else record.response_tokens
-    assert signal.sampler_logprobs is not None
-    sampler_gap = (signal.student_logprobs - signal.sampler_logprobs).abs()
-    sums = torch.stack(
-        [value.double().sum() for value in (
-            mask, kept, -ratio, ratio.abs(), weights, weights.square(), record.clipped, record.sampled_tokens, truncated,
-            torch.ones_like(record.finish_reason), -signal.student_logprobs, sampler_gap, budget, drift, held,
-            record.rollout.mask, mask if record.chunks is None else record.chunks.lengths,
-        )]
-    )  # fmt: skip
-    (
-        tokens, counted, kl, gap, weight, square, clipped, sampled, cut, rows, surprise, sampler_gap, budget, drift, held,
-        valid, aligned,
-    ) = all_sum(sums).unbind()  # fmt: skip
-    tokens, counted, rows = (count.clamp(min=1) for count in (tokens, counted, rows))
+    parts = _parts(record)
+    sums = all_sum(torch.stack([value.double().sum() for value in parts.values()])).unbind()
+    sum_of = dict(zip(parts, sums, strict=True))
+    tokens, counted, rows = (sum_of[name].clamp(min=1) for name in ("tokens", "counted", "rows"))
     found = {
-        "train/reverse_kl_k1": kl / tokens,
-        "train/disagreement": gap / tokens,
-        "train/weight_mean": weight / counted,
-        "train/weight_ess": weight.square() / (counted * square).clamp(min=torch.finfo(torch.float64).tiny),
-        "train/clip_fraction": clipped / tokens,
-        "train/student_nll": surprise / tokens,
-        "train/sampler_gap": sampler_gap / tokens,
+        "train/reverse_kl_k1": sum_of["kl"] / tokens,
+        "train/disagreement": sum_of["gap"] / tokens,
+        "train/weight_mean": sum_of["weight"] / counted,
+        "train/weight_ess": sum_of["weight"].square()
+        / (counted * sum_of["square"]).clamp(min=torch.finfo(torch.float64).tiny),
+        "train/clip_fraction": sum_of["clipped"] / tokens,
+        "train/student_nll": sum_of["surprise"] / tokens,
+        "train/sampler_gap": sum_of["sampler_gap"] / tokens,
         "train/grad_norm": record.grad_norm.double(),
     }
     found |= _of_replay(record) | _of_older(record)
     if record.skipped:
         found = {name: torch.full_like(value, math.nan) for name, value in found.items()}
     if record.chunks is not None:
-        found["train/aligned_fraction"] = aligned / valid.clamp(min=1)
+        found["train/aligned_fraction"] = sum_of["aligned"] / sum_of["valid"].clamp(min=1)
     return (
         found
         | _of_waiting(record)
         | {
-            "train/tokens": sampled,
-            "train/truncated_fraction": cut / rows,
-            "train/budget_fraction": budget / rows,
-            "train/stopped_fraction": drift / rows,
-            "train/response_length": held / rows,
+            "train/tokens": sum_of["sampled"],
+            "train/truncated_fraction": sum_of["length"] / rows,
+            "train/budget_fraction": sum_of["budget"] / rows,
+            "train/stopped_fraction": sum_of["drift"] / rows,
+            "train/response_length": sum_of["held"] / rows,
         }
     )
+
+
+def _parts(record: StepRecord) -> dict[str, Tensor]:
+    """What is summed over the tokens or rows of all ranks, by name."""
+    signal, mask, ratio = record.signal, record.signal.mask, record.signal.log_ratio
+    assert signal.sampler_logprobs is not None
+    reasons = {name: record.finish_reason == int(FinishReason[name.upper()]) for name in ("length", "budget", "drift")}
+    return {
+        "tokens": mask,
+        "counted": record.kept,
+        "kl": -ratio,
+        "gap": ratio.abs(),
+        "weight": record.weights,
+        "square": record.weights.square(),
+        "clipped": record.clipped,
+        "sampled": record.sampled_tokens,
+        "rows": torch.ones_like(record.finish_reason),
+        "surprise": -signal.student_logprobs,
+        "sampler_gap": (signal.student_logprobs - signal.sampler_logprobs).abs(),
+        "held": record.sampled_tokens if record.response_tokens is None else record.response_tokens,
+        "valid": record.rollout.mask,
+        "aligned": mask if record.chunks is None else record.chunks.lengths,
+        **reasons,
+    }
 
 
 def _of_replay(record: StepRecord) -> dict[str, Tensor]:

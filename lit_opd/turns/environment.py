@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
+
 from lit_opd.prompts.filters import shown
+from lit_opd.prompts.tools import checked_calls
 from lit_opd.types import DataRow
 
 ANSWERING_ROLES = ("user", "tool")  # of messages between two turns of the student
 PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
+LARGEST_REWARD = float(numpy.finfo(numpy.float32).max)  # of a turn and of a row: ``Rollout.reward`` is float32
 
 Messages = list[dict[str, Any]]
 
@@ -124,36 +129,51 @@ def checked_answer(value: Any, role: str) -> Answer:
     if not isinstance(value.done, bool):
         raise Refused(f"must return `done` as True or False, got {shown(value.done)}")
     reward = value.reward
-    if reward is not None and (isinstance(reward, bool) or not _is_finite(reward)):
-        raise Refused(f"must return a reward that is a finite number or None, got {shown(reward)}")
+    if reward is not None and (isinstance(reward, bool) or not is_reward(reward)):
+        raise Refused(f"must return a reward that is a finite number (of float32) or None, got {shown(reward)}")
     reward = None if reward is None else float(reward)
     if value.done:
         return Answer(None, True, reward)
-    if isinstance(value.observation, str):
-        return Answer([{"role": role, "content": value.observation}], False, reward)
-    return Answer(checked_messages(value.observation, ANSWERING_ROLES), False, reward)
+    said = value.observation
+    messages = [{"role": role, "content": said}] if isinstance(said, str) else said
+    return Answer(checked_messages(messages, ANSWERING_ROLES), False, reward)
 
 
-def _is_finite(value: Any) -> bool:
+def is_reward(value: Any) -> bool:
+    """Whether a number, of any type, is finite as float32."""
     try:
-        return math.isfinite(value)
-    except TypeError:
+        return math.isfinite(value) and abs(float(value)) <= LARGEST_REWARD
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # whatever arrays, tensors and long integers raise
         return False
 
 
 def checked_messages(value: Any, roles: Sequence[str]) -> Messages:
-    """Messages of the given roles with text as their content.
+    """Messages of the given roles, calls of an assistant's in the one form that templates read.
 
     Raises:
         Refused: they are none.
+        InputError: a call is none.
     """
     if not isinstance(value, list | tuple) or not value:
         raise Refused(f"must give text or a list of messages, got {shown(value)}")
-    found = []
-    for message in value:
-        if not isinstance(message, Mapping) or message.get("role") not in roles:
-            raise Refused(f"must give messages with a role of {', '.join(roles)}, got {shown(message)}")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise Refused(f"must give messages whose content is text, got {shown(message)}")
-        found.append(dict(message))
+    return [_checked_message(message, roles) for message in value]
+
+
+def _checked_message(message: Any, roles: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or message.get("role") not in roles:
+        raise Refused(f"must give messages with a role of {', '.join(roles)}, got {shown(message)}")
+    found = dict(message)
+    if found.get("tool_calls"):
+        if found["role"] != "assistant":
+            raise Refused(f"must give tool calls in messages of the assistant alone, got {shown(message)}")
+        found["tool_calls"] = checked_calls(found["tool_calls"], "message")
+        found["content"] = found.get("content") or ""
+    if not isinstance(found.get("content"), str):
+        raise Refused(f"must give messages whose content is text, got {shown(message)}")
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # half a character is a ValueError
+        raise Refused(
+            f"must give messages of JSON values in whole characters, got {shown(message)} ({error})"
+        ) from error
     return found

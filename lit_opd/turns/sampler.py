@@ -31,6 +31,7 @@ from lit_opd.turns.environment import (
     Response,
     checked_answer,
     checked_messages,
+    is_reward,
 )
 from lit_opd.turns.stage import Failure, failure, run_all
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
@@ -172,7 +173,7 @@ class TurnsSampler(Sampler):
         rows = [_Row(Episode(row)) for row in prompts.data]
         with shared_failure():
             prompts, living = self._begin(rows, prompts, settings)
-        with cached_casts(prompts.ids.device):
+        with cached_casts(prompts.ids.device), self.sampler.kept_awake():
             provenance = self._play(model, rows, living, prompts, settings)
         return _rollout(rows, prompts, settings, provenance)
 
@@ -213,7 +214,8 @@ class TurnsSampler(Sampler):
         row.dtype = spoken.logprobs.dtype
         row.reason = FinishReason.BUDGET if settings.budgeted else FinishReason.LENGTH
         if spoken.stopped[place]:
-            row.said = Response(self._tokenizer.decode(ids[:-1], skip_special_tokens=False), tuple(ids))
+            text = self._tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            row.said = Response(text, tuple(ids))
 
     @property
     def _tokenizer(self) -> Any:
@@ -294,12 +296,12 @@ class TurnsSampler(Sampler):
             return None
         try:
             answer = checked_answer(answer, self.environment.role)
+            reward = _total(row.reward, answer.reward)
             ids = [] if answer.done else self._observed(row, answer, settings)
         except (Refused, InputError) as error:
             self._failed(row, Failure(str(error)))
             return None
-        if answer.reward is not None:
-            row.reward = answer.reward + (row.reward or 0.0)
+        row.reward = reward
         if answer.done:
             row.reason = FinishReason.STOP
             return None
@@ -337,6 +339,15 @@ class TurnsSampler(Sampler):
             )
 
 
+def _total(so_far: float | None, reward: float | None) -> float | None:
+    """A row's reward with that of a further turn."""
+    if so_far is None or reward is None:
+        return so_far if reward is None else reward
+    if not is_reward(so_far + reward):
+        raise Refused(f"must return rewards whose sum is a finite number (of float32), got {so_far:g} and {reward:g}")
+    return so_far + reward
+
+
 def _with_prompts(prompts: PromptBatch, changed: dict[int, list[int]], settings: SamplingSettings) -> PromptBatch:
     """``prompts`` with other ids in some rows."""
     if not changed:
@@ -370,7 +381,7 @@ def _rollout(rows: Sequence[_Row], prompts: PromptBatch, settings: SamplingSetti
     lengths = torch.tensor([len(row.ids) for row in rows], device=device)
     read = torch.arange(columns, device=device) < lengths.unsqueeze(-1)
     return Rollout(
-        prompts=replace(prompts, data=None),
+        prompts=prompts,
         response_ids=filled("ids", settings.pad_id, torch.int64),
         mask=sampled,
         sampler_logprobs=filled("logprobs", 0.0, dtype),

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from lit_opd.errors import first_line
+from lit_opd.errors import InputError, first_line
 
 Call = tuple[Any, ...]  # the arguments of one call
+MOST_LEFT = 500  # threads that were left behind and still run
+_GRACE = 1.0  # seconds beyond the deadline for a coroutine that is being cancelled
+_left: list[threading.Thread] = []
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,16 @@ def run_all(function: Callable[..., Any], calls: Sequence[Call], *, timeout: flo
     """The results of all calls in order, a ``Failure`` for each that raised or took too long; the others go on.
 
     A thread cannot be ended: what takes too long is left behind and its result ignored. Such threads do not keep the process
-    alive.
+    alive. Coroutines of all calls of the process share one event loop, so what they open in it, such as connections, stays
+    usable; one that blocks it fails, with those that wait for it, and a new loop takes its place.
 
     Args:
         function: plain, or a coroutine function.
         calls: the arguments of each call.
         timeout: seconds a call may take, from its own start.
         workers: calls at once; of coroutines too.
+    Raises:
+        InputError: more than ``MOST_LEFT`` threads were left behind and still run.
     """
     if not calls:
         return []
@@ -58,10 +66,11 @@ class _Threads:
         self.function, self.timeout, self.workers = function, timeout, workers
         self.changed = threading.Condition()
         self.waiting: deque[int] = deque()
-        self.started: dict[int, float] = {}  # calls that run now
+        self.started: dict[int, tuple[float, threading.Thread]] = {}  # calls that run now
         self.results: dict[int, Any] = {}
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
+        _require_few_left(self.timeout)
         self.waiting.extend(range(len(calls)))
         for _ in range(min(self.workers, len(calls))):
             self._hire(calls)
@@ -81,10 +90,10 @@ class _Threads:
                 if not self.waiting:
                     return
                 number = self.waiting.popleft()
-                self.started[number] = time.monotonic()
+                self.started[number] = time.monotonic(), threading.current_thread()
             try:
                 result = self.function(*calls[number])
-            except Exception as error:  # a user's code may raise anything
+            except (Exception, SystemExit) as error:  # a user's code may raise anything
                 result = failure(error)
             with self.changed:
                 late = number in self.results
@@ -98,42 +107,75 @@ class _Threads:
     def _give_up(self) -> int:
         """Calls whose time is over have no result now; how many."""
         now = time.monotonic()
-        late = [number for number, start in self.started.items() if now - start >= self.timeout]
+        late = [number for number, (start, _) in self.started.items() if now - start >= self.timeout]
         for number in late:
-            del self.started[number]
+            _left.append(self.started.pop(number)[1])
             self.results[number] = _late(self.timeout)
         return len(late)
 
     def _patience(self) -> float:
         """Seconds until the next call's time is over."""
-        first = min(self.started.values(), default=time.monotonic())
+        first = min((start for start, _ in self.started.values()), default=time.monotonic())
         return max(0.001, first + self.timeout - time.monotonic())
+
+
+def _require_few_left(timeout: float) -> None:
+    """Threads without end would use up memory over a long run."""
+    _left[:] = [thread for thread in _left if thread.is_alive()]
+    if len(_left) > MOST_LEFT:
+        raise InputError(
+            f"the environment must return, or raise, some time: {len(_left)} calls that took longer than `timeout` "
+            f"{timeout:g} s still run; give what it waits for a time-out of its own, then go on from the last checkpoint"
+        )
 
 
 class _Loop:
     def __init__(self, function: Callable[..., Any], timeout: float, workers: int) -> None:
         self.function, self.timeout, self.workers = function, timeout, workers
+        self.results: dict[int, Any] = {}
+        self.given_up = False
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """In a thread of its own: this one may have a loop already, as in a notebook."""
-        found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.extend(asyncio.run(self._all(calls))), daemon=True)
-        thread.start()
-        thread.join()
-        return found or [Failure("its event loop ended")] * len(calls)
+        future = asyncio.run_coroutine_threadsafe(self._all(calls), _event_loop(os.getpid()))
+        while not future.done():
+            before = len(self.results)
+            try:
+                future.result(self.timeout + _GRACE)
+            except TimeoutError:
+                if len(self.results) == before:  # each call that runs has ended by now, unless one holds all others up
+                    self.given_up = True
+                    _event_loop.cache_clear()
+                    break
+        return [self.results.get(number, _late(self.timeout)) for number in range(len(calls))]
 
-    async def _all(self, calls: Sequence[Call]) -> list[Any]:
+    async def _all(self, calls: Sequence[Call]) -> None:
         places = asyncio.Semaphore(self.workers)
-        return list(await asyncio.gather(*(self._one(call, places) for call in calls)))
+        await asyncio.gather(*(self._one(number, call, places) for number, call in enumerate(calls)))
+        if self.given_up:
+            asyncio.get_running_loop().stop()
 
-    async def _one(self, call: Call, places: asyncio.Semaphore) -> Any:
+    async def _one(self, number: int, call: Call, places: asyncio.Semaphore) -> None:
         async with places:
             try:
-                return await asyncio.wait_for(self.function(*call), self.timeout)
+                result = await asyncio.wait_for(self._called(call), self.timeout)
             except TimeoutError:
-                return _late(self.timeout)
-            except Exception as error:  # a user's code may raise anything
-                return failure(error)
+                result = _late(self.timeout)
+            self.results[number] = result
+
+    async def _called(self, call: Call) -> Any:
+        try:
+            return await self.function(*call)
+        except (Exception, SystemExit) as error:  # a user's code may raise anything
+            return failure(error)
+
+
+@lru_cache(maxsize=1)
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """Runs in a thread of its own; a forked process has none of its parent's threads, hence the number."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="environment", daemon=True).start()
+    return loop
 
 
 def _late(seconds: float) -> Failure:

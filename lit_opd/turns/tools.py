@@ -153,7 +153,7 @@ class ToolEnvironment(Environment):
         if not calls:
             return Answer(done=True, reward=answer_reward(response.text, state.row))
         found = [self._run(call) if place < self.calls else "error: too many calls" for place, call in enumerate(calls)]
-        return Answer([{"role": self.role, "content": text} for text in found])
+        return Answer([{"role": self.role, "content": _whole_characters(text)} for text in found])
 
     def _run(self, call: Call) -> str:
         if call.wrong is not None:
@@ -173,6 +173,11 @@ class ToolEnvironment(Environment):
             return str(tool.call(**call.arguments))
         except ToolError as error:
             return f"error: {error}"
+
+
+def _whole_characters(text: str) -> str:
+    """``text`` with ? for half a character, which JSON can spell in a call (as in "\\ud800") and no tokenizer reads."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _wrong_type(tool: Tool, call: Call) -> str | None:

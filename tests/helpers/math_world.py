@@ -84,7 +84,9 @@ def config(folder: Path, callbacks: list[dict[str, Any]] | None = None, **traine
     }
     folder.mkdir(parents=True, exist_ok=True)
     prompts = (ASSETS / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder.parent / "train.jsonl").write_text("".join(prompts[:ROWS]))  # one file for every config: a run is its data's
+    (folder.parent / "train.jsonl").write_text(
+        "".join(prompts[:ROWS])
+    )  # one file for every config: a run is its data's
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

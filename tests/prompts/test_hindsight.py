@@ -13,7 +13,7 @@ from tokenizers import decoders
 
 from lit_opd.errors import InputError
 from lit_opd.prompts import Attempt, HindsightPrompt, PeerDemonstration, PromptDataModule
-from lit_opd.prompts.hindsight import warn_once
+from lit_opd.prompts.hindsight import _draws, warn_once
 from lit_opd.prompts.loading import PromptLoader
 from lit_opd.types import DataRow, PromptBatch, Provenance, Rollout
 from tests.helpers import tiny
@@ -118,6 +118,12 @@ def test_no_row_reads_itself_and_the_student_keeps_what_it_read_and_wrote(tmp_pa
         for name in ("ids", "mask", "row_keys"):
             assert torch.equal(getattr(after.prompts, name), getattr(before.prompts, name))
         assert torch.equal(after.response_ids, before.response_ids)
+
+
+def test_peers_are_neighbours_of_one_draw_however_many_a_prompt_has():
+    found = _draws(["a", "a", "b", "a", "a", "a", "a"], 2)
+    assert [[*draw] for draw in found] == [[0, 1], [0, 1], [2], [3, 4], [3, 4], [5, 6], [5, 6]]
+    assert _draws([], 2) == [] and _draws(["a"] * 3, 8) == [range(3)] * 3
 
 
 def test_the_host_knows_the_new_layout_without_reading_the_device(tmp_path):

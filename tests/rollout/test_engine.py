@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from lit_opd.errors import InputError, ServerError
 from lit_opd.models import LoraSettings, StudentSettings, build_student, load_generation_config, load_tokenizer
 from lit_opd.models.weights import StudentWeights
-from lit_opd.rollout import SamplingSettings, VLLMEngine, engine, ipc, weights
+from lit_opd.rollout import PartialSampler, SamplingSettings, VLLMEngine, engine, ipc, weights
 from lit_opd.rollout.weights import settled_way
 from lit_opd.scoring.model import ScoringModel
-from tests.helpers import fake_llm, fixed, tiny
+from tests.helpers import fake_llm, fixed, talking, tiny
 
 SETTINGS = SamplingSettings(max_new_tokens=12, stop_ids=(1,), pad_id=0, vocabulary=64, seed=3)
 TOLERANCE = 1e-4  # nats
@@ -124,6 +125,30 @@ def test_a_transfer_that_fails_ends_the_run_and_is_of_no_version(what, folders, 
         sampler.prepare(own, 0)
     with pytest.raises(AssertionError, match="prepare comes first"):
         sampler.sample(None, rows(), SETTINGS)
+
+
+def test_a_conversation_and_a_partial_rollout_sleep_behind_their_last_call(folders, by_ipc, monkeypatch, tmp_path):
+    """So the prefix cache lives as long as they do; what was said is the student's, turn by turn."""
+    llm = fake_llm.install(monkeypatch)
+    monkeypatch.setattr(VLLMEngine, "_sleeps", True)
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: True)
+    own, drawn = (
+        student(folders[0]),
+        SamplingSettings(max_new_tokens=60, stop_ids=tuple(range(4, 22)), pad_id=0, vocabulary=64),
+    )
+    talk = talking.sampler(made(tmp_path, "ipc"), talking.Counting(), max_turns=3, max_turn_tokens=None)
+    talk.prepare(own, 0)
+    rollout = talk.sample(None, talking.prompts(3), drawn)
+    with torch.no_grad():
+        gaps = (own.policy(rollout).logprobs - rollout.sampler_logprobs)[rollout.mask].abs()
+    assert len({int(length) for length in rollout.read.sum(-1)}) > 1  # so the last turn has another room in each row
+    assert int(rollout.num_turns.max()) == 3 and float(gaps.max()) < TOLERANCE
+    calls = [call for call in llm.made.calls if call.startswith(("wake", "sleep", "generate"))]
+    assert calls == ["generate"] * 3 + ["sleep"]
+    parts = PartialSampler(talk.sampler, budget=2, waiting=0.4)
+    parts.sample(None, rows(), replace(SETTINGS, stop_ids=(), replay="some"))
+    calls = [call for call in llm.made.calls if call.startswith(("wake", "sleep", "generate"))][4:]
+    assert calls == ["wake None"] + ["generate"] * 6 + ["sleep"]  # twelve tokens, as one of three rows may wait
 
 
 def test_a_sleeping_engine_is_woken_for_its_weights_first(folders, by_ipc, monkeypatch, tmp_path):

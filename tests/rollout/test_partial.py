@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import math
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -23,10 +26,11 @@ from torch import Tensor
 
 from lit_opd.advantage import GroupReward
 from lit_opd.errors import InputError
-from lit_opd.evaluation import Reward
+from lit_opd.evaluation import Reward, ValidationSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import PolicyLoss
-from lit_opd.prompts import HindsightPrompt, PromptDataModule
+from lit_opd.preflight.partial_checks import _check_columns
+from lit_opd.prompts import Attempt, HindsightPrompt, PromptDataModule
 from lit_opd.rollout import (
     DecodeSampler,
     LengthBudget,
@@ -43,7 +47,7 @@ from lit_opd.rollout.saved_responses import read_responses
 from lit_opd.saved_steps import load_record, save_record
 from lit_opd.streams import row_uniforms
 from lit_opd.turns import TurnsSampler
-from lit_opd.types import FinishReason, PromptBatch, Rollout, StepRecord
+from lit_opd.types import DataRow, FinishReason, PromptBatch, Rollout, StepRecord
 from lit_opd.weighting import Uniform
 from tests.helpers import fake_vllm as fake
 from tests.helpers import fixed, tiny
@@ -386,6 +390,32 @@ def test_what_nobody_goes_on_with_is_said(stood):
     assert {(len(row.ids), row.reason) for row in short._waiting} == {(BUDGET, FinishReason.LENGTH)}
 
 
+def test_rows_that_had_ended_behind_a_smaller_limit_are_cut_there_too(stood):
+    """They waited for the others of their prompt."""
+    first = stood[0].sampler.unfinished_state()[0]
+    for length, reason, cut in ((SLOTS, FinishReason.STOP, True), (BUDGET, FinishReason.STOP, False)):
+        lists = {"ids": torch.arange(length), "logprobs": torch.zeros(length), "versions": torch.zeros(length)}
+        short = partial(max_new_tokens=BUDGET, budget=2)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            short.restore_unfinished([{**first, **lists, "reason": int(reason)}])
+        (row,) = short._waiting
+        assert len(row.ids) == len(row.logprobs) == len(row.versions) == BUDGET and bool(said) == cut
+        assert row.reason == (FinishReason.LENGTH if cut else FinishReason.STOP)
+
+
+def test_a_column_that_no_checkpoint_holds_is_refused_before_the_run():
+    rows = [
+        DataRow({"n": 1, "parts": [{"a": None}]}, row_id="a"),
+        DataRow({"when": datetime.date(2026, 1, 1)}, row_id="b"),
+    ]
+    data = SimpleNamespace(training_rows=rows[:1])
+    _check_columns(data)
+    data.training_rows = rows
+    with pytest.raises(InputError, match="got date in column 'when' of row 'b'"):
+        _check_columns(data)
+
+
 def test_a_saved_step_has_versions_and_what_waited(stood, tmp_path):
     """And a replay of it takes the version of a response's first token."""
     record = stood[1][-1]
@@ -399,6 +429,29 @@ def test_a_saved_step_has_versions_and_what_waited(stood, tmp_path):
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
+
+
+class Peers(HindsightPrompt):
+    """Keeps whom each response was shown."""
+
+    compares, max_prompt_tokens = True, 24
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, list[str]]] = []
+
+    def render(self, attempt: Attempt, peers: Sequence[Attempt]) -> str:
+        """What the student reads."""
+        self.seen.append((attempt.row.row_id, [peer.row.row_id for peer in peers]))
+        return str(attempt.row.prompt[0]["content"])
+
+
+def test_teacher_prompts_are_made_of_the_samples_of_one_prompt(folders, train_file):
+    own = Peers()
+    sampler, validation = partial(), ValidationSettings(divergence=False)
+    _, records = fit(folders, train_file, sampler, steps=2, samples=3, batch=4, hint=own, validation=validation)
+    assert {len(record.rollout) for record in records} != {12}
+    assert len(own.seen) == sum(len(record.rollout) for record in records)
+    assert all(peers == [row] * 2 for row, peers in own.seen)
 
 
 class Long(Reward):

@@ -410,6 +410,13 @@ def test_settings_out_of_range_are_named(settings, message):
         ('{"id": "b", "response": "x", "tokens": {"text": []}}', "a line of samples.jsonl is no response"),
         ('{"id": "b", "response": "x", "tokens": [{"id": 5}]}', "`tokens` must be those of the response"),
         ('{"id": "b", "response": "x", "tokens": [{"id": 99}]}', "`tokens` must be those of the response"),
+        ("[" * 100_000, "a line must be a JSON object"),
+        ('{"id": "b", "response": "x\\ud800"}', "must be text of whole characters"),
+        ('{"id": "b", "response": "x", "finish_reason": ["stop"]}', "finish_reason must be one of stop, length"),
+        (
+            '{"id": "b", "response": "x", "tokens": [{"id": 5}, {"id": 5, "turn": 1}]}',
+            "of one turn, got those of a conversation",
+        ),
         ('{"id": "b", "response": "x", "tokens": 5}', "`tokens` must be those of the response"),
     ],
 )

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from lit_opd.errors import InputError
 from lit_opd.models.student import StudentSettings, build_student
 from lit_opd.rollout import SamplingSettings, TransformersSampler
+from lit_opd.rollout.base import finish
 from lit_opd.rollout.decoding.drawing import draw, sampled_distribution
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import FinishReason, PromptBatch
@@ -50,6 +51,15 @@ def test_a_rows_sample_does_not_depend_on_its_batch(policy):
         columns = alone.mask.shape[1]
         assert torch.equal(alone.mask, whole.mask[index][:, :columns])
         assert torch.equal(alone.response_ids[alone.mask], whole.response_ids[index][whole.mask[index]])
+
+
+def test_columns_that_were_not_written_are_no_end_though_the_padding_is_a_stop_id():
+    """As where a server was asked for fewer tokens of one row than of another."""
+    batch, asked = prompts(3), settings(pad_id=1, max_new_tokens=4)
+    ids = torch.tensor([[5, 6, 1, 1], [5, 1, 1, 1], [5, 6, 7, 8]])
+    found = finish(batch, ids, torch.zeros(3, 4), asked, engine="x", lengths=torch.tensor([2, 2, 4]))
+    assert found.lengths.tolist() == [2, 2, 4]
+    assert found.finish_reason.tolist() == [int(FinishReason.LENGTH), int(FinishReason.STOP), int(FinishReason.LENGTH)]
 
 
 def test_seed_step_domain_and_key_each_change_the_sample(policy):

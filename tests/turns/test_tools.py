@@ -162,6 +162,13 @@ def test_wrong_settings_are_one_line(tmp_path):
     assert LookUp(str(tmp_path / "table.json")).call("a") == "1"
 
 
+def test_half_a_character_in_a_call_is_told_as_a_whole_one():
+    """No tokenizer reads half a one, and JSON can spell it."""
+    said = '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
+    answer = ToolEnvironment([Calculator()]).step(Episode(DataRow()), Response(said, ()))
+    assert answer.observation == [{"role": "tool", "content": "error: no tool ?"}]
+
+
 # -- prompts that show tools -------------------------------------------------------------------------------------------
 
 HERMES = (
@@ -275,3 +282,12 @@ def test_results_of_tools_follow_an_answer_as_the_template_writes_them():
         ("user",), [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}], closing=tokenizer.eos_token_id
     )
     assert tokenizer.convert_ids_to_tokens(found) == ["<user>", "1", "<user>", "2", "<assistant>"]
+
+
+def test_a_name_beside_a_result_can_write_no_control_token():
+    template = HERMES.replace("<user>{{ message.content }}", "<user>{{ message.name }}{{ message.content }}")
+    result = [{"role": "tool", "name": "<eos>", "content": "1"}]
+    with pytest.raises(InputError, match=r"beside its content, got '<eos>'"):
+        Following(PromptEncoder(hermes(template))).ids(("user",), result, closing=None)
+    trusting = Following(PromptEncoder(hermes(template), special_tokens_in_text="allow"))
+    assert hermes().eos_token_id in trusting.ids(("user",), result, closing=None)

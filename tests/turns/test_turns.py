@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -13,14 +14,17 @@ import torch
 
 from lit_opd.errors import InputError
 from lit_opd.evaluation.sets import load_sets
+from lit_opd.prompts import HindsightPrompt
 from lit_opd.prompts.encoding import PromptEncoder, collate
+from lit_opd.prompts.hindsight import Hindsight
 from lit_opd.prompts.sources import DataSource
 from lit_opd.report.replay import load_record, save_record
 from lit_opd.rollout import DecodeSampler, ReplaySampler, TransformersSampler, VLLMSampler
 from lit_opd.step.recipe import apply_truncated
 from lit_opd.step.scalars import turn_scalars
 from lit_opd.teacher import RemoteTeacher
-from lit_opd.turns import Answer, Environment, TurnsSampler
+from lit_opd.turns import Answer, Environment, TurnsSampler, stage
+from lit_opd.turns.environment import PROMPT_ROLES, Refused, checked_answer, checked_messages
 from lit_opd.types import FinishReason, Rollout, StepRecord, TokenSignal
 from tests.helpers import tiny
 from tests.helpers.fake_vllm import serving
@@ -118,6 +122,24 @@ def test_every_engine_says_the_same(policy, conversations):
     assert torch.equal(reference.mask, conversations.mask) and torch.equal(reference.turn, conversations.turn)
 
 
+class Counted(Again):
+    """Counts its calls."""
+
+    calls = 0
+
+    def sample(self, *given: Any) -> Rollout:
+        self.calls += 1
+        return super().sample(*given)
+
+
+def test_a_turn_is_one_call_of_the_engine_whatever_room_its_rows_have(policy):
+    engine = Counted(max_new_tokens=60)
+    rollout = talked(engine, Counting(), policy, max_turn_tokens=None)
+    assert engine.calls == int(rollout.num_turns.max()) == 3 and len(set(rollout.turn_lengths[:, 0].tolist())) > 2
+    again = talked(DecodeSampler(max_new_tokens=60), Counting(), policy, max_turn_tokens=None)
+    assert torch.equal(rollout.response_ids, again.response_ids) and torch.equal(rollout.mask, again.mask)
+
+
 def test_the_first_turn_is_what_the_engine_says_alone(policy, conversations):
     alone = DecodeSampler(max_new_tokens=12).sample(policy, replace(prompts(), data=None), settings(max_new_tokens=12))
     for row in range(len(alone)):
@@ -195,12 +217,14 @@ class Failing(Counting):
             raise KeyError("no such thing")
         if self.how == "empty" and row["n"] == 1:
             return []
+        if self.how == "no call" and row["n"] == 1:
+            return [*super().reset(row), {"role": "assistant", "content": None, "tool_calls": [3]}, *super().reset(row)]
         return super().reset(row)
 
     def step(self, state: Any, response: Any) -> Any:
         found = super().step(state, response)
         if state.row["n"] != 1 or state.turn < 2:
-            return found
+            return (found[0], found[1], 3e38) if self.how == "sum" and state.row["n"] == 1 else found
         if self.how == "late":
             time.sleep(5)
         if self.how == "raises":
@@ -209,6 +233,7 @@ class Failing(Counting):
             "nothing": None, "nan": ("a", False, float("nan")), "no observation": (None, False, 1.0),
             "ids": ([3, 4], False, None),
             "role": Answer([{"role": "assistant", "content": "I"}]), "a word": "done",
+            "half a character": ("\ud800", False, None), "sum": (None, True, 3e38),
         }.get(self.how, found)  # fmt: skip
 
 
@@ -216,6 +241,7 @@ WRONG = {
     "raises": "RuntimeError: broke", "late": "no result within 0.2 s", "nothing": "got NoneType", "nan": "finite number",
     "no observation": "text or a list of messages", "ids": "must give messages", "role": "role of user, tool",
     "a word": "must return an Answer", "reset": "KeyError", "empty": "list of messages",
+    "half a character": "whole characters", "sum": "rewards whose sum", "no call": "an object with `name`",
 }  # fmt: skip
 
 
@@ -232,10 +258,41 @@ def test_what_fails_in_a_row_ends_that_row_alone_and_is_told(policy, how):
     assert torch.equal(rollout.response_ids[others], good.response_ids[others][:, :columns])
     assert rollout.finish_reason[others].tolist() == good.finish_reason[others].tolist()
     assert int(rollout.finish_reason[1]) == int(FinishReason.ENVIRONMENT)
-    assert int(rollout.num_turns[1]) == (0 if how in ("reset", "empty") else 2)
+    assert int(rollout.num_turns[1]) == (0 if how in ("reset", "empty", "no call") else 2)
     assert float(policy(rollout).logprobs[1].sum()) == pytest.approx(float(rollout.sampler_logprobs[1].sum()), abs=1e-5)
     with pytest.raises(InputError, match="row 'r1'.*on_failure: end_row"):
         sampled("decode", policy, Failing(how), on_failure="raise", **options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (([{"role": "user", "content": "a", "x": object()}], False, None), "JSON values"),
+        (([{"role": "user", "content": "\ud800"}], False, None), "whole characters"),
+        (([{"role": "user", "tool_calls": [1]}], False, None), "tool calls in messages of the assistant alone"),
+        ((None, True, 1e39), "finite number"),
+        ((None, True, 10**400), "finite number"),
+        ((None, True, torch.zeros(2)), "finite number"),
+        ((None, True, "1"), "finite number"),
+    ],
+)
+def test_an_answer_that_nothing_can_read_is_refused(answer, words):
+    with pytest.raises(Refused, match=words):
+        checked_answer(answer, "user")
+
+
+def test_a_reward_may_be_a_number_of_any_kind():
+    assert [checked_answer((None, True, one), "user").reward for one in (2, torch.tensor(0.5), 1e38)] == [
+        2.0,
+        0.5,
+        1e38,
+    ]
+
+
+def test_what_an_assistant_called_has_the_form_that_templates_read():
+    given = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert checked_messages(given, PROMPT_ROLES) == [{"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 def test_a_batch_whose_rows_all_fail_is_empty_and_scored(policy):
@@ -312,6 +369,61 @@ def test_coroutines_and_batches_answer_as_threads_do(policy, kind):
         rollout = sampled("decode", policy, kind(), **options)
     assert torch.equal(rollout.response_ids[2:], good.response_ids[2:])
     assert int(rollout.finish_reason[1]) == int(FinishReason.ENVIRONMENT) and int(rollout.num_turns[1]) == 1
+
+
+class Connected(Counting):
+    """Holds what belongs to an event loop, as the connections of a client do."""
+
+    async def step(self, state: Any, response: Any) -> Any:
+        own = vars(self).setdefault("loop", asyncio.get_running_loop())
+        assert own is asyncio.get_running_loop()
+        return Counting.step(self, state, response)
+
+
+def test_coroutines_of_all_turns_share_an_event_loop(policy):
+    rollout = sampled("decode", policy, Connected(), settings={"stop_ids": tuple(range(4, 64))})
+    assert set(rollout.num_turns.tolist()) == {3} and set(rollout.reward.tolist()) == {1.5}
+
+
+def test_a_coroutine_that_blocks_fails_with_those_that_wait_and_the_next_batch_has_a_new_loop(monkeypatch):
+    monkeypatch.setattr(stage, "_GRACE", 0.0)
+    blocked = threading.Event()
+
+    async def step(number: int) -> int:
+        if number == 1:
+            blocked.wait(20)
+        return number
+
+    found = stage.run_all(step, [(0,), (1,), (2,)], timeout=0.1, workers=3)
+    assert found[1].timed_out and found[2].timed_out
+    assert stage.run_all(step, [(0,), (2,)], timeout=20.0, workers=1) == [0, 2]
+    blocked.set()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), TimeoutError("own")])
+def test_what_a_call_raises_is_its_own_whatever_it_is(error):
+    def step(_: int) -> None:
+        raise error
+
+    async def awaited(_: int) -> None:
+        raise error
+
+    for function in (step, awaited):
+        (found,) = stage.run_all(function, [(0,)], timeout=5.0, workers=1)
+        assert not found.timed_out and found.why.startswith(type(error).__name__)
+
+
+def test_threads_that_never_return_end_the_run_before_they_use_it_up(monkeypatch):
+    monkeypatch.setattr(stage, "MOST_LEFT", 1)
+    ended = threading.Event()
+    for _ in range(2):
+        assert stage.run_all(ended.wait, [(10,)], timeout=0.05, workers=1)[0].timed_out
+    with pytest.raises(InputError, match=r"2 calls that took longer than `timeout` 0.05 s still run"):
+        stage.run_all(ended.wait, [(10,)], timeout=0.05, workers=1)
+    ended.set()
+    for thread in stage._left:
+        thread.join()
+    assert stage.run_all(ended.wait, [(10,)], timeout=1.0, workers=1) == [True]
 
 
 def test_a_batch_of_answers_must_have_one_a_row(policy):
@@ -471,7 +583,24 @@ def test_problems_of_an_evaluation_can_be_talked_about(policy, tmp_path):
     assert problem.prompt.data is not None and problem.prompt.data["n"] == 7
     batch = collate([problem.prompt], 0)
     rollout = sampler(DecodeSampler(max_new_tokens=60), Counting()).sample(policy, batch, settings())
-    assert rollout.prompts.data is None and int(rollout.num_turns[0]) >= 1
+    assert int(rollout.num_turns[0]) >= 1
+
+
+class Told(HindsightPrompt):
+    """Shows the teacher how long the conversation was."""
+
+    def render(self, attempt: Any, peers: Any) -> str:
+        return f"{len(attempt.text.split())} of {attempt.row['n']}"
+
+
+def test_a_teachers_prompt_may_be_made_of_a_conversation_and_its_row(policy):
+    encoder, rollout = PromptEncoder(tokenizer()), sampled("decode", policy)
+    told, counts = Hindsight(Told(), student=encoder, teacher=encoder, samples=1, pad_id=0)(rollout)
+    assert counts.tolist() == [6, 6, 0] and torch.equal(told.observed, rollout.observed)
+    for row in range(6):
+        said = encoder.tokenizer.decode(rollout.response_ids[row][rollout.read[row]], skip_special_tokens=True)
+        ids = told.prompts.teacher_ids[row][told.prompts.teacher_mask[row]].tolist()
+        assert ids == encoder.encode(f"{len(said.split())} of {row}")
 
 
 def test_observed_and_turn_come_together(policy):
