@@ -382,7 +382,7 @@ class OPDModule(L.LightningModule):
     @property
     def _hindsight(self) -> Hindsight | None:
         """Makes the teacher's prompts of sampled responses; None where they are known before."""
-        found: Hindsight | None = getattr(getattr(self.trainer, "datamodule", None), "hindsight", None)
+        found: Hindsight | None = getattr(getattr(attached_trainer(self), "datamodule", None), "hindsight", None)
         return found
 
     def _told(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
@@ -392,11 +392,6 @@ class OPDModule(L.LightningModule):
             return rollout, None
         with shared_failure():
             return hindsight(rollout)
-
-    @property
-    def _hindsight(self) -> Any:
-        """What makes the teacher's prompts of the responses; None where that is not done."""
-        return getattr(getattr(attached_trainer(self), "datamodule", None), "hindsight", None)
 
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""

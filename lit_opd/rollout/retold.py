@@ -85,8 +85,8 @@ class Retold:
         keys = turn_keys(self.keys[index], self.turn) if rows else torch.zeros(1, dtype=torch.int64, device=device)
         names = tuple(self.names[row] for row in rows) or ("",)
         prompts = PromptBatch(ids.to(device), mask.to(device), keys, names)
-        own = {"room": room} if self.sampler.heeds_room else {}
-        return self.sampler.sample(self.model, prompts, replace(self.settings, max_new_tokens=max(room), **own))
+        settings = replace(self.settings, max_new_tokens=max(room), room=room if self.sampler.heeds_room else ())
+        return self.sampler.sample(self.model, prompts, settings)
 
     def hear(self, rows: Sequence[int], heard: Sequence[Sequence[int]]) -> None:
         """See ``Conversation``."""
