@@ -623,7 +623,7 @@ def synthetic(
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def unpictured(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what the page says in words: its pictures, two a condition, take most of its time."""
     for name in ("draw_curves", "draw_differences"):
         monkeypatch.setattr(f"benchmarks.studies.reproduce.pictures.{name}", lambda *given: None)
@@ -641,7 +641,7 @@ def row_of(page: str, variant: str, table: int = 0) -> list[str]:
     return rows[table]
 
 
-def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path, undrawn):
+def test_the_reports_numbers_are_those_of_hand_arithmetic(tmp_path, unpictured):
     plan = read_plan()
     records = synthetic(plan, {"iw-signed": [0.01, 0.03, 0.05], "dash": [0.02, 0.02]})
     page = write_report(plan, list(records.values()), page_with(tmp_path)).read_text()
@@ -689,7 +689,7 @@ def test_a_search_compares_every_variant_with_its_references(tmp_path):
     assert (folder / "pictures" / "search-base-curves.png").is_file()
 
 
-def test_the_whole_plan_ends_with_every_variant_in_every_condition(tmp_path, undrawn):
+def test_the_whole_plan_ends_with_every_variant_in_every_condition(tmp_path, unpictured):
     plan = read_plan()
     records = synthetic(plan, {"iw-4": [0.01, 0.03, 0.05, 0.03, 0.03, 0.03]}, parts=("base", "full"))
     for record in (r for r in records.values() if r["variant"] == "iw-4" and r["condition"] == "chain-6"):
@@ -706,7 +706,7 @@ def test_the_whole_plan_ends_with_every_variant_in_every_condition(tmp_path, und
 
 
 @pytest.mark.slow
-def test_a_confirmation_says_by_its_rule_what_won(tmp_path, undrawn):
+def test_a_confirmation_says_by_its_rule_what_won(tmp_path, unpictured):
     content = copy.deepcopy(read_plan(SEARCH).content)
     content["search"] |= {"references": ["uniform", "iw-1.5"], "wins_in": 3}
     plan = Plan(content, tmp_path / "confirm.yaml")
@@ -742,7 +742,7 @@ def test_a_confirmation_says_by_its_rule_what_won(tmp_path, undrawn):
     assert row_of(page, "floor-0.3")[-1] == "not confirmed"
 
 
-def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_path, undrawn):
+def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_path, unpictured):
     plan = read_plan()
     models = {"teacher": {"name": "teacher-x", "greedy": 0.97, "steps": 360}}
     records = {job.name: record_of(job, greedy=[0.4, 0.6], models=models) for job in plan.jobs()[:2]}
@@ -753,7 +753,7 @@ def test_models_that_are_not_the_shipped_ones_are_named_with_their_accuracy(tmp_
     assert "code `0123456789ab`" in page
 
 
-def test_a_run_that_never_reaches_the_target_counts_as_its_last_step(tmp_path, undrawn):
+def test_a_run_that_never_reaches_the_target_counts_as_its_last_step(tmp_path, unpictured):
     """Or a variant would look the faster the more of its runs fail."""
     plan, effects = read_plan(), {"last-30": [-0.3] * 6, "iw-signed": [-0.1, -0.1, 0.05]}
     page = write_report(plan, list(synthetic(plan, effects).values()), page_with(tmp_path)).read_text()
@@ -769,7 +769,7 @@ def test_runs_without_uniform_have_no_differences_and_no_picture_of_them(tmp_pat
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["reproduce-base-curves.png"]
 
 
-def test_a_plan_that_changed_after_results_existed_is_told_and_nothing_is_mixed_silently(tmp_path, undrawn):
+def test_a_plan_that_changed_after_results_existed_is_told_and_nothing_is_mixed_silently(tmp_path, unpictured):
     plan = read_plan()
     records = synthetic(plan, {})
     changed = copy.deepcopy(plan.content)
@@ -788,7 +788,7 @@ def test_a_plan_that_changed_after_results_existed_is_told_and_nothing_is_mixed_
 
 
 @pytest.mark.slow
-def test_runs_of_another_plan_in_the_same_folder_are_no_change_of_the_plan(tmp_path, undrawn):
+def test_runs_of_another_plan_in_the_same_folder_are_no_change_of_the_plan(tmp_path, unpictured):
     plan, search = read_plan(), read_plan(SEARCH)
     shared = [*synthetic(plan, {}).values(), *synthetic(search, {}).values()]
     (page_with(tmp_path) / "search.md").write_text(f"{START}{END}")
@@ -797,7 +797,7 @@ def test_runs_of_another_plan_in_the_same_folder_are_no_change_of_the_plan(tmp_p
         assert "All of them were made under this plan." in page and "left out" not in page
 
 
-def test_runs_shared_with_the_plan_below_are_no_change_either(tmp_path, undrawn):
+def test_runs_shared_with_the_plan_below_are_no_change_either(tmp_path, unpictured):
     plan, controls = read_plan(), read_plan(PLAN.parent / "controls.yaml")
     runs = [*synthetic(controls, {}).values(), *synthetic(plan, {}).values()]
     (tmp_path / "controls.md").write_text(f"{START}{END}")
@@ -807,7 +807,7 @@ def test_runs_shared_with_the_plan_below_are_no_change_either(tmp_path, undrawn)
 
 
 @pytest.mark.slow
-def test_results_that_were_replaced_leave_a_trace(tmp_path, undrawn):
+def test_results_that_were_replaced_leave_a_trace(tmp_path, unpictured):
     plan = read_plan()
     records = synthetic(plan, {})
     run = records["base/iw-1.5/seed-10"]

@@ -159,11 +159,11 @@ def trained(folders, rows, teacher, objective, **settings):
 
 
 SLOW = pytest.mark.slow
-LISTS = [("reverse_kl", "student"), ("forward_kl", "teacher"), ("jsd", "teacher"), ("jsd", "student")]
-LISTS += [pytest.param("reverse_kl", "teacher", marks=SLOW), pytest.param("forward_kl", "student", marks=SLOW)]
+KINDS = [("reverse_kl", "student"), ("forward_kl", "teacher"), ("jsd", "teacher"), ("jsd", "student")]
+KINDS += [pytest.param("reverse_kl", "teacher", marks=SLOW), pytest.param("forward_kl", "student", marks=SLOW)]
 
 
-@pytest.mark.parametrize(("kind", "whose"), LISTS)
+@pytest.mark.parametrize(("kind", "whose"), KINDS)
 def test_a_step_with_a_server_equals_the_local_one(folders, server, rows, kind, whose):
     """Loss and gradient, the batch cut into micro-batches; of the teacher's list the first 12 of 20 are read."""
     server.scores_ids = whose == "student"
