@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import hypot
 from statistics import fmean
 
 from benchmarks.studies.cells import interval
@@ -33,10 +34,18 @@ class Candidate:
     differences: Mapping[str, Estimate | None]
 
     @property
-    def mean(self) -> float | None:
-        """Over the conditions, each counting once; None before all have runs."""
-        known = [estimate.mean for estimate in self.differences.values() if estimate is not None]
-        return fmean(known) if len(known) == len(self.differences) else None
+    def mean(self) -> Estimate | None:
+        """Over the conditions, each counting once; None before all have runs.
+
+        Conditions have problems, models and runs of their own, so the arms of their intervals add up as independent errors do.
+        """
+        known = [estimate for estimate in self.differences.values() if estimate is not None]
+        if len(known) < len(self.differences):
+            return None
+        mean = fmean(each.mean for each in known)
+        below = hypot(*(each.mean - each.low for each in known)) / len(known)
+        above = hypot(*(each.high - each.mean for each in known)) / len(known)
+        return Estimate(mean, mean - below, mean + above, min(each.count for each in known))
 
     @property
     def behind(self) -> list[str]:
@@ -56,7 +65,7 @@ def candidates(plan: Plan, outcomes: Outcomes) -> dict[str, list[Candidate]]:
 
 def best(group: list[Candidate]) -> Candidate | None:
     """The one that the rule names; None before a candidate has runs in every condition, or where each lost somewhere."""
-    able = [(each.mean, each) for each in group if each.mean is not None and not each.behind]
+    able = [(each.mean.mean, each) for each in group if each.mean is not None and not each.behind]
     return max(able, key=lambda pair: pair[0])[1] if able else None
 
 
@@ -66,9 +75,8 @@ def choice_lines(plan: Plan, outcomes: Outcomes) -> list[str]:
     for title, group in candidates(plan, outcomes).items():
         named = best(group)
         for each in group:
-            mean = "" if each.mean is None else f"{each.mean:+.3f}"
-            cells = [interval(estimate) for estimate in each.differences.values()]
-            rows.append([title, each.name, mean, *cells, "**named**" if each is named else ""])
+            cells = [interval(estimate) for estimate in (each.mean, *each.differences.values())]
+            rows.append([title, each.name, *cells, "**named**" if each is named else ""])
     if not rows:
         return []
     conditions = [name for name in plan.content["conditions"] if plan.variants_of(name)]
