@@ -528,7 +528,11 @@ class RewardGate(_ReadsReward):
         return torch.where(self._passes(signal), advantage, advantage * (self.factor if self.how == "scale" else 0.0))
 
     def check_rewards(self, reward: Tensor, rows: Sequence[str]) -> None:
-        """Every reward is in [0, 1], or NaN."""
+        """Every reward, [B], is in [0, 1], or NaN.
+
+        Raises:
+            InputError: one is not; it names the row.
+        """
         for row, value in zip(rows, reward.tolist(), strict=True):
             if value < 0 or value > 1:
                 raise InputError(
