@@ -186,7 +186,7 @@ class Reliability(WeightingStrategy):
         return "batch"
 
     def regained(self, signal: TokenSignal, group: Tensor, count: int) -> Tensor:
-        """Mean agreement of the groups 1 to ``count`` (of ``group``, int64 [B, T]) over that of group 0: [count + 1] in [0, 1]."""
+        """Mean agreement of the groups 1 to ``count`` (of ``group``, int64 [B, T]) over group 0: [count + 1] in [0, 1]."""
         flat, mask = group.flatten(), signal.mask.double()
         values = torch.stack([agreement(signal).flatten(), mask.flatten()])
         total, tokens = all_sum(values.new_zeros(2, count + 1).index_add_(1, flat, values)).unbind()
