@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lit_opd.advantage import AdvantageTransform
@@ -122,13 +123,17 @@ class Recipe:
             signal: of the whole batch.
             progress: of the training, in [0, 1].
         """
-        weighed = self.as_weighed(signal)
-        weights, kept = self.weighting(weighed, progress), self.weighting.kept(weighed, progress)
-        for transform in self.advantage:
-            if transform.drops_tokens:
-                kept = kept & transform.kept(signal)
-                weights = masked_values(weights, kept)
-        return weights, kept
+        dropping = [transform.kept(signal) for transform in self.advantage if transform.drops_tokens]
+        if not dropping:
+            weighed = self.as_weighed(signal)
+            return self.weighting(weighed, progress), self.weighting.kept(weighed, progress)
+        stays = torch.stack(dropping).all(0)
+        # A row without any token left is not in the batch, so that no mean over the batch counts it; single tokens that go are
+        # still part of the prefix
+        present = replace(signal, mask=signal.mask & stays.any(-1, keepdim=True), validate=False)
+        weighed = self.as_weighed(present)
+        weights, kept = self.weighting(weighed, progress), self.weighting.kept(weighed, progress) & stays
+        return masked_values(weights, kept), kept
 
 
 def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:

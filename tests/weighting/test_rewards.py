@@ -18,7 +18,7 @@ from lit_opd.evaluation import AnswerReward, Reward
 from lit_opd.objective import Divergence, PolicyLoss
 from lit_opd.preflight.module_checks import check_reward, setting_warnings
 from lit_opd.types import PromptBatch, Provenance, Rollout, TokenSignal
-from lit_opd.weighting import ImportanceWeighting, Uniform
+from lit_opd.weighting import CDD, BatchMeanOne, ImportanceWeighting, Uniform
 from tests.helpers import fixed, tiny
 
 NAN = math.nan
@@ -205,10 +205,12 @@ def test_with_the_reward_alone_the_step_is_grpo(folders, aggregation, token_budg
 
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean"])
 @pytest.mark.parametrize("objective", [PolicyLoss(importance_cap=None), Divergence("reverse_kl")])
-def test_a_gate_that_drops_is_the_step_on_the_rows_that_pass(folders, aggregation, objective):
-    """Against a batch of these rows alone, without the gate; which ones pass is told by a slow loop."""
+@pytest.mark.parametrize("weighting", [ImportanceWeighting(), BatchMeanOne(ImportanceWeighting()), CDD(0.1, 0.1)])
+def test_a_gate_that_drops_is_the_step_on_the_rows_that_pass(folders, aggregation, objective, weighting):
+    """Against a batch of these rows alone, without the gate; which ones pass is told by a slow loop. No mean over the batch
+    counts the others."""
     rollout = samples()
-    settings = {"aggregation": aggregation, "objective": objective, "weighting": ImportanceWeighting()}
+    settings = {"aggregation": aggregation, "objective": objective, "weighting": weighting}
     gated = fixed.module(
         folders, rollout, advantage=[adv.RewardGate("drop")], reward=Given(), token_budget=20, **settings
     )
