@@ -17,11 +17,10 @@ from torch import Tensor
 
 from lit_opd.distributed import gather_objects, is_rank_zero, largest, rank, world_size
 from lit_opd.errors import require
+from lit_opd.rollout.around import SamplerAround
 from lit_opd.rollout.base import Sampler, SamplingSettings
-from lit_opd.rollout.weights import StudentWeights
 from lit_opd.types import DataRow, FinishReason, PromptBatch, Provenance, Rollout, Waiting
 
-_TAKEN_OVER = ("in_process", "memory_fraction", "sleep", "max_logprob_gap", "seconds")
 _LISTS = {"ids": torch.int64, "versions": torch.int64}  # of a row, as tensors in a checkpoint
 NOT_ENDED = -1
 
@@ -67,7 +66,7 @@ class _Coming:
     device: torch.device
 
 
-class PartialSampler(Sampler):
+class PartialSampler(SamplerAround):
     """Samples at most ``budget`` tokens of every training row a step. Rows that have not ended by then wait, and go on first in
     the next step, beside its new prompts: one long row does not hold the batch.
 
@@ -104,35 +103,10 @@ class PartialSampler(Sampler):
         remedy = f"lower it, or take {own} without {name}: every row ends in its step"
         require(budget < slots, f"{name}.budget", f"below `sampler.max_new_tokens` {slots}", budget, remedy)
         require(0 < waiting < 1, f"{name}.waiting", "between 0 and 1, a share of the batch's rows", waiting)
-        super().__init__(slots, sampler.temperature, sampler.top_p, sampler.top_k, sampler.stop_token_ids)
+        super().__init__(sampler)
         self.sampler, self.budget, self.waiting = sampler, budget, waiting
-        for taken in _TAKEN_OVER:
-            setattr(self, taken, getattr(sampler, taken))
         self._waiting: list[_Row] = []  # of this rank
         self._coming: _Coming | None = None
-
-    # -- the sampler inside ------------------------------------------------------------------------------------------
-
-    @property
-    def engine(self) -> Sampler:
-        """The sampler inside."""
-        return self.sampler
-
-    def check(self, *, tokens: int | None, vocabulary: int) -> None:
-        """As the sampler inside."""
-        self.sampler.check(tokens=tokens, vocabulary=vocabulary)
-
-    def check_student(self, adapter_rank: int | None) -> None:
-        """As the sampler inside."""
-        self.sampler.check_student(adapter_rank)
-
-    def prepare(self, student: StudentWeights, weights_version: int) -> None:
-        """As the sampler inside."""
-        self.sampler.prepare(student, weights_version)
-
-    def attach(self, tokenizer: Any, encoder: Any | None) -> None:
-        """As the sampler inside."""
-        self.sampler.attach(tokenizer, encoder)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 

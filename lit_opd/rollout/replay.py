@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lit_opd.distributed import gather_rows, is_rank_zero
 from lit_opd.errors import InputError, require
-from lit_opd.rollout.base import Sampler, SamplingSettings, Seconds, TextFacts
+from lit_opd.rollout.around import SamplerAround
+from lit_opd.rollout.base import Sampler, SamplingSettings, TextFacts
 from lit_opd.rollout.decoding.sampler import DecodeSampler
 from lit_opd.rollout.saved_responses import SavedResponse, read_responses
-from lit_opd.rollout.weights import StudentWeights
 from lit_opd.streams import row_key, row_uniforms, stable_hash, stream_seed
 from lit_opd.types import FinishReason, PromptBatch, Replayed, Rollout
 
@@ -29,7 +29,7 @@ CHOICE, ROUNDING, ANSWER = (stream_seed(*b"Replay", number) for number in range(
 MOST_SAMPLES = 256  # of a prompt, that are looked for by their keys
 
 
-class ReplaySampler(Sampler):
+class ReplaySampler(SamplerAround):
     """Answers a share of a training batch with saved responses of the same prompts; the rest is sampled now.
 
     A response is found by the row id of its prompt. Of several to one prompt a visit begins with one drawn at random and goes
@@ -72,7 +72,7 @@ class ReplaySampler(Sampler):
     ) -> None:
         self.fresh = fresh if fresh is not None else DecodeSampler()
         own = self.fresh
-        super().__init__(own.max_new_tokens, own.temperature, own.top_p, own.top_k, own.stop_token_ids)
+        super().__init__(own)
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         name = type(self).__name__
         require(bool(self.paths) and all(self.paths), f"{name}.paths", "at least one file or folder", paths)
@@ -90,50 +90,6 @@ class ReplaySampler(Sampler):
         self.on_policy_fraction, self.unknown_sampler, self.missing = on_policy_fraction, unknown_sampler, missing
         self.response_column, self.id_column = response_column, id_column
         self._saved: dict[str, list[SavedResponse]] | None = None
-
-    # -- the sampler inside ------------------------------------------------------------------------------------------
-
-    @property
-    def engine(self) -> Sampler:
-        """What samples the other rows."""
-        return self.fresh
-
-    @property
-    def in_process(self) -> bool:  # type: ignore[override]
-        """As the sampler inside."""
-        return self.fresh.in_process
-
-    @property
-    def memory_fraction(self) -> float:  # type: ignore[override]
-        """As the sampler inside."""
-        return self.fresh.memory_fraction
-
-    @property
-    def sleep(self) -> bool:  # type: ignore[override]
-        """As the sampler inside."""
-        return self.fresh.sleep
-
-    @property
-    def max_logprob_gap(self) -> float | None:  # type: ignore[override]
-        """As the sampler inside; rows that are not sampled now are not compared."""
-        return self.fresh.max_logprob_gap
-
-    @property
-    def seconds(self) -> Seconds | None:  # type: ignore[override]
-        """As the sampler inside."""
-        return self.fresh.seconds
-
-    def check(self, *, tokens: int | None, vocabulary: int) -> None:
-        """As the sampler inside."""
-        self.fresh.check(tokens=tokens, vocabulary=vocabulary)
-
-    def check_student(self, adapter_rank: int | None) -> None:
-        """As the sampler inside."""
-        self.fresh.check_student(adapter_rank)
-
-    def prepare(self, student: StudentWeights, weights_version: int) -> None:
-        """As the sampler inside."""
-        self.fresh.prepare(student, weights_version)
 
     # -- what is saved -----------------------------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ from lit_opd.distributed import largest, shared_failure
 from lit_opd.errors import InputError, require
 from lit_opd.prompts.encoding import PromptEncoder
 from lit_opd.prompts.following import Following
+from lit_opd.rollout.around import SamplerAround
 from lit_opd.rollout.base import Conversation, Sampler, SamplingSettings, Spoken, cached_casts
 from lit_opd.rollout.retold import Retold
-from lit_opd.rollout.weights import StudentWeights
 from lit_opd.turns.environment import (
     PROMPT_ROLES,
     Answer,
@@ -37,7 +37,6 @@ from lit_opd.turns.stage import Failure, failure, run_all
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 
 OnFailure = Literal["end_row", "raise"]
-_TAKEN_OVER = ("in_process", "memory_fraction", "sleep", "max_logprob_gap", "seconds")
 
 
 @dataclass
@@ -61,7 +60,7 @@ class _Row:
         self.turns += [turn] * len(ids)
 
 
-class TurnsSampler(Sampler):
+class TurnsSampler(SamplerAround):
     """Lets the student talk with an environment; ``sampler`` draws the tokens.
 
     A turn that the student ends itself is answered, until the environment is done, ``max_turns`` are over, or the row's tokens
@@ -107,9 +106,7 @@ class TurnsSampler(Sampler):
         require(timeout > 0, f"{name}.timeout", "> 0 seconds", timeout)
         require(workers >= 1, f"{name}.workers", ">= 1", workers)
         require(on_failure in get_args(OnFailure), f"{name}.on_failure", "end_row or raise", on_failure)
-        super().__init__(
-            sampler.max_new_tokens, sampler.temperature, sampler.top_p, sampler.top_k, sampler.stop_token_ids
-        )
+        super().__init__(sampler)
         self.sampler, self.environment, self.max_turns = sampler, environment, max_turns
         self.max_turn_tokens, self.timeout, self.workers, self.on_failure = (
             max_turn_tokens,
@@ -118,31 +115,16 @@ class TurnsSampler(Sampler):
             on_failure,
         )
         self.tools = environment.tools
-        for taken in _TAKEN_OVER:
-            setattr(self, taken, getattr(sampler, taken))
         self._following: Following | None = None
         self._longest: int | None = None  # tokens of a prompt and response, where the run knows
         self._told: set[str] = set()
-
-    @property
-    def engine(self) -> Sampler:
-        """The sampler inside."""
-        return self.sampler
 
     # -- what the engine is asked ------------------------------------------------------------------------------------
 
     def check(self, *, tokens: int | None, vocabulary: int) -> None:
         """As the engine."""
         self._longest = tokens
-        self.sampler.check(tokens=tokens, vocabulary=vocabulary)
-
-    def check_student(self, adapter_rank: int | None) -> None:
-        """As the engine."""
-        self.sampler.check_student(adapter_rank)
-
-    def prepare(self, student: StudentWeights, weights_version: int) -> None:
-        """As the engine."""
-        self.sampler.prepare(student, weights_version)
+        super().check(tokens=tokens, vocabulary=vocabulary)
 
     def attach(self, tokenizer: Any, encoder: Any | None) -> None:
         """The chat template can render what the environment answers, and the environment works.

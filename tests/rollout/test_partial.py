@@ -251,7 +251,7 @@ def test_evaluations_sample_whole_responses(stood):
 def test_each_token_has_the_log_prob_and_the_version_of_the_weights_that_sampled_it(folders, train_file):
     """Both against forwards of copies of the student; the loss against loops over the tokens, importance weights in it."""
     copies, sampler = Copy(), partial()
-    sampler.max_logprob_gap = 1e-4  # far below what the weights move, so tokens of older ones are not compared
+    sampler.engine.max_logprob_gap = 1e-4  # far below what the weights move, so tokens of older ones are not compared
     _, records = fit(folders, train_file, sampler, watch=[copies], steps=4, lr=30.0)
     models = []
     for weights in copies.students:
