@@ -32,7 +32,7 @@ from lit_opd.answers.units import Quantity, quantity
 Ask = Callable[[str, str], bool]
 MAX_ITEMS = 60  # of a list that is compared in any order
 _SPACED_COMMA = re.compile(r"(?<=[0-9])\s+,\s*(?=(?:\\!)?\s*[0-9]{3}(?![0-9]))")
-_NUMBERS_APART = re.compile(r"[0-9]\s+[0-9]")
+_NUMBERS_APART = re.compile(r"(?<![_^])[0-9]\s+[0-9]")  # of \log_2 8 the 2 is the base, and all of it
 _LETTER = re.compile(r"[A-J]")
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import selectors
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +37,7 @@ from lit_opd.answers import (
     same,
     undecided,
 )
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, require
 
 MAX_ANSWER_CHARS = 1000  # a longer answer is wrong; the longest reference of MATH-500 has 53
 WALL_FACTOR = 6  # wall seconds allowed per second of processor time, for busy machines
@@ -151,26 +153,35 @@ class Grader:
     Args:
         num_workers: processes that run math-verify.
         seconds: processor time a comparison may take; six times as much wall time.
-        memory_mib: address space of a worker.
-        mathematics: False decides by numbers, shapes and text alone.
+        memory_mib: address space of a worker, MiB.
+        mathematics: False decides by numbers, shapes and text alone; what they do not decide is wrong.
+    Raises:
+        InputError: a value outside its range.
     """
 
     def __init__(
         self, num_workers: int = 2, seconds: float = 5.0, memory_mib: int = 1024, mathematics: bool = True
     ) -> None:
+        require(_is_count(num_workers), "Grader.num_workers", "an integer >= 1", num_workers)
+        require(0 < seconds < math.inf, "Grader.seconds", "a finite number > 0", seconds)
+        require(_is_count(memory_mib), "Grader.memory_mib", "an integer >= 1", memory_mib)
         self.num_workers, self.seconds, self.memory_mib = num_workers, seconds, memory_mib
         self.mathematics = mathematics
+        self._told_missing = False  # that math-verify is missing
         self._idle: SimpleQueue[_Worker] | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._workers: list[_Worker] = []
 
     def grade(self, responses: Sequence[str], references: Sequence[str], *, integers: bool = False) -> list[Grade]:
-        """One grade a response.
+        """One grade a response, N of them, in order.
 
         Args:
             responses: N texts.
             references: N reference answers.
-            integers: the references are whole numbers, which math-verify may be missing for; the verdicts are the same.
+            integers: the references are whole numbers. Then math-verify may be missing: the few answers that need it, such as
+                an unsimplified logarithm, are wrong without it, with one warning.
+        Raises:
+            InputError: a worker cannot start, for want of math-verify or of memory.
         """
         mathematics = self.mathematics and (not integers or math_verify_available())
         grades: list[Grade | None] = []
@@ -183,14 +194,31 @@ class Grader:
                 if verdict is None and mathematics:
                     open_pairs.append((row, answer, reference))
                 else:
+                    if verdict is None:
+                        self._tell_missing(answer, reference)
                     grades[row] = Grade(Outcome.CORRECT if verdict else Outcome.WRONG, answer[:MAX_ANSWER_CHARS])
         outcomes = self.compare([(answer, reference) for _, answer, reference in open_pairs])
         for (row, answer, _), outcome in zip(open_pairs, outcomes, strict=True):
             grades[row] = Grade(outcome, answer)
         return [grade for grade in grades if grade is not None]
 
+    def _tell_missing(self, answer: str, reference: str) -> None:
+        """Say once that answers count as wrong because nobody can compare them."""
+        if self._told_missing or math_verify_available():
+            return
+        self._told_missing = True
+        warnings.warn(
+            f"math-verify is not installed: answers that only mathematics can compare, such as {answer[:60]!r} with "
+            f"{reference[:60]!r}, count as wrong; pip install 'lit-opd[eval]'",
+            stacklevel=3,
+        )
+
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """Verdicts of math-verify on (answer, reference) pairs: correct, wrong or timeout."""
+        """Verdicts of math-verify on (answer, reference) pairs, in order: correct, wrong or timeout.
+
+        Raises:
+            InputError: a worker cannot start.
+        """
         if not pairs:
             return []
         if self._threads is None:
@@ -228,6 +256,10 @@ class Grader:
     def __getstate__(self) -> dict[str, Any]:
         """Settings only: processes stay with the process that started them."""
         return self.__dict__ | {"_threads": None, "_idle": None, "_workers": []}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class _Worker:

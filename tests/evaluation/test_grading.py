@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,30 @@ def test_a_set_of_integers_needs_no_math_verify(monkeypatch):
     assert not grader._workers
 
 
+def test_who_lacks_math_verify_hears_that_answers_were_not_compared(monkeypatch):
+    monkeypatch.setattr("lit_opd.evaluation.grading.math_verify_available", lambda: False)
+    with pytest.warns(UserWarning, match=r"6\\\\sqrt\{50\}.*'42'.*count as wrong.*lit-opd\[eval\]"):
+        Grader().grade([r"\boxed{6\sqrt{50}}", r"\boxed{41}"], ["42"] * 2, integers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Grader().grade([r"\boxed{42}", r"\boxed{41}"], ["42"] * 2, integers=True)  # numbers decide these
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_workers": 0}, r"`Grader\.num_workers` must be an integer >= 1, got 0"),
+        ({"seconds": 0.0}, r"`Grader\.seconds` must be a finite number > 0, got 0\.0"),
+        ({"seconds": float("inf")}, r"`Grader\.seconds` must be a finite number > 0, got inf"),
+        ({"memory_mib": -1}, r"`Grader\.memory_mib` must be an integer >= 1, got -1"),
+    ],
+)
+def test_limits_that_cannot_hold_are_refused(settings, message):
+    """Without time every comparison would be a timeout, and no answer right."""
+    with pytest.raises(ValueError, match=message):
+        Grader(**settings)
+
+
 def test_braces_are_matched_and_escaped_ones_do_not_count():
     assert boxed_answer(r"a \boxed{\frac{1}{\sqrt{2}}} b") == r"\frac{1}{\sqrt{2}}"
     assert boxed_answer(r"\boxed{\left\{ 1, 2 \right.}") == r"\left\{ 1, 2 \right."
@@ -168,6 +193,9 @@ MATHEMATICS = [
     (r"\boxed{[0,1)}", "[0,1]", "wrong"),
     (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "correct"),
     (r"\boxed{\frac{1}{}", r"\frac12", "truncated"),
+    (r"\boxed{\log_2 8}", "3", "correct"),
+    (r"\boxed{\log_2 9}", r"2\log_2 3", "correct"),
+    (r"\boxed{\log_2 8}", "4", "wrong"),
 ]
 
 
