@@ -13,6 +13,7 @@ to at least float32 (float64 stays float64) and are detached; log-probabilities,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
@@ -29,6 +30,15 @@ from lit_opd.errors import InputError
 from lit_opd.masked import at_least_float32, segment_sums
 
 LIST_LENGTH = 32  # K: entries of a top-k list, fewer where the vocabulary has fewer
+LARGEST_REWARD = float(numpy.finfo(numpy.float32).max)  # of a turn and of a row: ``Rollout.reward`` is float32
+
+
+def is_reward(value: Any) -> bool:
+    """Whether a number, of any type, is finite as float32."""
+    try:
+        return math.isfinite(value) and abs(float(value)) <= LARGEST_REWARD
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # whatever arrays, tensors and long integers raise
+        return False
 
 
 class FinishReason(IntEnum):
@@ -543,7 +553,7 @@ class TopK(_Record):
     logprobs: Tensor
 
     def first(self, k: int) -> TopK:
-        """The ``k`` likeliest of them."""
+        """The ``k`` likeliest of them, [B, T, k]."""
         return TopK(self.ids[..., :k], self.logprobs[..., :k])
 
 
@@ -569,7 +579,7 @@ class Chunks(_Record):
         return segment_sums(values, self.lengths, longest=self.longest)
 
     def columns(self, count: int) -> Chunks:
-        """Those of the leading columns."""
+        """The chunks of the leading ``count`` columns, [B, count]."""
         return replace(self, lengths=self.lengths[:, :count])
 
 
@@ -704,25 +714,26 @@ class TokenSignal(_Record):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StepRecord(_Record):
-    """What one rollout batch left behind; ``outputs["step"]`` of ``training_step``. All that observing callbacks may read.
+    """What is known of one rollout batch after its steps: ``outputs["step"]`` of ``training_step``. All that observing callbacks
+    may read.
 
     Args:
         rollout: the B rows that were trained on.
         signal: their signal, before the batch's first update.
-        weights: [B, T], 0 where a token does not count.
+        weights: [B, T] without unit, 0 where a token does not count.
         kept: bool [B, T], tokens in the denominator.
-        loss: [B, T] weighted token losses of the last pass, 0 where masked.
+        loss: [B, T] nats, weighted token losses of the last pass, before the denominator; 0 where masked.
         clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
         finish_reason: int8 [rows sampled], before truncated rows were dropped.
         sampled_tokens: int64 scalar, tokens sampled on this rank in this step, before truncated rows were dropped; those that a
             ``RatioStop`` cut off included.
-        grad_norm: scalar, global gradient norm before clipping at the batch's last update.
+        grad_norm: scalar, global 2-norm of the gradient before clipping at the batch's last update.
         progress: training progress in [0, 1] that the strategy saw.
         step: optimizer steps done, this batch's included.
         seconds: wall seconds of each phase: sampling, scoring, updating.
         skipped: True where a value was not finite and the batch's steps, or the rest of them, were not made: no token is in
             ``kept``, and what was not finite is 0 in the signal.
-        response_tokens: int64 scalar, tokens of the responses in ``finish_reason``; None where that is ``sampled_tokens``.
+        response_tokens: int64 scalar, tokens of the responses in ``finish_reason``; None where they are ``sampled_tokens``.
         chunks: of a teacher with another tokenizer: the signal is that of chunks, each at its last token; None: of tokens.
         waiting: rows that were begun and not trained on; their tokens of this step are in ``sampled_tokens``. None where every
             row ends in its step.

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_opd.errors import InputError, require
 from lit_opd.evaluation.grading import Grader, Outcome
 from lit_opd.evaluation.validation import decoder
-from lit_opd.types import Rollout
+from lit_opd.types import Rollout, is_reward
 
 
 class Reward(ABC):
@@ -21,11 +21,13 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, responses: Sequence[str], rollout: Rollout) -> Sequence[float | None]:
-        """One number a row, None for no reward.
+        """What each response is worth.
 
         Args:
             responses: B texts, special tokens left out.
             rollout: the same rows; ``rollout.prompts`` has row ids and reference answers.
+        Returns:
+            B finite numbers of any type and unit, None for a row without a reward.
         """
 
     def close(self) -> None:  # noqa: B027
@@ -38,15 +40,14 @@ class Reward(ABC):
             rollout: B rows.
             tokenizer: the student's.
         Raises:
-            InputError: ``score`` returned another count, or an infinite number.
+            InputError: ``score`` returned another count, or what is no finite number of float32; the row is named.
         """
         found = list(self.score(decoder(tokenizer)(rollout), rollout))
         own = f"`{type(self).__name__}.score`"
         if len(found) != len(rollout):
             raise InputError(f"{own} must return one number or None a row, {len(rollout)}, got {len(found)}")
         for row, value in zip(rollout.prompts.row_ids, found, strict=True):
-            number = value is None or (isinstance(value, int | float) and math.isfinite(value))
-            if not number:
+            if value is not None and not is_reward(value):
                 raise InputError(f"{own} must return finite numbers or None, got {value!r} for row {row!r}")
         numbers = [math.nan if value is None else float(value) for value in found]
         return torch.tensor(numbers, dtype=torch.float32, device=rollout.mask.device)
@@ -62,7 +63,7 @@ class AnswerReward(Reward):
         wrong: of any other.
         num_workers: processes that run math-verify.
     Raises:
-        InputError: a number that is not finite.
+        InputError: a number that is not finite, or no worker.
     """
 
     def __init__(self, right: float = 1.0, wrong: float = 0.0, num_workers: int = 2) -> None:
@@ -73,7 +74,7 @@ class AnswerReward(Reward):
         self.grader = Grader(num_workers=num_workers)
 
     def score(self, responses: Sequence[str], rollout: Rollout) -> list[float | None]:
-        """``right`` or ``wrong``, None without a reference."""
+        """``right`` or ``wrong`` for each of B rows, None without a reference."""
         answers = rollout.prompts.answers or (None,) * len(rollout)
         rows = [row for row, answer in enumerate(answers) if answer is not None]
         grades = self.grader.grade([responses[row] for row in rows], [str(answers[row]) for row in rows])

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy
-
 from lit_opd.prompts.filters import shown
 from lit_opd.prompts.tools import checked_calls
-from lit_opd.types import DataRow
+from lit_opd.types import DataRow, is_reward
 
 ANSWERING_ROLES = ("user", "tool")  # of messages between two turns of the student
 PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
-LARGEST_REWARD = float(numpy.finfo(numpy.float32).max)  # of a turn and of a row: ``Rollout.reward`` is float32
 
 Messages = list[dict[str, Any]]
 
@@ -137,14 +133,6 @@ def checked_answer(value: Any, role: str) -> Answer:
     said = value.observation
     messages = [{"role": role, "content": said}] if isinstance(said, str) else said
     return Answer(checked_messages(messages, ANSWERING_ROLES), False, reward)
-
-
-def is_reward(value: Any) -> bool:
-    """Whether a number, of any type, is finite as float32."""
-    try:
-        return math.isfinite(value) and abs(float(value)) <= LARGEST_REWARD
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # whatever arrays, tensors and long integers raise
-        return False
 
 
 def checked_messages(value: Any, roles: Sequence[str]) -> Messages:

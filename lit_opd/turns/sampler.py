@@ -31,10 +31,9 @@ from lit_opd.turns.environment import (
     Response,
     checked_answer,
     checked_messages,
-    is_reward,
 )
 from lit_opd.turns.stage import Failure, failure, run_all
-from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, is_reward
 
 OnFailure = Literal["end_row", "raise"]
 
@@ -64,7 +63,7 @@ class TurnsSampler(SamplerAround):
     """Lets the student talk with an environment; ``sampler`` draws the tokens.
 
     A turn that the student ends itself is answered, until the environment is done, ``max_turns`` are over, or the row's tokens
-    are: ``sampler.max_new_tokens`` bounds all that stands behind the prompt, answers included. A turn without an end, and an
+    are: ``sampler.max_new_tokens`` bounds all that stands after the prompt, answers included. A turn without an end, and an
     answer that no longer fits, end their row as ``FinishReason.LENGTH``.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 from lit_opd.errors import InputError, first_line
 
 Call = tuple[Any, ...]  # the arguments of one call
-MOST_LEFT = 500  # threads that were left behind and still run
+MOST_LEFT = 500  # threads whose result nobody waits for and that still run
 _GRACE = 1.0  # seconds beyond the deadline for a coroutine that is being cancelled
 _left: list[threading.Thread] = []
 

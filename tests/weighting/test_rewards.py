@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -291,6 +292,7 @@ def test_an_answer_is_right_wrong_or_cannot_be_told():
         ([1.0, math.inf], "`Own.score` must return finite numbers or None, got inf for row 'row-1'"),
         ([NAN, 1.0], "`Own.score` must return finite numbers or None, got nan for row 'row-0'"),
         (["1", 1.0], "`Own.score` must return finite numbers or None, got '1' for row 'row-0'"),
+        ([1.0, 1e39], "`Own.score` must return finite numbers or None, got 1e\\+39 for row 'row-1'"),
     ],
 )
 def test_what_a_reward_of_ones_own_may_return(found, message):
@@ -300,6 +302,14 @@ def test_what_a_reward_of_ones_own_may_return(found, message):
 
     with pytest.raises(InputError, match=message):
         Own()(answered([None, None]), Words(["a", "b"]))
+
+
+def test_a_reward_of_ones_own_may_be_a_number_of_any_type():
+    class Own(Reward):
+        def score(self, responses, rollout):
+            return [numpy.float32(0.5), torch.tensor(2.0)]
+
+    assert Own()(answered([None, None]), Words(["a", "b"])).tolist() == [0.5, 2.0]
 
 
 def test_who_reads_a_reward_must_get_one(folders):
