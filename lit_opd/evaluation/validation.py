@@ -37,6 +37,8 @@ class ValidationSettings:
         max_new_tokens: response slots, default the sampler's.
         before_training: measure once before the first step.
         batch_limit: validation batches whose samples are drawn; greedy answers use all. None for all.
+    Raises:
+        InputError: a value outside its range.
     """
 
     greedy: bool = True
@@ -79,6 +81,8 @@ class Evaluator(nn.Module):
             prompts: B rows.
             batch_idx: number of the batch.
             max_new_tokens: response slots.
+        Raises:
+            InputError: a score is not finite, or an answer cannot be graded for want of a worker.
         """
         settings, decode = self.settings, decoder(student.tokenizer)
         answered = bool(largest(int(has_answers(prompts)), prompts.ids.device))
@@ -88,7 +92,8 @@ class Evaluator(nn.Module):
         if settings.batch_limit is not None and batch_idx >= settings.batch_limit:
             return
         samples = settings.samples if answered else 0
-        for sample in range(max(samples, int(settings.divergence))):
+        drawn = max(samples, int(settings.divergence))
+        for sample in range(drawn):
             stream = {"domain": VALIDATION_DOMAIN + sample, "step": 0}
             rollout = student.generate(prompts, student.sampling_settings(max_new_tokens=max_new_tokens, **stream))
             self.add_lengths(rollout)
@@ -96,7 +101,7 @@ class Evaluator(nn.Module):
                 self.add_answers("avg_at_k", rollout, decode)
             if sample == 0 and settings.divergence:
                 self.add_divergence(student.student_signal(rollout), prompts.counted)  # type: ignore[arg-type]
-            student.phase("evaluating", sample + 1, settings.samples)
+            student.phase("evaluating", sample + 1, drawn)
 
     def add_answers(self, name: str, rollout: Rollout, decode: Callable[[Rollout], list[str]]) -> None:
         """Grade the responses of rows that have an answer and count.
@@ -134,8 +139,8 @@ class Evaluator(nn.Module):
         """Full-vocabulary KL where known, and disagreement by position.
 
         Args:
-            signal: [B, T]; ``token_kl`` may be None.
-            counted: bool [B].
+            signal: [B, T] nats; ``token_kl`` may be None.
+            counted: bool [B], False on rows that only fill a batch.
         """
         mask = signal.mask & counted.unsqueeze(-1)
         if signal.token_kl is not None:
@@ -144,7 +149,8 @@ class Evaluator(nn.Module):
         self.bands.update(signal.disagreement, mask)
 
     def compute(self) -> dict[str, float]:
-        """Means over everything since the last reset, by metric name; what was not measured is left out."""
+        """Means over all rows and ranks since the last reset, by metric name (units: docs/metrics.md); what was not measured is
+        left out. A collective."""
         with warnings.catch_warnings():  # every rank computes every metric, updated or not: computing is a collective
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             values = {f"val/{name}": float(metric.compute()) for name, metric in self.means.items()}  # type: ignore[operator]

@@ -8,10 +8,14 @@ import pty
 import re
 import termios
 import threading
+from dataclasses import replace
 
+import lightning as L
 import pytest
+from torch.utils.data import DataLoader
 
 from callbacks import Progress
+from lit_opd.evaluation import ValidationSettings
 from lit_opd.rollout import TransformersSampler
 from tests.helpers import fixed, tiny
 
@@ -68,6 +72,44 @@ def test_a_terminal_gets_a_bar_with_phases_and_is_left_clean(folders):
     assert "training" in text and "4/4" in text and "s left" in text and "/…" not in text  # the count is never cut
     assert any(phase in text for phase in ("sampling", "scoring", "updating"))
     assert "a line of its own" in text and progress._bars is None
+
+
+class Phases(L.Callback):
+    """Keeps how far each evaluation was said to be."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_phase(self, name: str, done: int, total: int) -> None:
+        if name == "evaluating":
+            self.seen.append((done, total))
+
+
+@pytest.mark.parametrize(
+    ("samples", "divergence", "answers", "told"),
+    [
+        (3, True, False, [(1, 1)]),  # without answers only the sample of the divergence is drawn
+        (0, True, True, [(1, 1)]),
+        (2, False, True, [(1, 2), (2, 2)]),
+    ],
+)
+def test_a_validation_says_how_far_it_is_of_the_samples_it_draws(folders, samples, divergence, answers, told):
+    """A count that never reaches its total would leave the bar of the evaluation standing."""
+    prompts = fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set()).prompts
+    prompts = replace(prompts, answers=("1", "2") if answers else (None, None))
+    trained = fixed.module(
+        folders,
+        fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set()),
+        dtype="float32",
+        sampler=TransformersSampler(max_new_tokens=4),
+        validation=ValidationSettings(greedy=False, samples=samples, divergence=divergence),
+    )
+    phases = Phases()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[phases]
+    )
+    trainer.validate(trained, DataLoader([prompts], batch_size=None), verbose=False)
+    assert phases.seen == told
 
 
 def test_other_ranks_say_nothing(folders):
