@@ -37,6 +37,12 @@ def fix_positions(model: nn.Module, *, field: str, longest: int | None) -> None:
         )
 
 
+def takes_long_angles(model: nn.Module) -> bool:
+    """Whether ``fix_positions`` gave the angles for long texts to all rows of ``model``, whose log-probs are then others."""
+    forwards = (getattr(module, "forward", None) for module in model.modules())
+    return any(isinstance(forward, partial) and forward.func is _as_in_a_long_text for forward in forwards)
+
+
 def _kinds(module: nn.Module) -> dict[str | None, str]:
     """Types of rotation that depend on the batch, by kind of layer (None where all are alike)."""
     kind = getattr(module, "rope_type", None)
@@ -76,7 +82,7 @@ def _window(config: Any, layers: str | None) -> int:
 def _as_in_a_long_text(
     module: Any, windows: dict[str | None, int], states: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> tuple[Tensor, ...]:
-    """The module's own forward, shown one position more that lies behind the first window.
+    """The module's own forward, shown one position more that lies after the first window.
 
     Args:
         module: gives cosines and sines [..., L, D].

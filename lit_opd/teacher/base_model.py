@@ -39,6 +39,11 @@ class BaseModelTeacher(Teacher):
         """Everything that needs the full distribution."""
         return frozenset({"teacher_entropy", "teacher_topk", "token_kl", "teacher_distribution"})
 
+    @property
+    def policy(self) -> ScoringModel | None:
+        """The student, None before it is attached."""
+        return self._student[0] if self._student else None
+
     def tokenizers(self) -> list[Any]:
         """None but the student's."""
         return []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_opd.distributed import is_rank_zero, largest, world_size
 from lit_opd.errors import InputError, require
+from lit_opd.models.positions import takes_long_angles
 from lit_opd.models.sharding import holds_shards
 from lit_opd.teacher.aligned import AlignedTeacher
 from lit_opd.teacher.base import Teacher
@@ -35,7 +36,8 @@ class CachedTeacher(SeveralTeachers):
     """Scores of another teacher, each computed once: the next time the same tokens are scored they are read from disk.
 
     Made for responses that come again (``ReplaySampler``) and for runs that share them. A row's entry is found by the teacher's
-    revision, what its scores depend on (dtype, temperature, vocabulary, stop ids ...), and the tokens of prompt and response.
+    revision, what its scores depend on (dtype, temperature, vocabulary, stop ids, the angles of LongRoPE ...), and the tokens of
+    prompt and response.
     It holds log-probs, and entropies and lists where they were read. Divergences over the whole vocabulary need the teacher's
     head, which is not kept: ``Divergence(top_k=...)`` reads the lists. Of a ``ReplaySampler``'s rows only the saved ones are
     kept, since those that were sampled now do not come again.
@@ -224,14 +226,16 @@ def _hash(*parts: bytes) -> str:
 
 
 def _settings(teacher: Teacher) -> dict[str, Any]:
-    """Class and plain settings of a teacher that its scores may depend on."""
+    """Class and plain settings of a teacher that its scores may depend on, and what its model made of the run's longest row."""
     plain = {
         name: value
         for name, value in vars(teacher).items()
         if not name.startswith("_") and name not in _WITHOUT_EFFECT and _is_plain(value)
     }
     unused = list(getattr(teacher, "_unused", ()))  # entries without a name, which have no mass
-    return {"class": f"{type(teacher).__module__}.{type(teacher).__qualname__}", "unused": unused, **plain}
+    model = getattr(teacher, "policy", None)  # the model in this process, where it has one
+    angles = {"angles": "long"} if isinstance(model, nn.Module) and takes_long_angles(model) else {}
+    return {"class": f"{type(teacher).__module__}.{type(teacher).__qualname__}", "unused": unused, **plain, **angles}
 
 
 def _precision(teacher: Teacher, device: str) -> list[str]:

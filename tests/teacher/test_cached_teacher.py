@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_opd.errors import InputError
 from lit_opd.models.student import StudentSettings
@@ -149,6 +151,35 @@ def test_what_scores_depend_on_is_in_the_key(folders, rows, tmp_path, change):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=change == "autocast"):
         found.score(other, requires=reads, **settings)
     assert found.inner.asked == [len(other)] and len(entries(tmp_path)) == 6 + len(other)
+
+
+def test_the_angles_of_long_texts_are_in_the_key(rows, tmp_path):
+    """A LongRoPE teacher scores the same row otherwise in a run whose rows may be longer than its first window."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "phi3",
+        **sizes,
+        **heads,
+        original_max_position_embeddings=16,
+        rope_parameters=rope,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    path = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    found = []
+    for longest in (16, 17, 16, None):
+        teacher = CachedTeacher(Counting(path), str(tmp_path / "scores"))
+        teacher.know_longest_row(longest)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            teacher.load(vocabulary=64)
+        found.append((teacher.score(rows).logprobs, teacher.inner.asked))
+    (short, first), (long, second), (again, third), (unknown, fourth) = found
+    assert (first, second, third, fourth) == ([6], [6], [], [])
+    assert torch.equal(short, again) and torch.equal(long, unknown) and not torch.allclose(short, long, atol=1e-3)
 
 
 def test_what_an_environment_said_is_in_the_key(folders, rows, tmp_path):
