@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from lit_opd.errors import require
 from lit_opd.masked import masked_values, turn_positions, turn_sums
 from lit_opd.streams import turn_keys
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_integer
+from lit_opd.weighting._ranges import is_integer, is_nonnegative
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 from lit_opd.weighting.combinators import _Wrapper
 
@@ -30,8 +29,8 @@ class PerTurn(_Wrapper):
 
     Positions, lengths, running sums and ``keep`` of the inner strategy are those of the turn; one with scope "batch" compares
     all turns of all rows, and random ones draw anew in each. Source: ours, to set IW-OPD over the whole interaction against
-    IW-OPD per turn. Range of the inner strategy; keeps the mean weight where that does. Reads how many turns there are off the
-    device, once a call.
+    IW-OPD per turn. Range of the inner strategy; keeps the mean weight where that does. Each call waits once for the device, to
+    count the turns.
 
     Args:
         strategy: gives the weights of a turn.
@@ -98,7 +97,7 @@ class TurnBalanced(_Wrapper):
 
 
 class AfterObservation(WeightingStrategy):
-    """A weight for the first tokens behind each observation, 1 for all others.
+    """A weight for the first tokens after each observation, 1 for all others.
 
         w_t = weight   where t is one of the first ``count`` tokens of its turn and the turn is not the first,   else 1
 
@@ -107,8 +106,8 @@ class AfterObservation(WeightingStrategy):
     within another strategy take ``Product``.
 
     Args:
-        count: tokens behind each observation, >= 1.
-        weight: theirs, >= 0.
+        count: tokens after each observation, >= 1.
+        weight: of these tokens, >= 0; 1 is ``Uniform``.
     Raises:
         ValueError: a value outside its range.
     """
@@ -116,8 +115,8 @@ class AfterObservation(WeightingStrategy):
     def __init__(self, count: int = 8, weight: float = 2.0) -> None:
         super().__init__()
         self.count, self.weight = count, weight
-        require(is_integer(count) and count >= 1, "AfterObservation.count", "a whole number >= 1", count)
-        require(math.isfinite(weight) and weight >= 0, "AfterObservation.weight", "a finite number >= 0", weight)
+        require(is_integer(count) and count >= 1, "AfterObservation.count", "an integer >= 1", count)
+        require(is_nonnegative(weight), "AfterObservation.weight", "a finite number >= 0", weight)
 
     @property
     def depends_on(self) -> DependsOn:
@@ -130,7 +129,7 @@ class AfterObservation(WeightingStrategy):
         return [cls(), cls(count=2, weight=0.0)]
 
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
-        """``weight`` behind an observation, 1 elsewhere, [B, T]."""
+        """``weight`` after an observation, 1 elsewhere, [B, T]."""
         turn = _turn(signal)
         near = (turn > 0) & (turn_positions(signal.mask, turn) <= self.count)
         ones = torch.ones_like(signal.student_logprobs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from lit_opd.errors import require
 from lit_opd.masked import exclusive_cumsum, masked_sum, masked_values, positions
 from lit_opd.types import TokenSignal
+from lit_opd.weighting._ranges import is_finite
 from lit_opd.weighting.base import WeightingStrategy
 
 EPSILON = 1e-8  # keeps 0/0 at 0 for a row without disagreement
@@ -25,7 +25,8 @@ class ImportanceWeighting(WeightingStrategy):
 
     Source: IW-OPD (arXiv 2606.22600), published code. Range [1, w_max]; the first valid token gets w_max. Does not
     keep the mean weight: evenly spread disagreement has mean 1 + (w_max - 1)(n + 1)/(2n), so raw IW also takes larger
-    steps. Departure: padding gets 0 here, where the published code leaves 1.
+    steps. Departure: padding gets 0 here, where the published code leaves 1. The denominator reads the whole row, hence
+    "sequence".
 
     Args:
         w_max: weight of the first token, >= 1; 1 is ``Uniform``.
@@ -39,7 +40,7 @@ class ImportanceWeighting(WeightingStrategy):
         super().__init__()
         self.w_max, self.signed, self.denominator = w_max, signed, denominator
         name = type(self).__name__
-        require(math.isfinite(w_max) and w_max >= 1, f"{name}.w_max", "a finite number >= 1", w_max)
+        require(is_finite(w_max) and w_max >= 1, f"{name}.w_max", "a finite number >= 1", w_max)
         require(denominator in get_args(Denominator), f"{name}.denominator", '"all" or "exclude_last"', denominator)
 
     @classmethod

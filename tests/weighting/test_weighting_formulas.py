@@ -1100,6 +1100,7 @@ OUT_OF_RANGE = [
     (w.ImportanceWeighting, {"w_max": 0.99}, "w_max"),
     (w.ImportanceWeighting, {"w_max": NAN}, "w_max"),
     (w.ImportanceWeighting, {"w_max": INF}, "w_max"),
+    (w.ImportanceWeighting, {"w_max": None}, "w_max"),
     (w.ImportanceWeighting, {"denominator": "some"}, "denominator"),
     (w.PrefixRatioTilt, {"alpha": 0.0}, "alpha"),
     (w.PrefixRatioTilt, {"alpha": 1.1}, "alpha"),
@@ -1204,6 +1205,7 @@ OUT_OF_RANGE = [
     (w.AfterObservation, {"count": 1.5}, "count"),
     (w.AfterObservation, {"weight": -1.0}, "weight"),
     (w.AfterObservation, {"weight": INF}, "weight"),
+    (w.AfterObservation, {"weight": "2"}, "weight"),
 ]
 
 
