@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lit_opd.callbacks.throughput import left_out
 
 from lit_opd.errors import InputError
 from lit_opd.evaluation import (
@@ -60,7 +61,7 @@ class EarlyAIMEEvaluation(Callback):
         top_k: candidates, 0 for all.
         max_new_tokens: response slots, default the sampler's.
         seed: of random streams, of the subset under a budget and of bootstrap intervals.
-        prompt_suffix: put behind problems that mention no box; null for none.
+        prompt_suffix: added at the end of problems that mention no box; null for none.
         chat_template: as in ``PromptDataModule``; null takes the data module's.
         template_options: variables of the template; null takes the data module's.
         system_prompt: null takes the data module's.
@@ -238,7 +239,7 @@ class EarlyAIMEEvaluation(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: Answering, step: int, file: EvaluationFile) -> dict[str, float]:
         """Evaluate all sets, log and tell; metrics by full name, equal on all ranks."""
         values: dict[str, float] = {}
-        with undisturbed(pl_module), trainer.precision_plugin.val_step_context():
+        with left_out(trainer), undisturbed(pl_module), trainer.precision_plugin.val_step_context():
             runs = self._runs(pl_module, file)
             sizes = self._sizes(trainer, pl_module, runs, file)
             for run in runs:

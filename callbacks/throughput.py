@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,14 +22,15 @@ MIB = 2**20
 class Throughput(Callback):
     """Tokens a second, the share of each phase and the peak memory, over windows of optimizer steps.
 
-    A window's wall time runs from the end of its predecessor's last batch to the end of its own, less validations and
-    other evaluations in between; "other" is what is left beside the phases: data, callbacks, logging. Counts are sums over the
-    ranks, times and memory the largest of any rank.
+    A window's wall time runs from the end of its predecessor's last batch to the end of its own, less validations and the
+    evaluations of ``EarlyAIMEEvaluation`` in between; "other" is what is left beside the phases: data, callbacks, logging. Counts
+    are sums over the ranks, times and memory the largest of any rank. Tokens are a second, memory is in MiB, shares are fractions
+    of the wall time.
 
     Args:
         every: optimizer steps a window.
     Raises:
-        ValueError: ``every`` below 1.
+        InputError: ``every`` below 1.
     """
 
     def __init__(self, every: int = 10) -> None:
@@ -51,10 +54,18 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
-        self._paused = time.perf_counter()
+        self.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let it go on."""
+        self.go_on()
+
+    def pause(self) -> None:
+        """Stop the clock: what comes is no part of the window."""
+        self._paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Let the clock go on after ``pause``."""
         if self._paused is not None:
             self._aside += time.perf_counter() - self._paused
             self._paused = None
@@ -89,6 +100,19 @@ class Throughput(Callback):
         }
         values |= {f"throughput/share_{name}": value / window for name, value in phases.items()}
         return values | {"throughput/share_other": max(0.0, 1.0 - sum(phases.values()) / window)}
+
+
+@contextmanager
+def left_out(trainer: Trainer) -> Iterator[None]:
+    """While the block runs, no ``Throughput`` of the trainer counts the time."""
+    clocks = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]  # type: ignore[attr-defined]
+    for clock in clocks:
+        clock.pause()
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.go_on()
 
 
 def _peak_bytes(device: torch.device) -> float:

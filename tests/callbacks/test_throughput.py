@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from callbacks import Throughput
+from callbacks import EarlyAIMEEvaluation, Throughput
+from lit_opd.rollout import TransformersSampler
 from lit_opd.weighting.fractions import FirstFraction
 from tests.helpers import fixed, tiny
 
@@ -74,6 +75,47 @@ def test_evaluations_are_no_part_of_a_window(run):
     windows = [2 * sum(WHOLE["lengths"]) / row["throughput/sampled_tokens_per_second"] for row in rows]
     validations = 3 * PAUSE  # at the start and twice inside
     assert sum(windows) < seconds - validations
+
+
+class Hours(L.Callback):
+    """A clock of its own, so that a busy machine changes nothing: an hour a step, a hundred a batch of answers of a set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_train_batch_start(self, *args) -> None:
+        self.now += 3600.0
+
+    def on_phase(self, name: str, done: int, total: int) -> None:
+        if name.startswith("evaluating "):
+            self.now += 360_000.0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_evaluation_sets_are_no_part_of_a_window(tmp_path, monkeypatch, first):
+    """Whichever of the two callbacks comes first."""
+    hours = Hours()
+    monkeypatch.setattr("callbacks.throughput.time", hours)
+    (tmp_path / "aime.jsonl").write_text('{"problem": "ab", "answer": "1"}\n')
+    rollout = fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
+    trained = fixed.module(tiny.pair(tmp_path), rollout, dtype="float32", sampler=TransformersSampler(max_new_tokens=4))
+    evaluation = EarlyAIMEEvaluation(
+        str(tmp_path / "aime.jsonl"), steps=[0, 1, 2], samples=2, prompt_suffix=None, chat_template=False
+    )
+    watch = [evaluation, Throughput(every=1)] if first else [Throughput(every=1), evaluation]
+    logger = Kept()
+    settings = {"logger": logger, "default_root_dir": tmp_path, "limit_val_batches": 0}
+    records = fixed.fit(trained, rollout.prompts, steps=3, watch=[*watch, hours], **settings).records
+    rows = [row for row in logger.rows if "throughput/share_other" in row]
+    assert [row["at"] for row in rows] == [1, 2, 3]
+    windows = [  # seconds
+        float(record.sampled_tokens) / row["throughput/sampled_tokens_per_second"]
+        for record, row in zip(records, rows, strict=True)
+    ]
+    assert windows == pytest.approx([3600.0] * 3)
 
 
 def test_shares_are_of_one_whole_and_memory_is_that_of_a_process(run):
