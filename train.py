@@ -1,6 +1,6 @@
 """Distil a student on its own samples: python train.py fit --config configs/quickstart.yaml
 
-Any setting can be overridden behind the config (``--model.weighting LinearDecay --model.weighting.gamma 0.3``), further
+Any setting can be overridden after the config (``--model.weighting LinearDecay --model.weighting.gamma 0.3``), further
 ``--config`` files are merged over the first, and ``python train.py fit --help`` lists everything. ``python train.py --help``: all
 commands. Installed, the same command line is ``lit-opd``.
 """

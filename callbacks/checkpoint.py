@@ -21,7 +21,7 @@ SAVED_AFTER = (InputError, ServerError, Stopped, OSError)  # what leaves models 
 def save_first(trainer: Trainer, pl_module: LightningModule) -> None:
     """Write the run's last checkpoint now, where it is not written yet: what comes at the end and fails then costs no training.
 
-    Lightning runs checkpoints behind all other callbacks. Call it first in an ``on_train_end`` that may fail.
+    Lightning runs checkpoints after all other callbacks. Call it first in an ``on_train_end`` that may fail.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, RunCheckpoint):

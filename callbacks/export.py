@@ -46,7 +46,7 @@ class ExportStudent(Callback):
             pl_module.export_student(folder.with_name(f"{folder.name}-step-{step}"))  # type: ignore[operator]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export the final student, behind the last checkpoint: an export that fails loses nothing, and the run that goes on
+        """Export the final student, after the last checkpoint: an export that fails loses nothing, and the run that goes on
         from there exports again."""
         save_first(trainer, pl_module)
         pl_module.export_student(self._folder(trainer))  # type: ignore[operator]

@@ -265,7 +265,12 @@ class PositionProfile(Callback):
 
 
 def record_quantities(record: StepRecord, *, lists: int | None = None) -> dict[str, Tensor]:
-    """Quantity -> [B, T] of ``PROFILE_QUANTITIES``; entropies only where the run computes them, lists where asked for."""
+    """Values [B, T] by name of ``PROFILE_QUANTITIES``; entropies only where the run computes them, lists where asked for.
+
+    Args:
+        record: of a step.
+        lists: leading entries of both lists that are compared, None for no comparison.
+    """
     signal = record.signal
     found = token_quantities(
         mask=signal.mask,
@@ -300,7 +305,16 @@ def build_window(
     scale: Scale,
     turn_edges: Tensor | None = None,
 ) -> ProfileWindow:
-    """Means of a window's sums; see ``ProfileWindow``. ``turn_edges`` are those inside a turn."""
+    """Means of a window's sums; see ``ProfileWindow``.
+
+    Args:
+        tables: float64 sums and counts over ranks and the window.
+        edges: int64 [bins + 1], first positions of the absolute bins, and one past the last position.
+        step: optimizer step at the window's end.
+        previous_step: optimizer step at the end of the window before.
+        scale: spacing of the absolute bins.
+        turn_edges: int64 [bins + 1], the same of positions inside a turn; None without turns.
+    """
     first, last = edges[:-1].tolist(), (edges[1:] - 1).tolist()
     bins = tables.relative.shape[-1]
     absolute = _binned(tables.absolute, first, last, whole=tables.relative)

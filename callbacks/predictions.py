@@ -1,4 +1,4 @@
-"""What ``train.py predict`` leaves behind."""
+"""The files that ``train.py predict`` writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class PredictionFiles(BasePredictionWriter):
     Both are in the run folder and replace those of an earlier ``predict``.
 
     Args:
-        page_rows: responses on the page, the first ones.
+        page_rows: responses on the page, the first ones; 0 for none.
+    Raises:
+        InputError: ``page_rows`` below 0.
     """
 
     def __init__(self, page_rows: int = 64) -> None:

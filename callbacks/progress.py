@@ -28,6 +28,8 @@ class Progress(ProgressBar):
     Args:
         every: optimizer steps between plain lines, where the output is not a terminal.
         stream: where to write, default standard error.
+    Raises:
+        InputError: ``every`` below 1.
     """
 
     def __init__(self, every: int = 5, stream: TextIO | None = None) -> None:

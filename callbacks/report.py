@@ -56,7 +56,7 @@ class RunReport(Callback):
             self._write_soon(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The last page, behind ``Summary``."""
+        """The last page, after ``Summary`` has written its file."""
         if self._begun and stage == "fit":
             self._begun = False
             self._write(trainer)

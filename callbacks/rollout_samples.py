@@ -20,7 +20,7 @@ from lit_opd.types import FinishReason, Rollout, StepRecord
 FILE = "samples.jsonl"
 FOLDER = "rollouts"
 TENTHS = 10
-DIGITS = 4  # behind the point, of a token's numbers
+DIGITS = 4  # decimals of a token's numbers
 
 
 class RolloutSamples(Callback):
@@ -85,6 +85,8 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int, *, tokens: int =
         tokenizer: of the student.
         count: rows.
         tokens: of each response, that are written one by one.
+    Returns:
+        a line a row; log-probs, KL and disagreement in nats, length in tokens.
     """
     rows = torch.arange(min(count, len(record.rollout)))
     rollout, signal = record.rollout.rows(rows).to("cpu"), record.signal.rows(rows).to("cpu")

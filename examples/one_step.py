@@ -43,7 +43,7 @@ def one_step(
     """One optimizer step on B prompts; returns a row of the table, by column."""
     # prompts -> rollout. The student itself writes one response a row: "on-policy". No gradient flows through the drawing.
     rollout = sampler.sample(student, prompts, settings)
-    mask = rollout.mask  # bool [B, T], True on sampled tokens, the end symbol included; False on the padding behind it
+    mask = rollout.mask  # bool [B, T], True on sampled tokens, the end symbol included; False on the padding after it
 
     # rollout -> log-probs, [B, T] nats, 0 where masked. Both models read the same prompts and responses, at the temperature
     # of the sampling; the logits at one slot score the token in the next. The gradient will flow through the student's alone.

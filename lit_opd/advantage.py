@@ -58,7 +58,7 @@ class AdvantageTransform(ABC):
 
     @abstractmethod
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
-        """A' [B, T] nats from A [B, T] nats, 0 where masked; values off the mask are ignored."""
+        """A' [B, T] nats from A [B, T] nats, 0 where masked; values of A' off the mask are ignored."""
 
     def keep(self, signal: TokenSignal) -> Tensor | None:
         """bool [B, T]: False takes the token out of the loss and its denominator, whatever the objective; None keeps all."""
@@ -106,8 +106,8 @@ class AdvantageTransform(ABC):
         for required in sorted(self.requires):
             if getattr(signal, required, None) is None:
                 raise InputError(
-                    f"`{type(self).__name__}` requires `TokenSignal.{required}`, which was not computed; give it, or "
-                    "use models that can"
+                    f"`{type(self).__name__}` requires `TokenSignal.{required}`, got None; pass the field, or in a run choose "
+                    "models that give it"
                 )
 
     def _check_shape(self, changed: Any, signal: TokenSignal, what: str = "transform") -> None:
@@ -135,7 +135,7 @@ class Identity(AdvantageTransform):
 
 
 class Clip(AdvantageTransform):
-    """A' = clamp(A, -c, c).
+    """A' = clamp(A, -c, c). Source: method.md section 4.1.
 
     Args:
         c: nats, > 0.
@@ -153,7 +153,7 @@ class Clip(AdvantageTransform):
 
 
 class SoftLog(AdvantageTransform):
-    """A' = sign(A) * log(1 + |A|): linear near 0, logarithmic far away."""
+    """A' = sign(A) * log(1 + |A|), A in nats: linear near 0, logarithmic far away. Source: method.md section 4.1."""
 
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """sign(A) * log(1 + |A|), [B, T]."""
@@ -161,7 +161,7 @@ class SoftLog(AdvantageTransform):
 
 
 class Sign(AdvantageTransform):
-    """A' = sign(A): the teacher's vote, 0 where it agrees exactly."""
+    """A' = sign(A): the teacher's vote, 0 where it agrees exactly. Source: method.md section 4.1."""
 
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """sign(A), [B, T]."""
@@ -454,7 +454,13 @@ class GroupReward(_ComparesRewards):
 
 
 def group_advantage(signal: TokenSignal, normalise: str) -> Tensor:
-    """[B], float64: each row's reward less its group's mean, over its standard deviation if ``normalise`` is "std"."""
+    """[B], float64: each row's reward less its group's mean, over its standard deviation if ``normalise`` is "std".
+
+    0 for a row without a reward and in a group of one. A collective.
+
+    Raises:
+        InputError: the signal does not say which rows answer one prompt.
+    """
     assert signal.reward is not None  # required by who asks
     if signal.group is None:
         raise InputError(
@@ -566,9 +572,12 @@ class ReadsTokens(Protocol):
 
 
 def apply_transforms(transforms: Sequence[AdvantageTransform], signal: TokenSignal) -> TokenSignal:
-    """The signal with ``advantage`` set to the raw log ratio run through ``transforms`` in order.
+    """The signal with ``advantage`` [B, T] set to the raw log ratio run through ``transforms`` in order.
 
     An advantage the signal already carries is not read, so that applying twice is applying once.
+
+    Raises:
+        InputError: a transform lacks a field, or returned a wrong shape or a non-finite value.
     """
     advantage = signal.log_ratio
     for transform in transforms:

@@ -110,7 +110,7 @@ def candidates(
 ) -> Candidates:
     """The union of both lists' k likeliest tokens, and of the sampled one where it is given.
 
-    Log-probs come from the lists as far as they reach; behind their ends a token counts as ``missing`` nats.
+    Log-probs come from the whole lists; where a model's list does not name a token, it counts as ``missing`` nats.
 
     Args:
         student: the student's list, [..., K].

@@ -224,7 +224,7 @@ class OPDModule(L.LightningModule):
 
     @cached_property
     def unused_ids(self) -> tuple[int, ...]:
-        """Rows of the student's embedding that name no token: holes in the numbering, and padding behind the last id."""
+        """Rows of the student's embedding that name no token: holes in the numbering, and padding after the last id."""
         rows = self.student_config.get_text_config().vocab_size
         return (*unused_ids(self.tokenizer), *range(self.vocabulary, rows))
 

@@ -391,7 +391,7 @@ def _ratio(text: str) -> Ratio | None:
 
 
 def based(text: str) -> Based | None:
-    """Digits with their base behind them."""
+    """Digits with their base after them."""
     found = _BASE.fullmatch(text)
     if found is None:
         return None

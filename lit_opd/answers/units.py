@@ -41,7 +41,7 @@ class Quantity:
 
     Args:
         text: the value, LaTeX.
-        percent: a percent sign stood behind it.
+        percent: a percent sign stood after it.
         unit: powers of measures, such as {("meter", 1), ("second", -2)}; empty where there is none.
         counted: plain words or "units" stood there too, so that the unit decides nothing.
         times: what a magnitude multiplies the value by.
@@ -81,7 +81,7 @@ def quantity(text: str) -> Quantity:
 
 
 def _without_currency(text: str, names: dict[str, int]) -> str:
-    """The text without a sign of money in front or behind, which is written into ``names``."""
+    """The text without a sign of money before or after it, which is written into ``names``."""
     text = text.strip()
     money = _CURRENCY.match(text)
     if money:
@@ -101,7 +101,7 @@ def _suffix_start(text: str) -> int:
 
 
 def _fits(head: str, tail: str, plain: bool) -> bool:
-    """The head is a number; behind symbols only a measure counts as a unit, and only where it is marked as text."""
+    """The head is a number; after symbols only a measure counts as a unit, and only where it is marked as text."""
     if not head:
         return False
     if not tail.strip():

@@ -1,7 +1,7 @@
 """``python train.py fit|validate|test|predict|preflight --config FILE [--config OVERLAY] [overrides]``; ``compare``; ``export``.
 
 ``OPDCLI`` is Lightning's command line with a fixed model and data class, ``${...}`` that follows overrides, the run folder, and
-one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file behind.
+one-line errors. Checks that need no weights run before the trainer starts, so a wrong setting leaves no file.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def _runs_alone(name: str) -> bool:
 
 
 def _about(name: str) -> str:
-    """The comment of a config behind its command, up to the first full stop or colon."""
+    """The comment of a config after its command, up to the first full stop or colon."""
     return " ".join(_comments(name)[1:]).split(". ")[0].split(": ")[0].rstrip(".")
 
 

@@ -25,7 +25,7 @@ models and data
   --model.sampler.temperature X     of sampling and scoring
 what is learned
   --model.weighting CLASS           Uniform, LinearDecay, my_file.MyWeighting
-  --model.weighting.w_max X         a setting of the class, as all behind it
+  --model.weighting.w_max X         a setting of the class, as all after it
   --model.objective CLASS           PolicyLoss or Divergence
   --model.aggregation NAME          default sequence-mean; token-mean, ...
 steps

@@ -1,4 +1,4 @@
-"""``python train.py compare runs|replay``: reads what runs left behind, needs no config of a model."""
+"""``python train.py compare runs|replay``: reads the files of finished runs, needs no config of a model."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ class Answering(Protocol):
         """The sampler's settings, with fields changed by name."""
 
     def generate(self, prompts: PromptBatch, settings: SamplingSettings) -> Rollout:
-        """Responses, [B, T]."""
+        """Responses of B prompts, [B, T]."""
 
     def student_signal(self, rollout: Rollout) -> TokenSignal:
-        """The signal of responses under student and teacher."""
+        """The signal [B, T] of responses under student and teacher; None where the teacher cannot give a field."""
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Told how far the evaluation is."""

@@ -60,7 +60,9 @@ def read_comparison(path: str, names: Sequence[str]) -> Comparison:
 
 
 def difference(name: str, ours: PastEvaluation, theirs: PastEvaluation | None, *, seed: int) -> dict[str, float]:
-    """``name``, ``name_low`` and ``name_high``: the paired difference of avg@k; empty where there is nothing to pair."""
+    """``name``, ``name_low`` and ``name_high``: mean of ours - theirs over the problems of both, avg@k in [-1, 1], and its 95 %
+    bootstrap interval; empty where there is nothing to pair.
+    """
     found = paired_difference(ours.accuracy, theirs.accuracy, seed=seed) if theirs is not None else None
     return {} if found is None else dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
@@ -91,7 +93,7 @@ class Flip:
 
 
 def flips(start: PastEvaluation, now: PastEvaluation, *, most: int = 10) -> list[Flip]:
-    """The problems that changed most, either way; of equal changes the harder problem (lower at the start) comes first."""
+    """The up to ``most`` problems whose avg@k changed most, either way; of equal changes the lower start comes first."""
     common = start.accuracy.keys() & now.accuracy.keys()
     changed = [Flip(name, start.accuracy[name], now.accuracy[name]) for name in common]
     changed = [flip for flip in changed if flip.change != 0]

@@ -59,7 +59,7 @@ class AnswerRow:
 
     @property
     def truncated(self) -> bool:
-        """The response was cut, or its last box is not closed."""
+        """The response did not end with a stop id, or its last box is not closed."""
         return self.finish_reason != "stop" or self.category == Outcome.TRUNCATED
 
     @property
@@ -93,7 +93,11 @@ class EvaluationFile:
             file.truncate(whole)
 
     def append(self, rows: Iterable[AnswerRow]) -> None:
-        """Write the lines and flush them."""
+        """Add a line a row, written and flushed before this returns.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -144,7 +148,7 @@ class PastEvaluation:
 
     @property
     def mean(self) -> float:
-        """avg@k of the set."""
+        """avg@k of the set, in [0, 1]."""
         return sum(self.accuracy.values()) / len(self.accuracy)
 
 

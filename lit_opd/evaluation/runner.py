@@ -83,6 +83,10 @@ class SetEvaluation:
             step: optimizer steps it has seen.
             tokens: tokens sampled for training up to now.
             num_problems: the first so many problems are evaluated.
+        Returns:
+            values by name, see ``AnswerStatistics.compute``.
+        Raises:
+            InputError: memory ran out, the sampler failed, or a line of the file is broken.
         """
         mine = self._done(step, num_problems) if is_rank_zero() else {}
         done: dict[Pair, AnswerRow] = module.trainer.strategy.broadcast(mine)
@@ -220,7 +224,15 @@ def undisturbed(module: Answering) -> Iterator[None]:
 
 
 def require_room(sets: Sequence[EvaluationSet], max_new_tokens: int, window: int | None) -> None:
-    """Raise InputError where a prompt and its response do not fit the context window."""
+    """Check that the longest prompt of each set and its response fit the context window.
+
+    Args:
+        sets: what is evaluated.
+        max_new_tokens: response slots.
+        window: tokens, None where it is not known.
+    Raises:
+        InputError: they do not.
+    """
     for loaded in sets:
         if window is not None and loaded.longest_prompt + max_new_tokens > window:
             raise InputError(

@@ -55,7 +55,7 @@ class EvaluationSet:
 
     @property
     def integers(self) -> bool:
-        """True when every reference is a whole number: then answers are compared as integers only."""
+        """True when every reference is a whole number: then math-verify may be missing, see ``Grader.grade``."""
         return all(is_integer(problem.reference) for problem in self.problems)
 
     @property
@@ -77,7 +77,7 @@ def load_sets(
     Args:
         sources: files, folders or hub ids; ``id_prefix``, else the file's or data set's name, names the set.
         encoder: how the student's prompts are rendered.
-        suffix: put behind prompts that do not mention a box; None or empty for none.
+        suffix: added at the end of prompts that do not mention a box; None or empty for none.
         seed: of the order of the problems.
     Raises:
         InputError: a row is wrong or has no answer (file and line are named), two sets share a name, or answers need

@@ -35,13 +35,13 @@ class WeightedMean(ExactMetric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor) -> None:
-        """Add ``values`` [B, T] with ``weights`` of the same shape; a value of weight 0 may be anything."""
+        """Add ``values`` [B] or [B, T] with ``weights`` of the same shape, >= 0; a value of weight 0 may be anything."""
         used = weights.bool()
         self.total += torch.where(used, values.double() * weights.double(), 0.0).sum()
         self.count += weights.double().sum()
 
     def compute(self) -> Tensor:
-        """float64 scalar."""
+        """float64 scalar, sum of weight times value over the sum of the weights; NaN where that is 0."""
         return self.total / self.count
 
 
@@ -86,7 +86,10 @@ ANSWER_COLUMNS = ("problem", "sample", "group", "correct", "truncated", "timeout
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Chance that k of n samples drawn without replacement hold a correct one: 1 - C(n-c, k) / C(n, k).
 
-    The unbiased estimator of Chen et al. (2021), as a product, so that no binomial overflows.
+    Source: the unbiased estimator of Chen et al. (2021, arXiv 2107.03374), as a product, so that no binomial overflows.
+
+    Raises:
+        ValueError: k outside [1, n].
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -134,6 +137,8 @@ def bootstrap_interval(values: Tensor, *, seed: int = 0, draws: int = BOOTSTRAP_
         values: [N], one a problem.
         seed: of the draws.
         draws: bootstrap samples.
+    Returns:
+        lower and upper end, in the unit of the values.
     """
     values = values.double().cpu()
     generator = torch.Generator().manual_seed(seed)
@@ -184,7 +189,9 @@ class AnswerStatistics(Metric):
         self.rows.append(torch.stack([columns[name].to(torch.int64) for name in ANSWER_COLUMNS], -1))
 
     def compute(self) -> dict[str, float]:
-        """Values by name; fractions in [0, 1], the length in tokens."""
+        """Values by name: avg_at_k with its 95 % interval (avg_at_k_low, avg_at_k_high), pass_at_K, majority_at_k and the
+        fractions in [0, 1]; response_length in tokens, a mean over samples; problems, a count of different ones.
+        """
         table = self._unique(torch.cat(self.rows) if isinstance(self.rows, list) else self.rows).cpu()
         column = dict(zip(ANSWER_COLUMNS, table.unbind(-1), strict=True))
         groups = [table[column["group"] == group] for group in column["group"].unique().tolist()]

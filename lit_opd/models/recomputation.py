@@ -48,7 +48,7 @@ def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
 
 
 def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The block's forward, behind its hooks: those of FSDP must not run again in the backward pass."""
+    """The block's forward, inside its hooks: those of FSDP must not run again in the backward pass."""
     forward = partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)

@@ -93,7 +93,7 @@ def stop_warning(
     """A warning where student and teacher end a response differently, as Base and Instruct models of one family do.
 
     A stop id that the teacher never writes makes it call every end of a response unlikely; an end of turn of the teacher's
-    that does not stop the student makes it write on behind its answers.
+    that does not stop the student makes it write on after its answers.
 
     Args:
         student: the student's tokenizer.
@@ -122,10 +122,10 @@ def stop_warning(
 
 
 def _end_of_turn_warning(stop_ids: tuple[int, ...], teacher: Any, *, role: str) -> str | None:
-    """A warning where the student does not stop at the teacher's end of turn, and so writes on behind it."""
+    """A warning where the student does not stop at the teacher's end of turn, and so writes on after it."""
     if teacher.eos_token_id in (None, *stop_ids):
         return None
     return (
         f"the student does not stop at the {role}'s end of turn {teacher.eos_token!r} ({teacher.eos_token_id}), and would write "
-        "on behind it; add it to `model.sampler.stop_token_ids`"
+        "on after it; add it to `model.sampler.stop_token_ids`"
     )

@@ -43,12 +43,12 @@ def aggregate(token_loss: Tensor, *, kept: Tensor, aggregation: Aggregation, den
     """This process's share of the reduced loss.
 
     Args:
-        token_loss: [B, T], 0 where a token does not count.
+        token_loss: [B, T] nats, 0 where a token does not count.
         kept: bool [B, T], tokens that count.
         aggregation: the reduction's name.
         denominator: scalar over the whole step; a step without any counted token gives 0.
     Returns:
-        scalar.
+        scalar, nats (a sum over tokens for "sequence-sum").
     """
     rows = token_loss.sum(-1)
     if aggregation == "sequence-mean":

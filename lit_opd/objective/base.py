@@ -21,7 +21,7 @@ class TokenLoss:
     """Per-token loss before aggregation.
 
     Args:
-        values: [B, T] with gradient, 0 where masked.
+        values: [B, T] nats with gradient, weighted, 0 where masked.
         clipped: bool [B, T], True where clipping cut the gradient.
     """
 
@@ -52,11 +52,13 @@ class Objective(ABC):
 
         Args:
             asked: the teacher can be asked about chosen tokens, else it lists its own likeliest ones only.
+        Returns:
+            "student" or "teacher".
         """
         return "teacher"
 
     def token_divergence(self, student: Head, teacher: Head | SharedHead | Listed, *, temperature: float) -> Tensor:
-        """What an objective that requires "teacher_distribution" makes of both distributions: [N], with gradient.
+        """What an objective that requires "teacher_distribution" makes of both distributions: [N] nats, with gradient.
 
         Args:
             student: its head.
@@ -75,5 +77,7 @@ class Objective(ABC):
             student_logprobs: [B, T] nats, with gradient.
             signal: detached; its student log-probs are those before the batch's first update.
             weights: [B, T], detached, 0 where a token does not count.
-            divergence: [B, T] with gradient, ``token_divergence`` where "teacher_distribution" is required, else None.
+            divergence: [B, T] nats with gradient, ``token_divergence`` where "teacher_distribution" is required, else None.
+        Returns:
+            [B, T] nats, and which tokens were clipped.
         """

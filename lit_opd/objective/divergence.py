@@ -109,7 +109,7 @@ class Divergence(Objective):
     def token_loss(
         self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
     ) -> TokenLoss:
-        """w_t * D_t, [B, T]; nothing is ever clipped."""
+        """w_t * D_t, [B, T] nats; nothing is ever clipped."""
         assert divergence is not None  # what requires "teacher_distribution" is given it
         return TokenLoss(values=weights * divergence, clipped=torch.zeros_like(signal.mask))
 

@@ -28,5 +28,5 @@ class Likelihood(Objective):
     def token_loss(
         self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
     ) -> TokenLoss:
-        """- w_t s_t, [B, T]; nothing is ever clipped."""
+        """- w_t s_t, [B, T] nats; nothing is ever clipped."""
         return TokenLoss(values=-weights * student_logprobs, clipped=torch.zeros_like(signal.mask))

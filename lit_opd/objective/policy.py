@@ -26,6 +26,8 @@ class PolicyLoss(Objective):
         clip: half-width of the trust interval, in (0, 1); None for no clipping.
         dual_clip: bound on the loss of negative advantages, > 1; None for none.
         importance_cap: bound on the sampler-to-trainer importance weight, > 0; None leaves the weight out.
+    Raises:
+        ValueError: a value outside its range.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class PolicyLoss(Objective):
     def token_loss(
         self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
     ) -> TokenLoss:
-        """See the class; [B, T]."""
+        """loss_t of the class, [B, T] nats; clipped where the gain is not ratio_t A_t."""
         advantage = signal.effective_advantage
         ratio = (student_logprobs - signal.student_logprobs).exp()
         unclipped = ratio * advantage

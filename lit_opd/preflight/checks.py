@@ -434,7 +434,7 @@ def _examined(run: PlannedRun, check: Check) -> Finding:
 
 
 def _split(status: Status, message: str) -> Finding:
-    """What was found, and behind the last semicolon the remedy, as this project's messages are written."""
+    """What was found, and after the last semicolon the remedy, as this project's messages are written."""
     found, _, remedy = message.rpartition("; ")
     return Finding(status, found or message, remedy if found else "")
 

@@ -54,7 +54,7 @@ class PromptEncoder:
     **template_options)``. A text in the data that spells a special token's string changes none of the template's own tokens:
     it is rendered again with its characters marked (``Template.traced``), and what is the prompt's is encoded as text
     (``SpecialTokens.encode``). A rendering that lacks a message, the system prompt or the generation prompt is an error.
-    Without a template the ids are the text's, behind the begin token where the tokenizer adds one; an end or separator that
+    Without a template the ids are the text's, after the begin token where the tokenizer adds one; an end or separator that
     it adds is left out. Control and bidirectional characters pass through unchanged.
 
     Args:

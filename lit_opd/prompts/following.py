@@ -1,4 +1,4 @@
-"""What a chat template puts behind an answer: its end, the next messages, and the opening of the next answer.
+"""What a chat template puts after an answer: its end, the next messages, and the opening of the next answer.
 
 An answer that was sampled is never rendered: words of our own stand in its place, and in that of everything before it. So the
 tokens of a conversation are those that were sampled and those that the template adds, each encoded once.
@@ -25,7 +25,7 @@ WHERE = "answer of the environment"
 
 
 class Following:
-    """The tokens behind a sampled answer.
+    """The tokens after a sampled answer.
 
     Args:
         encoder: of the prompts.
@@ -47,14 +47,14 @@ class Following:
         self.ids(("user",), [{"role": role, "content": _PROBE}], closing=None)
 
     def ids(self, roles: Sequence[str], messages: Sequence[Mapping[str, Any]], *, closing: int | None) -> list[int]:
-        """Token ids behind an answer.
+        """Token ids after an answer.
 
         Args:
             roles: of the conversation before the answer.
             messages: what comes next.
             closing: the token that ended the answer, which is not repeated; None for none.
         Raises:
-            InputError: the template fails, leaves a message out, or says something else behind the answer once more follows;
+            InputError: the template fails, leaves a message out, or says something else after the answer once more follows;
                 or the text has a special token's string that is to be refused or cannot be kept as text.
         """
         return list(self._remembered(tuple(roles), json.dumps(list(messages)), closing))

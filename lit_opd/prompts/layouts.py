@@ -13,7 +13,7 @@ from lit_opd.prompts.filters import MISSING, shown, value_at
 from lit_opd.prompts.tools import COLUMN, row_tools
 
 Message = dict[str, Any]  # role, content, and of an assistant maybe tool_calls
-JOINED = {"instruction": ("input", "context")}  # prompt column -> the column that belongs behind it (Alpaca, Dolly)
+JOINED = {"instruction": ("input", "context")}  # prompt column -> the column that belongs after it (Alpaca, Dolly)
 SYSTEM_COLUMNS = ("system", "system_prompt")
 HISTORY_COLUMN = "history"  # pairs of question and answer
 CHATS = ("messages", "conversations", "conversation", "prompt")
@@ -79,7 +79,7 @@ def _joined(values: dict[str, Any], column: str) -> str | None:
 
 
 def _with_context(values: dict[str, Any], prompt: Any) -> Any:
-    """``prompt`` behind the row's system message and earlier turns, where it has some."""
+    """``prompt`` after the row's system message and earlier turns, where it has some."""
     system = next((values[name] for name in SYSTEM_COLUMNS if _is_text(values.get(name))), None)
     turns = _history(values.get(HISTORY_COLUMN)) if isinstance(prompt, str) else []
     if system is None and not turns:

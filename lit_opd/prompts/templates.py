@@ -88,7 +88,7 @@ class Template:
         self.renders_system = lru_cache(maxsize=_KEPT)(self._renders_system)
 
     def render(self, messages: Sequence[Message], *, generation: bool = True, tools: Tools = None) -> str:
-        """The text for ``messages`` of the data, behind the system prompt; raises whatever the template raises."""
+        """The text for ``messages`` of the data, after the system prompt; raises whatever the template raises."""
         if self._adds_system(messages):
             assert self.system_prompt is not None
             messages = [{"role": "system", "content": self.system_prompt}, *messages]

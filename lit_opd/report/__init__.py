@@ -1,1 +1,1 @@
-"""What a run leaves behind, read back: position profiles, samples, whole rollouts."""
+"""The files of a run, read back: position profiles, samples, whole rollouts."""

@@ -13,7 +13,7 @@ Scale = Literal["linear", "log"]
 _WHOLE = ("from", "to", "count")
 AXES = ("absolute", "relative", "in_turn", "by_turn")
 TURN_AXES = ("in_turn", "by_turn")
-FEW_ALIVE = 0.1  # of the responses, or of the turns: behind this position a mean rests on few of them
+FEW_ALIVE = 0.1  # of the responses, or of the turns: after this position a mean rests on few of them
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _well_counted(window: ProfileWindow, axis: str) -> Any:
 
 
 def _shade_few_alive(axes: Any, window: ProfileWindow, start: ProfileWindow, axis: str) -> None:
-    """Grey behind the position from which fewer than a tenth of the responses, or of the turns, go on."""
+    """Grey after the position from which fewer than a tenth of the responses, or of the turns, go on."""
     binned: BinnedProfile = getattr(window, axis)
     few = np.flatnonzero(~_well_counted(window, axis))
     last = len(binned.end) - 1 if axis == "absolute" else last_said((window, start), axis)

@@ -79,7 +79,7 @@ class PositionProfileSums(Metric):
     Positions count inside the mask. Bands are what ``FirstFraction`` and ``LastFraction`` keep: ceil(fraction * n) tokens.
 
     Args:
-        length: last position of the absolute bins; tokens behind it are in the relative bins and bands only.
+        length: last position of the absolute bins; tokens after it are in the relative bins and bands only.
         bins: absolute bins, fewer where the length has fewer positions.
         scale: "linear" or "log" spacing of the absolute bins.
         relative_bins: equal bins of (position - 1/2) / n.

@@ -21,7 +21,7 @@ METRICS, PROFILE, SAMPLES, HINTS = "metrics.csv", "profile.jsonl", "samples.json
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 MOST_WINDOWS = 160  # of the position profile; of more every n-th is read
 MOST_SAMPLES = 160
-MOST_TOKENS = 60_000  # shown one by one; samples behind that are shown by tenths
+MOST_TOKENS = 60_000  # shown one by one; samples after that are shown by tenths
 READ = ("val/", "eval/", "throughput/")  # and of what is logged each step, which makes a long file:
 READ_EACH_STEP = frozenset(
     [
@@ -116,7 +116,7 @@ def read_run_files(folder: str | Path) -> RunFiles:
 
 
 def _summary(path: Path, step: int) -> dict[str, Any] | None:
-    """None where the run has gone on behind it: then it is the summary of an earlier part."""
+    """None where the run has gone on after it: then it is the summary of an earlier part."""
     found = _mapping(path)
     return found if isinstance(found.get("steps"), int) and found["steps"] >= step else None
 
@@ -187,7 +187,7 @@ def _picked(path: Path, most: int) -> tuple[list[dict[str, Any]], int]:
     """Evenly spread lines, the first and the last among them, and how many there are; only those are parsed."""
     if not path.is_file():
         return [], 0
-    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line]  # behind the last break: empty, or cut short
+    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line]  # after the last break: empty, or cut short
     found = []
     for place in spread(len(lines), most):
         try:

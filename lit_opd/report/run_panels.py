@@ -217,7 +217,7 @@ def _profile(window: ProfileWindow, axis: str, name: str, scale: float, shown: i
 
 
 def few_alive_from(window: ProfileWindow, axis: str = "absolute") -> float | None:
-    """The position behind which fewer than a tenth of the responses, or turns, go on; None where all get to the end."""
+    """The position after which fewer than a tenth of the responses, or turns, go on; None where all get to the end."""
     bins: BinnedProfile = getattr(window, axis)
     alive = bins.values.get("survivor_fraction", ())
     few = [place for place, share in enumerate(alive) if share is None or share < FEW_ALIVE]

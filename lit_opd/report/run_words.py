@@ -28,7 +28,7 @@ class Figure:
         name: what it is.
         value: the newest.
         before: the first one; empty where there is one only.
-        unit: behind the name.
+        unit: written after the name.
     """
 
     name: str

@@ -40,7 +40,7 @@ class EarlyStop(Protocol):
         """Go on with ``rows`` of those still written, int64 [R]."""
 
     def cut(self, rollout: Rollout, *, pad_id: int) -> Rollout:
-        """``rollout`` as sampled, without what stands behind the end of a row."""
+        """``rollout`` [B, T] as sampled, without what stands after the end of a row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Spoken:
     """One turn of R rows, on the host.
 
     Args:
-        ids: int64 [R, n]; what stands behind a row's length has no meaning.
+        ids: int64 [R, n]; what stands after a row's length has no meaning.
         logprobs: [R, n] nats under the sampled distribution.
         lengths: R counts, each from 1 to the room the row had.
         stopped: R flags, True where the last token is a stop id.
@@ -300,7 +300,7 @@ class Sampler(ABC):
         """
 
     def kept_awake(self) -> AbstractContextManager[None]:
-        """While calls of ``sample`` follow one another: an engine that gives its memory back between rollouts does so behind
+        """While calls of ``sample`` follow one another: an engine that gives its memory back between rollouts does so after
         the last of them, and keeps its prefix cache until then. Entered and left on every rank."""
         return nullcontext()
 
@@ -333,7 +333,7 @@ class Sampler(ABC):
         return batch, batch
 
     def take_unfinished(self) -> Waiting | None:
-        """What was sampled in the step, and what waits behind it; None for a sampler that ends every row in its step. With this
+        """What was sampled in the step, and what waits after it; None for a sampler that ends every row in its step. With this
         the step has been made: what ended in it counts as trained on."""
         return None
 
@@ -344,7 +344,7 @@ class Sampler(ABC):
         """Drop the rows that wait: a new run starts."""
 
     def unfinished_state(self) -> list[dict[str, Any]] | None:
-        """For a checkpoint: the rows of all ranks that wait behind the last step that was made; None for a sampler that ends
+        """For a checkpoint: the rows of all ranks that wait after the last step that was made; None for a sampler that ends
         every row in its step. Called on every rank."""
         return None
 
@@ -409,7 +409,7 @@ def finish(
 
     Args:
         prompts: B rows.
-        ids: int64 [B, T]; what stands behind a row's first stop id is ignored.
+        ids: int64 [B, T]; what stands after a row's first stop id is ignored.
         logprobs: [B, T] nats under the sampled distribution.
         settings: what was asked for.
         engine: recorded as provenance.

@@ -58,7 +58,7 @@ class VLLMEngine(Sampler):
         memory_fraction: of the device's memory, for the engine's weights and KV cache; ignored on a CPU, where
             VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache.
         sleep: move the engine's weights to host memory and drop its cache after each rollout, of a conversation or a partial one
-            behind its last call; needs CUDA, off on a CPU.
+            after its last call; needs CUDA, off on a CPU.
         engine_options: further arguments of ``vllm.LLM``, such as {enforce_eager: true}.
         max_new_tokens: response slots, >= 1.
         temperature: > 0; scoring divides the logits by the same value.

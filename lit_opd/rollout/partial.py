@@ -72,7 +72,7 @@ class PartialSampler(SamplerAround):
 
     A step trains on whole responses only, those that ended in it: by themselves, or at ``sampler.max_new_tokens``. It takes
     all prompts of its batch, so the data are read in order, once, and as many rows are trained on as come in. At most the
-    share ``waiting`` of the batch's rows waits behind a step; where more would, all unfinished rows get another ``budget``
+    share ``waiting`` of the batch's rows waits after a step; where more would, all unfinished rows get another ``budget``
     tokens at once. A step therefore trains on (1 - waiting) to (1 + waiting) times the rows of the batch.
 
     Each token keeps the log-prob and the version (``Rollout.version``) of the weights that sampled it, so importance weights
@@ -181,7 +181,7 @@ class PartialSampler(SamplerAround):
         yield from ((room, asked) for (room, _), asked in calls.items())
 
     def _drawn(self, model: Any, rows: Sequence[_Row], settings: SamplingSettings, device: torch.device) -> Rollout:
-        """What the engine says behind prompt and response of each row."""
+        """What the engine says after prompt and response of each row."""
         texts = [row.text for row in rows]
         width = max(map(len, texts))
         ids = torch.full((len(texts), width), settings.pad_id, dtype=torch.int64)
@@ -240,7 +240,7 @@ class PartialSampler(SamplerAround):
         self._cut()
 
     def _cut(self) -> None:
-        """Rows that a smaller ``max_new_tokens`` ends end there, those too that had ended behind it and wait for their group."""
+        """Rows that a smaller ``max_new_tokens`` ends end there, those too that had ended after it and wait for their group."""
         most = self.max_new_tokens
         long = [row for row in self._waiting if len(row.ids) > most or (row.reason is None and len(row.ids) == most)]
         for row in long:

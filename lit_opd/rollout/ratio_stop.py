@@ -19,11 +19,11 @@ from lit_opd.types import FinishReason, PromptBatch, Rollout
 
 
 class RatioStop:
-    """Ends a training response behind the token at which the teacher-to-student ratio of all it has written collapses.
+    """Ends a training response after the token at which the teacher-to-student ratio of all it has written collapses.
 
         n = the first t with   sum_{k<=t} A_k <= log(threshold),   A_k = q_k - s_k in nats
 
-    Token n, to which the teacher objected, is kept. What would stand behind it, where the teacher continues a text it would not
+    Token n, to which the teacher objected, is kept. What would stand after it, where the teacher continues a text it would not
     have written, is sampled to the end of the chunk, then the row leaves the batch; that part is never scored by the student,
     never trained on, and counted in ``Rollout.drawn`` (and so in train/tokens) only. Every ``chunk`` tokens
     the teacher reads what was written since, with keys and values of its own; its log-probs then serve as those of the scoring
@@ -145,7 +145,7 @@ class RatioWatch:
         self.ratio = self.ratio[rows]
 
     def cut(self, rollout: Rollout, *, pad_id: int) -> Rollout:
-        """``rollout`` as sampled, without what stands behind a collapse, with the teacher's log-probs and the tokens drawn."""
+        """``rollout`` as sampled, without what stands after a collapse, with the teacher's log-probs and the tokens drawn."""
         assert self.logprobs is not None
         columns, lengths = rollout.mask.shape[1], rollout.lengths
         mask = rollout.mask & (torch.arange(columns, device=self.kept.device) < self.kept.unsqueeze(-1))

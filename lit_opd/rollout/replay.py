@@ -33,7 +33,7 @@ class ReplaySampler(SamplerAround):
     """Answers a share of a training batch with saved responses of the same prompts; the rest is sampled now.
 
     A response is found by the row id of its prompt. Of several to one prompt a visit begins with one drawn at random and goes
-    on with those behind it, so samples of a prompt differ as long as there are others. Which rows are sampled now is drawn
+    on with those after it, so samples of a prompt differ as long as there are others. Which rows are sampled now is drawn
     too: of a batch of B rows over all ranks, ``on_policy_fraction`` * B, rounded up or down at random so that the share holds
     on average. Both depend on the seed, the step and the row alone: a resumed run and another number of ranks draw the
     same. Validation, evaluation and prediction never read what is saved.

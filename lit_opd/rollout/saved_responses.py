@@ -108,7 +108,7 @@ def _require_end(response: SavedResponse, stops: tuple[int, ...]) -> None:
     ends = numpy.flatnonzero(numpy.isin(response.ids, stops))
     stopped = response.finish_reason == int(FinishReason.STOP)
     if len(ends) and (ends[0] < len(response.ids) - 1 or not stopped):
-        what = f"goes on behind the stop id {response.ids[ends[0]]}" if stopped else "was cut, and has a stop id"
+        what = f"goes on after the stop id {response.ids[ends[0]]}" if stopped else "was cut, and has a stop id"
     elif stopped and not len(ends):
         what = f"ends with {response.ids[-1]}"
     else:

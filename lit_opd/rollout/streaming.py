@@ -38,6 +38,6 @@ def stream(model: ScoringModel, prompt: Sequence[int], settings: SamplingSetting
 
 @torch.no_grad()
 def _next_logits(model: ScoringModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """[1, V] behind ``ids`` [1, n], which go into the cache."""
+    """[1, V] after ``ids`` [1, n], which go into the cache."""
     logits = model.causal_lm(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     return model.without_unused(at_least_float32(logits[:, : model.vocabulary]))

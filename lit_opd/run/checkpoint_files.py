@@ -359,7 +359,7 @@ def _best_of(state: dict[str, Any], folders: Sequence[Path]) -> Iterator[Path]:
 def _by_age(run_dir: Path) -> list[Path]:
     """What ``last`` may mean, newest first: a requeued job's, what last.ckpt points to, then smaller steps.
 
-    Larger steps than last.ckpt's are of a past that the run went back behind.
+    Larger steps than last.ckpt's are of a past that the run has gone back before.
     """
     last, steps = run_dir / FOLDER / LAST, numbered(run_dir / FOLDER)
     found = list(reversed(steps.values()))

@@ -24,7 +24,7 @@ def whole_numbers_first(annotations: dict[str, Any]) -> None:
 
 
 def classes_before_words(annotations: dict[str, Any]) -> None:
-    """Put str behind the classes in every union, in place: ``--trainer.strategy FSDPStrategy`` then names the class, and not
+    """Put str after the classes in every union, in place: ``--trainer.strategy FSDPStrategy`` then names the class, and not
     a word that Lightning's registry does not have."""
     for name, kind in annotations.items():
         parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()

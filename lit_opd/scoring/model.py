@@ -76,7 +76,7 @@ class ScoringModel(nn.Module):
         self.vocabulary, self.unused = vocabulary, tuple(unused)
         self.register_buffer("_unused", torch.tensor(self.unused) if self.unused else None, persistent=False)
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
-        self.packs = False  # True: rows stand one behind the other, without padding
+        self.packs = False  # True: rows stand one after the other, without padding
         self.soft_cap = _soft_cap(self.causal_lm)
         self.head_code: heads.Code | None = None  # what met the head last; None before the first score
         heads.choice()  # a wrong one is refused before the run
@@ -246,7 +246,8 @@ class ScoringModel(nn.Module):
         return nullcontext()
 
     def _packs(self, name: str) -> bool:
-        """Whether rows are scored one behind the other: the attention takes such sequences, and rows do not see each other."""
+        """Whether rows are scored one after the other in one sequence: the attention takes such ones, and rows do not see each
+        other."""
         if FLASH not in self._attention and self._attention != FLEX:
             return False
         device = next(self.parameters()).device
@@ -268,7 +269,7 @@ class ScoringModel(nn.Module):
         return False
 
     def _probed_logprobs(self, ids: Tensor, **arguments: Any) -> Tensor:
-        """[n, V] of the next token behind each of ``ids`` [1, n]."""
+        """[n, V] nats of the next token after each of ``ids`` [1, n]."""
         logits = self.causal_lm(input_ids=ids, use_cache=False, **arguments).logits[0]
         return at_least_float32(self._plain_head(logits).logits(slice(None), 1.0)).log_softmax(-1)
 
@@ -381,7 +382,7 @@ class ScoringModel(nn.Module):
             cache: transformers' key-value cache; grows by n.
             temperature: > 0, divides the logits.
         Returns:
-            log-probs [B, n] nats of ``ids``, and the states behind them.
+            log-probs [B, n] nats of ``ids``, and the states after them, as ``next_states`` gives them.
         """
         behind = self._next_columns(ids, mask, positions, cache, keep=0)
         before = torch.cat([states.unsqueeze(1), behind[:, :-1]], 1).flatten(0, 1)
@@ -389,7 +390,7 @@ class ScoringModel(nn.Module):
         return token_logprobs(head, ids.flatten(), temperature=temperature).view(ids.shape), behind[:, -1]
 
     def _next_columns(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, keep: int) -> Tensor:
-        """What the head reads behind each column, [B, n, H]; on the plain path its last ``keep`` logits, 0 for all."""
+        """What the head reads after each column, [B, n, H]; on the plain path its last ``keep`` logits, 0 for all."""
         lm = self.causal_lm
         one_query = ids.shape[1] == 1 and lm.config._attn_implementation == "sdpa"
         if mask is not None and one_query and getattr(lm, "_supports_attention_backend", False):

@@ -17,7 +17,7 @@ FLASH = "flash"  # in the names of attention that is told where rows end
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows one behind the other, as attention over sequences of any length reads them.
+    """Rows one after the other in one sequence, as attention over sequences of any length reads them.
 
     Args:
         positions: int64 [1, L], from 0 in each row; also what transformers finds the rows by.
@@ -57,7 +57,7 @@ class Places:
 
     Every row's tokens, sampled or observed, move to its left end, so that causal attention needs no mask and positions count
     from 0. A row's last token scores nothing and is left out. Where the model's attention takes sequences of any length, the
-    rows stand one behind the other, without padding.
+    rows stand one after the other, without padding.
 
     Args:
         order: int64 [R, L], slots of [prompt, response] (of B x C) in the order in which the model reads them. Padded: R is B

@@ -44,7 +44,7 @@ class Head:
         hidden: [N, H] hidden states of the valid tokens, in row-major order of the mask.
         weight: [V or more, H] in the dtype of ``hidden``; None where ``hidden`` holds the logits themselves, [N, V].
         bias: [V or more] or None.
-        limit: V, where weight and bias have rows behind it that do not count; None where all count. They are not cut off:
+        limit: V, where weight and bias have further rows that do not count; None where all count. They are not cut off:
             the gradient of a slice is a copy of the whole.
         unused: int64 [U], entries below V that name no token and have no mass; None for none.
         soft_cap: > 0, bends every logit x to soft_cap * tanh(x / soft_cap) before the temperature; None for none.

@@ -18,7 +18,8 @@ def whose_lists(recipe: Recipe, teacher: Teacher) -> Whose | None:
 
 
 def asked_of(recipe: Recipe, teacher: Teacher) -> frozenset[str]:
-    """What the teacher's ``score`` is asked for: all that is required, lists in place of a head that is not there."""
+    """``TokenSignal`` fields that the teacher's ``score`` is asked for: all that is required, lists in place of a head that it
+    does not have."""
     whose = whose_lists(recipe, teacher)
     if whose is None:
         return recipe.required

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def free_memory() -> None:
-    """Give back what a failed attempt left behind."""
+    """Give the memory of a failed attempt back."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -27,7 +27,7 @@ def micro_batches(lengths: Sequence[int], *, token_budget: int | None, packed: b
 
     Args:
         lengths: prompt and response tokens of each row.
-        token_budget: None for one group.
+        token_budget: tokens a group may hold, None for one group.
         packed: a group's size is the sum of its rows; else rows x longest row, padding with them.
     Returns:
         row numbers of each group; every row once.
@@ -70,7 +70,11 @@ class MicroBatches:
         self._running: list[int] = []  # rows of the micro-batch that runs
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
-        """``rows`` cut into micro-batches."""
+        """``rows`` cut into micro-batches: row numbers of the batch, every row once.
+
+        Raises:
+            InputError: a row alone is over the configured budget.
+        """
         lengths = [self.lengths[row] for row in rows]
         budget = self.budget.budget(self.configured, lengths)
         return [
@@ -79,7 +83,7 @@ class MicroBatches:
         ]
 
     def take(self, rows: list[int]) -> Rollout:
-        """The micro-batch of ``rows``, which runs now."""
+        """The micro-batch of ``rows``, [R, T'] with T' its longest response; it runs from now on."""
         self._running = rows
         return self.rollout.take(rows).trimmed()
 
@@ -91,8 +95,12 @@ class MicroBatches:
         Args:
             rows: of the batch.
             work: of what ``groups`` gives.
-            step: the optimizer step that is made, for the message.
-            undo: forgets what a failed attempt left behind.
+            step: the optimizer step that is made, from 1, for the message.
+            undo: drops the results of a failed attempt.
+        Returns:
+            what ``work`` returns.
+        Raises:
+            InputError: memory runs out and the budget cannot be halved (again), see ``TokenBudget.halve``.
         """
         self._running = rows
         while True:

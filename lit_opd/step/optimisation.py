@@ -30,7 +30,7 @@ class Optimisation(Protocol):
         """Add the gradient of ``loss``, a scalar."""
 
     def clip(self) -> Tensor:
-        """Scale the gradients to the bound; their global norm before, scalar."""
+        """Scale the gradients to the bound; returns their global norm before that, scalar."""
 
     def apply(self) -> None:
         """One optimizer step; afterwards there is no gradient. Without any gradient no weight changes, and the step counts."""
@@ -85,17 +85,25 @@ class LightningOptimisation:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Through the precision plugin."""
+        """Add the gradient of ``loss``, a scalar, through the precision plugin."""
         self.module.manual_backward(loss)
 
     def clip(self) -> Tensor:
-        """Scale the gradients to the bound; returns the global norm before, scalar."""
+        """Scale the gradients to the bound; returns their global norm before that, scalar.
+
+        Raises:
+            InputError: memory ran out.
+        """
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         with memory_for("clipping the gradients", LESS_MEMORY):
             return clip_gradients(self.student, parameters, self.bound).detach()
 
     def apply(self) -> None:
-        """Step, schedule, clear."""
+        """Optimizer step, learning rate schedule, no gradients; the followers are told.
+
+        Raises:
+            InputError: memory ran out; weights may be half updated (``torn``).
+        """
         scheduler: Any = self.module.lr_schedulers()
         with memory_for("updating the weights", LESS_MEMORY, torn=True):
             self._optimizer.step()
@@ -106,5 +114,5 @@ class LightningOptimisation:
             scheduler.step()
 
     def clear(self) -> None:
-        """No weight has a gradient."""
+        """Drop the gradients."""
         self._optimizer.zero_grad()

@@ -41,7 +41,7 @@ class WarmUp:
         objective: default ``Likelihood()``; ``Divergence("forward_kl")`` where the teacher gives distributions.
         weighting: how much each token counts, default ``Uniform()``.
     Raises:
-        InputError: no step.
+        InputError: ``steps`` is no integer >= 1.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class Recipe:
         )
 
     def as_weighed(self, signal: TokenSignal) -> TokenSignal:
-        """The signal without a token KL that nothing learned from asks for. A strategy may read one where it is there (``TIP``),
-        and who looks on, or a prediction that shows it, must not change weights."""
+        """The signal without a token KL that only an observer or a prediction asked for: ``TIP`` reads one where it is there, and
+        looking on must not change weights."""
         learned = [part for part in self.parts if part not in self.observers]
         if signal.token_kl is None or any("token_kl" in part.requires for part in learned):
             return signal
@@ -122,6 +122,8 @@ class Recipe:
         Args:
             signal: of the whole batch.
             progress: of the training, in [0, 1].
+        Raises:
+            InputError: a required field is missing, or a part returned a wrong shape or a value that is not allowed.
         """
         dropping = [transform.kept(signal) for transform in self.advantage if transform.drops_tokens]
         if not dropping:
@@ -148,7 +150,7 @@ def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
 
 
 def progress(*, step: int, max_steps: int, batches: float, updates: int) -> float:
-    """Training progress p in [0, 1] of the coming optimizer step; 1 where the run's length is not known.
+    """Training progress p in [0, 1] of the coming optimizer step; 1 where the run's length is not known, or one step.
 
     Args:
         step: optimizer steps made so far.

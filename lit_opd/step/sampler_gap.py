@@ -1,4 +1,4 @@
-"""Is the policy that is scored the one that sampled? Told by the log-probs that both give to the sampled tokens."""
+"""Is the policy that is scored the one that sampled? The log-probs that both give to the sampled tokens say so."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class SamplerGap:
             step: the optimizer step that is made, from 1.
             model: the student, for its precision.
         Raises:
-            InputError: they contradict each other.
+            InputError: the mean |student - sampler| over the tokens of all ranks is above the bound, or without one above ten
+                times what the precision explains.
         """
         above = sampler - student
         outside = (above - self.most).clamp(min=0) + (-above).clamp(min=0)

@@ -16,7 +16,7 @@ from lit_opd.types import FinishReason, StepRecord
 def scalars(record: StepRecord) -> dict[str, Tensor]:
     """Step statistics over all ranks, one collective; names are documented in docs/metrics.md.
 
-    Of a step that was skipped all but what its sampling says is NaN: Lightning would log the step before's again.
+    A skipped step has NaN for all that is not counted while sampling: Lightning would log the values of the step before again.
 
     Returns:
         scalars by metric name.
@@ -152,7 +152,9 @@ def _of_reward(record: StepRecord) -> dict[str, Tensor]:
 
 
 def turn_scalars(record: StepRecord) -> dict[str, Tensor]:
-    """What an environment adds, over all ranks, one collective; nothing where responses are one turn.
+    """What an environment adds, over all ranks, one collective; where responses are one turn the mean reward alone, if any.
+
+    Means are over the rows that ``truncated`` left in the batch, the fractions of failed and cut rows over all that were sampled.
 
     Returns:
         scalars by metric name; the reward is NaN where no row has one.
@@ -205,16 +207,16 @@ def logged(
 
     Args:
         record: of the batch.
-        loss: mean reported loss of its steps, scalar.
+        loss: mean reported loss of its steps, scalar nats.
         skipped_steps: optimizer steps that were not made since the run began.
         learning_rate: of the first parameter group.
         max_new_tokens: the sampler's.
         length_budget: tokens a response might have at this step, None without a budget.
-        stops_early: something ends responses before ``max_new_tokens``.
+        stops_early: a length budget or a ``RatioStop`` may end responses before ``max_new_tokens``.
+        engine_seconds: seconds that a sampler with an engine of its own spent since the step before, by name.
         weights_behind: optimizer steps that the weights which sampled had not seen, None for a sampler that reads the student,
             and where the record says it token by token.
         hints: int64 [3] of this rank, see ``Hindsight``; None where the teacher's prompts are not made of responses.
-        engine_seconds: what a sampler with an engine of its own spent since the step before, by name.
     """
     values: dict[str, Any] = {
         "train/loss": torch.full_like(loss, math.nan) if record.skipped else loss,

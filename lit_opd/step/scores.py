@@ -54,14 +54,14 @@ class ScoreBuffer:
         self.longest_chunk = 1
 
     def put(self, name: str, rows: Rows, part: Tensor) -> None:
-        """Store ``part`` [R, columns, ...] without its gradient."""
+        """Store ``part`` [R, columns, ...], the values ``name`` of ``rows``, without its gradient."""
         part = part.detach()
         if name not in self.values:
             self.values[name] = part.new_zeros(self.shape + part.shape[2:])
         self.values[name][torch.tensor(rows, device=part.device), : part.shape[1]] = part
 
     def put_scores(self, who: str, rows: Rows, scores: TokenScores) -> None:
-        """Store what ``who`` ("student", "teacher", "reference") says of ``rows``."""
+        """Store what ``who`` ("student", "teacher", "reference") says of ``rows``, [R, columns, ...] nats."""
         found = {f"{who}_logprobs": scores.logprobs, f"{who}_entropy": scores.entropy, "token_kl": scores.token_kl}
         for name, lists in (("topk", scores.topk), ("candidates", scores.candidates)):
             if lists is not None:
@@ -76,11 +76,12 @@ class ScoreBuffer:
                 self.put(name, rows, value)
 
     def chunks(self, rows: Rows, columns: int) -> Chunks | None:
-        """Those of ``rows`` and the leading columns; None where every token has a score."""
+        """The chunks of ``rows`` in the leading columns, [R, columns]; None where every token has a score."""
         return Chunks(self.part(CHUNKS, rows, columns), self.longest_chunk) if CHUNKS in self.values else None
 
     def signal_fields(self, rows: Rows, columns: int) -> dict[str, Any]:
-        """The optional and required fields of a ``TokenSignal`` of ``rows`` and the leading columns, finite."""
+        """The fields of a ``TokenSignal`` that models gave, [R, columns] of ``rows`` and the leading columns; finite, but for
+        log-probs of top-k lists, which may be -inf."""
         cut = {name: value[torch.tensor(rows, device=value.device), :columns] for name, value in self.values.items()}
         fields: dict[str, Any] = {name: finite(cut[name]) for name in SIGNAL_FIELDS if name in cut}
         for name in ("student_topk", "teacher_topk"):
@@ -92,13 +93,13 @@ class ScoreBuffer:
         return fields
 
     def part(self, name: str, rows: Rows, columns: int) -> Tensor:
-        """The values ``name`` of ``rows`` and the leading columns."""
+        """The values ``name`` of ``rows`` in the leading columns, [R, columns, ...]."""
         value = self.values[name]
         return value[torch.tensor(rows, device=value.device), :columns]
 
 
 def leading_columns(signal: TokenSignal, columns: int) -> TokenSignal:
-    """The leading columns of a signal."""
+    """A signal [B, T] cut to its leading ``columns``, [B, columns]."""
     changes: dict[str, Any] = {}
     for field in fields(signal):
         value = getattr(signal, field.name)
@@ -153,7 +154,12 @@ class Scores:
     # -- the frozen models -------------------------------------------------------------------------------------------
 
     def score_frozen(self, batches: MicroBatches, listener: Listener) -> None:
-        """Scores of the whole batch by the frozen models."""
+        """Scores of the whole batch by the frozen models, [B, T] into the buffer.
+
+        Raises:
+            InputError: a row is over the token budget, memory ran out, or a teacher with another tokenizer scores too few tokens.
+            ServerError: a teacher's server failed for good.
+        """
         rows, device = list(range(len(self.rollout))), self.rollout.mask.device
         if self._lists == "student":
             self._choose_candidates(batches)
@@ -190,7 +196,7 @@ class Scores:
 
     @property
     def chunks(self) -> Chunks | None:
-        """Of the whole batch; None where every token has a score."""
+        """The chunks of the whole batch, [B, T]; None where every token has a score."""
         return self.buffer.chunks(list(range(len(self.rollout))), self.rollout.mask.shape[1])
 
     @property
@@ -250,7 +256,7 @@ class Scores:
     # -- the student -------------------------------------------------------------------------------------------------
 
     def score_student(self, batches: MicroBatches) -> TokenSignal:
-        """The student's scores of the whole batch without gradient, and the signal they complete."""
+        """The student's scores of the whole batch without gradient; returns the signal [B, T] that they complete."""
 
         def score(part: Rollout, rows: Rows) -> None:
             with self.whole_head():
@@ -275,8 +281,10 @@ class Scores:
         """One forward of the student: what the signal still lacks, and the divergence where a gradient is wanted.
 
         Args:
-            part: the micro-batch.
+            part: the micro-batch, R rows.
             rows: its rows in the batch.
+        Returns:
+            [R, columns] nats by field; log-probs and divergence carry gradient where it is enabled.
         """
         lacking = self.recipe.required if self.full is None else frozenset()
         wants = frozenset(want for name, want in STUDENT_WANTS.items() if name in lacking)
@@ -315,7 +323,7 @@ class Scores:
     # -- the signal --------------------------------------------------------------------------------------------------
 
     def signal(self, part: Rollout, rows: Rows) -> TokenSignal:
-        """The signal of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
+        """The signal [R, columns] of ``part``, the batch's ``rows``; 0 in place of what is not finite."""
         columns = part.mask.shape[1]
         values = self.buffer.signal_fields(rows, columns)
         values["sampler_logprobs"] = _sampler_logprobs(part, values["student_logprobs"])
@@ -354,6 +362,10 @@ def student_signal(
         temperature: of sampling and scoring.
         reads: optional signal fields that are wanted, of those the teacher provides.
         step: optimizer steps the student has seen.
+    Returns:
+        [B, T], detached; the advantage is the log ratio, without transforms.
+    Raises:
+        InputError: a score of a valid token is not finite; the row is named.
     """
     device, full, reads = rollout.mask.device, "token_kl" in teacher.provides, with_implied(reads)
     with teacher.on_device(device):
@@ -400,9 +412,11 @@ def by_chunk(values: dict[str, Any], mask: Tensor, chunks: Chunks | None) -> dic
     """Fields of a signal, its mask among them, with a chunk in place of its tokens.
 
     Args:
-        values: by field of ``TokenSignal``, the teacher's at the ends of chunks already.
+        values: [B, T] nats by field of ``TokenSignal``, the teacher's at the ends of chunks already.
         mask: bool [B, T], valid tokens.
         chunks: None where every token has a score.
+    Returns:
+        the same fields; with chunks the ``SUMMED`` ones are sums over each chunk, at its last token.
     """
     if chunks is None:
         return values | {"mask": mask}

@@ -1,4 +1,4 @@
-"""Values in a step that are no finite numbers.
+"""Steps with a value that is not a finite number.
 
 A step with a NaN or Inf is not made: its rows go to ``faults/step-N.safetensors`` and ``faults/step-N.json``, and after a few
 in a row the run stops.
@@ -64,16 +64,16 @@ def finite(values: Tensor) -> Tensor:
 
 
 def is_bad(values: Tensor, mask: Tensor) -> Tensor:
-    """bool [B], rows with a value that is not finite on a valid token."""
+    """bool [B], rows with a value [B, T] that is not finite where ``mask`` bool [B, T] is True."""
     return (~torch.isfinite(values) & mask).any(-1)
 
 
 def bad_rows(names: list[str], values: Mapping[str, Tensor], rollout: Rollout, chunk: list[int]) -> list[BadRow]:
-    """This rank's rows that are not finite, a field each; all rows of ``chunk`` where only the gradient is not.
+    """This rank's rows that are not finite, one entry a row and field; all rows of ``chunk`` where only the gradient is not.
 
     Args:
         names: what is not finite, on any rank.
-        values: [B, T, ...] by field.
+        values: by field, those named [B, T].
         rollout: the B rows.
         chunk: rows of the update that failed.
     """
@@ -172,13 +172,13 @@ class Skips:
 
         Args:
             step: the optimizer step that is not made.
-            updates: it, and those that the batch had left.
+            updates: optimizer steps that are skipped: it, and those that the batch had left.
             names: what was not finite.
             rows: this rank's.
             rollout: this rank's batch.
             values: [B, T, ...] by field, as they were.
         Raises:
-            InputError: ``most`` batches in a row.
+            InputError: on every rank, after ``most`` batches in a row.
         """
         self.in_a_row += 1
         rows, where = gather_objects(rows), ""

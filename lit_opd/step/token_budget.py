@@ -10,7 +10,7 @@ from lit_opd.errors import InputError, first_line
 
 
 class TokenBudget:
-    """The token budget in force, which is halved once when memory runs out, for the rest of the run."""
+    """The token budget in force, in tokens a micro-batch; halved once when memory runs out, for the rest of the run."""
 
     def __init__(self) -> None:
         self.halved: int | None = None
@@ -27,7 +27,8 @@ class TokenBudget:
             self.halved, self._halved_from = halved, halved_from
 
     def budget(self, configured: int | None, lengths: Sequence[int]) -> int | None:
-        """Padded tokens of a micro-batch; after halving, a row that is longer is one of its own.
+        """Padded tokens that a micro-batch may hold, None for no bound; after halving at least the longest row, which is then a
+        micro-batch of its own.
 
         Args:
             configured: ``model.token_budget``.

@@ -6,7 +6,7 @@ without gradient; denominators are summed over micro-batches and ranks; then eac
 A rank with fewer micro-batches than another runs dummies of weight zero, because sharded collectives must match.
 
 A value that is not finite goes into the signal as 0, so that all ranks finish the backward pass; the one decision whether the
-step is made falls there, see ``skips.py``.
+step is made falls after it, see ``skips.py``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Update:
         self.skipped = False
         self.weights: Tensor | None = None  # of the whole batch, where one scoring pass came first
         self.kept: Tensor | None = None
-        self.loss = torch.zeros(())  # mean reported loss of the steps made, scalar
+        self.loss = torch.zeros(())  # mean reported loss of the steps, a skipped one included: scalar nats
 
     def run(self, sampled: Rollout | None = None, clock: Clock | None = None) -> StepRecord:
         """Score the batch and make all of its steps, or those before one that is not finite.
@@ -87,6 +87,12 @@ class Update:
         Args:
             sampled: the rollout as it was sampled, for the record; None where it is the batch.
             clock: has measured what came before.
+        Returns:
+            the record, which holds B rows.
+        Raises:
+            InputError: memory ran out, ``max_skipped_steps`` or ``max_logprob_gap`` was passed, or a strategy or transform
+                returned what it must not.
+            ServerError: a teacher's server failed for good.
         """
         clock = clock or Clock()
         with clock("scoring"):
@@ -221,7 +227,7 @@ class Update:
             mask = mask & ~self.rollout.older[index]
         self.gap.check(student, sampler, mask, step=step, model=self.scores.student_model)
 
-    # -- what is left behind -----------------------------------------------------------------------------------------
+    # -- the record --------------------------------------------------------------------------------------------------
 
     def _record(self, sampled: Rollout, seconds: dict[str, float]) -> StepRecord:
         """What callbacks may read of this batch."""

@@ -28,7 +28,7 @@ def run(words: Sequence[str], callbacks: Callable[[], list[Callback]]) -> int:
     """Do what the words ask for; the exit status.
 
     Args:
-        words: behind ``sweep``.
+        words: after ``sweep`` on the command line.
         callbacks: of every run; a function that other processes can import.
     Raises:
         InputError: wrong input, of any of the runs; nothing is trained.

@@ -52,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Advanced:
-    """A task has ``steps`` of its steps behind it."""
+    """A task has made ``steps`` of its steps."""
 
     task: Task
     steps: int
@@ -122,7 +122,7 @@ class Crew:
         event = worker.listen()
         if isinstance(event, Ended):
             worker.task = None
-            if event.reason or task.alone:  # what a failed task left behind is no other's business
+            if event.reason or task.alone:  # files of a failed task are no other's business
                 worker.dismiss()
                 worker.end(END_WITHIN)
                 del self._workers[place]
@@ -135,7 +135,7 @@ class Crew:
         deadline = time.monotonic() + self.grace
         with suppress(KeyboardInterrupt):
             for worker in busy if self.grace else ():
-                worker.dismiss()  # it ends behind the task
+                worker.dismiss()  # it ends after the task
                 worker.process.terminate()
             for worker in busy:
                 worker.process.join(max(0.0, deadline - time.monotonic()))

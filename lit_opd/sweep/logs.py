@@ -36,7 +36,7 @@ def logged(path: Path, work: Callable[[], T]) -> T:
 
 
 def last_error(text: str) -> str:
-    """What a command line said last: its line behind "error:", which notes may follow; else the last line there is."""
+    """What a command line said last: its line after "error:", which notes may follow; else the last line there is."""
     lines = [line for line in text.splitlines() if line.strip()] or ["no reason was given"]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return errors[-1] if errors else lines[-1]

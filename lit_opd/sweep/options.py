@@ -154,9 +154,7 @@ def _grid(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not (name and sign and all(values)):
             raise InputError(f"`--grid` must be SETTING=VALUE,VALUE such as model.optimizer.lr=1e-4,2e-4, got {word!r}")
         if name in found:
-            raise InputError(
-                f"`--grid` must name each setting once, got {name} twice; list all its values behind one ="
-            )
+            raise InputError(f"`--grid` must name each setting once, got {name} twice; list all its values after one =")
         if name == "config" or name in OWN:
             raise InputError(f"`--grid` must name settings of a run, got {name}; use --seeds, --config and --out")
         found[name] = _distinct(f"--grid {name}", values)

@@ -278,7 +278,7 @@ class AlignedTeacher(Teacher):
         return AlignedRow(row.teacher_ids, [chunk for chunk in row.chunks if chunk.single])
 
     def _room(self, prompt: int) -> int | None:
-        """Tokens of a response that the teacher reads behind ``prompt`` tokens; None for all."""
+        """Tokens of a response that the teacher reads after ``prompt`` tokens; None for all."""
         window = self.inner.window
         return None if window is None else max(window - prompt, 0)
 
@@ -311,7 +311,7 @@ class _Read:
         teacher_chunks: the same, of the teacher's, [B, T'].
         columns: int64 [B, T], where a chunk ends the column of the teacher's last token in it, else 0.
         places: int64 [N], for each valid token of the student the place among the teacher's valid tokens of the one that ends its
-            chunk; behind them all where no chunk ends.
+            chunk; after them all where no chunk ends.
     """
 
     rollout: Rollout

@@ -147,7 +147,7 @@ def _in_text(spelled: Sequence[bytes | None], text: bytes) -> list[Span]:
     """Where in ``text`` each token stands that was made of it.
 
     A tokenizer may change its text (Unicode's normal forms, characters it does not know). Then the tokens before the first
-    change and those behind the last have a place.
+    change and those after the last have a place.
     """
     ahead = _leading(spelled, text)
     if len(ahead) == len(spelled) and (ahead[-1][1] if ahead else 0) == len(text):
@@ -205,7 +205,7 @@ def _closed(student: Sequence[Span], teacher: Sequence[Span], ours: int, theirs:
 
 
 def _next(spans: Sequence[Span], at: int, last: tuple[int, int]) -> tuple[int, Span]:
-    """The token behind ``at``, None where it does not follow ``last`` without a gap."""
+    """The token after ``at``, None where it does not follow ``last`` without a gap."""
     following = spans[at + 1] if at + 1 < len(spans) else None
     follows = following is not None and following[0] == last[1]
     return (at + 1, following) if follows else (at, None)

@@ -13,7 +13,7 @@ _QUESTION, _ANSWER = "1 + 1?", "two"  # any conversation shows what ends an answ
 def end_of_turn(tokenizer: Any, field: str, given: str | None = None) -> int:
     """The token with which a model ends its answer.
 
-    What its chat template writes behind an answer, if the model stops there; else the tokenizer's end of text; else the one
+    What its chat template writes after an answer, if the model stops there; else the tokenizer's end of text; else the one
     token that it stops at.
 
     Args:
@@ -40,7 +40,7 @@ def end_of_turn(tokenizer: Any, field: str, given: str | None = None) -> int:
 
 
 def _behind_an_answer(tokenizer: Any, stops: set[int]) -> int | None:
-    """The first of ``stops`` that the chat template writes behind an answer; None without one."""
+    """The first of ``stops`` that the chat template writes after an answer; None without one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]

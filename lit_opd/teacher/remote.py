@@ -136,7 +136,7 @@ class RemoteTeacher(Teacher):
 
     @property
     def window(self) -> int | None:
-        """Of the model, or of the servers where theirs is smaller; one token is sampled behind what they score."""
+        """Of the model, or of the servers where theirs is smaller; one token is sampled after what they score."""
         model = getattr(self._config.get_text_config(), "max_position_embeddings", None)
         servers = None if self.servers.window is None else self.servers.window - 1
         return min((window for window in (model, servers) if window is not None), default=None)

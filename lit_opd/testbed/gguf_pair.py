@@ -251,7 +251,7 @@ def run_command(
 
     Args:
         arguments: without the program's name; None for those of the process.
-        module: its name behind ``python -m``.
+        module: its name after ``python -m``.
         about: a line for ``--help``.
         package: that holds the file, for ``--help``.
         removed_layers: the default of ``--remove``.

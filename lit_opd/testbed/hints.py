@@ -10,7 +10,7 @@ the hint says where there is one, and otherwise what it would have written. Half
 cannot have told it, so it learns to copy and no transition.
 
 Measured on 2026-11-27, seed 7, 150 steps, greedy on all 256 validation problems: without a hint .469 before and .500 after, with
-one .676 after. Before, it answers no problem behind a hint.
+one .676 after. Before, it answers no problem after a hint.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class StartOfPeer(PeerDemonstration):
 
 
 def hinted(codes: Sequence[str], prompt: str) -> str:
-    """A problem behind a hint."""
+    """A problem after a hint."""
     return "".join(codes) + "=" + prompt
 
 
@@ -158,7 +158,7 @@ def _reading_loss(
     rng: random.Random,
     codes: int,
 ) -> Tensor:
-    """KL to the student without a hint, likelihood of the hint's codes, and KL to the student behind them; nats a token."""
+    """KL to the student without a hint, likelihood of the hint's codes, and KL to the student after them; nats a token."""
     told = codes * CODE_LENGTH
     real = [sample_problem(automaton, rng, chain_length=CHAIN_LENGTH) for _ in range(BATCH_SIZE)]
     drawn = [sample_problem(automaton, rng, chain_length=CHAIN_LENGTH) for _ in range(BATCH_SIZE)]

@@ -76,7 +76,7 @@ class ToolProblem:
 
     @property
     def turns(self) -> list[tuple[str, str]]:
-        """What the assistant says in each turn, and what it is answered; nothing behind the last."""
+        """What the assistant says in each turn, and what it is answered; nothing after the last."""
         found = [(LOOKUP + word + CLOSE, value) for word, value in zip(self.words, self.values, strict=True)]
         return [*found, (CALCULATE + "+".join(self.values) + CLOSE, self.answer), (f"{BOX}{self.answer}}}", "")]
 

@@ -52,12 +52,12 @@ class WeightingStrategy(nn.Module, ABC):
 
     @property
     def list_length(self) -> int:
-        """Leading entries of the teacher's list that it reads: a teacher with shorter lists is refused."""
+        """Leading entries of the teacher's list that it reads, 0 for none: a teacher with shorter lists is refused."""
         return 0
 
     @abstractmethod
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
-        """Weights [B, T], >= 0, for ``progress`` in [0, 1]; values off the mask are ignored."""
+        """Weights [B, T], finite and >= 0, for training ``progress`` in [0, 1]; values off the mask are ignored."""
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
         """bool [B, T]: False takes the token out of the loss's denominator; None keeps all."""
@@ -77,8 +77,8 @@ class WeightingStrategy(nn.Module, ABC):
         Returns:
             [B, T], the dtype of the signal, detached, exactly 0 where the mask or ``keep`` is False.
         Raises:
-            InputError: a required field is missing, or the subclass returned a wrong shape, a negative or
-                a non-finite weight.
+            InputError: progress outside [0, 1], a required field is missing, or the subclass returned a wrong shape, a negative
+                or a non-finite weight (on CUDA the last two end the process by a device assertion, with the same words).
         """
         self._check_inputs(signal, progress)
         with torch.no_grad():
@@ -91,7 +91,11 @@ class WeightingStrategy(nn.Module, ABC):
         return weights
 
     def kept(self, signal: TokenSignal, progress: float = 0.0) -> Tensor:
-        """bool [B, T], the tokens that count in the denominator: the mask and ``keep`` together."""
+        """bool [B, T], the tokens that count in the denominator: the mask and ``keep`` together.
+
+        Raises:
+            InputError: progress outside [0, 1], a required field is missing, or the subclass returned a wrong shape.
+        """
         self._check_inputs(signal, progress)
         with torch.no_grad():
             keep = self.keep(signal, progress)
@@ -112,8 +116,8 @@ class WeightingStrategy(nn.Module, ABC):
         for required in sorted(self.requires):
             if getattr(signal, required, None) is None:
                 raise InputError(
-                    f"`{name}` requires `TokenSignal.{required}`, which was not computed; give it, or use a teacher "
-                    "and an objective that can"
+                    f"`{name}` requires `TokenSignal.{required}`, got None; pass the field, or in a run choose a teacher that "
+                    "gives it"
                 )
 
     def _check_shape(self, what: str, values: Any, signal: TokenSignal) -> None:

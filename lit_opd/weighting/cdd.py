@@ -1,4 +1,4 @@
-"""CDD: what comes behind much divergence counts exponentially less."""
+"""CDD: what comes after much divergence counts exponentially less."""
 
 from __future__ import annotations
 

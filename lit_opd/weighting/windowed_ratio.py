@@ -17,8 +17,8 @@ class WindowedPrefixRatio(WeightingStrategy):
 
         w_t = max(min(exp(sum of A_k over the last window valid tokens before t), 1), floor),   A_k = q_k - s_k
 
-    Behind a token that the teacher would hardly have written its signal counts less, for ``window`` tokens: a teacher that finds
-    its way back is listened to again, where ``PrefixRatioTilt`` stays at what the whole prefix was.
+    After a token that the teacher would hardly have written, the teacher's signal counts less for ``window`` tokens and then in
+    full again; ``PrefixRatioTilt`` keeps the ratio of the whole prefix.
 
     Source: ours, found by the search of docs/search.md; docs/confirm.md has the evidence. The ratio is that of the theory of
     arXiv 2606.22600, see ``PrefixRatioTilt``. Range [floor, 1], the first token has 1; does not keep the mean weight.

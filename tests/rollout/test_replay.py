@@ -459,7 +459,7 @@ def test_responses_to_other_prompts_are_refused_before_the_run(rows, saved, text
 
 def test_a_response_must_end_where_the_student_would(rows, old, saved, texts):
     """Stop ids of the run are others than those of the files."""
-    for stops, message in (((5, 1), "goes on behind the stop id 5"), ((60,), "ends with 1")):
+    for stops, message in (((5, 1), "goes on after the stop id 5"), ((60,), "ends with 1")):
         with pytest.raises(InputError, match=f"a response must end at the first of the run's stop ids .*{message}"):
             read(replaying(texts, rows), stop_ids=stops)
     with pytest.raises(InputError, match="a response must end at the first of the run's stop ids"):

@@ -1,4 +1,4 @@
-"""Several turns in one key-value cache: what an environment answers is read by all rows at once, behind what they said.
+"""Several turns in one key-value cache: what an environment answers is read by all rows at once, after what they said.
 
 Within a turn no row leaves: one that has ended would have to come back. Columns that it fills meanwhile are dropped before the
 next turn, so the buffer never holds more than what rows really read, padded on the left to the longest of them.
@@ -147,7 +147,7 @@ class DecodedConversation:
 
 
 def _spoken(ids: Tensor, logprobs: Tensor, room: Sequence[int], stop_ids: Sequence[int]) -> Spoken:
-    """Rows cut behind their first stop id, or at the end of their room."""
+    """Rows cut after their first stop id, or at the end of their room."""
     stops = torch.isin(ids, torch.tensor(stop_ids, dtype=ids.dtype))
     first = torch.where(stops.any(-1), stops.int().argmax(-1) + 1, ids.shape[1] + 1).tolist()
     lengths = [min(at, most) for at, most in zip(first, room, strict=True)]

@@ -106,4 +106,4 @@ def _passes(cumulative: Tensor, wanted: Tensor) -> Tensor:
     """The first entry above ``wanted`` [B, 1], never one that adds nothing: int64 [B, 1]."""
     below_all = torch.nextafter(cumulative[:, -1:], torch.zeros_like(wanted))
     found = torch.searchsorted(cumulative, torch.minimum(wanted, below_all), right=True)
-    return found.clamp(max=cumulative.shape[-1] - 1)  # a NaN would be found behind the end
+    return found.clamp(max=cumulative.shape[-1] - 1)  # a NaN would be found after the end

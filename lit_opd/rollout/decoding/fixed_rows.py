@@ -14,7 +14,7 @@ class FixedRows:
     """Keys and values, positions and a bias over columns of R rows.
 
     Args:
-        cached: the rows behind their prefill; their keys and values are taken over.
+        cached: the rows after their prefill; their keys and values are taken over.
         buckets: the shapes there may be.
         dtype: of keys and values.
     """
@@ -103,7 +103,7 @@ class FixedRows:
 
 
 def _moved(held: Tensor, kept: Tensor | None, written: slice, columns: int) -> Tensor:
-    """Rows and columns of ``held`` [R, heads, any, size] in a buffer of ``columns`` columns, zeros behind them: what attention
+    """Rows and columns of ``held`` [R, heads, any, size] in a buffer of ``columns`` columns, zeros after them: what attention
     masks must be finite."""
     old = held[:, :, written] if kept is None else held[kept, :, written]
     return F.pad(old, (0, 0, 0, columns - old.shape[2]))

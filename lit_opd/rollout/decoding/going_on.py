@@ -11,7 +11,7 @@ from lit_opd.errors import first_line
 from lit_opd.rollout.base import autocast_dtype
 from lit_opd.rollout.decoding.key_values import CachedRows, require_full_attention
 
-GAP = 1e-4  # nats between next-token log-probs behind a text read in two parts and in one; 16-bit numbers get the looser bound
+GAP = 1e-4  # nats between next-token log-probs after a text read in two parts and in one; 16-bit numbers get the looser bound
 GAP_HALF = 0.1
 FIRST, SECOND = (1, 3), (4, 2)  # tokens of the two rows of the probe, in its two parts
 
@@ -49,7 +49,7 @@ def _why_not(model: Any, device: torch.device) -> str | None:
     except Exception as error:  # code of any model, called in a way that it may not know
         return f"it does not go on from a cache ({type(error).__name__}: {first_line(error)})"
     half = autocast_dtype(device) is not None or any(value.dtype.itemsize <= 2 for value in model.parameters())
-    return None if gap <= (GAP_HALF if half else GAP) else f"log-probs behind a cache differ by {gap:.3g} nats"
+    return None if gap <= (GAP_HALF if half else GAP) else f"log-probs after a cache differ by {gap:.3g} nats"
 
 
 def _gap(model: Any, device: torch.device) -> float:

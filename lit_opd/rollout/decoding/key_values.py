@@ -122,7 +122,7 @@ class CachedRows:
             layer.select(rows, start)
 
     def keep(self, rows: Tensor) -> None:
-        """Keep ``rows``, int64 [R], and of each the columns that are its own, in order behind padding on the left."""
+        """Keep ``rows``, int64 [R], and of each the columns that are its own, in order after padding on the left."""
         self.mask = self.mask[rows]
         longest = int(self.mask.sum(-1).max()) if len(rows) else 0
         columns = self.mask.int().argsort(dim=-1, stable=True)[:, self.mask.shape[1] - longest :]

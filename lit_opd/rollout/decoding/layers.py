@@ -115,7 +115,7 @@ class Norm:
 
     def __call__(self, states: Tensor) -> Tensor:
         """[..., size] -> as many, in the dtype of the weight; 16-bit states are rounded before a float32 weight meets them, or,
-        where ``rounds_last``, behind it."""
+        where ``rounds_last``, after it."""
         if states.dtype.itemsize < self.weight.dtype.itemsize:
             wide = F.rms_norm(states.to(self.weight.dtype), self.weight.shape[-1:], eps=self.epsilon)
             return (wide * self.weight).to(states.dtype) if self.rounds_last else wide.to(states.dtype) * self.weight

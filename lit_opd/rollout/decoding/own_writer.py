@@ -31,7 +31,7 @@ class OwnWriter:
         return count
 
     def first(self) -> None:
-        """Draw the first token of every row, behind what was read."""
+        """Draw the first token of every row, after what was read."""
         logits = self.model.next_logits(self.cached.states)
         self.responses.draw(logits[:, : self.responses.settings.vocabulary])
 

@@ -46,7 +46,7 @@ _BENT = (
     "use_bidirectional_attention",
 )  # what Gemma's may do, and this does not
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_MORE_NORMS = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # of Gemma: before and behind each part
+_MORE_NORMS = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # of Gemma: before and after each part
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -200,7 +200,7 @@ class PlainDecoder:
         columns: int,
         bias: Tensor | None,
     ) -> Tensor:
-        """Hidden states behind the last norm, [B, H]; keys and values of the token are written into ``caches``.
+        """Hidden states after the last norm, [B, H]; keys and values of the token are written into ``caches``.
 
         Args:
             ids: int64 [B].

@@ -101,7 +101,7 @@ def _refusal(config: Any, why: str) -> InputError:
 def _decode(
     model: Any, prompts: PromptBatch, settings: SamplingSettings, watch: EarlyStop | None
 ) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [B, T] and log-probs [B, T]; what stands behind a row's first stop id has no meaning."""
+    """Token ids int64 [B, T] and log-probs [B, T]; what stands after a row's first stop id has no meaning."""
     cached = _prefilled(model, prompts, settings)
     plain = _runs_plain(model, prompts.ids.device)
     uniforms = settings.uniforms(prompts.row_keys)
@@ -127,7 +127,7 @@ class _Writer(Protocol):
         """How many it runs to write ``count``."""
 
     def first(self) -> None:
-        """Draw the first token of every row, behind the prompts."""
+        """Draw the first token of every row, after the prompts."""
 
     def advance(self) -> None:
         """Run the model on the last token of every row, and draw the next."""
@@ -229,7 +229,7 @@ def _runs_plain(model: Any, device: torch.device) -> bool:
 
 @torch.no_grad()
 def _agrees(model: Any, device: torch.device) -> bool:
-    """A token behind a padded batch of two prompts has the same log-probs either way, under the same autocast."""
+    """A token after a padded batch of two prompts has the same log-probs either way, under the same autocast."""
     ids = torch.arange(6, device=device).reshape(2, 3) % model.vocabulary
     mask = torch.tensor([[False, True, True], [True] * 3], device=device)
     prompts = PromptBatch(ids, mask, torch.arange(2, device=device), ("0", "1"))
@@ -260,7 +260,7 @@ class _Probe(Responses):
 def _probed(
     kind: type[OwnWriter] | type[_PlainWriter], model: Any, prompts: PromptBatch, settings: SamplingSettings
 ) -> Tensor:
-    """Log-probs [B, V] behind one decode step."""
+    """Log-probs [B, V] nats after one decode step."""
     probe = _Probe(torch.zeros(prompts.ids.shape[0], 2, dtype=torch.float64, device=prompts.ids.device), settings)
     writer = kind(model, _prefilled(model, prompts, settings), probe)
     writer.first()

@@ -172,7 +172,7 @@ class Gradients:
         return tile.logits if self.head.weight is not None else torch.empty_like(tile.logits)
 
     def add(self, slopes: Tensor, rows: slice, columns: slice) -> None:
-        """Add a tile [n, v]; the tiles of ``columns`` come one behind the other."""
+        """Add a tile [n, v]; the tiles of ``columns`` come one after the other."""
         head = self.head
         if self.bias is not None:
             self.bias[columns] += slopes.sum(0, dtype=torch.float32)

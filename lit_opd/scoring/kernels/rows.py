@@ -34,7 +34,7 @@ _FORWARD = tl.constexpr(FORWARD)
 def _logits(
     tile, columns, inside, bias, dead, temperature, cap, BIAS: tl.constexpr, DEAD: tl.constexpr, CAP: tl.constexpr
 ):
-    """Temperature-scaled float32 logits of one token; ``NEVER`` behind the tile and where an entry names no token."""
+    """Temperature-scaled float32 logits of one token; ``NEVER`` after the tile's end and where an entry names no token."""
     logits = tl.load(tile + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         logits += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
