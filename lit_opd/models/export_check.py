@@ -140,7 +140,8 @@ def unsharded(
 
 
 def dequantized(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model by name, on the CPU: of quantised ones what they stand for, without their tables."""
+    """The weights of a model by name, each of its own shape [...], on the CPU: of quantised ones what they stand for, without
+    their tables."""
     from peft.utils.integrations import dequantize_bnb_weight
 
     found = {name: value.detach().cpu() for name, value in model.named_parameters() if value.is_floating_point()}

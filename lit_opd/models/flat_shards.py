@@ -32,7 +32,9 @@ def put_together(policy: FullyShardedDataParallel, slices: Mapping[str, Tensor])
 
     Args:
         policy: whose ranks hold the slices.
-        slices: this rank's, flat, by the names of the weights; the same names on every rank.
+        slices: this rank's, [n] each, by the names of the weights; the same names on every rank.
+    Returns:
+        by name, of the shapes that ``whole_shapes`` gives.
     """
     shapes, counts = whole_shapes(policy), _counts(policy, slices)
     whole: dict[str, Tensor] = {}
@@ -54,8 +56,10 @@ def cut(
 
     Args:
         policy: whose ranks hold the slices.
-        whole: by name.
-        slices: this rank's of the weights.
+        whole: values by name, of the shapes that ``whole_shapes`` gives.
+        slices: this rank's of the weights, [n] each, by name.
+    Returns:
+        copies, [n] each, by name.
     """
     counts, rank = _counts(policy, slices), dist.get_rank(policy.process_group)
     starts = counts[:rank].sum(0).tolist()

@@ -86,7 +86,7 @@ class StudentWeights:
 
 
 def adapter_state(policy: Any) -> dict[str, Tensor]:
-    """Whole weights of a student's adapter by name, on every rank.
+    """Whole weights of a student's adapter by name, [...] each, on every rank.
 
     Raises:
         InputError: under FSDP1, whose wrappers hold adapter and base model as one.

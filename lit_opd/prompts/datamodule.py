@@ -467,7 +467,7 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def training_prompts(self) -> dict[str, torch.Tensor]:
-        """Ids of every training prompt by row id, as the student reads it; empty before ``setup``."""
+        """Ids of every training prompt by row id, int64 [P] each, as the student reads it; empty before ``setup``."""
         return {prompt.row_id: prompt.ids for prompt in self._train_prompts or ()}
 
     @property

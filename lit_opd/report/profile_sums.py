@@ -174,11 +174,11 @@ class PositionProfileSums(Metric):
         return torch.where(mask.flatten(), torch.stack([inside, number]).flatten(1), self.num_cells)
 
     def compute(self) -> Tensor:
-        """Everything in one float64 tensor, so that it is fetched in one transfer; see ``tables``."""
+        """Everything in one tensor, float64 [n], so that it is fetched in one transfer; see ``tables``. A collective."""
         return torch.cat([self.sums.flatten(), self.extra])
 
     def tables(self, computed: Tensor) -> ProfileTables:
-        """What ``compute`` returned, on the CPU, taken apart."""
+        """What ``compute`` returned, float64 [n] on the CPU, taken apart."""
         sums = computed[:-3].view(self.sums.shape)
         sizes = [self.num_absolute, self.relative_bins, _BAND_CELLS, self.num_in_turn, self.num_turns, 1]
         absolute, relative, subsets, in_turn, by_turn, _ = sums.split(sizes, dim=-1)

@@ -30,7 +30,7 @@ Handle = Callable[[Tensor], dict[str, tuple[Any, ...]]]  # how another process o
 
 
 def cuda_handle(buffer: Tensor) -> dict[str, tuple[Any, ...]]:
-    """What a process that sees the same device needs to open ``buffer``, by the device's UUID."""
+    """What a process that sees the same device needs to open ``buffer`` [n], by the device's UUID."""
     _, arguments = reduce_tensor(buffer)
     return {str(torch.cuda.get_device_properties(buffer.device).uuid): arguments}
 
@@ -72,7 +72,14 @@ class IPCTransfer:
         self.llm.start_weight_update()
 
     def update(self, unit: Unit, buffer: Tensor, sizes: list[int], handles: dict[str, tuple[Any, ...]]) -> None:
-        """One chunk that lies in ``buffer``."""
+        """Tell the engine of one chunk.
+
+        Args:
+            unit: names and weights of the chunk.
+            buffer: uint8 [n], their bytes one after the other.
+            sizes: bytes of each weight.
+            handles: how the engine's process opens the buffer.
+        """
         info: dict[str, Any] = {
             "names": [name for name, _ in unit],
             "dtype_names": [str(value.dtype).removeprefix("torch.") for _, value in unit],

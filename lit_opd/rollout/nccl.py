@@ -37,7 +37,7 @@ class Group(Protocol):
     """vLLM's NCCL communicator."""
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> Any:
-        """Send a contiguous tensor from ``src`` to all others; returns when that is queued."""
+        """Send a contiguous tensor [...] from ``src`` to all others; returns when that is queued."""
 
 
 Join = Callable[[str, int, int], Group]  # host, port, number of members
@@ -173,7 +173,11 @@ class NCCLTransfer(WeightSync):
             time.sleep(_LOOK if waiting else 0)
 
     def broadcast(self, group: Group, unit: Unit) -> list[Tensor]:
-        """Queue a unit's weights on a stream of its own, so that one that never ends holds nothing else up; what must live on."""
+        """Queue a unit's weights on a stream of its own, so that a transfer that never ends holds nothing else up.
+
+        Returns:
+            the tensors sent, which must live until ``settle``.
+        """
         sent = [value.contiguous() for _, value in unit]
         if sent[0].is_cuda:
             self._stream = self._stream or torch.cuda.Stream(sent[0].device)

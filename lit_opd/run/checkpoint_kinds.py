@@ -99,6 +99,8 @@ def student_weights(
         path: the checkpoint.
         like: weights by name of the model they are for; only names and shapes are read.
         trains: of a student with adapters the names that are trained; a checkpoint may hold those alone.
+    Returns:
+        by name, each [...] of the shape in ``like``.
     Raises:
         InputError: weights are missing, extra or of another shape.
     """

@@ -54,7 +54,7 @@ class Listed:
         return torch.cat([logprobs.gather(-1, ids).masked_fill(~counts, 0.0), rest], -1)
 
     def entropy_bounds(self, entries: int) -> tuple[Tensor, Tensor]:
-        """Of the whole distribution's entropy, nats at each token: with the rest on one entry, and spread evenly over all.
+        """Bounds of the whole distribution's entropy, [N] nats each: with the rest on one entry, and evenly on all others.
 
         Args:
             entries: of the vocabulary, the listed ones included.

@@ -317,7 +317,7 @@ class Scores:
         return self.buffer.part("teacher_topk.ids", rows, columns)
 
     def nothing(self) -> Tensor:
-        """An exact zero with a gradient of zero, through the same models as a micro-batch: their collectives must match."""
+        """A scalar 0 with a gradient of exactly 0, through the same models as a micro-batch: their collectives must match."""
         return self.student(self.rollout.take([0]).trimmed(), [0]).logprobs.sum() * 0.0
 
     # -- the signal --------------------------------------------------------------------------------------------------

@@ -147,7 +147,11 @@ class AlignedTeacher(Teacher):
         return Aligner(student, teacher, encode, mapped)
 
     def aligned_fraction(self, texts: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Tokens that would have a score, and tokens, among those of the student's ``texts`` that spell something."""
+        """How many tokens of ``texts`` would have a score, and how many there are; those that spell nothing are in neither.
+
+        Args:
+            texts: token ids of the student.
+        """
         scored = total = 0
         for ids in texts:
             text = [self.aligner.is_text(token) for token in ids]
@@ -228,7 +232,7 @@ class AlignedTeacher(Teacher):
 
     @torch.no_grad()
     def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> SharedHead:
-        """What both vocabularies share, at every valid token of the student."""
+        """What both vocabularies share at the N valid tokens of the student, from hidden states [N', H] of the teacher."""
         read = self._read(rollout)
         head = self.inner.full_head(read.rollout, states=states)
         assert isinstance(head, Head)  # a model in this process

@@ -114,7 +114,7 @@ class MixedTeacher(SeveralTeachers):
 
     @torch.no_grad()
     def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> MixedHead:
-        """All of their heads as one."""
+        """All of their heads as one, over the N valid tokens, [N, H] of each."""
         found = [teacher.full_head(rollout) for teacher in self.named().values()]
         parts = tuple(head for head in found if isinstance(head, Head))
         assert len(parts) == len(found)  # a teacher with another tokenizer is refused before the run

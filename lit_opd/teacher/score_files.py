@@ -57,7 +57,7 @@ class ScoreFiles:
             ) from error
 
     def read(self, key: str, names: set[str], length: int) -> dict[str, Tensor] | None:
-        """The entry of ``key``; None where there is none.
+        """The entry of ``key``, tensors [length, ...] by name; None where there is none.
 
         Args:
             key: hexadecimal.
@@ -80,7 +80,7 @@ class ScoreFiles:
         return found
 
     def write(self, key: str, entry: dict[str, Tensor]) -> bool:
-        """Add an entry or replace it; False where there is no room.
+        """Add an entry, tensors [n, ...] by name, or replace it; False where there is no room.
 
         Raises:
             OSError: as the disk gave it.

@@ -115,7 +115,8 @@ class SelfTeacher(Teacher):
         self._begins = False
 
     def state(self) -> dict[str, Tensor] | None:
-        """Of the average for a checkpoint, whole tensors on the CPU by name; None where there is none. A collective."""
+        """The average for a checkpoint, by name on the CPU, each [...] of its weight's whole shape; None where there is none. A
+        collective."""
         if self.update != "ema":
             return None
         trained, student = dict(self._trained()), self._loaded()
@@ -124,7 +125,7 @@ class SelfTeacher(Teacher):
         return {name: _whole(self.values[name], value).cpu().clone() for name, value in trained.items()}
 
     def restore(self, state: Mapping[str, Tensor] | None) -> None:
-        """Go on from what ``state`` gave; from the checkpoint's student where it gave nothing.
+        """Go on from what ``state`` gave, by name and [...] of whole shapes; from the checkpoint's student where it gave nothing.
 
         Raises:
             InputError: it is of other weights.

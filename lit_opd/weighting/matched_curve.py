@@ -66,7 +66,7 @@ class MatchedCurve(_Wrapper):
         return [*found, *(cls(strategy, by="absolute") for strategy in inner)]  # type: ignore[arg-type]
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
-        """None: what the inner strategy drops has weight 0 in the mean."""
+        """None, all of [B, T] are kept: what the inner strategy drops has weight 0 in the mean."""
         return None
 
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:

@@ -57,7 +57,8 @@ class FixedRows:
         self.filled += 1
 
     def step(self) -> Tensor | None:
-        """Go on to that column, on the device; the bias for attention, None where every column counts."""
+        """Go on to that column, on the device; returns the bias for attention, [R, columns] with 0 where a column counts and -inf
+        elsewhere, or None where every column counts."""
         self.position.add_(1)
         if self.buckets.fixed:
             self._column.add_(1)

@@ -46,7 +46,7 @@ def product(linears: Sequence[nn.Linear], *, rows: int, half: torch.dtype | None
 def two_products(
     first: Sequence[nn.Linear], second: Sequence[nn.Linear], *, rows: int, half: torch.dtype | None
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Two of ``product`` of one input, one where weights are copied for it."""
+    """Two of ``product`` as one function, [rows, in] -> [rows, out] and [rows, out']; one product where weights are copied."""
     linears = [*first, *second]
     if not (_packs(linears, rows, half) or _casts(linears, half)):
         one, other = (product(part, rows=rows, half=half) for part in (first, second))
@@ -85,7 +85,7 @@ def _bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
 
 
 def scale_of(norm: Any) -> tuple[Tensor, float]:
-    """What a norm of transformers multiplies by, and its epsilon; Gemma's keep the weight less one."""
+    """What a norm of transformers multiplies by, [H], and its epsilon; Gemma's keep the weight less one."""
     weight = norm.weight.detach()
     return (
         (weight, norm.variance_epsilon)
@@ -192,8 +192,11 @@ def attended_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tens
 
 
 def attended_by_kernel(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The same by torch's fused kernels, ``scale`` a number. The queries that share a key stand where a kernel expects successive
-    queries: no head is repeated, and kernels that know a bias but no groups serve too."""
+    """``attended_by_products`` by torch's fused kernels, with the same shapes; ``scale`` is a number.
+
+    The queries that share a key stand where a kernel expects successive queries: no head is repeated, and kernels that know a
+    bias but no groups serve too. Returns [B, query heads * size].
+    """
     rows, heads, _, size = keys.shape
     grouped, mask = query.reshape(rows, heads, -1, size), None if bias is None else bias[:, None, None]
     return F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale).reshape(rows, -1)

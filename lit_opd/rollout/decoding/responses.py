@@ -70,5 +70,5 @@ class Responses:
 
 
 def in_place(held: Tensor, new: Tensor) -> Tensor:
-    """``new`` where ``held`` is, if it fits there: what was captured with ``held`` stays valid."""
+    """``new`` [...] in the memory of ``held``, if shape and dtype are the same: what was captured with ``held`` stays valid."""
     return held.copy_(new) if held.shape == new.shape and held.dtype == new.dtype else new

@@ -209,7 +209,7 @@ class _PlainWriter:
         self.responses.draw(logits[:, : self.responses.settings.vocabulary])
 
     def select(self, kept: Tensor) -> None:
-        """See ``_Writer``."""
+        """See ``_Writer``; ``kept`` int64 [R]."""
         bucket = self.rows(len(kept))
         self.fixed.select(torch.cat([kept, kept[:1].expand(bucket - len(kept))]))
         self.responses.select(kept, bucket=bucket)

@@ -191,13 +191,13 @@ class Gradients:
             self.weight[columns] = part
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """Of hidden states, weight and bias in the dtypes of the inputs, None where there is none."""
+        """Of hidden states [N, H], weight [V, H] and bias [V] in the dtypes of the inputs, None where there is none."""
         pairs = ((self.hidden, self.head.hidden), (self.weight, self.head.weight), (self.bias, self.head.bias))
         return tuple(None if sums is None or like is None else sums.to(like.dtype) for sums, like in pairs)
 
 
 def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """sums += left @ right in place, ``sums`` float32."""
+    """sums += left @ right in place: ``sums`` float32 [n, m], ``left`` [n, k], ``right`` [k, m]."""
     if sums.dtype == left.dtype:
         sums.addmm_(left, right)
     elif left.device.type == "cpu":  # Triton's interpreter, for tests: as CUDA adds
