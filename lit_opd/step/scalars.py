@@ -241,7 +241,10 @@ def logged(
 
 
 def _saved(record: StepRecord, max_new_tokens: int) -> Tensor:
-    """Tokens that the rows cut by the budget or the stop could still have had, over all ranks, scalar."""
+    """Tokens that the rows cut by the budget or the stop could still have had, over all ranks, scalar; saved responses have none
+    to save."""
     rollout = record.rollout  # which has all of these rows, whatever `truncated` is
     cut = (rollout.finish_reason == int(FinishReason.BUDGET)) | (rollout.finish_reason == int(FinishReason.DRIFT))
+    if rollout.replayed is not None:
+        cut = cut & ~rollout.replayed.old
     return all_sum(torch.where(cut, max_new_tokens - rollout.num_drawn, 0).sum())

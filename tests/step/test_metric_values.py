@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lit_opd.evaluation import Evaluator, ValidationSettings
-from lit_opd.step.scalars import scalars
-from lit_opd.types import StepRecord
+from lit_opd.step.scalars import logged, scalars
+from lit_opd.types import FinishReason, Replayed, StepRecord
 from tests.callbacks.test_position_profile import record
 from tests.helpers import forks, metric_ranks, metric_runs
 from tests.helpers import metric_truth as truths
@@ -458,6 +458,29 @@ def test_holes_and_empty_rows_count_nowhere(seed):
     assert len(found) == 13
     for name, value in found.items():
         assert same(value, truths.STEP[name](step)), name
+
+
+def test_a_saved_response_that_a_budget_cuts_saves_no_tokens():
+    """Nothing would have been generated for it: 100 - n of the rows that were sampled now, n their tokens."""
+    one = record(0)
+    rows = len(one.rollout)
+    old = torch.arange(rows) % 2 == 0
+    rollout = replace(
+        one.rollout,
+        finish_reason=torch.full((rows,), int(FinishReason.BUDGET), dtype=torch.int8),
+        drawn=torch.where(old, 0, one.rollout.lengths),
+        replayed=Replayed(old, old, torch.zeros(rows, dtype=torch.int64)),
+    )
+    settings = {"skipped_steps": 0, "learning_rate": 0.0, "max_new_tokens": 100, "length_budget": 50}
+    found = logged(
+        replace(one, rollout=rollout, finish_reason=rollout.finish_reason),
+        loss=torch.zeros(()),
+        stops_early=True,
+        engine_seconds={},
+        **settings,
+    )
+    wanted = sum(100 - n for n, saved in zip(rollout.lengths.tolist(), old.tolist(), strict=True) if not saved)
+    assert float(found["train/tokens_saved_at_most"]) == wanted > 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
