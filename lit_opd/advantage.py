@@ -464,7 +464,8 @@ def group_advantage(signal: TokenSignal, normalise: str) -> Tensor:
     assert signal.reward is not None  # required by who asks
     if signal.group is None:
         raise InputError(
-            "`TokenSignal.group` must say which rows answer one prompt where rewards are compared, got None"
+            "`TokenSignal.group` must say which rows answer one prompt where rewards are compared, got None; give int64 [B], the "
+            "same number for all rows of a prompt"
         )
     count, mean, deviation = group_moments(signal.reward, signal.group)
     apart = torch.where(signal.reward.isnan() | (count < 2), 0.0, signal.reward.double() - mean)

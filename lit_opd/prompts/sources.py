@@ -295,7 +295,7 @@ def _read_json_lines(path: Path) -> Iterator[_RawRow]:
                     yield _RawRow(where, index, _json_object(text, where))
                     index += 1
     except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from error
+        raise InputError(f"{path}: can't be read ({error.strerror}); check its permissions and the disk") from error
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -517,7 +517,9 @@ def _checked_text(text: str, where: str, column: str, *, allow_empty: bool = Tru
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: lone surrogate (half a character) in {column!r} at {error.start}") from error
+        raise InputError(
+            f"{where}: lone surrogate (half a character) in {column!r} at {error.start}; remove it from the data"
+        ) from error
     return text
 
 

@@ -318,7 +318,10 @@ class RemoteTeacher(Teacher):
         self._require_temperature(temperature)
         if requires - self.provides:
             have = f"log-probs and {sorted(self.provides)}" if self.provides else "log-probs only"
-            raise InputError(f"`RemoteTeacher` gives {have}, not {sorted(requires - self.provides)}")
+            raise InputError(
+                f"`{self.field}` RemoteTeacher must give {sorted(requires - self.provides)}, got one that gives {have}; set `top_k` "
+                "for lists and `entropy_bound` for entropies, or take a LocalTeacher"
+            )
         if self.servers.model is None:
             self.servers.check(tokens=None)
         return self.top_k if requires else None
