@@ -73,7 +73,8 @@ class ReplayModels:
         student: folder of the student that sampled the responses.
         teacher: folder of the teacher.
         dtype: of both models' weights.
-        aggregation: of token losses.
+        aggregation: of token losses; "constant" divides by the longest saved response, since a file does not hold the run's
+            ``max_new_tokens``.
     """
 
     def __init__(

@@ -87,13 +87,13 @@ class Hints:
 
         Args:
             numbers: what the step logged, by name; NaN is no sign.
-            shortest: tokens of the batch's shortest response.
+            shortest: tokens of the batch's shortest response, of the rows that ``truncated`` left in it.
             longest: of its longest.
         """
         cut = numbers["train/truncated_fraction"] >= ALL_CUT
         seen = {
             CUT: cut,
-            ONE_LENGTH: not cut and shortest == longest,
+            ONE_LENGTH: not cut and shortest == longest == numbers["train/response_length"],
             NO_ADVANTAGE: numbers["train/disagreement"] <= SAME,
             FEW_TOKENS: numbers["train/weight_ess"] < FEW,
         }

@@ -319,8 +319,8 @@ class RemoteTeacher(Teacher):
         if requires - self.provides:
             have = f"log-probs and {sorted(self.provides)}" if self.provides else "log-probs only"
             raise InputError(
-                f"`{self.field}` RemoteTeacher must give {sorted(requires - self.provides)}, got one that gives {have}; set `top_k` "
-                "for lists and `entropy_bound` for entropies, or take a LocalTeacher"
+                f"`{self.field}` RemoteTeacher must give {sorted(requires - self.provides)}, got one that gives {have}; set "
+                "`top_k` for lists and `entropy_bound` for entropies, or take a LocalTeacher"
             )
         if self.servers.model is None:
             self.servers.check(tokens=None)

@@ -50,6 +50,12 @@ def test_a_sign_that_goes_away_again_is_not_told(name):
             assert after(state, given, own) == []
 
 
+def test_one_length_of_the_rows_that_are_left_is_none_of_all_responses():
+    """With ``truncated: drop`` the batch holds the ended rows alone, here one of 7 tokens; 30 is the mean over all."""
+    state = Hints()
+    assert [after(state, {"train/truncated_fraction": 0.75}, (7, 7)) for _ in range(9)] == [[]] * 9
+
+
 def test_a_skipped_step_is_no_sign():
     state = Hints()
     nan = {"train/disagreement": math.nan, "train/weight_ess": math.nan}
