@@ -11,7 +11,7 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message names the field, the value and the remedy.
 
     ``on_every_rank`` is True where all ranks raise it at the same place, so that collectives still match; ``torn`` where an
-    update was cut short, so that weights and optimizer are of no step.
+    update was cut short, so that some weights are of the step before and some of the one after.
     """
 
     on_every_rank = False

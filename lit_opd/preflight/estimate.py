@@ -53,7 +53,7 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
         data: the ``PromptDataModule``; its longest prompt counts, or ``max_prompt_tokens`` before it was read.
         plan: where the run runs.
     Raises:
-        NotEstimated: a model or optimizer whose size cannot be told from its configuration.
+        NotEstimated: a model or optimizer whose size does not follow from its configuration.
     """
     settings = module.student_settings
     dtype = _FORCED.get(plan.precision, settings.dtype)

@@ -18,7 +18,7 @@ SAMPLE = 1024  # elements of the weight on which a fused optimizer is measured
 
 
 class NotEstimated(Exception):
-    """Why the memory of a model cannot be told from its configuration."""
+    """Why the memory of a model does not follow from its configuration."""
 
 
 @dataclass(frozen=True)

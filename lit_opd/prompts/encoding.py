@@ -170,7 +170,7 @@ class PromptEncoder:
                 )
 
     def _refuse_beside(self, prompt: str | Sequence[Message], tools: Tools, where: str) -> None:
-        """Tools need a template; what they spell cannot be told from its own tokens."""
+        """Tools need a template; special tokens that they spell look like the template's own."""
         messages = [] if isinstance(prompt, str) else prompt
         if not self.renders and tools:
             raise InputError(
@@ -254,8 +254,8 @@ class PromptEncoder:
             return self.special.encode(traced.parts, where)
         if self.special.sequence(text) != own:
             raise InputError(
-                f"{where}: {self.template.name} changes the text, so that its special token strings can't be told from the "
-                "template's; remove them from the row or set `special_tokens_in_text: allow`"
+                f"{where}: {self.template.name} changes the text, so that special token strings in it cannot be distinguished "
+                "from the template's; remove them from the row or set `special_tokens_in_text: allow`"
             )
         return self.special.encode(self.special.parts(text), where)
 

@@ -118,7 +118,9 @@ class Following:
         history = [{"role": role, "content": f"zqword{number}xw"} for number, role in enumerate(roles)]
         traced = template.traced([*history, {"role": "assistant", "content": _ANSWER}, *new], text)
         if traced is None:
-            raise self._error(f"changes the text, so that {hostile[0]!r} in it cannot be told from the template's own")
+            raise self._error(
+                f"changes the text, so that {hostile[0]!r} in it cannot be distinguished from the template's own"
+            )
         return _behind(traced.parts, start)
 
     def _error(self, what: str) -> InputError:

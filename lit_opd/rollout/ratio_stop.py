@@ -41,7 +41,7 @@ class RatioStop:
     Args:
         threshold: of the ratio, in (0, 1).
         chunk: tokens between two looks, >= 1. It changes the cost, not the responses (up to rounding): with more of them the
-            teacher runs less often, and more tokens are sampled in vain.
+            teacher runs less often, and more tokens are sampled that are cut off again.
     Raises:
         InputError: a value outside its range.
     """
