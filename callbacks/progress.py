@@ -120,7 +120,9 @@ class Progress(ProgressBar):
             self._line(f"step {step}/{trainer.max_steps}{self._numbers}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Numbers of the validation that ended."""
+        """Numbers of the validation that ended; Lightning's sanity check is none."""
+        if trainer.sanity_checking:
+            return
         found = {name: trainer.callback_metrics.get(f"val/{name}") for name in SHOWN}
         text = ", ".join(f"{name} {float(value):.3f}" for name, value in found.items() if value is not None)
         if self._enabled and text:

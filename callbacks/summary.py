@@ -45,7 +45,9 @@ class Summary(Callback):
         self._clock = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the first measurement as the start and the newest as the end."""
+        """Keep the fit's first measurement as the start and the newest as the end; Lightning's sanity check is none."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
         found = {name: trainer.callback_metrics.get(key) for name, key in SUMMARISED.items()}
         values = {name: None if value is None else float(value) for name, value in found.items()}
         if getattr(getattr(pl_module, "validation", None), "samples", 4) != 4:
@@ -71,7 +73,7 @@ class Summary(Callback):
         rank_zero_info(table(summary, folder, paged=paged))
 
     def values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The content of ``summary.json``."""
+        """The content of ``summary.json``, see docs/metrics.md: KL in nats a token, accuracies in [0, 1], wall seconds."""
         trained = getattr(getattr(pl_module, "state", None), "trained", None)
         measured = {
             f"{name}_{when}": values.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -14,7 +15,7 @@ import lightning as L
 import pytest
 from torch.utils.data import DataLoader
 
-from callbacks import Progress
+from callbacks import Progress, Summary
 from lit_opd.evaluation import ValidationSettings
 from lit_opd.rollout import TransformersSampler
 from tests.helpers import fixed, tiny
@@ -110,6 +111,38 @@ def test_a_validation_says_how_far_it_is_of_the_samples_it_draws(folders, sample
     )
     trainer.validate(trained, DataLoader([prompts], batch_size=None), verbose=False)
     assert phases.seen == told
+
+
+def test_the_sanity_check_is_no_validation(folders, tmp_path):
+    """Lightning's check of a few batches, where a trainer makes one, is neither the start of ``summary.json`` nor said."""
+    first, second = (
+        fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set(), seed=seed).prompts for seed in (0, 1)
+    )
+    measured: list[float] = []
+
+    class Measured(L.Callback):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            measured.append(float(trainer.callback_metrics["val/reverse_kl"]))
+
+    trained = fixed.module(
+        folders,
+        fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set()),
+        dtype="float32",
+        sampler=TransformersSampler(max_new_tokens=4),
+        validation=ValidationSettings(greedy=False, samples=0),
+    )
+    summary, out = Summary(), io.StringIO()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        num_sanity_val_steps=1, callbacks=[summary, Measured(), Progress(stream=out)],
+    )  # fmt: skip
+    loaders = ([first], [first, second])
+    trainer.fit(trained, *(DataLoader(batches, batch_size=None) for batches in loaders))
+    check, start, end = measured
+    assert check != start != end
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["reverse_kl_start"], found["reverse_kl_end"]) == (start, end)
+    assert out.getvalue().count("validation at step 0") == 1
 
 
 def test_other_ranks_say_nothing(folders):
