@@ -19,6 +19,7 @@ from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
 from lit_opd.testbed.hints import path_of
 from lit_opd.testbed.task import make_automaton
+from lit_opd.types import FinishReason
 from tests.helpers import signals, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,14 @@ def test_every_logged_name_has_a_line_in_the_docs(quickstart):
     pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     undocumented = {name for name in names - {"step", "epoch"} if f"`{name}`" not in pages and "/band_" not in name}
     assert not undocumented
+
+
+def test_the_page_of_plots_names_all_that_a_sample_holds_and_every_end_of_a_response(quickstart):
+    page = (ROOT / "docs" / "reading-the-plots.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
+    sample = json.loads((quickstart / "samples.jsonl").read_text().splitlines()[0])
+    assert not [name for name in [*sample, *sample["tokens"]] if f"`{name}`" not in page]
+    ends = next(line for line in page.splitlines() if "`finish_reason`" in line).split("|")[2]
+    assert not [reason.name for reason in FinishReason if not re.search(rf"\b{reason.name.lower()}\b", ends)]
 
 
 # that all are complete and their settings are taken, tests/preflight says of each
