@@ -238,7 +238,7 @@ def long_tables() -> list[Path]:
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "evidence.md", *long_tables()], ids=lambda page: page.stem)
 def test_a_page_of_the_first_study_names_the_current_one_at_its_top(page):
-    assert "of the first study" in (first := page.read_text().split("\n\n")[1]) and "(referee.md)" in first
+    assert "belongs to the first study" in (first := page.read_text().split("\n\n")[1]) and "(referee.md)" in first
 
 
 def test_the_storys_tables_are_those_of_the_long_pages():
