@@ -52,7 +52,7 @@ class Recorder:
     def batch(
         self, *, ids: Tensor, prompt_mask: Tensor, tokens: int, steps: int, weights: Callable[[], Mapping[str, Tensor]]
     ) -> None:
-        """One rollout batch more; the clock goes on behind it.
+        """One rollout batch more; the clock goes on after it.
 
         Args:
             ids: int64 [B, P], left-padded prompts.
