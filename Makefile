@@ -33,7 +33,7 @@ docs: $(TEST_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "documentation: build/docs/index.html"
 
-# Environments of their own at the lowest and the newest versions, about 5 GB and half an hour or more each; Python 3.11 to 3.13
+# Environments of their own at the lowest, the measured and the newest versions, about 5 GB and an hour each on two cores; Python 3.11 to 3.13
 VERSIONS ?= lowest measured newest
 test-versions: $(STAMP)
 	$(BIN)/python -m benchmarks.versions $(VERSIONS) --out docs

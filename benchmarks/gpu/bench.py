@@ -86,7 +86,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def clock(self) -> float:
-        """Seconds, behind all that was sent to the device."""
+        """Seconds, once the device has done all that was sent to it."""
         self.synchronise()
         return time.perf_counter()
 

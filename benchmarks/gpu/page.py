@@ -154,7 +154,7 @@ def _figure(value: Any) -> str:
 
 TABLES = {
     "Decode steps (one token a row, without the prefill)": ("decode", ["ms", "tokens/s"], _columns("ms", "tokens_per_s")),
-    "Training steps, medians behind the first": (
+    "Training steps, medians without the first": (
         "steps",
         ["s a step", "sampling", "teacher", "update", "trained tokens/s, update", "and teacher", "peak GiB", "estimated"],
         _columns(

@@ -60,7 +60,7 @@ class Sizes:
         decode_rows: batch sizes of decode steps.
         decode_tokens: decode steps that are measured.
         steps: training steps that are measured.
-        step_repeats: of each, behind a first one that is left out.
+        step_repeats: of each, after a first one that is left out.
         head_tokens: tokens that meet the head alone.
         head_repeats: of each measurement of the head.
         run_steps: optimizer steps of the whole runs: long, middle, short.

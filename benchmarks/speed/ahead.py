@@ -120,7 +120,7 @@ def measure(url: str, *, ahead: int, steps: int, rows: int) -> dict[str, float]:
             enable_progress_bar=False, enable_model_summary=False, callbacks=[seconds], default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(module, datamodule=data)
-    counted = slice(WARM, -1)  # behind the last step nothing is on its way
+    counted = slice(WARM, -1)  # after the last step nothing is on its way
     training = [whole - part for whole, part in zip(seconds.steps, seconds.sampling, strict=True)]
     return {"step": statistics.median(seconds.steps[counted]), "training": statistics.median(training[counted])}
 

@@ -50,7 +50,7 @@ class Sizes:
 
     @property
     def slots(self) -> int:
-        """Tokens behind a prompt."""
+        """Tokens after a prompt."""
         return self.turns * self.said + (self.turns - 1) * self.heard
 
 

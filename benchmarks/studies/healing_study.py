@@ -257,7 +257,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
     dates = [record["finished"] for record in records]
     seeds = ", ".join(str(seed) for seed in sorted({record["seed"] for record in records}))
     lines = [
-        "The long table behind healing.md: how far each weighting brings a damaged SmolLM2-135M back to the whole model.",
+        "The long table of healing.md: how far each weighting brings a damaged SmolLM2-135M back to the whole model.",
         "",
         f"{len(records)} runs of {first['steps']} steps, about {first['tokens']:,} sampled tokens each, median {seconds:.0f} s a "
         f"run on one thread; {first['figures']['prompts']:.0f} held-out prompts; +- is one standard deviation over seeds, "

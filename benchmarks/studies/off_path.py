@@ -1,11 +1,11 @@
-"""Is a testbed teacher right behind an error? Its codes after one wrong code, with the error's own path as the truth.
+"""Is a testbed teacher right after an error? Its codes after one wrong code, with the error's own path as the truth.
 
     python -m benchmarks.studies.off_path --teacher shipped=lit_opd/testbed/assets/teacher --teacher NAME=FOLDER
 
 Each problem of a seed of its own gets one wrong code, that of a random state, at a random one of its first eight codes; the
 path goes on from there by the tables with every operation legal, which is what a teacher that "stays right" would
 continue with. The teacher reads it all; a code counts as right where the argmax of all three digits is. Written per number
-of codes behind the error: share of right codes and nats per code. ``legal`` means that the operation is one of the
+of codes after the error: share of right codes and nats per code. ``legal`` means that the operation is one of the
 four that legal paths take from the state that stands there, which chance makes one in five.
 """
 
@@ -29,7 +29,7 @@ from lit_opd.testbed.warmup import response_logits, supervised_batch
 
 SEED = 77  # neither data, warm-up nor probes use it
 FIRST_ERRORS = 8
-GROUPS = ("before the error", "1 behind", "2 behind", "3 behind", "4 and more behind")
+GROUPS = ("before the error", "1 after", "2 after", "3 after", "4 and more after")
 
 
 @dataclass(frozen=True)

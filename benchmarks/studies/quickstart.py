@@ -1,4 +1,4 @@
-"""The quickstart over several seeds: the table of docs/reproduce.md and the picture of the README.
+"""The quickstart over several seeds: the table of docs/reproduce.md and its picture.
 
     python -m benchmarks.studies.quickstart --seeds 0 1 2 3 4 --runs runs/seeds --out docs
 
@@ -105,7 +105,7 @@ def draw(folders: list[Path], path: Path) -> None:
 
 
 def main() -> None:
-    """Command line; what stands behind ``--`` is passed to the fit."""
+    """Command line; what stands after ``--`` is passed to the fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))

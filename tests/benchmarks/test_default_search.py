@@ -15,10 +15,9 @@ from benchmarks.studies.reproduce.plan import PLAN, Job, Plan, extended, missing
 from benchmarks.studies.reproduce.referee import PART, write_referee
 from lit_opd.compare.statistics import Estimate
 from lit_opd.weighting import WeightingStrategy
-from tests.benchmarks.test_referee import synthetic
+from tests.helpers.made_runs import PARTS, synthetic
 
 SEARCH = PLAN.parent / "default-search.yaml"
-PARTS = ("base", "full")
 
 
 @cache

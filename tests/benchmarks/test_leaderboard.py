@@ -28,7 +28,7 @@ from lit_opd.compare.statistics import mean_height, mean_interval, two_way
 from lit_opd.errors import InputError
 from lit_opd.sweep import command
 from lit_opd.sweep.checks import settings_of
-from tests.benchmarks.test_referee import PARTS, REFEREE, synthetic, tiny_plan
+from tests.helpers.made_runs import PARTS, REFEREE, synthetic, tiny_plan
 from tests.sweep import parts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""The check of teachers behind an error: paths follow the tables, and the shipped teacher shows what the task is made for."""
+"""The check of teachers after an error: paths follow the tables, and the shipped teacher shows what the task is made for."""
 
 import random
 
@@ -31,7 +31,7 @@ def test_codes_are_grouped_by_their_distance():
     assert [group(step, 2) for step in range(8)] == [GROUPS[0], GROUPS[0], None, *GROUPS[1:], GROUPS[-1]]
 
 
-def test_the_shipped_teacher_is_lost_behind_an_error(capsys):
+def test_the_shipped_teacher_is_lost_after_an_error(capsys):
     main(["--teacher", f"shipped={ASSETS / 'teacher'}", "--count", "128"])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     right = {title.strip(): float(cell.split("+-")[0]) for title, _, cell in rows}

@@ -63,7 +63,7 @@ def test_a_resumed_run_exports_what_the_whole_one_does(folders, tmp_path):
     assert {path.name for path in tmp_path.glob("student*")} == {"student", "student-step-8"}
 
 
-def test_an_export_that_fails_at_the_end_comes_behind_the_last_checkpoint(folders, tmp_path, monkeypatch):
+def test_an_export_that_fails_at_the_end_comes_after_the_last_checkpoint(folders, tmp_path, monkeypatch):
     """By an error after which a run saves nothing any more: it may have come from an update cut short."""
 
     def fails(*_: Any, **__: Any) -> None:

@@ -19,6 +19,7 @@ from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
 from lit_opd.testbed.hints import path_of
 from lit_opd.testbed.task import make_automaton
+from lit_opd.types import FinishReason
 from tests.helpers import signals, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +114,14 @@ def test_every_logged_name_has_a_line_in_the_docs(quickstart):
     assert not undocumented
 
 
+def test_the_page_of_plots_names_all_that_a_sample_holds_and_every_end_of_a_response(quickstart):
+    page = (ROOT / "docs" / "reading-the-plots.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
+    sample = json.loads((quickstart / "samples.jsonl").read_text().splitlines()[0])
+    assert not [name for name in [*sample, *sample["tokens"]] if f"`{name}`" not in page]
+    ends = next(line for line in page.splitlines() if "`finish_reason`" in line).split("|")[2]
+    assert not [reason.name for reason in FinishReason if not re.search(rf"\b{reason.name.lower()}\b", ends)]
+
+
 # that all are complete and their settings are taken, tests/preflight says of each
 TRAINED = {"iw_opd_qwen3_4b_from_30b_a3b_32gpu", "smollm2_healing", "tools_quickstart"}
 EXPERIMENTS = [
@@ -162,7 +171,7 @@ def test_every_experiment_file_trains_a_step_on_tiny_models(path, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
 
 
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 INDEX = ROOT / "docs" / "index.md"
 
 
@@ -217,9 +226,10 @@ def test_the_readme_lists_the_tasks_in_the_order_of_the_index():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_begins_with_what_it_is_for_and_speaks_plainly(page):
+    """No "behind" where "after" is meant: pages use the word for nothing else."""
     title, _, first = page.read_text().split("\n", 2)
     assert title.startswith("# ") and re.match(r"[A-Z`\[#]", first)
-    assert not re.findall(r"told\s+from|of\s+no\s+step", page.read_text(), flags=re.I)
+    assert not re.findall(r"told\s+from|of\s+no\s+step|\bbehind\b", page.read_text(), flags=re.I)
 
 
 def long_tables() -> list[Path]:
@@ -228,7 +238,7 @@ def long_tables() -> list[Path]:
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "evidence.md", *long_tables()], ids=lambda page: page.stem)
 def test_a_page_of_the_first_study_names_the_current_one_at_its_top(page):
-    assert "of the first study" in (first := page.read_text().split("\n\n")[1]) and "(referee.md)" in first
+    assert "belongs to the first study" in (first := page.read_text().split("\n\n")[1]) and "(referee.md)" in first
 
 
 def test_the_storys_tables_are_those_of_the_long_pages():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -136,6 +137,15 @@ def test_a_room_imports_what_the_table_says_and_the_table_no_more(own):
 
 def test_every_room_is_in_the_table():
     assert {room(name) for name in MODULES} - {"lit_opd"} == set(ALLOWED)
+
+
+def test_the_table_of_the_design_page_has_every_room_in_this_order():
+    """Its rows: what a room imports stands in its own row or above it."""
+    table = (ROOT / "docs" / "design.md").read_text().split("\n## Rooms\n")[1].split("\n## ")[0]
+    rows = [re.findall(r"`(\w+)(?:/|\.py)`", row) for row in re.findall(r"^\| (`.*?) \|", table, flags=re.M)]
+    place = {name: number for number, row in enumerate(rows) for name in row}
+    assert set(place) - {"lit_opd"} == set(ALLOWED)
+    assert [(own, there) for own in ALLOWED for there in ALLOWED[own] if place[there] > place[own]] == []
 
 
 def test_no_arrow_points_back_up():

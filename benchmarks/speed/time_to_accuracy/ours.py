@@ -51,7 +51,7 @@ class Watch(Callback):
         )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """The recorder runs on behind the last batch."""
+        """The recorder runs on after the last batch."""
         self.recorder.stop()
 
 

@@ -46,7 +46,7 @@ class Watch(TrainerCallback):
         )
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """The recorder runs on behind the last batch."""
+        """The recorder runs on after the last batch."""
         self.recorder.stop()
 
 

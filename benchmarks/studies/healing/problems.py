@@ -140,7 +140,7 @@ _NEXT = re.compile(r"\n\s*(?:Question|Q)\s*:")
 def answer_of(response: str) -> Fraction | None:
     """The number that a response gives as its answer; None where there is none.
 
-    A box, or what stands behind "####", else the last number; a base model writes a next question, which is left out.
+    A box, or what stands after "####", else the last number; a base model writes a next question, which is left out.
 
     >>> answer_of("3 + 4 = 7. So there are 7 apples."), answer_of("It is 1,200.\\n\\nQuestion: 5"), answer_of("many")
     (Fraction(7, 1), Fraction(1200, 1), None)

@@ -263,10 +263,14 @@ def draw(plan: Plan, results: Results, path: Path) -> None:
             left.plot(found.mean, place, "o", color=colors[variant])
             if found.low is not None and found.high is not None:
                 left.plot([found.low, found.high], [place, place], color=colors[variant], lw=1.6)
-        left.axvline(0, color="0.6", lw=0.8)
+        if others:
+            left.axvline(0, color="0.6", lw=0.8)
+        else:
+            left.text(0.5, 0.5, "nothing to compare yet", ha="center", va="center", transform=left.transAxes)
+            left.set_xticks([])
         left.set_yticks(range(len(others)), others)
         left.invert_yaxis()
-        left.set(xlabel=f"held-out reverse KL - {plan.reference}, nats/token", title=model)
+        left.set(xlabel=f"held-out reverse KL - {plan.reference}, nats/token", title=plan.content["models"][model]["title"])
         if model in results.starts:
             draw_positions(right, [results.starts[model]["student"]["bands"]], "0.55", "--")
         for variant, seeds in of.items():

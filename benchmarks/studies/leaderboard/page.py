@@ -123,7 +123,7 @@ def headline(board: Board) -> str:
 
 
 def finished_lines(plan: Plan, chosen: Chosen) -> list[str]:
-    """How much of the plan stands behind the board."""
+    """How much of the plan the board rests on."""
     count, planned = len(chosen.counted), sum(chosen.planned.values())
     lines = [f"{count} of {planned} planned runs are finished, plan sha256 {plan.sha[:12]}."]
     if not count:

@@ -166,9 +166,9 @@ def since_error(signal: TokenSignal, nats: float) -> Tensor:
 
 
 class Reliability(WeightingStrategy):
-    """What estimates from a batch how much of the agreement the teacher and the student regain behind an error.
+    """What estimates from a batch how much of the agreement the teacher and the student regain after an error.
 
-    An error is a token with A <= -nats. Agreement is ``agreement``, and what is regained is its mean behind an error, divided by
+    An error is a token with A <= -nats. Agreement is ``agreement``, and what is regained is its mean after an error, divided by
     its mean on prefixes without one: 1 where the teacher is as near to the student as before, whatever that was.
 
     Args:
@@ -198,7 +198,7 @@ class Reliability(WeightingStrategy):
 
 
 class RecoveryCurve(Reliability):
-    """Weighs a token by the agreement that is regained, on average over the batch, as far behind an error as it stands.
+    """Weighs a token by the agreement that is regained, on average over the batch, as far after an error as it stands.
 
         d_t = tokens since the last token before t with A <= -nats, at most ``reach``;   w_t = r_{d_t},   r_0 = 1 (no error yet)
         r_d = min(mean agreement of all tokens with d_t = d / mean agreement of those with none, 1)
@@ -226,7 +226,7 @@ class AdaptiveFloor(Reliability):
         w_t = max(min(exp(sum of A_k over the last window tokens), 1), r),   r as in ``Reliability``, of the tokens with an error
         among the last ``window``
 
-    A teacher that stays right behind errors has r near 1, and all weights are.
+    A teacher that stays right after errors has r near 1, and all weights are.
 
     Args:
         nats, prior: see ``Reliability``.

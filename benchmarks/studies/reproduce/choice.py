@@ -48,7 +48,7 @@ class Candidate:
         return Estimate(mean, mean - below, mean + above, min(each.count for each in known))
 
     @property
-    def behind(self) -> list[str]:
+    def worse(self) -> list[str]:
         """Conditions where the interval lies below 0."""
         return [name for name, each in self.differences.items() if each and each.excludes_zero and each.mean < 0]
 
@@ -65,7 +65,7 @@ def candidates(plan: Plan, outcomes: Outcomes) -> dict[str, list[Candidate]]:
 
 def best(group: list[Candidate]) -> Candidate | None:
     """The one that the rule names; None before a candidate has runs in every condition, or where each lost somewhere."""
-    able = [(each.mean.mean, each) for each in group if each.mean is not None and not each.behind]
+    able = [(each.mean.mean, each) for each in group if each.mean is not None and not each.worse]
     return max(able, key=lambda pair: pair[0])[1] if able else None
 
 
