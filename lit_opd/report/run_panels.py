@@ -82,7 +82,9 @@ def over_training(run: RunFiles) -> list[Drawing]:
             "% of tokens",
             *([] if alike else [Line("train/weight_ess", "effective sample size of the weights", BLUE, PERCENT)]),
         ),
-        _chart(run, "Gradient norm, before clipping", "norm", Line("train/grad_norm", "mean update", BLUE)),
+        _chart(
+            run, "Gradient norm, before clipping", "norm", Line("train/grad_norm", "last update of each batch", BLUE)
+        ),
         *_evaluations(run),
     ]
     return measured(charts)

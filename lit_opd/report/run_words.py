@@ -95,8 +95,9 @@ def figures(run: RunFiles) -> list[Figure]:
         if start is not None and now is not None:
             single = len(run.metric(metric).values) == 1
             found.append(Figure(name, f"{now:.{digits}f}", "" if single else f"{start:.{digits}f}", unit))
-    tokens = (run.summary or {}).get("tokens") or sum(run.metric("train/tokens").values)
-    if tokens:
+    every_step = setting(run.config, "trainer.log_every_n_steps") in (None, 1)  # else a sum of lines would be too small
+    logged = sum(run.metric("train/tokens").values) if every_step else 0
+    if tokens := (run.summary or {}).get("tokens") or logged:
         found.append(Figure("sampled for training", f"{tokens:,.0f}", unit="tokens"))
     if seconds := (run.summary or {}).get("seconds"):
         found.append(Figure("time", duration(seconds)))

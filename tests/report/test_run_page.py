@@ -74,6 +74,20 @@ def test_lines_are_the_numbers_of_metrics_csv(tmp_path):
     assert found["Where the time goes"]["series"][0]["y"] == [70.0]
 
 
+def test_the_gradient_norm_is_called_what_it_is(tmp_path):
+    """Of the batch's last update, as docs/metrics.md says, not a mean over its updates."""
+    (norm,) = run_folder.drawings(page(run(tmp_path)))["Gradient norm, before clipping"]["series"]
+    assert (norm["name"], norm["y"]) == ("last update of each batch", [3.0, 2.0, 1.0])
+
+
+def test_tokens_that_were_not_all_logged_are_not_summed(tmp_path):
+    """Without a summary the tokens are those of metrics.csv, which lacks steps where not every one is logged."""
+    sparse = {**CONFIG, "trainer": {"max_steps": 30, "log_every_n_steps": 10}}
+    assert "sampled for training" in page(run(tmp_path / "all", summary=None))
+    assert "sampled for training" not in page(run(tmp_path / "some", summary=None, config=sparse))
+    assert "sampled for training" in page(run(tmp_path / "done", config=sparse))  # the summary counts every batch
+
+
 def test_positions_are_the_first_and_the_last_window_and_the_heat_map_has_all(tmp_path):
     found = run_folder.drawings(page(run(tmp_path)))
     disagreement = next(
