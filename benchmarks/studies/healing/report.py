@@ -270,7 +270,9 @@ def draw(plan: Plan, results: Results, path: Path) -> None:
             left.set_xticks([])
         left.set_yticks(range(len(others)), others)
         left.invert_yaxis()
-        left.set(xlabel=f"held-out reverse KL - {plan.reference}, nats/token", title=plan.content["models"][model]["title"])
+        left.set(
+            xlabel=f"held-out reverse KL - {plan.reference}, nats/token", title=plan.content["models"][model]["title"]
+        )
         if model in results.starts:
             draw_positions(right, [results.starts[model]["student"]["bands"]], "0.55", "--")
         for variant, seeds in of.items():
