@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.batchwise import extremes, group_moments, least_likely
-from lit_opd.errors import InputError, require
+from lit_opd.errors import InputError, is_finite, require
 from lit_opd.masked import masked_mean, masked_values, return_to_go
 from lit_opd.types import TokenSignal
 
@@ -145,7 +145,7 @@ class Clip(AdvantageTransform):
 
     def __init__(self, c: float = 5.0) -> None:
         self.c = c
-        require(math.isfinite(c) and c > 0, f"{type(self).__name__}.c", "a finite number > 0", c)
+        require(is_finite(c) and c > 0, f"{type(self).__name__}.c", "a finite number > 0", c)
 
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """clamp(A, -c, c), [B, T] nats."""
@@ -181,7 +181,7 @@ class Power(AdvantageTransform):
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        require(math.isfinite(alpha) and alpha > 0, f"{type(self).__name__}.alpha", "a finite number > 0", alpha)
+        require(is_finite(alpha) and alpha > 0, f"{type(self).__name__}.alpha", "a finite number > 0", alpha)
 
     @property
     def replaces(self) -> bool:
@@ -207,7 +207,7 @@ class RewardExtrapolation(AdvantageTransform):
     def __init__(self, strength: float) -> None:
         self.strength = strength
         name = type(self).__name__
-        require(math.isfinite(strength) and strength >= 0, f"{name}.strength", "a finite number >= 0", strength)
+        require(is_finite(strength) and strength >= 0, f"{name}.strength", "a finite number >= 0", strength)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -330,7 +330,7 @@ class NullAdvantage(AdvantageTransform):
 
     def __init__(self, value: float = -0.5) -> None:
         self.value = value
-        require(math.isfinite(value) and value != 0, f"{type(self).__name__}.value", "a finite number, not 0", value)
+        require(is_finite(value) and value != 0, f"{type(self).__name__}.value", "a finite number, not 0", value)
 
     @property
     def replaces(self) -> bool:
@@ -362,8 +362,8 @@ class EntropyNull(AdvantageTransform):
     def __init__(self, low: float = -1.0, high: float = -0.5, fraction: float = 0.2) -> None:
         self.low, self.high, self.fraction = low, high, fraction
         name = type(self).__name__
-        require(math.isfinite(high) and high < 0, f"{name}.high", "a finite number < 0", high)
-        require(math.isfinite(low) and low < high, f"{name}.low", f"a finite number < high = {high:g}", low)
+        require(is_finite(high) and high < 0, f"{name}.high", "a finite number < 0", high)
+        require(is_finite(low) and low < high, f"{name}.low", f"a finite number < high = {high:g}", low)
         require(0.0 < fraction <= 1.0, f"{name}.fraction", "in (0, 1]", fraction)
 
     @property
@@ -439,9 +439,9 @@ class GroupReward(_ComparesRewards):
     ) -> None:
         self.coefficient, self.teacher = coefficient, teacher
         name = type(self).__name__
-        require(math.isfinite(coefficient), f"{name}.coefficient", "a finite number", coefficient)
+        require(is_finite(coefficient), f"{name}.coefficient", "a finite number", coefficient)
         self._set_normalise(normalise)
-        require(math.isfinite(teacher) and teacher >= 0, f"{name}.teacher", "a finite number >= 0", teacher)
+        require(is_finite(teacher) and teacher >= 0, f"{name}.teacher", "a finite number >= 0", teacher)
 
     @property
     def replaces(self) -> bool:
@@ -490,9 +490,7 @@ class ResidualReward(_ComparesRewards):
     def __init__(self, coefficient: float = 1.0, normalise: Literal["std", "none"] = "std") -> None:
         self.coefficient = coefficient
         name = type(self).__name__
-        require(
-            math.isfinite(coefficient) and coefficient >= 0, f"{name}.coefficient", "a finite number >= 0", coefficient
-        )
+        require(is_finite(coefficient) and coefficient >= 0, f"{name}.coefficient", "a finite number >= 0", coefficient)
         self._set_normalise(normalise)
 
     @property

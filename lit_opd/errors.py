@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import Signals
+from typing import Any
 
 
 class InputError(ValueError):
@@ -63,6 +65,16 @@ def require(holds: bool, field: str, allowed: str, value: object, remedy: str = 
     """
     if not holds:
         raise InputError(f"`{field}` must be {allowed}, got {value!r}" + (f"; {remedy}" if remedy else ""))
+
+
+def is_integer(value: Any) -> bool:
+    """An int that is not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """A real number other than NaN and the infinities; no bool in disguise."""
+    return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)
 
 
 def first_line(error: BaseException) -> str:

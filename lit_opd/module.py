@@ -87,7 +87,8 @@ class OPDModule(L.LightningModule):
         mini_batches: optimizer steps a pass over the rollout batch.
         epochs: passes over the rollout batch.
         token_budget: padded tokens a micro-batch may hold, tokens where attention packs rows; None for one micro-batch.
-        truncated: rows that did not end by themselves: "keep", "mask" (valid rows without valid tokens) or "drop" (never scored).
+        truncated: rows cut by the room they had (``FinishReason.LENGTH``): "keep", "mask" (valid rows without valid tokens) or
+            "drop" (never scored).
         optimizer: from parameters to an optimizer, default AdamW with lr 1e-5.
         lr_scheduler: from optimizer to a scheduler stepped once an optimizer step, default constant.
         gradient_clip_norm: global norm bound, None for none.

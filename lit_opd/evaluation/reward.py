@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_opd.errors import InputError, require
+from lit_opd.errors import InputError, is_finite, require
 from lit_opd.evaluation.grading import Grader, Outcome
 from lit_opd.evaluation.validation import decoder
 from lit_opd.types import Rollout, is_reward
@@ -69,7 +69,7 @@ class AnswerReward(Reward):
     def __init__(self, right: float = 1.0, wrong: float = 0.0, num_workers: int = 2) -> None:
         self.right, self.wrong = right, wrong
         for name, value in (("right", right), ("wrong", wrong)):
-            require(math.isfinite(value), f"AnswerReward.{name}", "a finite number", value)
+            require(is_finite(value), f"AnswerReward.{name}", "a finite number", value)
         require(num_workers >= 1, "AnswerReward.num_workers", ">= 1", num_workers)
         self.grader = Grader(num_workers=num_workers)
 

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_opd.errors import InputError, require
+from lit_opd.errors import InputError, is_finite, require
 from lit_opd.prompts.encoding import PromptEncoder, left_padded
 from lit_opd.prompts.layouts import Message
 from lit_opd.prompts.sources import checked_prompt
@@ -140,7 +140,7 @@ class PeerDemonstration(HindsightPrompt):
         self._messages = parsed(template)
         named = "demonstration" in columns_of(self._messages)
         require(named, f"{name}.template", "a text or messages with {demonstration} in it", template)
-        require(math.isfinite(success), f"{name}.success", "a finite number", success)
+        require(is_finite(success), f"{name}.success", "a finite number", success)
         require(without in get_args(Without), f"{name}.without", "drop or plain", without)
         is_count = isinstance(max_prompt_tokens, int) and not isinstance(max_prompt_tokens, bool)
         require(is_count and max_prompt_tokens >= 1, f"{name}.max_prompt_tokens", "an integer >= 1", max_prompt_tokens)

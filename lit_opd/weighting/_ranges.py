@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-
-def is_integer(value: Any) -> bool:
-    """An int that is not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """A real number other than NaN and the infinities."""
-    return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+from lit_opd.errors import is_finite
 
 
 def is_fraction(value: Any) -> bool:

@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.masked import ceil_count, lengths, positions
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_fraction, is_integer, is_nonnegative
+from lit_opd.weighting._ranges import is_fraction, is_nonnegative
 from lit_opd.weighting.base import WeightingStrategy
 
 Schedule = Literal["cosine", "linear"]

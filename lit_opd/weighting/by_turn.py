@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.masked import masked_values, turn_positions, turn_sums
 from lit_opd.streams import turn_keys
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_integer, is_nonnegative
+from lit_opd.weighting._ranges import is_nonnegative
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 from lit_opd.weighting.combinators import _Wrapper
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.distributed import all_sum
-from lit_opd.errors import InputError, require
+from lit_opd.errors import InputError, is_integer, require
 from lit_opd.masked import lengths, masked_sum, valid_columns
 from lit_opd.streams import stream_seed, token_uniforms
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_integer
 from lit_opd.weighting.base import DependsOn, Scope, WeightingStrategy
 from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting

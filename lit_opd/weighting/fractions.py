@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.masked import ceil_count, lengths, positions
 from lit_opd.streams import stream_seed, token_uniforms
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_fraction, is_integer
+from lit_opd.weighting._ranges import is_fraction
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 from lit_opd.weighting.selection import _Selection
 

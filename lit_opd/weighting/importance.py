@@ -6,10 +6,9 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_finite, require
 from lit_opd.masked import exclusive_cumsum, masked_sum, masked_values, positions
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_finite
 from lit_opd.weighting.base import WeightingStrategy
 
 EPSILON = 1e-8  # keeps 0/0 at 0 for a row without disagreement

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_finite, require
 from lit_opd.masked import lengths, positions
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_finite, is_unit
+from lit_opd.weighting._ranges import is_unit
 from lit_opd.weighting.base import WeightingStrategy
 
 MIDDLE = 0.5  # a token's relative position is taken at its middle

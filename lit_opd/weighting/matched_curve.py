@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from lit_opd.distributed import all_sum, largest
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.masked import lengths, masked_values, positions
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_integer
 from lit_opd.weighting.base import Scope, WeightingStrategy
 from lit_opd.weighting.combinators import _Wrapper
 

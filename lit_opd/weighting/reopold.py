@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_finite, require
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_finite, is_fraction, is_unit
+from lit_opd.weighting._ranges import is_fraction, is_unit
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.selection import _BatchSelection
 

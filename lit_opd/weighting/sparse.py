@@ -7,11 +7,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.masked import lengths
 from lit_opd.streams import stream_seed, token_uniforms
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_fraction, is_integer
+from lit_opd.weighting._ranges import is_fraction
 from lit_opd.weighting.base import WeightingStrategy
 from lit_opd.weighting.selection import best_of_rows
 

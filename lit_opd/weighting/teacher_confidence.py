@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.masked import floor_count, positions, running_sum, valid_columns
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_integer, is_nonnegative, is_unit
+from lit_opd.weighting._ranges import is_nonnegative, is_unit
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 
 TILE_ENTRIES = 1 << 22  # window entries held at once: 16 MiB in float32, whatever B, T and the window are

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_finite, require
 from lit_opd.masked import masked_values, running_sum, shifted_right
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_finite, is_fraction
+from lit_opd.weighting._ranges import is_fraction
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 
 LARGEST_EXPONENT = 80.0  # exp(88.7) is the end of float32, and sums of weights must stay finite too

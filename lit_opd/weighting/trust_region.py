@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.streams import stream_seed, token_uniforms
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_integer
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 
 _DOMAIN = stream_seed(*b"TrustRegion")

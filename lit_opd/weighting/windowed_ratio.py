@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_opd.errors import require
+from lit_opd.errors import is_integer, require
 from lit_opd.masked import positions, valid_columns
 from lit_opd.types import TokenSignal
-from lit_opd.weighting._ranges import is_integer, is_unit
+from lit_opd.weighting._ranges import is_unit
 from lit_opd.weighting.base import DependsOn, WeightingStrategy
 
 

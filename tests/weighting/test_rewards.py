@@ -133,6 +133,12 @@ def test_without_groups_or_rewards_nothing_is_guessed():
     ("cls", "arguments"),
     [
         (adv.GroupReward, {"coefficient": NAN}),
+        (adv.GroupReward, {"coefficient": "1"}),
+        (adv.GroupReward, {"teacher": None}),
+        (adv.Clip, {"c": "5"}),
+        (adv.Power, {"alpha": None}),
+        (adv.RewardExtrapolation, {"strength": True}),
+        (adv.NullAdvantage, {"value": "-0.5"}),
         (adv.GroupReward, {"normalise": "mean"}),
         (adv.GroupReward, {"teacher": -1.0}),
         (adv.ResidualReward, {"coefficient": -1.0}),
