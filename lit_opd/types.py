@@ -725,6 +725,7 @@ class StepRecord(_Record):
         loss: [B, T] nats, weighted token losses of the last pass, before the denominator; 0 where masked.
         clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
         finish_reason: int8 [rows sampled], before truncated rows were dropped.
+        reward: float32 [rows sampled], NaN where a row has none; None where there are no rewards.
         sampled_tokens: int64 scalar, tokens sampled on this rank in this step, before truncated rows were dropped; those that a
             ``RatioStop`` cut off included.
         grad_norm: scalar, global 2-norm of the gradient before clipping at the batch's last update.
@@ -755,6 +756,7 @@ class StepRecord(_Record):
     response_tokens: Tensor | None = None
     chunks: Chunks | None = None
     waiting: Waiting | None = None
+    reward: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

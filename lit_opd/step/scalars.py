@@ -142,8 +142,8 @@ def _of_waiting(record: StepRecord) -> dict[str, Tensor]:
 
 
 def _of_reward(record: StepRecord) -> dict[str, Tensor]:
-    """The mean reward of the rows that have one, over all ranks; nothing without rewards."""
-    reward = record.rollout.reward
+    """The mean reward of the sampled rows that have one, over all ranks; nothing without rewards."""
+    reward = record.reward
     if reward is None:
         return {}
     known = ~reward.isnan()
@@ -154,7 +154,7 @@ def _of_reward(record: StepRecord) -> dict[str, Tensor]:
 def turn_scalars(record: StepRecord) -> dict[str, Tensor]:
     """What an environment adds, over all ranks, one collective; where responses are one turn the mean reward alone, if any.
 
-    Means are over the rows that ``truncated`` left in the batch, the fractions of failed and cut rows over all that were sampled.
+    Turns and tokens are of the rows that ``truncated`` left in the batch, the reward and the fractions of all that were sampled.
 
     Returns:
         scalars by metric name; the reward is NaN where no row has one.
@@ -162,7 +162,7 @@ def turn_scalars(record: StepRecord) -> dict[str, Tensor]:
     rollout, reasons = record.rollout, record.finish_reason
     if rollout.turn is None or rollout.observed is None:
         return _of_reward(record)
-    reward = torch.full_like(reasons, math.nan, dtype=torch.float32) if rollout.reward is None else rollout.reward
+    reward = torch.full_like(reasons, math.nan, dtype=torch.float32) if record.reward is None else record.reward
     known = ~reward.isnan()
     failed, cut = (reasons == int(reason) for reason in (FinishReason.ENVIRONMENT, FinishReason.TURNS))
     ones = torch.ones_like(reasons)

@@ -244,6 +244,7 @@ class Update:
             loss=buffer["loss"],
             clipped=buffer["clipped"],
             finish_reason=sampled.finish_reason,
+            reward=sampled.reward,
             sampled_tokens=sampled.num_drawn.sum(),
             response_tokens=None if sampled.drawn is None else sampled.lengths.sum(),
             grad_norm=self.grad_norm,

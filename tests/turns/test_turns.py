@@ -529,7 +529,7 @@ def record_of(rollout: Rollout) -> StepRecord:
     )  # fmt: skip
     return StepRecord(
         rollout=rollout, signal=signal, weights=zeros, kept=shape, loss=zeros, clipped=shape, finish_reason=rollout.finish_reason,
-        sampled_tokens=shape.sum(), grad_norm=torch.zeros(()), progress=0.0, step=1, seconds={},
+        reward=rollout.reward, sampled_tokens=shape.sum(), grad_norm=torch.zeros(()), progress=0.0, step=1, seconds={},
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy
@@ -18,7 +19,7 @@ from lit_opd.errors import InputError
 from lit_opd.evaluation import AnswerReward, Reward
 from lit_opd.objective import Divergence, PolicyLoss
 from lit_opd.preflight.module_checks import check_reward, setting_warnings
-from lit_opd.types import PromptBatch, Provenance, Rollout, TokenSignal
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, TokenSignal
 from lit_opd.weighting import CDD, BatchMeanOne, ImportanceWeighting, Uniform
 from tests.helpers import fixed, tiny
 
@@ -249,15 +250,22 @@ def test_a_gate_that_drops_is_not_said_to_be_without_effect(folders):
     assert said == ["`GroupReward` in `model.advantage` has no effect: `Divergence` reads no advantage"]
 
 
-def test_the_mean_reward_of_rows_that_have_one_is_logged(folders):
+@pytest.mark.parametrize("truncated", ["keep", "mask", "drop"])
+def test_the_mean_reward_of_all_sampled_rows_that_have_one_is_logged(folders, truncated):
+    """Rows that are cut, and so often wrong, stay in it when they leave the batch."""
     rollout, seen = samples(), []
+    reasons = rollout.finish_reason.clone()
+    reasons[[1, 4]] = int(FinishReason.LENGTH)
+    rollout = replace(rollout, finish_reason=reasons)
 
     class Watch(fixed.Collect):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append(float(trainer.callback_metrics["train/reward"]))
 
-    trained = fixed.module(folders, rollout, reward=Given(), dtype="float32", advantage=[adv.GroupReward()])
-    fixed.fit(trained, rollout.prompts, watch=Watch())
+    settings = {"dtype": "float32", "advantage": [adv.GroupReward()], "truncated": truncated}
+    trained = fixed.module(folders, rollout, reward=Given(), **settings)
+    collect = fixed.fit(trained, rollout.prompts, watch=Watch())
+    assert (len(collect.records[0].rollout) < len(rollout)) == (truncated == "drop")
     assert seen == [pytest.approx((1.0 + 0.0 + 1.0 + 0.5 + 0.25 + 1.0) / 6)]
 
 
