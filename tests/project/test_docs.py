@@ -252,6 +252,20 @@ def test_the_storys_tables_are_those_of_the_long_pages():
     assert len(figures) > 150 and not [figure for figure in figures if figure not in known]
 
 
+INTERVAL = re.compile(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]")
+
+
+def test_what_is_said_of_the_current_study_stands_in_its_tables():
+    """Every interval of the README and of the referee's own words, in what a command wrote."""
+    pages = [ROOT / "docs" / name for name in ("referee.md", "referee-rates.md", "leaderboard.md", "healing/study.md")]
+    written = [re.split(r"<!-- \w+ -->", page.read_text(), maxsplit=1)[-1] for page in pages]
+    known = {found for text in written for found in INTERVAL.findall(text)}
+    referee = pages[0].read_text().split("<!-- results -->")[0]
+    for text in (README, referee):
+        said = INTERVAL.findall(text)
+        assert len(said) >= 8 and not [each for each in said if each not in known]
+
+
 def test_every_paper_named_anywhere_is_in_the_one_list_of_references():
     """And the list names nothing that the repository does not use."""
     pattern = re.compile(r"\b2\d{3}\.\d{5}\b")
