@@ -76,6 +76,21 @@ def test_a_plan_with_rates_of_its_own_takes_none_of_the_other_plans():
     assert "hypotheses" not in extended(below, own) and extended(below, own | {"hypotheses": {}})["hypotheses"] == {}
 
 
+def test_the_confirmation_has_models_problems_and_seeds_that_no_plan_has():
+    plan = read_plan(PLAN.parent / "default-confirm.yaml")
+    others = [read_plan(path).content for path in PLAN.parent.glob("*.yaml") if path != plan.path]
+    assert len(others) >= 6
+    seeds = {seed for other in others for purpose in other["seeds"].values() for seed in purpose}
+    assert not seeds & {*plan.content["seeds"]["main"]} and len(plan.content["seeds"]["main"]) == 10
+    known = [spec for other in others for key in ("models", "data") for spec in other[key].values()]
+    draws = {spec["seed"] for other in others for spec in other["data"].values()}
+    assets = [asset for job in plan.jobs(PARTS) for asset in job.assets.values()]
+    assert {name for name, _ in assets} and not [name for name, spec in assets if spec in known]
+    assert not draws & {spec["seed"] for name, spec in assets if "split" in spec}
+    assert {role for job in plan.jobs(PARTS) for role in job.assets} == {"teacher", "student", "data"}
+    assert not candidates(plan, Outcomes([]))  # it confirms and chooses nothing
+
+
 # -- the rule ------------------------------------------------------------------------------------------------------------
 
 

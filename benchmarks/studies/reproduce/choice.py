@@ -60,7 +60,9 @@ def candidates(plan: Plan, outcomes: Outcomes) -> dict[str, list[Candidate]]:
     def of(name: str) -> Candidate:
         return Candidate(name, {each: outcomes.estimate(each, name, REFERENCE, MEASURE) for each in conditions})
 
-    return {group: [of(name) for name in names] for group, names in plan.content["search"].get("choose", {}).items()}
+    return {
+        group: [of(name) for name in names] for group, names in (plan.content["search"].get("choose") or {}).items()
+    }
 
 
 def best(group: list[Candidate]) -> Candidate | None:
