@@ -57,7 +57,7 @@ def _draw_condition(axis: Axes, condition: Condition, order: Sequence[str]) -> N
             axis.plot([0], [place], "|", color="0.4", ms=9, mew=2)
     axis.axvline(0, color="0.4", lw=0.8)
     axis.set_title(condition.name, fontsize=10)
-    axis.set_xlabel("mean greedy accuracy (right is better)", fontsize=8)
+    axis.set_xlabel("difference in accuracy (right is better)", fontsize=8)
     axis.grid(axis="y", color="0.93")
     axis.xaxis.set_major_locator(MaxNLocator(TICKS))
     axis.tick_params(labelsize=8)
