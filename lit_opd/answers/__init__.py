@@ -5,14 +5,14 @@ equation); ``units`` and ``arithmetic`` read numbers, exactly; ``comparing`` put
 package too, so it needs the standard library only.
 """
 
-from lit_opd.answers.boxes import BOX, behind_hashes, boxed_answer, last_box
+from lit_opd.answers.boxes import BOX, after_hashes, boxed_answer, last_box
 from lit_opd.answers.cleaning import canonical, cleaned
 from lit_opd.answers.comparing import NeedsMathematics, exact_value, same, undecided
 
 __all__ = [
     "BOX",
     "NeedsMathematics",
-    "behind_hashes",
+    "after_hashes",
     "boxed_answer",
     "canonical",
     "cleaned",

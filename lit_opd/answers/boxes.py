@@ -38,7 +38,7 @@ def last_box(text: str) -> tuple[str | None, bool]:
     return None, True
 
 
-def behind_hashes(text: str) -> str | None:
+def after_hashes(text: str) -> str | None:
     """What follows the last "####" on its line, as GSM8K writes answers; None without one."""
     found = _HASHES.findall(text)
     return found[-1] if found else None

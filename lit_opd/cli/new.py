@@ -40,8 +40,8 @@ class MyWeighting(WeightingStrategy):
         ``signal`` has the log-probs of student and teacher (nats), ``signal.log_ratio`` their difference, and more:
         ``lit_opd.types.TokenSignal``. ``progress`` is the share of the training that is done, in [0, 1].
         """
-        behind = (positions(signal.mask).float() - self.start).clamp(min=0)
-        return torch.exp2(-behind / self.half_life)
+        past = (positions(signal.mask).float() - self.start).clamp(min=0)
+        return torch.exp2(-past / self.half_life)
 '''
 
 TEST = '''"""What every weighting must keep: python -m pytest test_my_weighting.py"""
@@ -63,7 +63,7 @@ def signal(rows: int = 4, columns: int = 30) -> TokenSignal:
     return TokenSignal(student_logprobs=student, teacher_logprobs=teacher, mask=mask, row_keys=keys, step=0)
 
 
-def test_weights_are_finite_and_at_least_zero_and_zero_behind_a_row():
+def test_weights_are_finite_and_at_least_zero_and_zero_after_a_row():
     given = signal()
     weights = MyWeighting()(given, 0.5)
     assert weights.shape == given.mask.shape and bool(torch.isfinite(weights).all()) and bool((weights >= 0).all())
@@ -73,7 +73,7 @@ def test_weights_are_finite_and_at_least_zero_and_zero_behind_a_row():
 def test_the_weight_falls_with_the_position():
     weights = MyWeighting(start=10, half_life=20)(signal(), 0.5)[0]
     assert weights[:10].eq(1).all() and bool((weights[10:].diff() < 0).all())
-    assert abs(float(weights[29]) - 0.5) < 1e-6  # token 30: 20 behind the start
+    assert abs(float(weights[29]) - 0.5) < 1e-6  # token 30: 20 after the start
 '''
 
 README = """# {name}

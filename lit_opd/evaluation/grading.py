@@ -30,7 +30,7 @@ from typing import IO, Any
 
 from lit_opd.answers import (
     NeedsMathematics,
-    behind_hashes,
+    after_hashes,
     canonical,
     exact_value,
     last_box,
@@ -83,7 +83,7 @@ def extracted(response: str) -> Grade | str:
     if unclosed:
         return Grade(Outcome.TRUNCATED)
     if answer is None:
-        answer = behind_hashes(response)
+        answer = after_hashes(response)
     if answer is None or not answer.strip():
         return Grade(Outcome.NO_ANSWER)
     return answer.strip()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lit_opd.answers import behind_hashes, exact_value, last_box
+from lit_opd.answers import after_hashes, exact_value, last_box
 
 NAMES = (
     "Ada",
@@ -147,7 +147,7 @@ def answer_of(response: str) -> Fraction | None:
     """
     own = _NEXT.split(response)[0]
     boxed, _ = last_box(own)
-    said = boxed if boxed is not None else behind_hashes(own)
+    said = boxed if boxed is not None else after_hashes(own)
     if said is not None and (found := exact_value(said)) is not None:
         return found
     numbers = _NUMBER.findall(own)
