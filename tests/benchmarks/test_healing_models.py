@@ -42,7 +42,7 @@ def content() -> dict:
 def test_the_plan_is_what_was_asked_for():
     plan = read_plan()
     jobs = plan.jobs("cpu")
-    assert len(jobs) == len({job.name for job in jobs}) == 2 * 6 * 3
+    assert len(jobs) == len({job.name for job in jobs}) == 2 * 8 * 3
     first = jobs[: 2 * 3 * 3]
     assert {job.variant for job in first} == {"uniform", "iw-1.5", "null-advantage"} and all(
         j.steps >= 60 for j in first
@@ -53,8 +53,13 @@ def test_the_plan_is_what_was_asked_for():
     for job in jobs:
         assert job.settings["model"]["sampler"]["init_args"]["max_new_tokens"] == 128
         assert job.settings["seed_everything"] == job.seed and "seed" not in job.settings["data"]
-        null = [{"class_path": "lit_opd.advantage.NullAdvantage", "init_args": {"value": -0.5}}]
-        assert job.settings["model"].get("advantage") == (null if job.variant == "null-advantage" else None)
+        advantages = {
+            "null-advantage": [{"class_path": "lit_opd.advantage.NullAdvantage", "init_args": {"value": -0.5}}],
+            "windowed-baseline": [{"class_path": "lit_opd.advantage.ValueBaseline"}],
+        }
+        assert job.settings["model"].get("advantage") == advantages.get(job.variant)
+        objective = {"full-windowed": "Divergence"}.get(job.variant, "PolicyLoss")
+        assert job.settings["model"]["objective"]["class_path"] == f"lit_opd.objective.{objective}"
         for part in (job.settings["model"]["weighting"], *job.settings["model"].get("advantage", ())):
             module, name = part["class_path"].rsplit(".", 1)
             getattr(importlib.import_module(module), name)(**part.get("init_args", {}))
@@ -418,7 +423,7 @@ def finished(place) -> Place:
 
 def test_the_page_says_what_was_run_and_its_numbers_are_the_records(finished, tmp_path):
     page = report.write_report(finished.plan, finished.records, tmp_path).read_text()
-    assert "5 of 12 runs, 2 steps of 2 prompts" in page and "None of 12 runs is finished." in page
+    assert "5 of 16 runs, 2 steps of 2 prompts" in page and "None of 16 runs is finished." in page
     assert "18 differences were looked at" in page  # 8 and 4 from uniform and of cdd from IW-OPD, 6 of late from early
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.splitlines() if line.startswith("| ")}
     assert rows["(start)"][2].startswith("4.000") or "| (start) |  | 4.000 |" in page
@@ -449,9 +454,17 @@ def test_without_the_reference_and_without_any_run_there_is_a_page(finished, tmp
     for seed in (11, 12):
         finished.record(finished.plan.job("tiny", "uniform", seed, "cpu")).unlink()
     page = report.write_report(finished.plan, finished.records, tmp_path / "some").read_text()
-    assert "3 of 12 runs" in page and "8 differences were looked at" in page
+    assert "3 of 16 runs" in page and "8 differences were looked at" in page
     page = report.write_report(finished.plan, tmp_path / "none", tmp_path / "empty").read_text()
-    assert page.count("None of 12 runs is finished.") == 2 and "![" not in page
+    assert page.count("None of 16 runs is finished.") == 2 and "![" not in page
+
+
+def test_a_plan_that_has_changed_since_says_so_and_counts_what_kept_its_settings(finished, tmp_path):
+    page = report.write_report(finished.plan, finished.records, tmp_path / "same").read_text()
+    assert "The plan has changed" not in page
+    other = Plan(finished.plan.content | {"question": "another"}, finished.plan.path)
+    page = report.write_report(other, finished.records, tmp_path / "other").read_text()
+    assert f"**The plan has changed since:** it is {other.sha[:12]} now." in page and "and counted: 5 runs." in page
 
 
 def test_records_of_other_settings_are_no_results(finished, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_opd.files import replace_whole
 
 PAGE, PART = "models.md", part("healing-models")
 TITLE = "# Two real models healed"
-COLORS = ("#202020", "#1f5fa8", "#c4500c", "#2f7d32", "#8e44ad", "#b8860b")
+COLORS = ("#202020", "#1f5fa8", "#c4500c", "#2f7d32", "#8e44ad", "#b8860b", "#0f8b8d", "#d1478c")
 CHARS = 300  # of a sample that is shown
 LENGTHS = ("tokens a response", "ended by itself")
 FIRST, LAST = 0, -1  # tenths of a response
@@ -208,6 +209,7 @@ def about(plan: Plan, results: Results) -> list[str]:
     first = records[0]
     seconds = [record["seconds"] for record in records]
     plans = ", ".join(sorted({record["plan"][:SHORT] for record in records}))
+    earlier = sum(record["plan"] != plan.sha for record in records)
     compared = sum(
         (len(of) - 1) * len(MEASURES) for of in results.runs.values() if plan.reference in of and len(of) > 1
     )
@@ -220,6 +222,7 @@ def about(plan: Plan, results: Results) -> list[str]:
         f"a run; {'; '.join(sorted({record['machine'] for record in records}))}, {min(r['finished'] for r in records)} to "
         f"{max(r['finished'] for r in records)}.",
         "",
+        *(_changed(plan, earlier) if earlier else ()),
         f"A problem counts once, by the mean over the tokens of its response, the end symbol among them; the KL is exact over "
         f"the vocabulary, at temperature 1. Brackets are 95 % intervals over seeds and the {len(plan.held_out)} held-out "
         f"problems at once (two-way bootstrap, Student's t for seeds); one seed has none. They hold what another seed (order, "
@@ -227,6 +230,14 @@ def about(plan: Plan, results: Results) -> list[str]:
         f"rate. Differences are paired by seed and problem, bold where 0 lies outside. {compared} differences were looked at: "
         f"of so many, about {compared / 20:.1f} would be bold by chance. Right answers are greedy. A tenth is of the response's "
         f"own length; a response without a token there is left out of it.",
+    ]
+
+
+def _changed(plan: Plan, earlier: int) -> list[str]:
+    return [
+        f"**The plan has changed since:** it is {plan.sha[:SHORT]} now. Made under an earlier one that had the same settings for "
+        f"them, and counted: {earlier} {'run' if earlier == 1 else 'runs'}.",
+        "",
     ]
 
 
@@ -252,7 +263,7 @@ def draw(plan: Plan, results: Results, path: Path) -> None:
     figure, axes = plt.subplots(
         len(models), 2, figsize=(10, ROW_HEIGHT * len(models)), layout="constrained", squeeze=False
     )
-    colors = dict(zip(plan.content["variants"], COLORS, strict=False))
+    colors = dict(zip(plan.content["variants"], itertools.cycle(COLORS), strict=False))
     for (left, right), model in zip(axes, models, strict=True):
         of = results.runs[model]
         others = [name for name in of if name != plan.reference] if plan.reference in of else []
