@@ -257,13 +257,23 @@ INTERVAL = re.compile(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]")
 
 def test_what_is_said_of_the_current_study_stands_in_its_tables():
     """Every interval of the README and of the referee's own words, in what a command wrote."""
-    pages = [ROOT / "docs" / name for name in ("referee.md", "referee-rates.md", "leaderboard.md", "healing/study.md")]
+    names = (
+        "referee.md",
+        "referee-rates.md",
+        "default-search.md",
+        "default-confirm.md",
+        "default-controls.md",
+        "leaderboard.md",
+        "healing/study.md",
+        "healing/models.md",
+    )
+    pages = [ROOT / "docs" / name for name in names]
     written = [re.split(r"<!-- \w+ -->", page.read_text(), maxsplit=1)[-1] for page in pages]
     known = {found for text in written for found in INTERVAL.findall(text)}
-    own = [page.read_text().split("<!-- results -->")[0] for page in pages[:2]]
+    own = [page.read_text().split("<!-- results -->")[0] for page in pages[:3]]
     for text in (README, *own):
         said = INTERVAL.findall(text)
-        assert len(said) >= 8 and not [each for each in said if each not in known]
+        assert len(said) >= 6 and not [each for each in said if each not in known]
 
 
 def test_every_paper_named_anywhere_is_in_the_one_list_of_references():
