@@ -50,7 +50,8 @@ HOW_RANKS = (
     "Rank 1 is the largest area. Seeds and problems are drawn anew 2,000 times (two-way bootstrap), each time the same ones "
     "for all variants, and the variants are ranked in each draw. Shown are the mean rank with its 95 % interval, and in how "
     "many draws a variant is first. The draws lie around what was seen: of two variants that are truly equal, one looks "
-    "better in them more often than it should."
+    "better in them more often than it should. Every variant trains at the rate that its own tuning chose: "
+    "part of a gain may be the rate's (referee-rates.md)."
 )
 HOW_ROWS = (
     "Area: greedy accuracy averaged over the training. Brackets are unadjusted 95 % intervals over seeds and problems; one "

@@ -62,12 +62,12 @@ HOW_START = (
 ENDS = (slice(None, 3), slice(-3, None))  # of ten
 CLOSES = (
     "Reverse KL of the last 30 % of a response at the end of training, nats a token; below 0 is nearer to the teacher than "
-    "uniform is. Intervals are unadjusted."
+    "uniform is, late in the response; the gap to early tokens may be as wide, since early KL falls too. Intervals are unadjusted."
 )
 SCALE = (
     "Size of the step and cost, means over steps and seeds. *Effective sample* is the share of the tokens that effectively "
-    "count, `train/weight_ess` of [metrics.md](metrics.md); the gradient norm is the one before clipping; tokens are all that "
-    "were sampled."
+    "count, `train/weight_ess` of [metrics.md](metrics.md); the gradient norm is the one before it is clipped at 1; the "
+    "clip fraction is that of the policy's ratio, not of gradients; tokens are all that were sampled."
 )
 
 
@@ -134,7 +134,7 @@ def lines_of(plan: Plan, chosen: Chosen, folder: Path) -> list[str]:
         table = overview(plan, outcomes, "area", reference)
         lines += [f"### Area minus that of {reference}", "", BY_CHANCE, "", *table] if table else []
     lines += [
-        "### Late KL minus that of uniform: what closes the gap",
+        "### Late KL minus that of uniform",
         "",
         CLOSES,
         "",
