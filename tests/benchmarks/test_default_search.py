@@ -78,7 +78,8 @@ def test_a_plan_with_rates_of_its_own_takes_none_of_the_other_plans():
 
 def test_the_confirmation_has_models_problems_and_seeds_that_no_plan_has():
     plan = read_plan(PLAN.parent / "default-confirm.yaml")
-    others = [read_plan(path).content for path in PLAN.parent.glob("*.yaml") if path != plan.path]
+    its_own = {plan.path, PLAN.parent / "default-controls.yaml"}  # the latter counts its runs
+    others = [read_plan(path).content for path in PLAN.parent.glob("*.yaml") if path not in its_own]
     assert len(others) >= 6
     seeds = {seed for other in others for purpose in other["seeds"].values() for seed in purpose}
     assert not seeds & {*plan.content["seeds"]["main"]} and len(plan.content["seeds"]["main"]) == 10
@@ -89,6 +90,21 @@ def test_the_confirmation_has_models_problems_and_seeds_that_no_plan_has():
     assert not draws & {spec["seed"] for name, spec in assets if "split" in spec}
     assert {role for job in plan.jobs(PARTS) for role in job.assets} == {"teacher", "student", "data"}
     assert not candidates(plan, Outcomes([]))  # it confirms and chooses nothing
+
+
+def test_the_control_counts_the_confirmations_runs_and_adds_uniform_weights_at_the_candidates_rates():
+    confirm, control = (read_plan(PLAN.parent / f"default-{name}.yaml") for name in ("confirm", "controls"))
+    theirs = {job.name: job.settings for job in confirm.jobs(PARTS)}
+    jobs = control.jobs(PARTS)
+    new = {job.variant for job in jobs if job.name not in theirs}
+    assert (
+        all(job.settings == theirs[job.name] for job in jobs if job.name in theirs)
+        and len(jobs) - 3 * 10 * len(new) == 120
+    )
+    rates = {job.variant: job.settings["model"]["optimizer"]["init_args"]["lr"] for job in jobs}
+    assert new == {"uniform-baseline", "full-uniform", "full-vocabulary"}
+    assert rates["uniform-baseline"] == rates["windowed-baseline"] == rates["windowed-ratio"]
+    assert rates["full-uniform"] == rates["full-windowed"] == 2 * rates["full-vocabulary"]
 
 
 # -- the rule ------------------------------------------------------------------------------------------------------------
