@@ -48,8 +48,13 @@ class AdvantageTransform(ABC):
 
     @property
     def is_baseline(self) -> bool:
-        """True when it subtracts a baseline, which only weights that ignore token t leave unbiased."""
+        """True when it subtracts a baseline: what depends on the tokens before t only. See ``ValueBaseline``."""
         return False
+
+    @property
+    def keeps_baseline(self) -> bool:
+        """True when a baseline before it stays one: A' is a fixed number times A, plus what does not depend on A."""
+        return self.is_baseline
 
     @property
     def replaces(self) -> bool:
@@ -128,6 +133,11 @@ class AdvantageTransform(ABC):
 
 class Identity(AdvantageTransform):
     """A' = A."""
+
+    @property
+    def keeps_baseline(self) -> bool:
+        """Changes nothing."""
+        return True
 
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """The advantage itself, [B, T] nats."""
@@ -214,6 +224,11 @@ class RewardExtrapolation(AdvantageTransform):
         """The reference model's log-probs."""
         return frozenset({"reference_logprobs"})
 
+    @property
+    def keeps_baseline(self) -> bool:
+        """Only adds to A."""
+        return True
+
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """A + (strength - 1)(q - reference), [B, T] nats."""
         assert signal.reference_logprobs is not None  # required above
@@ -235,6 +250,11 @@ class DiscountedReturn(AdvantageTransform):
         self.discount = discount
         require(0.0 <= discount <= 1.0, f"{type(self).__name__}.discount", "in [0, 1]", discount)
 
+    @property
+    def keeps_baseline(self) -> bool:
+        """Only without a return: else the baselines of later tokens, which token t leads to, are summed too."""
+        return self.discount == 0
+
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """The discounted return-to-go, [B, T] nats."""
         return return_to_go(advantage, signal.mask, discount=self.discount)
@@ -243,8 +263,23 @@ class DiscountedReturn(AdvantageTransform):
 class ValueBaseline(AdvantageTransform):
     """A'_t = A_t + KL_t, with KL_t = KL(student || teacher) at t, exact: subtracts -KL_t, the mean of A_t.
 
-    Source: vOPD, reported in arXiv 2605.07865. Lowers the variance and leaves the expected gradient alone as long as
-    the weight ignores token t and later ones: see ``baseline_warning``.
+    The expected gradient stays what it is without the baseline as long as nothing else that multiplies grad log p_t depends on
+    token t or later ones. So it asks for all of these, and a run warns where one does not hold:
+
+    - the weight reads the prefix only (``depends_on``);
+    - the aggregation is "sequence-sum" or "constant". The default "sequence-mean" divides by the row's n tokens, and token t
+      may end the row: the gradient of the loss changes by - w_t KL_t E[(1/n) grad log p_t], summed over tokens, which raises
+      tokens that lead to short responses. With "token-mean" the change is about as large over the number of rows in the
+      step. Where every response has the same length it is 0;
+    - no row leaves the loss for what was drawn: ``truncated`` is "keep", and no transform drops rows;
+    - the sampler has top_p 1 and top_k 0;
+    - after it come only transforms with ``keeps_baseline``: put it last.
+
+    Saved responses that count as the student's own are refused with it. Caps and clips of the objective are a bias of their own.
+    The variance of a token's A' is the lowest that a baseline gives where A comes unchanged; that of the gradient is often lower
+    and can be higher, most of all after ``Clip``, since -KL_t is not the mean of a clipped A.
+
+    Source: vOPD, reported in arXiv 2605.07865.
     """
 
     @property
@@ -448,6 +483,11 @@ class GroupReward(_ComparesRewards):
         """Without the teacher's part nothing is left of A."""
         return self.teacher == 0
 
+    @property
+    def keeps_baseline(self) -> bool:
+        """Scales A by one number, and adds."""
+        return True
+
     def transform(self, advantage: Tensor, signal: TokenSignal) -> Tensor:
         """teacher * A + coefficient * G, [B, T]."""
         return self.teacher * advantage + self.coefficient * group_advantage(signal, self.normalise).unsqueeze(-1)
@@ -584,21 +624,66 @@ def apply_transforms(transforms: Sequence[AdvantageTransform], signal: TokenSign
     return replace(signal, advantage=advantage, validate=False)  # each transform checked its own output
 
 
+def baselines(transforms: Sequence[AdvantageTransform]) -> list[str]:
+    """Class names of the baselines that have an effect: none that a later transform ignores."""
+    return [type(transform).__name__ for transform in transforms[_start(transforms) :] if transform.is_baseline]
+
+
 def baseline_warning(transforms: Sequence[AdvantageTransform], strategy: ReadsTokens) -> str | None:
     """Why a value baseline and this strategy do not go together, or None where they do."""
-    baselines = [type(transform).__name__ for transform in transforms if transform.is_baseline]
-    if not baselines or strategy.depends_on == "prefix":
+    found = baselines(transforms)
+    if not found or strategy.depends_on == "prefix":
         return None
     return (
         f"`{type(strategy).__name__}` weights by the {strategy.depends_on} (depends_on = {strategy.depends_on!r}), so "
-        f"the baseline of `{baselines[0]}` no longer averages out (E[w grad log pi] is not 0) and changes the expected "
+        f"the baseline of `{found[0]}` no longer averages out (E[w grad log pi] is not 0) and changes the expected "
         "gradient; use a strategy that reads the prefix only, or no baseline"
     )
 
 
+def after_baseline_warning(transforms: Sequence[AdvantageTransform]) -> str | None:
+    """Names the transforms that a baseline before them does not survive, or None."""
+    acting = transforms[_start(transforms) :]
+    first = next((place for place, transform in enumerate(acting) if transform.is_baseline), len(acting))
+    later = [
+        f"`{type(transform).__name__}`"
+        for transform in acting[first + 1 :]
+        if not (transform.keeps_baseline or isinstance(transform, RewardGate))
+    ]
+    if not later:
+        return None
+    name, verb = type(acting[first]).__name__, "reads" if len(later) == 1 else "read"
+    return (
+        f"{', '.join(later)} after `{name}` in `model.advantage` {verb} the advantage with the baseline in it, which then no "
+        f"longer averages out and changes the expected gradient; put `{name}` last"
+    )
+
+
+def gate_warning(transforms: Sequence[AdvantageTransform]) -> str | None:
+    """Why a baseline and a gate that leaves its rows in the loss do not go together, or None where they do."""
+    acting, found = transforms[_start(transforms) :], baselines(transforms)
+    gates = [place for place, part in enumerate(acting) if isinstance(part, RewardGate) and not part.drops_tokens]
+    if not found or not gates:
+        return None
+    name, how = found[0], acting[gates[-1]].how  # type: ignore[attr-defined]
+    if any(part.is_baseline for part in acting[: gates[-1]]):
+        what = f"after `{name}` stops rows by what was drawn, so its baseline no longer averages out and changes the "
+        return f"`RewardGate.how` {how} in `model.advantage` {what}expected gradient; leave one of them out"
+    what = f"before `{name}` in `model.advantage` does not keep the rows that it stops at {'0' if how == 'keep' else 'less'}"
+    return (
+        f"`RewardGate.how` {how} {what}: the baseline is added to them, on average without effect and not row by row; "
+        "leave one of them out"
+    )
+
+
+def _start(transforms: Sequence[AdvantageTransform]) -> int:
+    """Where the list begins to have an effect: the last transform that ignores what it is given."""
+    return max((place for place, transform in enumerate(transforms) if transform.replaces), default=0)
+
+
 def order_warning(transforms: Sequence[AdvantageTransform]) -> str | None:
     """Names the transforms that are without effect because a later one ignores their output, or None."""
-    last = max((place for place, transform in enumerate(transforms) if transform.replaces), default=0)
+    last = _start(transforms)
     if not last:
         return None
     without = [transform for transform in transforms[:last] if not transform.drops_tokens]

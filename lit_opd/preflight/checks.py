@@ -213,8 +213,10 @@ def signals(run: PlannedRun) -> Finding:
     check_hindsight(run.module, run.data)
     check_rollout_stop(run.module, sharded=run.plan.shards > 1)
     check_replay(run.module, run.data)
-    for warning in setting_warnings(run.module):
-        return _split("warning", warning)
+    said = [_split("warning", warning) for warning in setting_warnings(run.module)]
+    if said:
+        remedies = dict.fromkeys(one.remedy for one in said if one.remedy)
+        return Finding("warning", "; ".join(one.found for one in said), "; ".join(remedies))
     required = frozenset().union(*(recipe.required for recipe in run.module.recipes))
     read = ", ".join(sorted(required)) or "nothing beyond log-probs"
     return Finding("ok", f"reads {read}")

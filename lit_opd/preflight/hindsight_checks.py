@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 
 from lit_opd.errors import InputError
+from lit_opd.preflight.baseline_checks import effective_baselines
 from lit_opd.preflight.subject import Subject
-from lit_opd.prompts import HindsightPrompt, PromptDataModule
+from lit_opd.prompts import HindsightPrompt, PeerDemonstration, PromptDataModule
 
 
 def check_hindsight(module: Subject, data: PromptDataModule | None) -> None:
@@ -37,6 +38,14 @@ def check_hindsight(module: Subject, data: PromptDataModule | None) -> None:
                 f"`{setting}` must be null with `data.teacher_prompt` {name}, got {type(given).__name__}: there the teacher "
                 "would score without what it reads after sampling; leave it out"
             )
+    found = effective_baselines(module.recipe)
+    if found and not isinstance(own, PeerDemonstration):
+        warnings.warn(
+            f"`data.teacher_prompt` {name} may show the teacher something of the response that it scores, and what the teacher "
+            f"thinks of a token then depends on the sampled tokens, so the baseline of `{found[0]}` no longer averages out and "
+            "changes the expected gradient; show it other samples only, as PeerDemonstration does, or use no baseline",
+            stacklevel=2,
+        )
     if module.validation.divergence:
         warnings.warn(
             f"`model.validation.divergence` compares with the teacher without what `data.teacher_prompt` {name} shows it, as no "

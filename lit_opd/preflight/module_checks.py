@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from lit_opd.advantage import GroupReward, ResidualReward, RewardGate, baseline_warning, order_warning
+from lit_opd.advantage import GroupReward, ResidualReward, RewardGate, order_warning
 from lit_opd.distributed import check_master_port, shared_failure
 from lit_opd.errors import InputError
 from lit_opd.evaluation.reward import AnswerReward
@@ -23,6 +23,7 @@ from lit_opd.models.sharding import shards
 from lit_opd.models.student import base_quantization
 from lit_opd.models.vocabulary import stop_warning
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
+from lit_opd.preflight.baseline_checks import baseline_warnings
 from lit_opd.preflight.callback_checks import check_batches
 from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.list_checks import (
@@ -275,11 +276,12 @@ def _require_unit_rewards(module: Subject, readers: Sequence[object]) -> None:
 
 
 def setting_warnings(module: Subject) -> Iterator[str]:
-    """What is allowed and probably not meant: transforms in an odd order, settings without effect."""
+    """What is allowed and probably not meant: a biased baseline, transforms in an odd order, settings without effect."""
     advantage, objective = list(module.recipe.advantage), module.recipe.objective
-    for warning in (baseline_warning(advantage, module.recipe.weighting), order_warning(advantage)):
-        if warning is not None:
-            yield warning
+    yield from baseline_warnings(module)
+    odd = order_warning(advantage)
+    if odd is not None:
+        yield odd
     idle = [] if objective.reads_advantage else [part for part in advantage if not part.drops_tokens]
     if idle:
         what = "" if idle == advantage else f"{', '.join(f'`{type(part).__name__}`' for part in idle)} in "

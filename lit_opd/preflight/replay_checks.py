@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from lit_opd.errors import InputError
 from lit_opd.objective import Likelihood, PolicyLoss
+from lit_opd.preflight.baseline_checks import effective_baselines
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.prompts.special_tokens import SpecialTokens
@@ -101,8 +102,23 @@ def _check_recipe(recipe: Recipe, sampler: ReplaySampler) -> None:
             "them: take `Divergence` or `Likelihood`, rollouts of `RolloutSamples.save_rollouts_every`, or "
             "`ReplaySampler.unknown_sampler: as_student` to train without a correction, which is biased"
         )
-    if sampler.knows_sampler and isinstance(objective, PolicyLoss) and objective.importance_cap is None:
+    uncorrected = isinstance(objective, PolicyLoss) and objective.importance_cap is None
+    _require_no_baseline(recipe, sampler, uncorrected=uncorrected)
+    if sampler.knows_sampler and uncorrected:
         warnings.warn(
             f"`{name}.importance_cap` is null: saved responses count as if the student had written them now, which is biased",
             stacklevel=2,
         )
+
+
+def _require_no_baseline(recipe: Recipe, sampler: ReplaySampler, *, uncorrected: bool) -> None:
+    """On text of another that counts as the student's a baseline is fine-tuning on it, whatever the teacher says of it."""
+    found = effective_baselines(recipe)
+    if not found or (sampler.knows_sampler and not uncorrected):
+        return
+    setting = "`PolicyLoss.importance_cap` null" if uncorrected else "`ReplaySampler.unknown_sampler` as_student"
+    raise InputError(
+        f"`model.advantage` must have no baseline with {setting}, got {found[0]}: saved responses count as the student's own, "
+        "and the baseline would raise their tokens whatever the teacher says of them; leave the baseline out, or take rollouts "
+        "whose sampler is known and an importance cap"
+    )

@@ -12,7 +12,7 @@ from lit_opd.evaluation.validation import ValidationSettings
 from lit_opd.models.student import StudentSettings
 from lit_opd.rollout import LengthBudget, RatioStop, Sampler, SamplingSettings
 from lit_opd.run.optimizer_state import OptimizerFactory, SchedulerFactory
-from lit_opd.step.recipe import Recipe, WarmUp
+from lit_opd.step.recipe import Recipe, Truncated, WarmUp
 from lit_opd.teacher import Teacher
 
 
@@ -28,6 +28,7 @@ class Subject(Protocol):
     rollout_stop: RatioStop | None
     warmup: WarmUp | None
     reward: Reward | None
+    truncated: Truncated
     token_budget: int | None
     gradient_clip_norm: float | None
     optimizer_factory: OptimizerFactory

@@ -20,6 +20,9 @@ class WindowedPrefixRatio(WeightingStrategy):
     After a token that the teacher would hardly have written, the teacher's signal counts less for ``window`` tokens and then in
     full again; ``PrefixRatioTilt`` keeps the ratio of the whole prefix.
 
+    In conversations, what the environment said is skipped: the window of a turn's first tokens reaches back into the turn before.
+    ``PerTurn`` around it stops that.
+
     Source: ours, found by the search of docs/search.md; docs/confirm.md has the evidence. The ratio is that of the theory of
     arXiv 2606.22600, see ``PrefixRatioTilt``. Range [floor, 1], the first token has 1; does not keep the mean weight.
 

@@ -8,8 +8,9 @@ token: reach probabilities, exact divergences, backward values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -136,6 +137,9 @@ def gradient_of(objective: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor
 
 def signal_of(tree: Tree, student: Tensor, teacher: Tensor, sampler: Tensor | None = None) -> TokenSignal:
     """What the package is told of every response: log-probs, the state fields by their definition, and whole lists."""
+    drawn = None
+    if sampler is not None:
+        drawn = tree.picked(sampler.log_softmax(-1)).nan_to_num(neginf=0.0)  # such a row is never drawn
     lists = [logits[tree.states].log_softmax(-1).sort(-1, descending=True) for logits in (student, teacher)]
     ours, theirs = (TopK(ids=found.indices, logprobs=found.values) for found in lists)
     return TokenSignal(
@@ -145,7 +149,7 @@ def signal_of(tree: Tree, student: Tensor, teacher: Tensor, sampler: Tensor | No
         token_ids=tree.ids,
         student_logprobs=tree.picked(student.log_softmax(-1)),
         teacher_logprobs=tree.picked(teacher.log_softmax(-1)),
-        sampler_logprobs=None if sampler is None else tree.picked(sampler.log_softmax(-1)),
+        sampler_logprobs=drawn,
         student_entropy=tree.picked(entropy(student)),
         teacher_entropy=tree.picked(entropy(teacher)),
         token_kl=tree.picked(kl(student, teacher)),
@@ -163,26 +167,30 @@ def expected_gradient(
     objective: Objective | None = None,
     aggregation: Aggregation = "sequence-sum",
     sampler: Tensor | None = None,
+    rows: int = 1,
+    **fields: Tensor,
 ) -> Tensor:
-    """sum over responses y of p(y) * d loss(y) / d logits, [N, V]; p is the sampler's where there is one.
+    """sum over batches of p(batch) * d loss(batch) / d logits, [N, V]; p is the sampler's where there is one.
 
-    Each response is a batch of one row that goes through transforms, weights, objective and aggregation of the package.
+    A batch is ``rows`` responses drawn independently. It goes through transforms, weights, objective and aggregation of the
+    package. ``fields`` of the signal are replaced: a mask, rewards.
     """
     strategy, objective = strategy or Uniform(), objective or PolicyLoss()
-    whole = apply_transforms(advantage, signal_of(tree, student, teacher, sampler))
+    told = replace(signal_of(tree, student, teacher, sampler), **fields)
+    whole = apply_transforms(advantage, told)
     probability = tree.picked((student if sampler is None else sampler).log_softmax(-1)).sum(-1).exp()
     leaf = student.clone().requires_grad_()
     logprobs, divergence = tree.picked(leaf.log_softmax(-1)), _divergence(tree, leaf, teacher, objective)
     loss = leaf.new_zeros(())
-    for row in range(len(whole)):
-        index = torch.tensor([row])
+    for batch in product(range(len(whole)), repeat=rows):
+        index = torch.tensor(batch)
         signal = whole.rows(index)
         weights, kept = strategy(signal), strategy.kept(signal)
         exact = None if divergence is None else divergence[index]
         values = objective.token_loss(logprobs[index], signal, weights, divergence=exact).values
         total = denominator(aggregation, kept=kept, mask=signal.mask, max_new_tokens=tree.steps)
         share = aggregate(values, kept=kept, aggregation=aggregation, denominator=total)
-        loss = loss + probability[row].detach() * share
+        loss = loss + probability[index].prod().detach() * share
     (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient
 

@@ -7,12 +7,20 @@ two), and two symbols with an end symbol and up to three tokens (lengths 1, 2, 3
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lit_opd.advantage import DiscountedReturn, ValueBaseline
+from lit_opd import advantage as adv
+from lit_opd.advantage import AdvantageTransform, DiscountedReturn, ValueBaseline
 from lit_opd.objective import Divergence, PolicyLoss
+from lit_opd.rollout.decoding.drawing import sampled_distribution
+from lit_opd.step.recipe import apply_truncated
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout
 from lit_opd.weighting import WeightingStrategy
 from lit_opd.weighting.annealed import AnnealedPrefixMask, AnnealedPrefixWeight
 from lit_opd.weighting.combinators import Reversed, SequenceMeanOne
@@ -25,7 +33,8 @@ from lit_opd.weighting.late_rising import LateRising
 from lit_opd.weighting.tilt import PrefixRatioTilt
 from lit_opd.weighting.trust_region import TrustRegion
 from lit_opd.weighting.uniform import Uniform
-from tests.helpers.enumerated import Tree, expected_gradient, gradient_of, kl, signal_of
+from lit_opd.weighting.windowed_ratio import WindowedPrefixRatio
+from tests.helpers.enumerated import Prefix, Tree, expected_gradient, gradient_of, kl, signal_of
 from tests.helpers.signals import all_examples
 
 EXACT = 1e-12
@@ -203,6 +212,200 @@ def test_a_value_baseline_changes_the_gradient_under_the_other_strategies(tree, 
     assert (
         gap(expected_gradient(tree, student, teacher, strategy=strategy, advantage=[ValueBaseline()]), plain) > BIASED
     )
+
+
+WINDOW = WindowedPrefixRatio(window=1, floor=0.3)
+each_aggregation = pytest.mark.parametrize("aggregation", ["sequence-sum", "constant", "sequence-mean", "token-mean"])
+
+
+def change_by_baseline(tree: Tree, *, baseline: AdvantageTransform | None = None, **settings: object) -> Tensor:
+    """What a value baseline adds to the expected gradient under ``WINDOW``, [N, V], by the package."""
+    student, teacher = policies(tree)
+    plain, with_it = (
+        expected_gradient(tree, student, teacher, strategy=WINDOW, advantage=transforms, **settings)
+        for transforms in ([], [baseline or ValueBaseline()])
+    )
+    return with_it - plain
+
+
+def expected_after(tree: Tree, student: Tensor, worth: Callable[[Prefix], float]) -> Tensor:
+    """E[worth(response)] once each symbol follows each prefix: [N, V], backwards over the prefixes."""
+    table, found = student.softmax(-1), torch.zeros_like(student)
+    for prefix in reversed(tree.prefixes):
+        for symbol in range(tree.symbols):
+            longer = (*prefix, symbol)
+            child = tree.rows.get(longer)
+            value = worth(longer) if child is None else float((table[child] * found[child]).sum())
+            found[tree.rows[prefix], symbol] = value
+    return found
+
+
+def added(tree: Tree, factor: Tensor, reach: Tensor | None = None) -> Tensor:
+    """- sum_h P(h) w(h) KL_h sum_y factor(h, y) grad p(y | h): what is added where more than the weight multiplies KL_h."""
+    student, teacher = policies(tree)
+    weight, _ = weights_by_prefix(tree, WINDOW, student, teacher)
+    reach = tree.reach(student) if reach is None else reach
+    fixed = (reach * weight * kl(student, teacher)).unsqueeze(-1) * factor
+    return gradient_of(lambda logits: -(fixed * logits.softmax(-1)).sum(), student)
+
+
+def chance_of_lengths(tree: Tree, student: Tensor) -> list[float]:
+    """P(n = 0), P(n = 1), ..."""
+    reach, table = tree.reach(student), student.softmax(-1)
+    chances = [0.0] * (tree.steps + 1)
+    for prefix in tree.prefixes:
+        for symbol in range(tree.symbols):
+            if tree.is_whole((*prefix, symbol)):
+                chances[len(prefix) + 1] += float(reach[tree.rows[prefix]] * table[tree.rows[prefix], symbol])
+    return chances
+
+
+@each_aggregation
+def test_a_value_baseline_changes_nothing_where_all_responses_have_one_length(aggregation):
+    assert float(change_by_baseline(FIXED_LENGTH, aggregation=aggregation, rows=2).abs().max()) < EXACT
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-sum", "constant"])
+def test_a_value_baseline_changes_nothing_where_no_length_divides(aggregation):
+    assert float(change_by_baseline(WITH_END, aggregation=aggregation, rows=2).abs().max()) < EXACT
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_value_baseline_under_the_sequence_mean_adds_the_gradient_towards_short_responses(rows):
+    """- w KL_t E[(1/n) grad log p_t]: a number of rows does not make it smaller."""
+    student, _ = policies(WITH_END)
+    change = change_by_baseline(WITH_END, aggregation="sequence-mean", rows=rows)
+    shares = expected_after(WITH_END, student, lambda response: 1.0 / len(response))
+    assert gap(change, added(WITH_END, shares)) < EXACT
+    assert float(change.abs().max()) > BIASED
+    early = torch.tensor([len(prefix) < WITH_END.steps - 1 for prefix in WITH_END.prefixes])
+    assert bool((change[early, -1] < 0).all())  # descent raises the end symbol wherever it makes a response shorter
+    assert gap(change[~early], torch.zeros(())) < EXACT
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_value_baseline_under_the_token_mean_adds_less_with_more_rows(rows):
+    """- rows w KL_t E[(1 / all tokens) grad log p_t], of which one row alone is the sequence mean."""
+    student, _ = policies(WITH_END)
+    change = change_by_baseline(WITH_END, aggregation="token-mean", rows=rows)
+    others = dict(enumerate(chance_of_lengths(WITH_END, student))) if rows == 2 else {0: 1.0}
+    assert sum(others.values()) == pytest.approx(1.0, abs=EXACT)
+
+    def share(response: Prefix) -> float:
+        return rows * sum(chance / (len(response) + other) for other, chance in others.items())
+
+    assert gap(change, added(WITH_END, expected_after(WITH_END, student, share))) < EXACT
+    alone = float(change_by_baseline(WITH_END, aggregation="sequence-mean").norm())
+    assert float(change.norm()) / alone == pytest.approx(1.0 / rows, rel=0.3)
+
+
+def rollout_of(tree: Tree) -> Rollout:
+    """Every response, as a sampler gives them: those without the end symbol were cut."""
+    ended = torch.tensor([response[-1] == tree.symbols - 1 for response in tree.responses])
+    count = len(tree.responses)
+    prompts = PromptBatch(
+        torch.zeros(count, 1, dtype=torch.int64),
+        torch.ones(count, 1, dtype=torch.bool),
+        torch.arange(count),
+        tuple(map(str, range(count))),
+    )
+    reasons = torch.where(ended, int(FinishReason.STOP), int(FinishReason.LENGTH)).to(torch.int8)
+    return Rollout(prompts, tree.ids, tree.mask, torch.zeros(tree.mask.shape), reasons, Provenance("listed"))
+
+
+def test_a_value_baseline_adds_a_gradient_where_rows_leave_for_how_they_ended():
+    student, _ = policies(WITH_END)
+    masked = apply_truncated(rollout_of(WITH_END), "mask").mask
+    change = change_by_baseline(WITH_END, mask=masked)
+    ended = expected_after(WITH_END, student, lambda response: float(response[-1] == WITH_END.symbols - 1))
+    assert gap(change, added(WITH_END, ended)) < EXACT and float(change.abs().max()) > BIASED
+
+
+def test_a_value_baseline_adds_a_gradient_where_a_gate_drops_rows():
+    student, teacher = policies(WITH_END)
+    reward = torch.arange(len(WITH_END.responses)) % 2 * 1.0
+    signal = signal_of(WITH_END, student, teacher)
+    kept = adv.RewardGate("drop").kept(replace(signal, reward=reward))
+    passing = dict(zip(WITH_END.responses, kept.any(-1).tolist(), strict=True))
+    change = change_by_baseline(WITH_END, mask=kept)
+    factor = expected_after(WITH_END, student, lambda response: float(passing[response]))
+    assert gap(change, added(WITH_END, factor)) < EXACT and float(change.abs().max()) > BIASED
+
+
+@both_trees
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (1.0, 1)])
+def test_a_value_baseline_adds_the_gradient_of_the_sampled_tokens_mass(tree, top_p, top_k):
+    """- w KL_t grad p(S), S the tokens that can be drawn: importance weights give them p back, and no more."""
+    student, _ = policies(tree)
+    sampler = sampled_distribution(student, temperature=1.0, top_p=top_p, top_k=top_k)
+    inside = sampler.isfinite()
+    assert not bool(inside.all())
+    change = change_by_baseline(tree, sampler=sampler)
+    assert gap(change, added(tree, inside.double(), tree.reach(sampler))) < EXACT
+    assert float(change.abs().max()) > BIASED
+
+
+@both_trees
+def test_a_value_baseline_on_text_that_counts_as_the_students_is_fine_tuning_on_it(tree):
+    """- w KL_t E_b[grad log p]: its length is KL_t, not what the teacher thinks of the token."""
+    student, teacher = policies(tree)
+    sampler = tree.random_logits(3, scale=2.0)
+    change = change_by_baseline(tree, sampler=sampler, objective=PolicyLoss(importance_cap=None))
+    weight, _ = weights_by_prefix(tree, WINDOW, student, teacher)
+    fixed = (tree.reach(sampler) * weight * kl(student, teacher)).unsqueeze(-1) * sampler.softmax(-1)
+    assert gap(change, gradient_of(lambda logits: -(fixed * logits.log_softmax(-1)).sum(), student)) < EXACT
+    assert float(change.abs().max()) > BIASED
+
+
+BESIDE = [
+    adv.Identity(),
+    adv.RewardExtrapolation(1.5),
+    adv.GroupReward(teacher=0.5),
+    DiscountedReturn(0.0),
+    DiscountedReturn(0.9),
+    ValueBaseline(),
+    adv.Clip(0.5),
+    adv.SoftLog(),
+    adv.Sign(),
+    adv.RewardFloor(),
+    adv.InfluenceShrinkage(),
+    adv.RewardGate("keep"),
+    adv.RewardGate("scale"),
+]
+
+
+def test_every_transform_that_reads_the_advantage_is_among_them():
+    """The others ignore a baseline before them, and a warning says so."""
+    found = {kind for kind in vars(adv).values() if isinstance(kind, type) and issubclass(kind, AdvantageTransform)}
+    starting = {adv.Power, adv.NullAdvantage, adv.EntropyNull, adv.ResidualReward}
+    assert {kind for kind in found if not inspect.isabstract(kind)} == {type(part) for part in BESIDE} | starting
+
+
+@pytest.mark.parametrize("transform", BESIDE, ids=lambda transform: type(transform).__name__)
+def test_a_value_baseline_changes_nothing_after_any_transform_and_before_those_that_keep_it(transform):
+    worst = {"before": 0.0, "after": 0.0}
+    for seed in range(3):
+        student, teacher = WITH_END.random_logits(seed), WITH_END.random_logits(10 + seed, scale=2.0)
+        rows = len(WITH_END.responses)
+        fields = {
+            "reward": (torch.arange(rows) + seed) % 2 * 1.0,
+            "group": torch.zeros(rows, dtype=torch.int64),
+            "reference_logprobs": WITH_END.picked(WITH_END.random_logits(20 + seed).log_softmax(-1)),
+        }
+        alone, last, first = (
+            expected_gradient(WITH_END, student, teacher, strategy=WINDOW, advantage=order, **fields)
+            for order in ([transform], [transform, ValueBaseline()], [ValueBaseline(), transform])
+        )
+        worst = {"before": max(worst["before"], gap(first, alone)), "after": max(worst["after"], gap(last, alone))}
+    assert worst["after"] < EXACT
+    assert worst["before"] < EXACT if transform.keeps_baseline else worst["before"] > BIASED
+
+
+def test_a_return_of_advantages_without_their_mean_is_no_return():
+    """The other way round it is one: see above."""
+    student, teacher = policies(WITH_END)
+    ours = expected_gradient(WITH_END, student, teacher, advantage=[ValueBaseline(), DiscountedReturn(1.0)])
+    assert gap(ours, expected_gradient(WITH_END, student, teacher)) < EXACT
 
 
 # -- truncated importance sampling -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from lit_opd.advantage import RewardGate
+from lit_opd.advantage import RewardGate, ValueBaseline
 from lit_opd.errors import InputError
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, Likelihood, PolicyLoss
@@ -487,6 +487,19 @@ def test_an_objective_that_may_not_read_what_is_saved_is_refused(folders, rows, 
     check(replaying(saved, rows))
     with pytest.warns(UserWarning, match="importance_cap` is null: saved responses count as if"):
         check(replaying(saved, rows), objective=PolicyLoss(importance_cap=None))
+    baseline = {"advantage": [ValueBaseline()]}
+    with pytest.raises(
+        InputError, match="no baseline with `ReplaySampler.unknown_sampler` as_student, got ValueBaseline: .*;"
+    ):
+        check(replaying(texts, rows, unknown_sampler="as_student"), **baseline)
+    with pytest.raises(
+        InputError, match="no baseline with `PolicyLoss.importance_cap` null, got ValueBaseline: .*; leave"
+    ):
+        check(replaying(saved, rows), objective=PolicyLoss(importance_cap=None), **baseline)
+    check(replaying(saved, rows, unknown_sampler="as_student"), **baseline)  # the sampler is known
+    check(replaying(texts, rows), objective=Divergence("forward_kl"), **baseline)  # without effect there
+    first = replaying(texts, rows, unknown_sampler="as_student", on_policy_fraction=1.0)
+    check(first, warmup=WarmUp(2), **baseline)  # the warm-up alone reads the texts, by a likelihood
     with pytest.raises(InputError, match="`ReplaySampler.on_policy_fraction` must be below 1 without `model.warmup`"):
         check(replaying(saved, rows, on_policy_fraction=1.0))
     check(replaying(texts, rows, on_policy_fraction=1.0), warmup=WarmUp(1))

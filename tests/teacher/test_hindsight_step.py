@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_opd.advantage import ValueBaseline
 from lit_opd.errors import InputError
 from lit_opd.evaluation import Reward, ValidationSettings
 from lit_opd.models.student import StudentSettings
 from lit_opd.module import OPDModule
-from lit_opd.objective import Divergence
+from lit_opd.objective import Divergence, PolicyLoss
 from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.module_checks import check_window
 from lit_opd.prompts import HindsightPrompt, PeerDemonstration, PromptDataModule
@@ -226,6 +227,20 @@ def test_a_class_that_needs_neither_is_let_through_and_validation_without_hints_
         check_hindsight(module(folder, reward=None), prompts(tmp_path, Told(), samples_per_prompt=1))
     with pytest.warns(UserWarning, match=r"model\.validation\.divergence.*PeerDemonstration"):
         check_hindsight(module(folder, validation=ValidationSettings()), prompts(tmp_path))
+
+
+def test_a_value_baseline_is_warned_of_where_the_teacher_may_read_the_response_it_scores(folder, tmp_path):
+    trained = module(folder, advantage=[ValueBaseline()], objective=PolicyLoss())
+    with pytest.warns(
+        UserWarning, match="`data.teacher_prompt` Told may show .*`ValueBaseline` no longer averages out .*; show"
+    ):
+        check_hindsight(trained, prompts(tmp_path, Told()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_hindsight(trained, prompts(tmp_path))
+        check_hindsight(
+            module(folder, advantage=[ValueBaseline()], objective=Divergence("reverse_kl")), prompts(tmp_path, Told())
+        )
 
 
 def test_the_longest_prompt_of_the_teacher_must_fit_into_its_window(folder, tmp_path):
