@@ -6,7 +6,7 @@ from lit_opd.objective.base import Whose
 from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.teacher.base import Teacher
 
-HEAD, LISTS = "teacher_distribution", "teacher_topk"
+HEAD, LISTS, KL = "teacher_distribution", "teacher_topk", "token_kl"
 
 
 def whose_lists(recipe: Recipe, teacher: Teacher) -> Whose | None:
@@ -15,6 +15,25 @@ def whose_lists(recipe: Recipe, teacher: Teacher) -> Whose | None:
     if HEAD not in objective.requires or HEAD in teacher.provides or LISTS not in teacher.provides:
         return None
     return None if objective.list_size is None else objective.whose_list(asked=teacher.takes_candidates)
+
+
+def reads_head(recipe: Recipe, teacher: Teacher, *, scored: bool, trains: bool) -> bool:
+    """Whether a forward pass of the student reads the teacher's output head.
+
+    Args:
+        recipe: what is learned.
+        teacher: whose signal is learned from.
+        scored: the student has scored the whole batch before.
+        trains: the loss is wanted, with its gradient.
+    """
+    distribution = HEAD in recipe.objective.requires and whose_lists(recipe, teacher) is None
+    return (trains and distribution) or (not scored and KL in recipe.required)
+
+
+def states_of(recipe: Recipe, asked: frozenset[str]) -> frozenset[str]:
+    """What the teacher is asked for when it scores the batch, without what would make it keep states that nothing finds again:
+    mini-batches are cut otherwise."""
+    return asked - {HEAD} if recipe.mini_batches > 1 else asked
 
 
 def asked_of(recipe: Recipe, teacher: Teacher) -> frozenset[str]:

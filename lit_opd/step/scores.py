@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from lit_opd.models.sharding import holds_shards
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.scoring.shared import SharedHead
 from lit_opd.scoring.tiles import Head
-from lit_opd.step.lists import asked_of, whose_lists
+from lit_opd.step.lists import asked_of, reads_head, states_of, whose_lists
 from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.recipe import Recipe, with_implied
 from lit_opd.step.skips import finite
@@ -34,7 +34,6 @@ STUDENT_WANTS = {
     "student_topk": "topk",
     "token_kl": "token_kl",
 }  # as its forward names them
-READ_BESIDE_THE_STUDENT = frozenset({"token_kl", "teacher_distribution"})  # what needs the teacher's output head
 CHUNKS = "chunks.lengths"  # in the buffer: where a teacher with another tokenizer has a score
 CANDIDATES = "candidates.ids"  # in the buffer: the tokens that the teacher is asked about
 LISTED = "student_at_teacher_topk"
@@ -111,7 +110,7 @@ def leading_columns(signal: TokenSignal, columns: int) -> TokenSignal:
 
 
 class Scores:
-    """What the models say of one rollout batch. Owns the teacher's hidden states, by micro-batch, between scoring and update.
+    """What the models say of one rollout batch. Owns the teacher's hidden states, by micro-batch, from scoring to their last use.
 
     Args:
         student: scores with gradient where one is wanted.
@@ -137,6 +136,7 @@ class Scores:
         self.buffer = ScoreBuffer(rollout.mask)
         self.full: TokenSignal | None = None  # the whole batch's signal, where one scoring pass came first
         self._states: dict[tuple[int, ...], Tensor] = {}  # the teacher's [N, H], by the rows of the micro-batch
+        self._gives_states = False  # so its body need not run in the update
         self._lists = whose_lists(
             recipe, self.teacher
         )  # where the objective reads lists in place of the teacher's head
@@ -218,12 +218,11 @@ class Scores:
                 ids = self.buffer.part(CANDIDATES, rows, part.mask.shape[1])
                 scores = model.score_candidates(part, ids, temperature=self.temperature, requires=requires)
             else:
-                # mini-batches are cut otherwise, so states kept for their updates would not be found
-                again = requires - {"teacher_distribution"} if self.recipe.mini_batches > 1 else requires
-                scores = model.score(part, temperature=self.temperature, requires=again)
+                wanted = states_of(self.recipe, requires)
+                scores = model.score(part, temperature=self.temperature, requires=wanted)
             self.buffer.put_scores(who, rows, scores)
             if scores.states is not None:
-                self._states[tuple(rows)] = scores.states
+                self._states[tuple(rows)], self._gives_states = scores.states, True
 
     def _choose_candidates(self, batches: MicroBatches) -> None:
         """The student's likeliest tokens at each position, about which the teacher is asked."""
@@ -238,16 +237,27 @@ class Scores:
         with torch.no_grad():
             self._each(batches, choose)
 
-    def forget(self) -> None:
-        """Drop the hidden states: the micro-batches that come are cut otherwise."""
-        self._states.clear()
+    def forget(self, rows: Rows | None = None) -> None:
+        """Drop the hidden states of the micro-batch ``rows``, which nothing reads again; of all, where others are cut from now
+        on."""
+        if rows is None:
+            self._states.clear()
+        else:
+            self._states.pop(tuple(rows), None)
 
-    @contextmanager
-    def teacher_head(self) -> Iterator[None]:
-        """The teacher's weights on the device while the block runs, where its head is read beside the student's."""
-        reads = self.recipe.required & READ_BESIDE_THE_STUDENT
-        with self.teacher.on_device(self.rollout.mask.device) if reads else nullcontext():
-            yield
+    @property
+    def _reads_head(self) -> bool:
+        """Whether ``student`` asks for the teacher's output head."""
+        scored, trains = self.full is not None, torch.is_grad_enabled()
+        return reads_head(self.recipe, self.teacher, scored=scored, trains=trains)
+
+    def teacher_head(self) -> AbstractContextManager[None]:
+        """The teacher's weights on the device while the block runs, where its head is read beside the student's: of an offloaded
+        one with its hidden states at hand the head alone."""
+        if not self._reads_head:
+            return nullcontext()
+        device = self.rollout.mask.device
+        return self.teacher.head_on_device(device) if self._states else self.teacher.on_device(device)
 
     def whole_head(self) -> AbstractContextManager[None]:
         """Keeps the teacher's head usable for the backward pass of what ``student`` returned."""
@@ -262,18 +272,21 @@ class Scores:
             with self.whole_head():
                 self.buffer.put_scores("student", rows, self.student(part, rows))
 
-        with torch.no_grad(), self.teacher_head():
+        with torch.no_grad():
             self._each(batches, score)
         self.full = self.signal(self.rollout, list(range(len(self.rollout))))
+        if self.recipe.mini_batches > 1 or not self._reads_head:
+            self.forget()  # the update cuts its micro-batches otherwise, or reads no head
         return self.full
 
     def _each(self, batches: MicroBatches, score: Callable[[Rollout, Rows], None]) -> None:
         """``score`` every micro-batch of the batch by the student, as often on every rank."""
 
         def all_of(groups: list[Rows]) -> None:
-            for index in range(largest(len(groups), self.rollout.mask.device)):
-                rows = groups[index] if index < len(groups) else groups[0]
-                score(batches.take(rows), rows)
+            with self.teacher_head():
+                for index in range(largest(len(groups), self.rollout.mask.device)):
+                    rows = groups[index] if index < len(groups) else groups[0]
+                    score(batches.take(rows), rows)
 
         batches.attempt(list(range(len(self.rollout))), all_of, step=self.step + 1, undo=self.forget)
 
@@ -292,7 +305,7 @@ class Scores:
         against: Head | SharedHead | TopK | None = None
         if on_distribution and self._lists is not None:
             against = self._teacher_lists(rows, part.mask.shape[1])
-        elif on_distribution or "token_kl" in wants:
+        elif self._reads_head:
             against = self.teacher.full_head(part, states=self._states.get(tuple(rows)))
         scores: TokenScores = self._student(
             part,
@@ -318,7 +331,12 @@ class Scores:
 
     def nothing(self) -> Tensor:
         """A scalar 0 with a gradient of exactly 0, through the same models as a micro-batch: their collectives must match."""
-        return self.student(self.rollout.take([0]).trimmed(), [0]).logprobs.sum() * 0.0
+        part = self.rollout.take([0]).trimmed()
+        if self._gives_states:  # such a teacher has no collectives, and no states for this part
+            scores: TokenScores = self._student(part, temperature=self.temperature)
+        else:
+            scores = self.student(part, [0])
+        return scores.logprobs.sum() * 0.0
 
     # -- the signal --------------------------------------------------------------------------------------------------
 

@@ -116,8 +116,6 @@ class Update:
         parts = numpy.array_split(range(len(self.rollout)), recipe.mini_batches)
         chunks = [part.tolist() for part in parts] * recipe.epochs
         losses: list[Tensor] = []
-        if recipe.mini_batches > 1:
-            self.scores.forget()
         with self.scores.teacher_head():
             for done, chunk in enumerate(chunks):
                 losses.append(self._optimizer_step(chunk, left=len(chunks) - done))
@@ -132,7 +130,7 @@ class Update:
         """The step on ``rows``, the first of ``left``; all of them are skipped where something is not finite."""
         loss = self.batches.attempt(
             rows,
-            lambda groups: self._backward(groups, self._denominator(rows)),
+            lambda groups: self._backward(groups, self._denominator(rows), last=left == 1),
             step=self.optimisation.step + 1,
             undo=self._undo,
         )
@@ -149,16 +147,20 @@ class Update:
         self.optimisation.clear()
         self.scores.forget()
 
-    def _backward(self, groups: list[Rows], total: Tensor) -> Tensor:
-        """Gradients of all micro-batches; this rank's share of the loss, scalar."""
+    def _backward(self, groups: list[Rows], total: Tensor, *, last: bool) -> Tensor:
+        """Gradients of all micro-batches, of the batch's ``last`` step or another; this rank's share of the loss, scalar."""
         count = largest(len(groups), self.rollout.mask.device)
         loss = torch.zeros((), device=self.rollout.mask.device)
-        for index in range(count):
-            # the backward pass reads the teacher's head again
-            with self.optimisation.accumulating(last=index == count - 1), self.scores.whole_head():
-                share = self._micro_loss(groups[index], total) if index < len(groups) else self.scores.nothing()
-                self.optimisation.backward(share * world_size())
-            loss = loss + share.detach()
+        with self.scores.teacher_head():  # where memory ran out there are no states any more, and all of it is needed
+            for index in range(count):
+                # the backward pass reads the teacher's head again
+                with self.optimisation.accumulating(last=index == count - 1), self.scores.whole_head():
+                    share = self._micro_loss(groups[index], total) if index < len(groups) else self.scores.nothing()
+                    if last and index < len(groups):
+                        self.scores.forget(groups[index])
+                    self.optimisation.backward(share * world_size())
+                loss = loss + share.detach()
+                del share  # with its graph, which holds what the teacher said of this micro-batch
         return loss
 
     def _denominator(self, rows: Rows) -> Tensor:

@@ -210,6 +210,10 @@ class AlignedTeacher(Teacher):
         """That of the wrapped teacher."""
         return self.inner.on_device(device)
 
+    def head_on_device(self, device: torch.device) -> AbstractContextManager[None]:
+        """That of the wrapped teacher."""
+        return self.inner.head_on_device(device)
+
     def whole_head(self) -> AbstractContextManager[None]:
         """That of the wrapped teacher."""
         return self.inner.whole_head()

@@ -199,13 +199,18 @@ class Teacher(nn.Module, ABC):
 
         Args:
             rollout: B rows.
-            states: [N, H], what ``score`` gave for the same rows; None to compute them.
+            states: [N, H], what ``score`` gave for the same rows, on any device; None to compute them.
         """
         raise InputError(f"`{type(self).__name__}` gives log-probs of sampled tokens only, not the full vocabulary")
 
     def on_device(self, device: torch.device) -> AbstractContextManager[None]:
         """Hold the weights on ``device`` while the block scores a whole batch; for a teacher kept elsewhere between batches."""
         return nullcontext()
+
+    def head_on_device(self, device: torch.device) -> AbstractContextManager[None]:
+        """Hold on ``device``, while the block runs, what ``full_head`` reads where it is given states: all weights, for a teacher
+        that does not tell them apart."""
+        return self.on_device(device)
 
     def whole_head(self) -> AbstractContextManager[None]:
         """Keep what ``full_head`` returned usable while the block runs; a sharded teacher would free the weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -48,7 +48,8 @@ class LocalTeacher(Teacher):
         trust_remote_code: run the model's own Python code; off unless you trust its author.
         lazy: under FSDP2 each rank reads only its own shards; false: every rank loads all of it first, then shards.
         offload: keep the weights in host memory: under FSDP2 a unit is copied to the device when it runs, else the whole
-            teacher for the time it scores a batch. No effect on a CPU.
+            teacher for the time it scores a batch. The hidden states that the update reads stay in host memory too, and of the
+            weights only the output head is on the device for it; see docs/scale-out.md. No effect on a CPU.
         quantization: transformers' quantisation config as a dictionary, such as ``{"load_in_8bit": true}`` (bitsandbytes);
             neither sharded nor offloaded.
         stop_mass: what a sampled stop token is scored with: "own", its own mass, or "sum", the mass of all stop ids together,
@@ -177,13 +178,26 @@ class LocalTeacher(Teacher):
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
         """Copies of offloaded weights on ``device`` while the block runs; FSDP2 moves its own."""
+        with self._copied(self._loaded().modules(), device):
+            yield
+
+    @contextmanager
+    def head_on_device(self, device: torch.device) -> Iterator[None]:
+        """As ``on_device``, of the output head alone; ``full_head`` brings the rest for its own forward where it needs one."""
         policy = self._loaded()
-        if not self.offload or is_sharded(policy):
+        head = policy.causal_lm.get_output_embeddings()
+        with self._copied([policy] if head is None else [policy, *head.modules()], device):
+            yield
+
+    @contextmanager
+    def _copied(self, modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+        """Copies of the weights and buffers that ``modules`` own in their place; blocks may stand inside each other."""
+        if not self.offload or is_sharded(self._loaded()):
             yield
             return
         slots = [
             (module, name, value)
-            for module in policy.modules()
+            for module in modules
             for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         ]
         try:
@@ -211,7 +225,10 @@ class LocalTeacher(Teacher):
         scores: TokenScores = policy(
             rollout, temperature=temperature, wants=wants, own_template=True, head=head, stops=self._stops
         )
-        return scores if head is None else replace(scores, states=head.hidden)
+        if head is None:
+            return scores
+        # those of a whole batch may be many times a micro-batch's memory
+        return replace(scores, states=head.hidden.cpu() if self.offload else head.hidden)
 
     @cached_property
     def _stops(self) -> StopClass | None:
@@ -229,8 +246,11 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def full_head(self, rollout: Rollout, *, states: Tensor | None = None) -> Head:
         """Hidden states [N, H] and head of the valid tokens."""
-        policy = self._loaded()
-        return policy.head(rollout, own_template=True) if states is None else policy.linear_head(states)
+        policy, device = self._loaded(), rollout.mask.device
+        if states is not None:
+            return policy.linear_head(states.to(device))
+        with self.on_device(device):
+            return policy.head(rollout, own_template=True)
 
     def whole_head(self) -> AbstractContextManager[None]:
         """Gathers the unit that owns the head, where the weights are sharded."""
