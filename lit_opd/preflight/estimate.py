@@ -26,10 +26,10 @@ from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
 from lit_opd.shipped import program
-from lit_opd.step.lists import asked_of, whose_lists
+from lit_opd.step.lists import asked_of, reads_head, states_of, whose_lists
 from lit_opd.step.recipe import Recipe
-from lit_opd.teacher import LocalTeacher, MixedTeacher, Teacher
-from lit_opd.teacher.self_teacher import self_teachers
+from lit_opd.teacher import AlignedTeacher, LocalTeacher, MixedTeacher, Teacher
+from lit_opd.teacher.self_teacher import SelfTeacher, self_teachers
 from lit_opd.types import LIST_LENGTH
 
 FLOAT32 = 4  # bytes
@@ -61,10 +61,12 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
     if settings.quantization is not None:
         raise NotEstimated("the student is quantised")
     size = _named("student", module.student_config, lora=settings.lora, trust_remote_code=code)
+    student = Held(size, width=_width(dtype))
+    held = {role: [_held(role, part, plan) for part in _local(scorer)] for role, scorer in module.scorers.items()}
     return budget(
-        student=Held(size, width=_width(dtype)),
+        student=student,
         frozen=[
-            *(_held(role, teacher, plan) for role, scorer in module.scorers.items() for teacher in _local(scorer)),
+            *(model for models in held.values() for model in models),
             *(
                 _kept(size, _width(dtype) if settings.lora is None else FLOAT32)
                 for part in self_teachers(module.scorers).values()
@@ -74,6 +76,7 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
         state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, dtype)),
         work=_workload(module, data, plan),
         plan=plan,
+        compared=[*held["teacher"], *_own(student, module.teacher, plan)],
     )
 
 
@@ -111,6 +114,7 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         response=sampler.max_new_tokens,
         token_budget=module.token_budget,
         mini_batches=module.recipe.mini_batches,
+        epochs=module.recipe.epochs,
         checkpointing=module.student_settings.gradient_checkpointing,
         eager=module.student_settings.attn_implementation == "eager",
         local_sampler=sampler.in_process,
@@ -124,7 +128,37 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
         train_tiles=DIVERGENCE_TILES if trained else STATISTIC_TILES if scored else LOGPROB_TILES,
         listed=max(_listed(recipe, module.teacher) for recipe in module.recipes),
         mixes=any(_mixes(recipe, module.teacher) for recipe in module.recipes),
+        compares=any(_compares(recipe, module.teacher, scored=recipe.needs_scoring_pass) for recipe in module.recipes),
+        differentiates=any(_compares(recipe, module.teacher, scored=True) for recipe in module.recipes),
+        keeps_scored=any(_keeps(recipe, module.teacher, plan) for recipe in module.recipes),
+        keeps_states=any(
+            _keeps(recipe, module.teacher, plan)
+            and recipe.mini_batches == 1
+            and _compares(recipe, module.teacher, scored=recipe.needs_scoring_pass)
+            for recipe in module.recipes
+        ),
+        val_compares=module.validation.divergence and "token_kl" in module.teacher.provides,
     )
+
+
+def _compares(recipe: Recipe, teacher: Teacher, *, scored: bool) -> bool:
+    """Whether the update reads the teacher's output head beside the student's; of a batch that was ``scored``, for its loss."""
+    return reads_head(recipe, teacher, scored=scored, trains=True)
+
+
+def _keeps(recipe: Recipe, teacher: Teacher, plan: Plan) -> bool:
+    """Whether the teacher's hidden states are kept when it has scored: see ``LocalTeacher.score``."""
+    model = teacher.inner if isinstance(teacher, AlignedTeacher) else teacher
+    asked = states_of(recipe, asked_of(recipe, teacher))
+    return isinstance(model, LocalTeacher) and plan.shards == 1 and bool(asked & {"token_kl", "teacher_distribution"})
+
+
+def _own(student: Held, teacher: Teacher, plan: Plan) -> Iterator[Held]:
+    """The student where it is its own teacher, or a part of it."""
+    for part in teacher.modules():
+        if isinstance(part, Teacher) and part.shares_student:
+            changes = plan.shards > 1 or (isinstance(part, SelfTeacher) and part.update != "live")
+            yield replace(student, copied=changes)
 
 
 def _listed(recipe: Recipe, teacher: Teacher) -> int:

@@ -9,7 +9,9 @@ padded. What a phase holds comes on top of what a rank always holds; the peak is
 - head: activations of a micro-batch, gradient of the output head, tiles of logits;
 - layers: activations of a micro-batch, and one block's backward pass;
 - optimizer: gradients and the temporaries of the update;
-- these four: the lists of likely tokens that something reads; the two before: every head of a ``MixedTeacher`` that is read;
+- these four: the lists of likely tokens that something reads; scoring and head: every head of a ``MixedTeacher`` that is read;
+- these four, where the teacher's whole distribution is compared with the student's: its hidden states while they are kept, its
+  output head, and an offloaded teacher that runs again; scoring then counts gradients where it runs between two micro-batches;
 - validation: sampling and scoring of a whole validation batch.
 
 The counts below are the tensors that transformers' decoder blocks keep (RMSNorm, gated MLP, rotary attention through sdpa); a
@@ -19,6 +21,7 @@ test counts them in real models. H hidden, Q = heads x head size, K = key/value 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lit_opd.preflight.plan import GIB, Plan
@@ -37,6 +40,7 @@ from lit_opd.scoring.tiles import (
 FLOAT32, HALF, INT64 = 4, 2, 8  # bytes
 LISTED = "lists of likely tokens"
 MIXED = "heads of several teachers"
+STATES, TEACHER_HEAD, OFFLOADED = "teacher's hidden states", "teacher's output head", "offloaded models"
 PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")
 ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/preflight/test_preflight.py
 
@@ -70,6 +74,9 @@ REMEDIES = {
     "gradients": "shard over more ranks (ModelParallelStrategy), or train adapters (model.student.lora)",
     LISTED: "lower the top_k of teacher and objective, or data.prompt_batch",
     MIXED: "lower model.token_budget",
+    STATES: "lower data.prompt_batch or model.sampler.max_new_tokens, set offload true for a LocalTeacher, or raise "
+    "model.mini_batches (the teacher then runs again in the update)",
+    OFFLOADED: "set the teacher's dtype to bfloat16, or model.mini_batches to 1, or put it on servers (RemoteTeacher)",
     "frozen models": "set the teacher's dtype to bfloat16, shard over more ranks, or put it on servers (RemoteTeacher)",
 }
 _DEFAULT_REMEDY = "shard over more ranks, or take smaller models"
@@ -83,11 +90,13 @@ class Held:
         size: of the model.
         width: bytes of a weight.
         offload: kept in host memory between uses.
+        copied: its output head is copied when it is read beside the student's.
     """
 
     size: ModelSize
     width: int
     offload: bool = False
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Workload:
         response: longest response.
         token_budget: padded tokens of a micro-batch, None for all at once.
         mini_batches: optimizer steps the rows are cut into.
+        epochs: times the rows are used.
         checkpointing: activations of a block are computed again in the backward pass.
         eager: attention keeps its scores.
         local_sampler: responses are sampled in this process,
@@ -113,6 +123,11 @@ class Workload:
         train_tiles: blocks of logits in the forward pass of the loss.
         listed: entries a token of the lists of likely tokens that are kept from scoring to the last update.
         mixes: the heads of all frozen models are met together, as one distribution.
+        compares: the update reads the teacher's output head beside the student's,
+        differentiates: and its loss is made of both.
+        keeps_scored: the teacher's hidden states of the whole batch are kept while it scores,
+        keeps_states: and until the update has read them; else the teacher runs again in the update.
+        val_compares: validation reads the teacher's output head too.
     """
 
     rows: int
@@ -120,6 +135,7 @@ class Workload:
     response: int
     token_budget: int | None = None
     mini_batches: int = 1
+    epochs: int = 1
     checkpointing: bool = False
     eager: bool = False
     local_sampler: bool = True
@@ -133,6 +149,11 @@ class Workload:
     train_tiles: int = LOGPROB_TILES
     listed: int = 0
     mixes: bool = False
+    compares: bool = False
+    differentiates: bool = False
+    keeps_scored: bool = False
+    keeps_states: bool = False
+    val_compares: bool = False
 
     @property
     def length(self) -> int:
@@ -203,7 +224,15 @@ class Budget:
         return REMEDIES.get(self.largest_part[0], _DEFAULT_REMEDY)
 
 
-def budget(*, student: Held, frozen: list[Held], state_bytes: int, work: Workload, plan: Plan) -> Budget:
+def budget(
+    *,
+    student: Held,
+    frozen: list[Held],
+    state_bytes: int,
+    work: Workload,
+    plan: Plan,
+    compared: Sequence[Held] = (),
+) -> Budget:
     """The budget of one rank.
 
     Args:
@@ -212,8 +241,9 @@ def budget(*, student: Held, frozen: list[Held], state_bytes: int, work: Workloa
         state_bytes: optimizer state of the whole student.
         work: what the rank does.
         plan: where it does it.
+        compared: models whose output heads can be read beside the student's: those of the teacher, maybe the student itself.
     """
-    formula = _Formula(student, frozen, state_bytes, work, plan)
+    formula = _Formula(student, frozen, state_bytes, work, plan, compared)
     phases = {
         "rollout": formula.rollout(work.rows, work.response) | formula.reading(),
         "scoring": formula.scoring(),
@@ -223,7 +253,11 @@ def budget(*, student: Held, frozen: list[Held], state_bytes: int, work: Workloa
         "validation": formula.validation(),
     }
     for phase in ("scoring", "head", "layers", "optimizer"):
-        phases[phase] |= formula.lists()
+        phases[phase] |= formula.lists() | formula.states(phase)
+    for phase in ("head", "layers", "optimizer"):
+        phases[phase] |= formula.comparison(phase)
+    if work.compares and not work.keeps_states and work.accumulates:
+        phases["scoring"] |= {"gradients": formula.gradient_bytes}
     if work.mixes:
         phases["scoring"] |= formula.heads(work.score_rows, work.score_tiles)
         phases["head"] |= formula.heads(work.micro_rows, work.train_tiles)
@@ -234,8 +268,16 @@ def budget(*, student: Held, frozen: list[Held], state_bytes: int, work: Workloa
 class _Formula:
     """The parts of ``budget``; each method gives one phase's."""
 
-    def __init__(self, student: Held, frozen: list[Held], state_bytes: int, work: Workload, plan: Plan) -> None:
-        self.student, self.frozen, self.state_bytes = student, frozen, state_bytes
+    def __init__(
+        self,
+        student: Held,
+        frozen: list[Held],
+        state_bytes: int,
+        work: Workload,
+        plan: Plan,
+        compared: Sequence[Held] = (),
+    ) -> None:
+        self.student, self.frozen, self.state_bytes, self.compared = student, frozen, state_bytes, compared
         self.work, self.plan = work, plan
         self.size = student.size
         self.gradient_bytes = student.width * self.size.num_trainable / plan.shards
@@ -297,7 +339,7 @@ class _Formula:
         teacher, tokens = self.frozen[0], self.work.rows * self.work.length
         return {
             "teacher's key/value cache": float(2 * tokens * teacher.size.key * teacher.size.layers * teacher.width),
-            "offloaded models": float(teacher.width * teacher.size.parameters * teacher.offload),
+            OFFLOADED: float(teacher.width * teacher.size.parameters * teacher.offload),
         }
 
     def scoring(self) -> Parts:
@@ -343,6 +385,47 @@ class _Formula:
         held = work.rows * work.response * work.listed * (INT64 + FLOAT32)
         return {LISTED: float(held)} if work.listed else {}
 
+    def states(self, phase: str) -> Parts:
+        """Hidden states of the responses that the teacher left: of the whole batch where they are kept on the device, else of the
+        micro-batch that is compared."""
+        work = self.work
+        micro, whole = work.micro_rows * work.response, work.rows * work.response
+        later = whole if work.epochs > 1 else 0  # states are dropped after the last forward pass that reads them
+        kept = {"scoring": whole * work.keeps_scored}
+        if work.keeps_states:
+            layers = whole if work.differentiates or later else whole - micro
+            kept |= {"head": whole, "layers": layers, "optimizer": later}
+        used = self._compared(phase) * micro
+        if work.mixes and phase == "head":
+            used = 0  # ``heads`` has them
+        held = sum(
+            model.size.hidden * self._width(model) * max(used, 0 if model.offload else kept.get(phase, 0))
+            for model in self.compared
+        )
+        return {STATES: float(held)} if held else {}
+
+    def comparison(self, phase: str) -> Parts:
+        """Weights of the teacher that are on the device because the update reads its output head."""
+        if not self.work.compares:
+            return {}
+        head = offloaded = 0
+        for model in self.compared:
+            weight = model.size.vocabulary * model.size.hidden
+            cast = self.plan.autocast and model.width > HALF  # a copy in 16 bits is read
+            head += weight * (model.width * model.copied + HALF * cast) * self._compared(phase)
+            if self.plan.shards > 1 and phase != "optimizer" and not model.copied:
+                head += model.size.outside * model.width  # this unit is whole until the backward pass ends
+            if model.offload and self.plan.shards == 1 and self.work.keeps_states:
+                head += weight * model.width
+            elif model.offload and self.plan.shards == 1:
+                offloaded += model.size.parameters * model.width
+        found = {TEACHER_HEAD: float(head), OFFLOADED: float(offloaded)}
+        return {name: held for name, held in found.items() if held}
+
+    def _compared(self, phase: str) -> bool:
+        """Whether a micro-batch's comparison is in memory: while its loss is made; with a gradient, through the backward pass."""
+        return self.work.compares and (phase == "head" or (phase == "layers" and self.work.differentiates))
+
     def heads(self, rows: int, tiles: int) -> Parts:
         """Hidden states of the responses of all frozen models, and one more tile to add them up in."""
         tokens = rows * self.work.response
@@ -353,6 +436,9 @@ class _Formula:
         """The worse of sampling and scoring a validation batch, which no token budget cuts."""
         rows, response = self.work.val_rows, self.work.val_response
         scored = self._pass_without_gradient(rows, self.work.prompt + response, rows * response, STATISTIC_TILES)
+        if self.work.val_compares:
+            states = sum(rows * response * model.size.hidden * self._width(model) for model in self.compared)
+            scored |= {STATES: float(states)} if states else {}
         return max(self.rollout(rows, response), scored, key=lambda parts: sum(parts.values()))
 
     # -- pieces ------------------------------------------------------------------------------------------------------
@@ -401,7 +487,7 @@ class _Formula:
             "final hidden states": float(FLOAT32 * 2 * rows * length * model.size.hidden),
         }
         return max(forward, scoring, key=lambda parts: sum(parts.values())) | {
-            "offloaded models": float(offloaded) if self.plan.accelerator == "gpu" else 0.0,
+            OFFLOADED: float(offloaded) if self.plan.accelerator == "gpu" else 0.0,
             "gathered weights": self._unsharded(model),
         }
 
