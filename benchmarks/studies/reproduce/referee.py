@@ -62,7 +62,8 @@ HOW_START = (
 ENDS = (slice(None, 3), slice(-3, None))  # of ten
 CLOSES = (
     "Reverse KL of the last 30 % of a response at the end of training, nats a token; below 0 is nearer to the teacher than "
-    "uniform is, late in the response; the gap to early tokens may be as wide, since early KL falls too. Intervals are unadjusted."
+    "uniform is, late in the response; the gap to early tokens may be as wide, since early KL falls too. Intervals are "
+    "unadjusted."
 )
 SCALE = (
     "Size of the step and cost, means over steps and seeds. *Effective sample* is the share of the tokens that effectively "
