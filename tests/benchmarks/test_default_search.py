@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 
 from benchmarks.studies.reproduce.choice import Candidate, best, candidates
@@ -17,6 +19,7 @@ from lit_opd.compare.statistics import Estimate
 from lit_opd.weighting import WeightingStrategy
 from tests.helpers.made_runs import PARTS, synthetic
 
+ROOT = Path(__file__).parents[2]
 SEARCH = PLAN.parent / "default-search.yaml"
 
 
@@ -105,6 +108,14 @@ def test_the_control_counts_the_confirmations_runs_and_adds_uniform_weights_at_t
     assert new == {"uniform-baseline", "full-uniform", "full-vocabulary"}
     assert rates["uniform-baseline"] == rates["windowed-baseline"] == rates["windowed-ratio"]
     assert rates["full-uniform"] == rates["full-windowed"] == 2 * rates["full-vocabulary"]
+
+
+def test_what_ships_is_what_was_confirmed():
+    """The overlay's weighting and objective are those of the plan's runs."""
+    overlay = yaml.safe_load((ROOT / "configs" / "objective" / "windowed_kl.yaml").read_text())
+    jobs = read_plan(PLAN.parent / "default-confirm.yaml").jobs(PARTS)
+    (run, *_) = [job for job in jobs if job.variant == "full-windowed"]
+    assert overlay["model"] == {key: run.settings["model"][key] for key in ("objective", "weighting")}
 
 
 # -- the rule ------------------------------------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ def test_what_is_said_of_the_current_study_stands_in_its_tables():
     pages = [ROOT / "docs" / name for name in names]
     written = [re.split(r"<!-- \w+ -->", page.read_text(), maxsplit=1)[-1] for page in pages]
     known = {found for text in written for found in INTERVAL.findall(text)}
-    own = [page.read_text().split("<!-- results -->")[0] for page in pages[:5]]
+    own = [page.read_text().split("<!-- results -->")[0] for page in pages[:6]]
     for text in (README, *own):
         said = INTERVAL.findall(text)
         assert len(said) >= 6 and not [each for each in said if each not in known]
@@ -338,6 +338,20 @@ def test_answers_that_predict_wrote_are_replayed(tmp_path):
     words += ["--model.warmup", "null", "--trainer.max_steps", "1", "--data.val_limit", "4", "--wandb.mode", "disabled"]
     main(default_callbacks, ["fit", *words])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
+def test_the_overlay_of_an_objective_trains_a_step(tmp_path):
+    path, few = ROOT / "configs" / "objective" / "windowed_kl.yaml", few_rows(tmp_path)
+    command = "python train.py fit --config configs/quickstart.yaml --config configs/objective/windowed_kl.yaml"
+    assert (
+        path.read_text().splitlines()[0] == f"# {command}" and command in (ROOT / "docs" / "strategies.md").read_text()
+    )
+    small = ["--trainer.max_steps", "1", "--data.prompt_batch", "4", "--data.val_batch", "4", "--data.val_limit", "4"]
+    small += ["--data.train", str(few), "--data.val", str(few), "--model.validation.samples", "1"]
+    words = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(path), "--wandb.mode", "disabled"]
+    main(default_callbacks, ["fit", *words, "--run_dir", str(tmp_path / "run"), *small])
+    ends = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert ends["steps"] == 1 and "WindowedPrefixRatio" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", ["opsd", "sdft", pytest.param("sdpo", marks=pytest.mark.slow), "replay"])
