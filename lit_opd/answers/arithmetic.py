@@ -102,6 +102,7 @@ class _Reader:
         return self.tokens[self.place] if self.place < len(self.tokens) else ""
 
     def take(self, *wanted: str) -> str:
+        """The next token, read; one of ``wanted`` where some are named, else ``NotArithmetic``."""
         token = self.next()
         if token == "" or (wanted and token not in wanted):
             raise NotArithmetic(token)
@@ -109,6 +110,7 @@ class _Reader:
         return token
 
     def sum(self) -> Fraction:
+        """product, then any number of + product or - product."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise NotArithmetic("too deep")
@@ -120,6 +122,7 @@ class _Reader:
         return total
 
     def product(self) -> Fraction:
+        """signed, then any number of * signed, / signed, or a factor in parentheses where no division came before."""
         total, divided = self.signed(), False
         while True:
             token = self.next()
@@ -141,6 +144,7 @@ class _Reader:
         return sign * self.power()
 
     def power(self) -> Fraction:
+        """atom, its factorials, and ^ signed: a whole exponent of bounded size."""
         base = self.atom()
         while self.next() == "!":
             self.take()
@@ -157,6 +161,7 @@ class _Reader:
         return base ** int(exponent)
 
     def atom(self) -> Fraction:
+        """A number, a sum in brackets, a fraction, a binomial or a root."""
         token = self.take()
         closing = {"(": ")", "{": "}", "[": "]"}.get(token)
         if closing:

@@ -120,6 +120,7 @@ class _Suffix:
         self._sign, self._power, self._last, self._fraction = 1, 1, "", False
 
     def read(self, tail: str) -> None:
+        """Read a whole suffix into the fields."""
         tail, self.percent = _PER_CENT.sub("%", tail), False
         self.percent = "%" in tail
         for number, found in enumerate(_TOKEN.finditer(tail)):
