@@ -314,16 +314,27 @@ VERDICTS = {
 
 def test_made_effects_are_found_and_null_effects_are_not():
     jobs = [job for job in jobs_of() if job.condition in ("base", "all-legal")]
-    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS)), draws=2000)
+    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS), draws=2000))
     assert {name: verdict(each) for name, each in found.items()} == VERDICTS
     elsewhere = [each for each in found["H1"] if each.condition == "chain-24"]
     assert all(each.estimate is None and each.verdict == "not decided" for each in elsewhere)
 
 
+def test_a_difference_has_one_interval_wherever_it_is_shown():
+    """The table of contrasts and the overview of a page: the same pair, the same ends."""
+    jobs = [job for job in jobs_of() if job.condition == "base"]
+    outcomes = Outcomes(synthetic(jobs, LIFTS), draws=300)
+    found = [each for of in findings(plan_of(), outcomes).values() for each in of if each.estimate]
+    assert len(found) > 8
+    for each in found:
+        asked = each.contrast
+        assert each.estimate == outcomes.estimate(each.condition, asked.variant, asked.minus, asked.measure)
+
+
 def test_a_study_that_has_hardly_begun_decides_nothing():
     one = [job for job in jobs_of() if job.condition == "base" and job.seed == 1000]
     for records in ([], synthetic(one, LIFTS)):
-        found = findings(plan_of(), Outcomes(records), draws=200)
+        found = findings(plan_of(), Outcomes(records, draws=200))
         assert {verdict(each) for each in found.values()} == {"not decided"} and len(found) == 8
 
 
@@ -365,7 +376,7 @@ def test_a_difference_is_of_the_seeds_that_both_have_and_says_of_how_many():
 
 def test_a_partly_finished_study_claims_no_more_than_it_has():
     plan, records = plan_of(), partly_finished()
-    found = findings(plan, Outcomes(records), draws=200)
+    found = findings(plan, Outcomes(records, draws=200))
     assert {verdict(each) for each in found.values()} == {"not decided"}
     rows = [line[2:-2].split(" | ") for line in contrast_table(plan, hypotheses_of(plan), found).splitlines()[2:]]
     known = {(row[0], row[3]): row for row in rows if row[-1] != "not run"}
@@ -379,7 +390,7 @@ def test_a_claim_with_a_primary_contrast_that_has_not_run_is_not_supported():
     """The prefix ratio and its window in base, far above uniform; nothing in all-legal, where they should be below it."""
     names = ("uniform", "prefix-ratio", "windowed-ratio")
     jobs = [job for job in jobs_of() if job.condition == "base" and job.variant in names]
-    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS)), draws=2000)
+    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS), draws=2000))
     assert tallied(found["H3"]) == "2 supported, 2 not decided (2 not run)" and verdict(found["H3"]) == "not decided"
     secondary = [each for each in found["H3"] if each.adjusted is None]
     assert secondary and all(each.estimate is None for each in secondary)
@@ -388,7 +399,7 @@ def test_a_claim_with_a_primary_contrast_that_has_not_run_is_not_supported():
 def test_a_verdict_that_decides_nothing_stands_in_parentheses():
     names, conditions = ("uniform", "null-advantage"), ("base", "all-legal")
     jobs = [job for job in jobs_of() if job.condition in conditions and job.variant in names and job.seed < 1004]
-    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS)), draws=2000)
+    found = findings(plan_of(), Outcomes(synthetic(jobs, LIFTS), draws=2000))
     table = contrast_table(plan_of(), hypotheses_of(plan_of()), found)
     rows = {tuple(line[2:-2].split(" | ")[::3][:2]): line for line in table.splitlines() if line.startswith("| H5")}
     assert rows["H5", "base, primary"].endswith("| 4 of 10 | contradicted |")
@@ -399,7 +410,7 @@ def test_one_seed_has_a_difference_and_no_p():
     """1.000 would read as a test that was made."""
     jobs = [job for job in jobs_of() if job.condition == "base" and job.variant in ("uniform", "null-advantage")]
     records = synthetic([job for job in jobs if job.seed == 1000], LIFTS)
-    table = contrast_table(plan_of(), hypotheses_of(plan_of()), findings(plan_of(), Outcomes(records), draws=200))
+    table = contrast_table(plan_of(), hypotheses_of(plan_of()), findings(plan_of(), Outcomes(records, draws=200)))
     (row,) = (line[2:-2].split(" | ") for line in table.splitlines() if "| H5 |" in line and "primary" in line)
     ours, theirs = (areas_of(records, name)[1000] for name in ("null-advantage", "uniform"))
     assert row[4:] == [f"{ours - theirs:+.3f}", "", "", "1 of 10", "not decided"]

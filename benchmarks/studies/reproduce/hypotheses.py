@@ -65,9 +65,11 @@ class Outcomes:
 
     Args:
         records: of one plan.
+        draws: of every interval and p, so that a difference has one interval wherever it is shown.
     """
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record], *, draws: int = DRAWS) -> None:
+        self.draws = draws
         self.runs: dict[tuple[str, str], dict[int, Record]] = {}
         for record in records:
             self.runs.setdefault((record["condition"], record["variant"]), {})[record["seed"]] = record
@@ -95,7 +97,7 @@ class Outcomes:
     def estimate(self, condition: str, variant: str, minus: str | None, measure: str) -> Estimate | None:
         """Mean of ``table`` with its two-way interval."""
         table = self.table(condition, variant, minus, measure)
-        return None if table is None else two_way_interval(table)
+        return None if table is None else two_way_interval(table, draws=self.draws)
 
 
 # -- hypotheses ----------------------------------------------------------------------------------------------------------
@@ -235,23 +237,23 @@ def evidence(found: TwoWay, expect: Expectation, margin: float) -> tuple[float, 
     return twice(found.below(0.0) if mean > 0 else found.above(0.0)), (mean > 0) == (expect == "above")
 
 
-def tried(contrast: Contrast, condition: str, outcomes: Outcomes, margin: float, *, draws: int = DRAWS) -> Finding:
+def tried(contrast: Contrast, condition: str, outcomes: Outcomes, margin: float) -> Finding:
     """What finished runs say of a contrast in a condition; interval and p are of the same draws."""
     table = outcomes.table(condition, contrast.variant, contrast.minus, contrast.measure)
     if table is None:
         return Finding(contrast, condition, None, 1.0, agrees=False)
-    found = two_way(table, draws=draws)
+    found = two_way(table, draws=outcomes.draws)
     if found is None or not np.ptp(table):  # one seed; or the same value everywhere, which has no spread to test with
-        return Finding(contrast, condition, two_way_interval(table), 1.0, agrees=False)
+        return Finding(contrast, condition, two_way_interval(table, draws=outcomes.draws), 1.0, agrees=False)
     p, agrees = evidence(found, contrast.expect, margin)
     return Finding(contrast, condition, found.estimate(), p, agrees)
 
 
-def findings(plan: Plan, outcomes: Outcomes, *, draws: int = DRAWS) -> dict[str, list[Finding]]:
+def findings(plan: Plan, outcomes: Outcomes) -> dict[str, list[Finding]]:
     """Hypothesis -> its contrasts in their conditions; primary ones adjusted over all that are planned, finished or not."""
     margin = float(plan.content.get("margin", 0))
     pairs = [
-        (hypothesis.name, tried(contrast, condition, outcomes, margin, draws=draws))
+        (hypothesis.name, tried(contrast, condition, outcomes, margin))
         for hypothesis in hypotheses_of(plan)
         for contrast in hypothesis.contrasts
         for condition in contrast.conditions
