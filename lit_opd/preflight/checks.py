@@ -46,7 +46,7 @@ from lit_opd.preflight.probe import NotProbed, Probe, probe
 from lit_opd.preflight.replay_checks import check_replay
 from lit_opd.preflight.run_folder import freed_bytes, require_free
 from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimizer_bytes
-from lit_opd.preflight.strategy_checks import check_strategy
+from lit_opd.preflight.strategy_checks import check_ranks, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
@@ -143,6 +143,7 @@ def trainer(run: PlannedRun) -> Finding:
         return Finding("error", f"`trainer.strategy` must be a strategy Lightning knows, got {strategy!r}",
                        "give one of its names, or a class path with arguments (lightning.pytorch.strategies....)")  # fmt: skip
     check_strategy(strategy)
+    check_ranks(strategy, local_ranks=run.plan.local_ranks, nodes=run.plan.nodes)
     check_trainer(run.module)
     return Finding("ok", run.plan.describe())
 

@@ -36,7 +36,7 @@ from lit_opd.preflight.list_checks import (
 )
 from lit_opd.preflight.partial_checks import check_partial
 from lit_opd.preflight.replay_checks import check_replay, likelihood_warnings
-from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
+from lit_opd.preflight.strategy_checks import check_dtypes, check_ranks, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
@@ -152,6 +152,7 @@ def check_trainer(module: Subject) -> None:
     """The trainer's settings are ones that this module's own optimisation can follow."""
     trainer = module.trainer
     check_strategy(trainer.strategy)
+    check_ranks(trainer.strategy, local_ranks=trainer.num_devices, nodes=trainer.num_nodes)
     check_choice("cpu" if isinstance(getattr(trainer, "accelerator", None), CPUAccelerator) else "cuda")
     parts = [part for scorer in module.scorers.values() for part in scorer.modules()]
     found = {getattr(part, "dtype", None) for part in parts} | {module.student_settings.dtype}

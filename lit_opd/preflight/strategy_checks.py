@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lightning.pytorch.plugins import FSDPPrecision
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_opd.errors import InputError
 from lit_opd.models.sharding import FSDP2_FLAGS
-from lit_opd.run.lightning import recomputes_activations, tensor_parallel_size
+from lit_opd.run.lightning import data_parallel_size, recomputes_activations, tensor_parallel_size
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -25,6 +25,26 @@ def check_strategy(strategy: Strategy) -> None:
         )
     if isinstance(strategy, FSDPStrategy):
         _check_fsdp1(strategy)
+
+
+def check_ranks(strategy: Strategy | str | None, *, local_ranks: int, nodes: int) -> None:
+    """FSDP2's mesh covers all ranks of the run.
+
+    Args:
+        strategy: an object or a name, as configured.
+        local_ranks: processes a node.
+        nodes: machines.
+    Raises:
+        InputError: ``data_parallel_size`` is not the number of ranks; Lightning's default "auto" is the number of nodes.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    given, ranks = data_parallel_size(strategy), local_ranks * nodes
+    if (nodes if given == "auto" else given) != ranks:
+        raise InputError(
+            f"`trainer.strategy.data_parallel_size` must be the number of ranks, {local_ranks} device(s) x {nodes} node(s) = "
+            f"{ranks}, got {given!r}; set it to {ranks}, or change `trainer.devices` or `trainer.num_nodes`"
+        )
 
 
 def _check_fsdp1(strategy: FSDPStrategy) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_opd.errors import InputError
-from lit_opd.preflight.strategy_checks import check_dtypes, check_strategy
+from lit_opd.preflight.plan import read_plan
+from lit_opd.preflight.strategy_checks import check_dtypes, check_ranks, check_strategy
 from lit_opd.rollout import TransformersSampler
 from lit_opd.run.checkpoint_kinds import CONSOLIDATE, check_checkpoint
 from lit_opd.run.shard_index import read_index
@@ -332,6 +333,27 @@ def test_a_checkpoint_holds_the_student_only_and_its_optimizer_state_by_name(fol
 def test_a_strategy_that_cannot_work_is_refused_with_what_does(strategy, named):
     with pytest.raises(InputError, match=named):
         check_strategy(strategy())
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "nodes"), [(32, 8, 1), (8, 8, 4), (2, 1, 1), ("auto", 2, 1), ("auto", 4, 2)]
+)
+def test_a_mesh_that_does_not_cover_the_ranks_is_refused(given, devices, nodes):
+    """Lightning says so after all processes have started; a plan would divide the weights by the wrong number."""
+    strategy = ModelParallelStrategy(data_parallel_size=given, tensor_parallel_size=1)
+    with pytest.raises(InputError, match=rf"data_parallel_size` .* {devices} device.* = {devices * nodes}, got {given!r}"):
+        check_ranks(strategy, local_ranks=devices, nodes=nodes)
+    plan = read_plan(
+        {"accelerator": "gpu", "devices": devices, "num_nodes": nodes}, strategy=strategy, memory_gb=80
+    )
+    with pytest.raises(InputError, match="data_parallel_size"):
+        check_ranks(plan.strategy, local_ranks=plan.local_ranks, nodes=plan.nodes)
+
+
+def test_a_mesh_of_all_ranks_is_accepted():
+    for given, devices, nodes in ((32, 8, 4), (1, 1, 1), ("auto", 1, 2)):
+        check_ranks(ModelParallelStrategy(given, 1), local_ranks=devices, nodes=nodes)
+    check_ranks("ddp", local_ranks=8, nodes=4)
 
 
 def test_fsdp1_as_lightning_builds_it_is_accepted():
