@@ -7,7 +7,8 @@ FROM python:3.12-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends build-essential git && rm -rf /var/lib/apt/lists/*
 WORKDIR /work
 # vLLM first: it decides which torch there is
-ARG VLLM=0.33.0
+# 0.32 is the newest release whose weight transfer is known here; later ones take weights by folder
+ARG VLLM=0.32.0
 RUN pip install --no-cache-dir "vllm==${VLLM}"
 COPY . .
 RUN pip install --no-cache-dir --editable ".[eval,data,lora,tensorboard]" pytest

@@ -32,7 +32,7 @@ CONFIG = "config.yaml"
 
 def parser() -> ArgumentParser:
     """The command's options."""
-    own = ArgumentParser(prog=f"{program()} export", description=__doc__)
+    own = ArgumentParser(prog=f"{program()} export", description="Writes a checkpoint as a Hugging Face folder.")
     own.add_argument("--run_dir", type=str | None, default=None, help="run folder; default the checkpoint's")
     own.add_argument("--ckpt_path", type=str, default="last", help="last, best (as monitored), or a checkpoint's path")
     own.add_argument("--out", type=str | None, default=None, help="new folder; default student-NAME in the run folder")

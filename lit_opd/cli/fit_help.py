@@ -39,7 +39,7 @@ steps
   --checkpoint_every N              default 50
 machine
   --trainer.devices N               processes, a GPU each
-  --trainer.strategy NAME           ddp, fsdp; see docs/scale-out.md
+  --trainer.strategy NAME           ddp, ModelParallelStrategy (FSDP2); see docs
   --trainer.precision NAME          bf16-mixed, 32-true, ...
   --seed_everything N               default 42
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_opd.masked import positions
 from lit_opd.types import TokenSignal
 from lit_opd.weighting import WeightingStrategy
+from lit_opd.weighting.base import DependsOn
 
 
 class MyWeighting(WeightingStrategy):
@@ -34,6 +35,11 @@ class MyWeighting(WeightingStrategy):
         super().__init__()
         self.start, self.half_life = start, half_life
 
+    @property
+    def depends_on(self) -> DependsOn:
+        """What the weight of token t reads: here its position, which is known before the token is drawn."""
+        return "prefix"
+
     def weights(self, signal: TokenSignal, progress: float) -> Tensor:
         """[B, T], at least 0; what stands where ``signal.mask`` is False is ignored.
 
@@ -47,6 +53,8 @@ class MyWeighting(WeightingStrategy):
 TEST = '''"""What every weighting must keep: python -m pytest test_my_weighting.py"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from my_weighting import MyWeighting
@@ -68,6 +76,15 @@ def test_weights_are_finite_and_at_least_zero_and_zero_after_a_row():
     weights = MyWeighting()(given, 0.5)
     assert weights.shape == given.mask.shape and bool(torch.isfinite(weights).all()) and bool((weights >= 0).all())
     assert float(weights[~given.mask].abs().sum()) == 0.0
+
+
+def test_a_weight_reads_no_token_from_its_own_on():
+    """As ``depends_on`` says; leave the test out where a weight may look ahead ("sequence")."""
+    given, weighting = signal(), MyWeighting()
+    for t in range(given.mask.shape[1]):
+        later = torch.arange(given.mask.shape[1]) >= t
+        changed = replace(given, student_logprobs=given.student_logprobs - 1.0 * later)
+        assert torch.equal(weighting(changed, 0.5)[:, : t + 1], weighting(given, 0.5)[:, : t + 1])
 
 
 def test_the_weight_falls_with_the_position():

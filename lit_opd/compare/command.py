@@ -25,7 +25,10 @@ from lit_opd.shipped import program
 
 def parser() -> ArgumentParser:
     """The options of both subcommands."""
-    found = ArgumentParser(prog=f"{program()} compare", description=__doc__)
+    description = (
+        "Finished runs, or saved rollouts, against each other; reads the files of finished runs, no model's config."
+    )
+    found = ArgumentParser(prog=f"{program()} compare", description=description)
     commands = found.add_subcommands(dest="what")
     commands.add_subcommand(
         "runs", _runs_parser(), help="finished run folders side by side, paired by seed and by problem"

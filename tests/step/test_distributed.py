@@ -341,11 +341,11 @@ def test_a_strategy_that_cannot_work_is_refused_with_what_does(strategy, named):
 def test_a_mesh_that_does_not_cover_the_ranks_is_refused(given, devices, nodes):
     """Lightning says so after all processes have started; a plan would divide the weights by the wrong number."""
     strategy = ModelParallelStrategy(data_parallel_size=given, tensor_parallel_size=1)
-    with pytest.raises(InputError, match=rf"data_parallel_size` .* {devices} device.* = {devices * nodes}, got {given!r}"):
+    with pytest.raises(
+        InputError, match=rf"data_parallel_size` .* {devices} device.* = {devices * nodes}, got {given!r}"
+    ):
         check_ranks(strategy, local_ranks=devices, nodes=nodes)
-    plan = read_plan(
-        {"accelerator": "gpu", "devices": devices, "num_nodes": nodes}, strategy=strategy, memory_gb=80
-    )
+    plan = read_plan({"accelerator": "gpu", "devices": devices, "num_nodes": nodes}, strategy=strategy, memory_gb=80)
     with pytest.raises(InputError, match="data_parallel_size"):
         check_ranks(plan.strategy, local_ranks=plan.local_ranks, nodes=plan.nodes)
 
