@@ -267,6 +267,7 @@ class OPDModule(L.LightningModule):
         """Every check that needs no weights, for those who call the trainer themselves."""
         self.sampler.forget_ahead()
         self.sampler.forget_unfinished()
+        self.sampler.forget_weights()
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self.skips.folder = Path(self.trainer.default_root_dir) / FOLDER
@@ -604,7 +605,10 @@ class OPDModule(L.LightningModule):
         checkpoint["halved_token_budget"] = self.budget.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting; the checkpoint must be of this student."""
+        """Go on counting; the checkpoint must be of this student, and where it is only evaluated reach the sampler."""
+        trainer = attached_trainer(self)
+        if trainer is not None and trainer.state.fn != "fit":
+            self.sampler.check_loaded()
         self.state.load(checkpoint)
         for name, part in self_teachers(self.scorers).items():
             part.restore(checkpoint.get("self_teachers", {}).get(name))

@@ -89,6 +89,8 @@ def check_before(
     module.trainer = trainer
     if ckpt_path is not None:
         check_checkpoint(ckpt_path, trainer.strategy, training=training)
+        if not training:
+            module.sampler.check_loaded()
     _ = module.vocabulary, module.stop_ids
     if data is not None:
         data.use_tokenizer(module.tokenizer, own_tokenizer(module, data)).use_sampler(module.sampler)

@@ -62,6 +62,14 @@ class SamplerAround(Sampler):
         """As the sampler inside."""
         self._inside.prepare(student, weights_version)
 
+    def forget_weights(self) -> None:
+        """As the sampler inside."""
+        self._inside.forget_weights()
+
+    def check_loaded(self) -> None:
+        """As the sampler inside."""
+        self._inside.check_loaded()
+
     def kept_awake(self) -> AbstractContextManager[None]:
         """As the sampler inside."""
         return self._inside.kept_awake()

@@ -299,6 +299,17 @@ class Sampler(ABC):
             weights_version: optimizer steps the weights have seen.
         """
 
+    def forget_weights(self) -> None:  # noqa: B027
+        """The next ``prepare`` brings the student's weights, whatever version the engine has: a run starts, and the student may
+        have others under the same number of steps, such as a checkpoint's."""
+
+    def check_loaded(self) -> None:  # noqa: B027
+        """The weights of a checkpoint that is only evaluated will reach the engine.
+
+        Raises:
+            InputError: they will not, so others would be measured.
+        """
+
     def kept_awake(self) -> AbstractContextManager[None]:
         """While calls of ``sample`` follow one another: an engine that gives its memory back between rollouts does so after
         the last of them, and keeps its prefix cache until then. Entered and left on every rank."""

@@ -105,9 +105,10 @@ class VLLMEngine(Sampler):
         self._way: Way | None = None  # "auto" settled
         self._transfer: ipc.IPCTransfer | None = None
         self._adapter: Any = None  # vLLM's name for the student's adapter
+        self._num_adapters = 0  # that it was given
         self._output, self._asleep, self._stays_awake = Output(), False, False
         self._holds_weights = False  # it was started, and holds some of the student's
-        self._version: int | None = None  # weights the engine has; None before it was started
+        self._version: int | None = None  # weights the engine has; None until a run has brought its own
         self._window: int | None = None  # tokens a row may hold
 
     def check(self, *, tokens: int | None, vocabulary: int) -> None:
@@ -142,11 +143,15 @@ class VLLMEngine(Sampler):
         with shared_failure():
             self._wake_or_start(student)
         with self.seconds("weights"), shared_failure(), self._failing("could not take the new weights"):
-            self._take(student, weights_version)
+            self._take(student)
         with shared_failure(), self._failing("could not empty its cache"):
             self._wake("kv_cache")
             self._llm.reset_prefix_cache()
         self._version, self._holds_weights = weights_version, True
+
+    def forget_weights(self) -> None:
+        """See ``Sampler.forget_weights``."""
+        self._version = None
 
     def _settled(self, student: StudentWeights) -> Way:
         """What "auto" is here, said once a run."""
@@ -173,15 +178,15 @@ class VLLMEngine(Sampler):
         with self.seconds("engine_start"):
             self._llm = self._started(student)
 
-    def _take(self, student: StudentWeights, version: int) -> None:
+    def _take(self, student: StudentWeights) -> None:
         """The engine's weights become the student's; by IPC all ranks take part to the end, whoever fails."""
         if self._way == "ipc":
             self._transfer = self._transfer or ipc.IPCTransfer(self._llm, installed_version())
             self._transfer.send(student)
         elif self._way == "adapter":
             request = importlib.import_module(f"{PACKAGE}.lora.request").LoRARequest
-            # a new number for each version: vLLM keeps what it read under the old one
-            self._adapter = request(f"student-{version}", version + 1, str(self.folder))
+            self._num_adapters += 1  # a new number for each: vLLM keeps what it read under the old one
+            self._adapter = request(f"student-{self._num_adapters}", self._num_adapters, str(self.folder))
         elif self._holds_weights:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
 

@@ -37,7 +37,8 @@ class VLLMSampler(Sampler):
         urls: addresses such as http://host:8000; several share the load.
         model: the name the servers must serve; None takes the only one they serve.
         sync: how new weights reach the servers before the first batch and after every update; None never pushes, and the
-            servers go on sampling from the student they started with (recorded as weights version 0).
+            servers go on sampling from the student they started with (recorded as weights version 0); evaluating a checkpoint
+            is then refused.
         max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
         logprobs_mode: what the servers were started with (``--logprobs-mode``). Raw log-probs are those of the sampled
             distribution only at temperature 1, top_p 1 and top_k 0: anything else needs processed ones.
@@ -104,7 +105,7 @@ class VLLMSampler(Sampler):
             max_response_bytes=max_response_bytes,
             api_key_env=api_key_env,
         )
-        # weights the servers have; None before the first push
+        # weights the servers have; None until a run has pushed its own
         self._version = STARTED_WITH if sync is None else None
         self._student: StudentWeights | None = None
         self._told_stale = False
@@ -143,6 +144,20 @@ class VLLMSampler(Sampler):
             self.sync.write(student)
             self._push()
         self._version = weights_version
+
+    def forget_weights(self) -> None:
+        """See ``Sampler.forget_weights``; without ``sync`` the servers have what they started with."""
+        if self.sync is not None:
+            self._version = None
+
+    def check_loaded(self) -> None:
+        """See ``Sampler.check_loaded``."""
+        if self.sync is None:
+            raise InputError(
+                "`model.sampler.sync` must be set where a checkpoint is evaluated (--ckpt_path), got null: the servers would "
+                "answer with the weights they started with; set it, or export the checkpoint, start the servers with that "
+                "folder, and give it as model.student.path without --ckpt_path"
+            )
 
     def _say_stale(self) -> None:
         """Once a sampler: it holds for every batch after the first update."""

@@ -7,8 +7,10 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lit_opd.errors import InputError, ServerError
@@ -326,6 +328,64 @@ def test_servers_without_sync_are_recorded_with_the_weights_they_hold(server, ro
         drawn = ours.sample(None, rows.prompts, replace(SETTINGS, weights_version=version))
         assert drawn.provenance.weights_version == 0
     assert [version for version, _ in said] == [1] and "recorded as version 0" in said[0][1]
+
+
+# -- checkpoints that are evaluated ------------------------------------------------------------------------------------
+
+
+class Save(L.Callback):
+    """A checkpoint after each optimizer step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def evaluate(trained, prompts, path: Path, what: str) -> None:
+    """By a trainer of its own, whose step stays 0."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, **quiet)
+    counted = replace(prompts, counted=torch.ones(len(prompts), dtype=torch.bool))
+    getattr(trainer, what)(trained, DataLoader([counted], batch_size=None), ckpt_path=path)
+
+
+@pytest.mark.parametrize("what", ["validate", "test", "predict"])
+def test_every_checkpoint_that_is_evaluated_answers_itself(folders, rows, tmp_path, what):
+    """Also where one process evaluates several, all of them at step 0 of their trainers."""
+    with fake.serving(folders[0], model="student") as draws:
+        vllm = sampler(draws, sync=ReloadEndpoint(str(tmp_path / "student")))
+        trained = _module(folders, vllm, LocalTeacher(folders[1]))
+        fixed.fit(trained, rows.prompts, steps=2, watch=Save(tmp_path))
+        pushes = draws.reloads
+        for number, step in enumerate((1, 2, 1), start=1):
+            path = tmp_path / f"{step}.ckpt"
+            evaluate(trained, rows.prompts, path, what)
+            assert draws.reloads == pushes + number
+            kept = torch.load(path, weights_only=True)["state_dict"]
+            for name, value in draws.causal_lm.state_dict().items():
+                assert torch.equal(value, kept[f"student.model.{name}"]), name
+
+
+def test_a_checkpoint_is_not_evaluated_by_servers_that_never_get_its_weights(folders, rows, tmp_path, capsys):
+    """By a trainer of one's own, and on the command line before any model is loaded; training goes on from it as before."""
+    from callbacks import default_callbacks
+    from lit_opd.cli.command import main
+    from tests.servers.test_server_recovery import write_config
+
+    with fake.serving(folders[0], model="student") as draws:
+        trained = _module(folders, sampler(draws, max_logprob_gap=100.0), LocalTeacher(folders[1]))
+        fixed.fit(trained, rows.prompts, steps=1, watch=Save(tmp_path))
+        for what in ("validate", "test", "predict"):
+            with pytest.raises(InputError, match=r"`model.sampler.sync` must be set .*--ckpt_path\), got null"):
+                evaluate(trained, rows.prompts, tmp_path / "1.ckpt", what)
+        asked, config = draws.requests, write_config(tmp_path, folders, draws.url, sync=None, max_logprob_gap=None)
+        words = ["--config", str(config), "--ckpt_path", str(tmp_path / "1.ckpt")]
+        with pytest.raises(SystemExit):
+            main(default_callbacks, ["validate", *words, "--run_dir", str(tmp_path / "run")])
+        assert "`model.sampler.sync` must be set" in capsys.readouterr().err and draws.requests == asked
+        fixed.fit(trained, rows.prompts, steps=2, load=tmp_path / "1.ckpt")
 
 
 def test_exported_folder_is_absolute():

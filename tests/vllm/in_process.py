@@ -56,7 +56,6 @@ def main() -> None:
             again = torch.equal(drawn[0].response_ids, drawn[1].response_ids)
             kept = {"ids": drawn[0].response_ids, "mask": drawn[0].mask, "logprobs": drawn[0].sampler_logprobs}
             results["samples"].append(kept | {"again": again, "provenance": asdict(drawn[0].provenance)})
-    engine._version = None  # the fit starts from other weights at step 0
     sgd = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.5)}
     trained = OPDModule(StudentSettings(folders[0]), LocalTeacher(folders[1]), sampler=engine, **sgd)
     start = fixed.StartWeights()
