@@ -224,15 +224,16 @@ class VLLMSampler(Sampler):
         if begun is not None:
             return begun
         for _ in range(_TRIES):
-            lost, rows = self.servers.num_lost, []
+            lost = self.servers.num_lost
             try:
                 with shared_failure():
                     rows = self._sampled(prompts, settings)
             except ServerError:  # on every rank
                 if self.sync is None or self.sync.answers_without or not self._lost_since(lost):
                     raise
-            if rows and (self.sync is None or not self._lost_since(lost)):
-                return self._rollout(prompts, rows, settings)
+            else:  # on every rank: that its own rows arrived says nothing of the others'
+                if self.sync is None or not self._lost_since(lost):
+                    return self._rollout(prompts, rows, settings)
             with self.seconds("weights"):
                 self._push()  # a server that went away may be back with the weights it starts with
         with shared_failure():

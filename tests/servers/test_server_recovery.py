@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +21,13 @@ from callbacks.checkpoint import RunCheckpoint
 from lit_opd.cli.command import main
 from lit_opd.errors import InputError
 from lit_opd.step.optimisation import LightningOptimisation
-from tests.helpers import cases, fixed, tiny
+from tests.helpers import cases, fixed, forks, tiny
 from tests.helpers import fake_vllm as fake
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, STEPS, CHECKS = 4, 4, 2  # rows a batch; optimizer steps; completion requests of the checks before a run
 TIME_LIMIT = 200  # seconds; a hang is a failure
+TOLERANCE = 1e-4  # nats
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +170,33 @@ def two_ranks(folder: Path, folders: tuple[str, str], urls: list[str], cases: st
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [torch.load(folder / f"report-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_an_adapter_that_one_rank_finds_lost_is_loaded_for_both(folders, tmp_path):
+    """All rows of rank 0 have arrived when rank 1 is told that there is no such model."""
+    prompts = cases.rollout().prompts
+    own = [tuple(ids[mask].tolist()) for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+    lost = threading.Event()
+
+    def restarted(server: fake.FakeServer, handler: Any, body: dict) -> bool:
+        if tuple(body["prompt"][0]) in own[1::2] and not lost.is_set():  # rank 1's
+            while server.requests < len(own[::2]):
+                time.sleep(0.01)
+            with server.lock:  # under which answers are made
+                if not lost.is_set():
+                    server.adapters.clear()
+                    lost.set()
+        return False
+
+    with fake.serving(folders[0], model="student") as server:
+        server.always = restarted
+        forks.succeed(
+            "tests.helpers.sampling_ranks", str(tmp_path), "adapter", *folders, server.url, logs=tmp_path, timeout=60
+        )
+        (name,) = server.adapters
+    reports = [torch.load(tmp_path / f"report-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [report["model"] for report in reports] == [name] * 2 and name.endswith("-2")
+    assert reports[0]["keys"] != reports[1]["keys"] and max(report["gap"] for report in reports) < TOLERANCE
 
 
 @pytest.mark.slow
