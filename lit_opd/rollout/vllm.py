@@ -139,6 +139,7 @@ class VLLMSampler(Sampler):
             return
         if self._ahead is not None:
             self._ahead.wait()  # weights that change under a request would give a row two versions
+            gather_objects([])  # nor under another rank's: not every way of the weights waits for all ranks
         self._student, self._version = student, None  # of no version until they arrived
         with self.seconds("weights"):
             self.sync.write(student)

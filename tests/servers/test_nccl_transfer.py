@@ -14,7 +14,7 @@ from lit_opd.models import StudentSettings, build_student
 from lit_opd.models.weights import hand_over
 from lit_opd.rollout import NCCLTransfer, SamplingSettings, VLLMSampler, nccl
 from lit_opd.scoring.model import ScoringModel
-from tests.helpers import fake_vllm, fixed, tiny
+from tests.helpers import fake_vllm, fixed, forks, tiny
 
 SETTINGS = SamplingSettings(max_new_tokens=8, stop_ids=(1,), pad_id=0, vocabulary=64, seed=3)
 TOLERANCE = 1e-4  # nats
@@ -97,6 +97,13 @@ def test_every_server_gets_every_weight_of_each_version(sampler, servers, folder
     once = ["start", *["update"] * 5, "finish"]  # two blocks, embedding, norm and head
     assert servers[0].transfer.phases == ["init", *once, *once]
     assert sampler.seconds.take()["weights"] > 0
+
+
+def test_weights_never_change_under_the_requests_of_another_rank(folders, tmp_path):
+    """Rank 0 has its rows of the batch that was begun, and sends the next weights, when rank 1's are not answered yet."""
+    forks.succeed("tests.helpers.sampling_ranks", str(tmp_path), "ahead", *folders, "", logs=tmp_path, timeout=60)
+    for report in (torch.load(tmp_path / f"report-{rank}.pt", weights_only=True) for rank in (0, 1)):
+        assert report["versions"] == [0, 1] and max(report["gaps"]) < TOLERANCE
 
 
 def test_a_group_is_formed_anew_where_a_server_was_lost(sampler, servers, folders):
