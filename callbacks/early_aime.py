@@ -159,6 +159,8 @@ class EarlyAIMEEvaluation(Callback):
         sets = load_sets(self.sources, encoder, suffix=self.prompt_suffix, seed=self.seed)
         window = getattr(pl_module.student_config.get_text_config(), "max_position_embeddings", None)
         require_room(sets, self._length(pl_module), window)
+        longest = max(loaded.longest_prompt for loaded in sets) + self._length(pl_module)
+        pl_module.sampler.make_room(longest, field="EarlyAIMEEvaluation.max_new_tokens")
         if self.compare_to is not None:
             self._other = read_comparison(self.compare_to, [loaded.name for loaded in sets])
         self._sets = sets

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -347,21 +347,27 @@ def check_batch(module: Subject, data: PromptDataModule | None, *, ranks: int) -
 
 
 def check_window(module: Subject, data: PromptDataModule | None) -> None:
-    """The longest prompt and response fit into the context windows of student, teacher and reference."""
+    """The longest prompt and response fit into the context windows of student, teacher and reference, those of the validation
+    into student's and, where it compares with it, teacher's."""
+    _check_windows(module, data, "sampler", module.scorers.values())
+    if module.validation.max_new_tokens is not None:
+        _check_windows(module, data, "validation", [module.teacher] if module.validation.divergence else [])
+
+
+def _check_windows(module: Subject, data: PromptDataModule | None, name: str, scorers: Iterable[Teacher]) -> None:
     limit, read = getattr(data, "max_prompt_tokens", None), getattr(data, "longest_prompt", None)
-    response = module.sampler.max_new_tokens
-    _require_window("model.student", module.student_config.get_text_config(), limit, response)
-    for scorer in module.scorers.values():
+    response, own = getattr(module, name).max_new_tokens, module.student_config.get_text_config()
+    _require_window(name, "model.student", own, limit, response)
+    for scorer in scorers:
         for part in (part for part in scorer.modules() if isinstance(part, Teacher)):
-            config = module.student_config.get_text_config() if part.shares_student else part.reader_config
-            _require_window(scorer.field, config, read, response)
+            _require_window(name, scorer.field, own if part.shares_student else part.reader_config, read, response)
 
 
-def _require_window(field: str, config: Any, prompt: int | None, response: int) -> None:
+def _require_window(name: str, field: str, config: Any, prompt: int | None, response: int) -> None:
     window = getattr(config, "max_position_embeddings", None)
     if prompt is not None and window is not None and prompt + response > window:
         raise InputError(
-            f"`model.sampler.max_new_tokens` must leave room in the context window of `{field}`, {window} tokens, got "
+            f"`model.{name}.max_new_tokens` must leave room in the context window of `{field}`, {window} tokens, got "
             f"{response} after prompts of up to {prompt}; lower it or `data.max_prompt_tokens` (or `max_prompt_tokens` of "
             "`data.teacher_prompt`), or shorten what the template adds"
         )

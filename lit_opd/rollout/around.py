@@ -54,6 +54,10 @@ class SamplerAround(Sampler):
         """As the sampler inside."""
         self._inside.check(tokens=tokens, vocabulary=vocabulary)
 
+    def make_room(self, tokens: int, *, field: str) -> None:
+        """As the sampler inside."""
+        self._inside.make_room(tokens, field=field)
+
     def check_student(self, adapter_rank: int | None) -> None:
         """As the sampler inside."""
         self._inside.check_student(adapter_rank)

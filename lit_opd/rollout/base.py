@@ -282,6 +282,16 @@ class Sampler(ABC):
             vocabulary: embedding rows of the student.
         """
 
+    def make_room(self, tokens: int, *, field: str) -> None:  # noqa: B027
+        """Rows may be asked for that are longer than those of training and validation; before a run.
+
+        Args:
+            tokens: the longest prompt and response together.
+            field: the setting that asks for them, for errors.
+        Raises:
+            InputError: an engine of its own cannot hold them.
+        """
+
     def check_student(self, adapter_rank: int | None) -> None:  # noqa: B027
         """What can be checked of the student before a run.
 

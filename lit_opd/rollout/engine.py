@@ -109,7 +109,9 @@ class VLLMEngine(Sampler):
         self._output, self._asleep, self._stays_awake = Output(), False, False
         self._holds_weights = False  # it was started, and holds some of the student's
         self._version: int | None = None  # weights the engine has; None until a run has brought its own
-        self._window: int | None = None  # tokens a row may hold
+        self._window: int | None = None  # tokens a row of training or validation may hold
+        self._room = 0  # the same of other rows, see ``make_room``
+        self._held: int | None = None  # the same of the running engine; None for the model's own
 
     def check(self, *, tokens: int | None, vocabulary: int) -> None:
         """The package is installed."""
@@ -120,6 +122,27 @@ class VLLMEngine(Sampler):
                 "VLLMSampler with a server of its own environment"
             )
         self._window = tokens
+        if tokens is not None:
+            self._require_held(tokens, "model.sampler.max_new_tokens")
+
+    def make_room(self, tokens: int, *, field: str) -> None:
+        """See ``Sampler.make_room``."""
+        self._require_held(tokens, field)
+        self._room = max(self._room, tokens)
+
+    @property
+    def _longest(self) -> int | None:
+        """Tokens that a row may hold, None for as many as the model allows."""
+        return None if self._window is None else max(self._window, self._room)
+
+    def _require_held(self, tokens: int, field: str) -> None:
+        """The length that the user chose, or that a running engine was started with, is enough."""
+        held = self.engine_options.get("max_model_len", self._held)
+        if isinstance(held, int) and 0 < held < tokens:
+            raise InputError(
+                f"`{field}` must leave room in VLLMEngine's rows of {held} tokens, got up to {tokens}, the prompt included; "
+                f"lower it, or set `engine_options: {{max_model_len: {tokens}}}` before the engine starts"
+            )
 
     def check_student(self, adapter_rank: int | None) -> None:
         """Its weights can go the configured way."""
@@ -176,7 +199,7 @@ class VLLMEngine(Sampler):
                 self._wake("weights")
             return
         with self.seconds("engine_start"):
-            self._llm = self._started(student)
+            self._llm, self._held = self._started(student), self._longest
 
     def _take(self, student: StudentWeights) -> None:
         """The engine's weights become the student's; by IPC all ranks take part to the end, whoever fails."""
@@ -205,7 +228,7 @@ class VLLMEngine(Sampler):
         options: dict[str, Any] = {
             "model": str(self.folder),
             "logprobs_mode": "processed_logprobs",
-            "max_model_len": self._window,
+            "max_model_len": self._longest,
             "gpu_memory_utilization": self.memory_fraction,
             "enable_sleep_mode": self._sleeps,
             **self._way_options(student),

@@ -125,6 +125,18 @@ class VLLMSampler(Sampler):
         if self.sync is not None:
             self.sync.check(self.servers)
 
+    def make_room(self, tokens: int, *, field: str) -> None:
+        """See ``Sampler.make_room``; the servers' context is asked for where ``check`` was not called yet."""
+        with shared_failure():
+            if self.servers.window is None:
+                self.servers.check(tokens=None)
+            window = self.servers.window
+            if window is not None and window < tokens:
+                raise InputError(
+                    f"`{field}` must leave room in the servers' context of {window} tokens, got rows of up to {tokens}; lower "
+                    f"it, or start them with --max-model-len {tokens}"
+                )
+
     def check_student(self, adapter_rank: int | None) -> None:
         """The servers can take its weights."""
         if self.sync is not None:

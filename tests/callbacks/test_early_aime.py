@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -22,8 +23,14 @@ from lit_opd.cli.command import OPDCLI
 from lit_opd.errors import InputError
 from lit_opd.evaluation.grading import Grader
 from lit_opd.evaluation.statistics import bootstrap_interval
-from lit_opd.rollout import TransformersSampler
+from lit_opd.models import StudentSettings
+from lit_opd.module import OPDModule
+from lit_opd.prompts import PromptDataModule
+from lit_opd.rollout import TransformersSampler, VLLMEngine
+from lit_opd.teacher import LocalTeacher
+from tests.helpers import fake_llm, fake_vllm, tiny
 from tests.helpers import math_world as world
+from tests.servers.test_server_recovery import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 240  # seconds; a hang is a failure
@@ -230,6 +237,45 @@ def test_memory_that_runs_out_in_an_evaluation_names_the_settings(folder, tmp_pa
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in message
     assert "out of memory while evaluating; lower `EarlyAIMEEvaluation.batch` or" in message
+
+
+# -- engines of their own ----------------------------------------------------------------------------------------------
+
+
+def write_problems(path: Path) -> str:
+    path.write_text("".join(json.dumps({"problem": f"{n} + {n} =", "answer": 2 * n}) + "\n" for n in range(4)))
+    return str(path)
+
+
+def test_an_engine_that_trains_on_short_rows_answers_at_length(tmp_path, monkeypatch):
+    """Its rows hold the longest prompt and answer of the sets, not those of training alone."""
+    llm, folders = fake_llm.install(monkeypatch), tiny.pair(tmp_path)
+    problems = write_problems(tmp_path / "problems.jsonl")
+    sampler = VLLMEngine(str(tmp_path / "engine"), max_new_tokens=4, stop_token_ids=[63])
+    trained = OPDModule(StudentSettings(folders[0]), LocalTeacher(folders[1]), sampler=sampler)
+    callback = EarlyAIMEEvaluation(problems, samples=2, max_new_tokens=30, prompt_suffix=None)
+    data = PromptDataModule(train=problems, val=problems, prompt_batch=2, max_prompt_tokens=12)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, callbacks=[callback], **quiet).validate(
+        trained, datamodule=data
+    )
+    lengths = [line["length"] for line in world.lines(tmp_path, "evaluation-validate.jsonl")]
+    assert len(lengths) == 8 and max(lengths) == 30 and llm.made.options["max_model_len"] < 64
+
+
+def test_answers_that_servers_cannot_hold_are_refused_before_the_run(tmp_path, capsys):
+    folders = tiny.pair(tmp_path)
+    with fake_vllm.serving(folders[0], model="student", window=36) as server:
+        config = write_config(tmp_path, folders, server.url)  # whose own rows are of 30 tokens
+        settings = yaml.safe_load(config.read_text())
+        given = {"sets": write_problems(tmp_path / "problems.jsonl"), "max_new_tokens": 40, "prompt_suffix": None}
+        settings["trainer"]["callbacks"] = [{"class_path": "callbacks.EarlyAIMEEvaluation", "init_args": given}]
+        config.write_text(yaml.safe_dump(settings))
+        with pytest.raises(SystemExit):
+            world.run(config, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "`EarlyAIMEEvaluation.max_new_tokens` must leave room in the servers' context of 36 tokens" in said
+    assert "--max-model-len" in said and not (tmp_path / "run").exists()
 
 
 def test_another_runs_lines_are_set_aside(folder, tmp_path):

@@ -68,6 +68,8 @@ class LLM:
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval()
         else:
             self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+        self.window = self.model.config.max_position_embeddings
+        assert (options.get("max_model_len") or 0) <= self.window, "max_model_len is greater than the model's"
         self.adapters: dict[int, Any] = {}
         self.met, self.updating, self.asleep, self.loaded = False, False, False, set[str]()
         type(self).made = self
@@ -158,7 +160,9 @@ class LLM:
     def _answer(self, prompt: list[int], asked: SamplingParams, lora: LoRARequest | None) -> Any:
         model = self.model if lora is None else self._adapted(lora)
         ids, generator, found = list(prompt), torch.Generator().manual_seed(asked.seed % 2**32), []
-        while len(found) < asked.max_tokens and not (found and ids[-1] in asked.stop_token_ids):
+        most = min(asked.max_tokens, (self.options.get("max_model_len") or self.window) - len(prompt))
+        assert most > 0, "The prompt is longer than the maximum model length"
+        while len(found) < most and not (found and ids[-1] in asked.stop_token_ids):
             logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             token = int(torch.multinomial(logprobs.exp(), 1, generator=generator))
             ids.append(token)

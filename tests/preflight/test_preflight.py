@@ -347,6 +347,13 @@ def test_one_run_shows_every_error_and_nothing_is_written(world, tmp_path, capsy
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["old.txt"]
 
 
+def test_answers_of_the_validation_fit_into_the_context_too(world, tmp_path, capsys):
+    words = ["--run_dir", str(tmp_path / "run"), "--model.validation.max_new_tokens", "60"]
+    assert preflight(world / "base.yaml", *words) == 2
+    row = rows_of(capsys.readouterr().out)["context window"]
+    assert row.startswith("error") and "`model.validation.max_new_tokens` must leave room" in row
+
+
 def test_an_unknown_strategy_is_an_error(world, tmp_path, capsys):
     assert preflight(world / "base.yaml", "--run_dir", str(tmp_path / "run"), "--trainer.strategy", "fsdp9") == 2
     assert "fsdp9" in rows_of(capsys.readouterr().out)["trainer"]

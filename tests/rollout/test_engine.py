@@ -100,6 +100,26 @@ def test_another_run_brings_its_weights_under_a_version_that_was_there(way, fold
         assert gap(sampler.sampler, own) < TOLERANCE
 
 
+def test_the_engine_holds_the_longest_row_that_anything_asks_for(folders, monkeypatch, tmp_path):
+    """An evaluation's rows may be longer than those of training; what the engine cannot hold is refused before it samples."""
+    llm = fake_llm.install(monkeypatch)
+    sampler = VLLMEngine(str(tmp_path / "written"), max_new_tokens=4, weights="folder")
+    sampler.check(tokens=10, vocabulary=64)
+    PartialSampler(sampler, budget=2).make_room(36, field="EarlyAIMEEvaluation.max_new_tokens")
+    sampler.prepare(student(folders[0]), 0)
+    assert llm.made.options["max_model_len"] == 36
+    drawn = sampler.sample(None, rows(), replace(SETTINGS, max_new_tokens=30, stop_ids=(63,)))
+    assert int(drawn.lengths.max()) == 30
+    sampler.check(tokens=36, vocabulary=64)
+    needs = r"must leave room in VLLMEngine's rows of {} tokens, got up to {}.*max_model_len: {}}}`"
+    with pytest.raises(InputError, match="`Other.length` " + needs.format(36, 37, 37)):
+        sampler.make_room(37, field="Other.length")
+    chosen = VLLMEngine(max_new_tokens=4, engine_options={"max_model_len": 12})
+    chosen.check(tokens=12, vocabulary=64)
+    with pytest.raises(InputError, match="`model.sampler.max_new_tokens` " + needs.format(12, 13, 13)):
+        chosen.check(tokens=13, vocabulary=64)
+
+
 def test_an_engine_of_noise_is_seen(folders, by_ipc, monkeypatch, tmp_path):
     """What makes a transfer that brings nothing visible: the engine did not start from the student's weights."""
     fake_llm.install(monkeypatch)
