@@ -607,12 +607,13 @@ class OPDModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting; the checkpoint must be of this student, and where it is only evaluated reach the sampler."""
         trainer = attached_trainer(self)
-        if trainer is not None and trainer.state.fn != "fit":
+        only_evaluated = trainer is not None and trainer.state.fn != "fit"
+        if only_evaluated:
             self.sampler.check_loaded()
         self.state.load(checkpoint)
         for name, part in self_teachers(self.scorers).items():
             part.restore(checkpoint.get("self_teachers", {}).get(name))
-        if "sampled_ahead" in checkpoint:
+        if "sampled_ahead" in checkpoint and not only_evaluated:  # older weights sampled it, for training
             self.sampler.restore_ahead(checkpoint["sampled_ahead"], self.sampling_settings())
         self.sampler.restore_unfinished(checkpoint.get("unfinished_responses", ()))
         self.skips.total = int(checkpoint.get("skipped_steps", 0))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from lit_opd.errors import InputError
 from lit_opd.module import OPDModule
@@ -206,6 +208,21 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(folders, train_file, tm
         assert ours.provenance == theirs.provenance
     for name, value in fixed.weights(whole).items():
         assert torch.equal(value, fixed.weights(resumed)[name]), name
+
+
+def test_a_checkpoint_that_is_only_evaluated_answers_by_its_own_weights(folders, train_file, tmp_path):
+    """Not with the rows that an older student had begun for training, whose random numbers are those of a prediction."""
+    with fake.serving(folders[0], model="student") as server:
+        save = Save(tmp_path / "at-2.ckpt", 2)
+        trained, _ = fit(folders, train_file, server.url, tmp_path / "pushed", watch=(save,), sampling={"ahead": 1})
+        kept = torch.load(save.path, weights_only=True)
+        keys = kept["sampled_ahead"]["keys"]
+        prompts = fixed.rollout(lengths=[1] * ROWS, prompt_lengths=[4, 2, 3, 4], truncated=set()).prompts
+        loader = DataLoader([replace(prompts, row_keys=keys)], batch_size=None)
+        trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+        (found,) = trainer.predict(trained, loader, ckpt_path=save.path)
+    scored = trained.student(found.rollout).logprobs.detach()
+    torch.testing.assert_close(scored, found.rollout.sampler_logprobs, atol=1e-5, rtol=0)
 
 
 def test_a_batch_that_a_lost_server_had_is_sampled_again_by_the_weights_of_now(folders, train_file, tmp_path):
