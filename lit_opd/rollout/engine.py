@@ -54,7 +54,8 @@ class VLLMEngine(Sampler):
         folder: where the student, its configuration or its adapter is written before the engine reads it; every rank must see it.
         weights: how they travel; "auto" is the adapter of a student with LoRA, else "ipc" where it works, else "folder". The run
             says which.
-        max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
+        max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None compares the first
+            step alone: a warning above what half precision explains, an error above ten times that.
         memory_fraction: of the device's memory, for the engine's weights and KV cache; ignored on a CPU, where
             VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache.
         sleep: move the engine's weights to host memory and drop its cache after each rollout, of a conversation or a partial one

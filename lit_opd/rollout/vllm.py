@@ -39,7 +39,8 @@ class VLLMSampler(Sampler):
         sync: how new weights reach the servers before the first batch and after every update; None never pushes, and the
             servers go on sampling from the student they started with (recorded as weights version 0); evaluating a checkpoint
             is then refused.
-        max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None for no bound.
+        max_logprob_gap: nats; an update whose mean |student - sampler log-prob| is larger is an error. None compares the first
+            step alone: a warning above what half precision explains, an error above ten times that.
         logprobs_mode: what the servers were started with (``--logprobs-mode``). Raw log-probs are those of the sampled
             distribution only at temperature 1, top_p 1 and top_k 0: anything else needs processed ones.
         max_concurrency: requests in flight at once, all servers together.
