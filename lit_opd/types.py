@@ -398,6 +398,13 @@ class Rollout(_Record):
         return self.lengths if self.drawn is None else self.drawn
 
     @property
+    def sampled_now(self) -> Tensor:
+        """bool [B], False on the saved responses of a ``ReplaySampler``: what an average over the student's own samples is of."""
+        if self.replayed is None:
+            return torch.ones(len(self.mask), dtype=torch.bool, device=self.mask.device)
+        return ~self.replayed.old
+
+    @property
     def older(self) -> Tensor:
         """bool [B, T], sampled tokens that come from other weights than those of the provenance."""
         if self.version is None:

@@ -79,8 +79,8 @@ def _parts(record: StepRecord) -> dict[str, Tensor]:
 
 
 def _of_replay(record: StepRecord) -> dict[str, Tensor]:
-    """Where responses were saved ones: their share, how far the student is from who sampled them, and the sampler's gap without
-    them; one collective."""
+    """Where responses were saved ones: their share, how far the student is from who sampled them, and without them what is an
+    average over the student's own samples; one collective."""
     replayed, signal = record.rollout.replayed, record.signal
     if replayed is None:
         return {}
@@ -89,12 +89,21 @@ def _of_replay(record: StepRecord) -> dict[str, Tensor]:
     old = signal.mask & replayed.old.unsqueeze(-1)
     known = old & replayed.known.unsqueeze(-1)
     now = signal.mask & ~old
-    parts = (replayed.old, torch.ones_like(replayed.old), gap * known, known, gap * now, now)
-    rows, all_rows, drift, drifted, sampled, counted = all_sum(torch.stack([p.double().sum() for p in parts])).unbind()
+    own = {"reverse_kl_k1": -signal.log_ratio, "student_nll": -signal.student_logprobs, "sampler_gap": gap}
+    parts = (
+        replayed.old,
+        torch.ones_like(replayed.old),
+        gap * known,
+        known,
+        now,
+        *(value * now for value in own.values()),
+    )
+    found = all_sum(torch.stack([part.double().sum() for part in parts])).unbind()
+    rows, all_rows, drift, drifted, counted, *sums = found
     return {
         "train/replayed_fraction": rows / all_rows,
-        "train/replay_gap": drift / drifted,  # NaN where there is nothing to compare
-        "train/sampler_gap": sampled / counted,
+        "train/replay_gap": drift / drifted,  # NaN where there is nothing to average
+        **{f"train/{name}": value / counted for name, value in zip(own, sums, strict=True)},
     }
 
 
