@@ -730,7 +730,7 @@ class StepRecord(_Record):
         weights: [B, T] without unit, 0 where a token does not count.
         kept: bool [B, T], tokens in the denominator.
         loss: [B, T] nats, weighted token losses of the last pass, before the denominator; 0 where masked.
-        clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
+        clipped: bool [B, T], tokens with a weight above 0 whose gradient the policy clip cut in the last pass.
         finish_reason: int8 [rows sampled], before truncated rows were dropped.
         reward: float32 [rows sampled], NaN where a row has none; None where there are no rewards.
         sampled_tokens: int64 scalar, tokens sampled on this rank in this step, before truncated rows were dropped; those that a

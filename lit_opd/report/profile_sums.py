@@ -27,7 +27,8 @@ PROFILE_QUANTITIES = (
     "list_teacher_mass",
     "list_advantage",
 )
-UNDEFINED_SOMEWHERE = frozenset({"kl_k1", "kl_k3", "list_advantage"})  # NaN on a valid token leaves it uncounted
+# NaN on a valid token leaves it uncounted
+UNDEFINED_SOMEWHERE = frozenset({"kl_k1", "kl_k3", "clip_fraction", "list_advantage"})
 PROFILE_BANDS = {"first_10": 0.1, "first_30": 0.3, "last_30": 0.3}
 _BAND_CELLS = 2 ** len(PROFILE_BANDS)  # a token may be in several bands, so cells are the subsets of bands
 
@@ -52,7 +53,7 @@ def token_quantities(
         advantage: [B, T] nats, what the loss reads.
         weights: [B, T], 0 where a token does not count.
         kept: bool [B, T], tokens in the denominator.
-        clipped: bool [B, T], tokens whose gradient the policy clip cut.
+        clipped: bool [B, T], tokens whose gradient the policy clip cut; asked of those with a weight above 0, others have none.
     """
     size = log_ratio.abs()
     wide = torch.where(sampled_now.unsqueeze(-1), log_ratio.double(), torch.nan)  # k3 is a difference of near numbers
@@ -65,7 +66,7 @@ def token_quantities(
         "weight": weights,
         "kept_fraction": kept,
         "gradient_size": (weights * advantage).abs(),
-        "clip_fraction": clipped,
+        "clip_fraction": torch.where(weights > 0, clipped.double(), torch.nan),
     }
 
 

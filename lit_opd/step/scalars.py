@@ -24,14 +24,14 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     parts = _parts(record)
     sums = all_sum(torch.stack([value.double().sum() for value in parts.values()])).unbind()
     sum_of = dict(zip(parts, sums, strict=True))
-    tokens, counted, rows = (sum_of[name].clamp(min=1) for name in ("tokens", "counted", "rows"))
+    tokens, counted, trained, rows = (sum_of[name].clamp(min=1) for name in ("tokens", "counted", "trained", "rows"))
     found = {
         "train/reverse_kl_k1": sum_of["kl"] / tokens,
         "train/disagreement": sum_of["gap"] / tokens,
         "train/weight_mean": sum_of["weight"] / counted,
         "train/weight_ess": sum_of["weight"].square()
         / (counted * sum_of["square"]).clamp(min=torch.finfo(torch.float64).tiny),
-        "train/clip_fraction": sum_of["clipped"] / tokens,
+        "train/clip_fraction": sum_of["clipped"] / trained,
         "train/student_nll": sum_of["surprise"] / tokens,
         "train/sampler_gap": sum_of["sampler_gap"] / tokens,
         "train/grad_norm": record.grad_norm.double(),
@@ -58,6 +58,7 @@ def _parts(record: StepRecord) -> dict[str, Tensor]:
     """What is summed over the tokens or rows of all ranks, by name."""
     signal, mask, ratio = record.signal, record.signal.mask, record.signal.log_ratio
     assert signal.sampler_logprobs is not None
+    trained = mask & (record.weights > 0)
     reasons = {name: record.finish_reason == int(FinishReason[name.upper()]) for name in ("length", "budget", "drift")}
     return {
         "tokens": mask,
@@ -66,7 +67,8 @@ def _parts(record: StepRecord) -> dict[str, Tensor]:
         "gap": ratio.abs(),
         "weight": record.weights,
         "square": record.weights.square(),
-        "clipped": record.clipped,
+        "trained": trained,
+        "clipped": record.clipped & trained,
         "sampled": record.sampled_tokens,
         "rows": torch.ones_like(record.finish_reason),
         "surprise": -signal.student_logprobs,

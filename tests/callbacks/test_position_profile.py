@@ -115,7 +115,7 @@ def tokens(records: list[StepRecord]) -> list[dict[str, float]]:
                         "weight": weight,
                         "kept_fraction": float(one.kept[at]),
                         "gradient_size": abs(weight * advantage),
-                        "clip_fraction": float(one.clipped[at]),
+                        "clip_fraction": float(one.clipped[at]) if weight > 0 else math.nan,
                         "truncated_fraction": float(row % 3 == 0),
                         "student_entropy": float(signal.student_entropy[at]),
                         "teacher_entropy": float(signal.teacher_entropy[at]),
@@ -127,10 +127,10 @@ def tokens(records: list[StepRecord]) -> list[dict[str, float]]:
 
 def means(group: list[dict[str, float]], everything: list[dict[str, float]]) -> dict[str, float | None]:
     """Means of a group of tokens, and its share of the gradient."""
-    names = [name for name in everything[0] if name not in ("row", "i", "n")]
-    found: dict[str, float | None] = {
-        name: math.fsum(token[name] for token in group) / len(group) if group else None for name in names
-    }
+    found: dict[str, float | None] = {}
+    for name in (name for name in everything[0] if name not in ("row", "i", "n")):
+        values = [token[name] for token in group if not math.isnan(token[name])]
+        found[name] = math.fsum(values) / len(values) if values else None
     total = math.fsum(token["gradient_size"] for token in everything)
     return found | {"gradient_share": math.fsum(token["gradient_size"] for token in group) / total}
 
