@@ -45,7 +45,7 @@ class FinishReason(IntEnum):
     """Why a response ended; the values of ``Rollout.finish_reason``."""
 
     STOP = 0  # the student emitted a stop id
-    LENGTH = 1  # max_new_tokens or the context window was reached
+    LENGTH = 1  # max_new_tokens, the context window, or in a conversation max_turn_tokens was reached
     BUDGET = 2  # a length budget cut the row
     DRIFT = 3  # the teacher-to-student ratio of the response collapsed, and a ``RatioStop`` cut the row there
     TURNS = 4  # the turns allowed were over, and the environment would have gone on
