@@ -45,7 +45,7 @@ class FinishReason(IntEnum):
     """Why a response ended; the values of ``Rollout.finish_reason``."""
 
     STOP = 0  # the student emitted a stop id
-    LENGTH = 1  # max_new_tokens or the context window was reached
+    LENGTH = 1  # max_new_tokens, the context window, or in a conversation max_turn_tokens was reached
     BUDGET = 2  # a length budget cut the row
     DRIFT = 3  # the teacher-to-student ratio of the response collapsed, and a ``RatioStop`` cut the row there
     TURNS = 4  # the turns allowed were over, and the environment would have gone on
@@ -398,6 +398,13 @@ class Rollout(_Record):
         return self.lengths if self.drawn is None else self.drawn
 
     @property
+    def sampled_now(self) -> Tensor:
+        """bool [B], False on the saved responses of a ``ReplaySampler``: what an average over the student's own samples is of."""
+        if self.replayed is None:
+            return torch.ones(len(self.mask), dtype=torch.bool, device=self.mask.device)
+        return ~self.replayed.old
+
+    @property
     def older(self) -> Tensor:
         """bool [B, T], sampled tokens that come from other weights than those of the provenance."""
         if self.version is None:
@@ -723,7 +730,7 @@ class StepRecord(_Record):
         weights: [B, T] without unit, 0 where a token does not count.
         kept: bool [B, T], tokens in the denominator.
         loss: [B, T] nats, weighted token losses of the last pass, before the denominator; 0 where masked.
-        clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
+        clipped: bool [B, T], tokens with a weight above 0 whose gradient the policy clip cut in the last pass.
         finish_reason: int8 [rows sampled], before truncated rows were dropped.
         reward: float32 [rows sampled], NaN where a row has none; None where there are no rewards.
         sampled_tokens: int64 scalar, tokens sampled on this rank in this step, before truncated rows were dropped; those that a

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lit_opd.objective import Divergence, PolicyLoss
+from lit_opd.types import TokenSignal
+from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from tests.helpers import fixed, tiny
 
@@ -112,6 +114,20 @@ def test_four_updates_of_one_batch_equal_the_slow_script(folders, rollout, budge
     for name, value in expected.items():
         assert float((after[name] - value).abs().max()) < 1e-9, name
     assert max(float((after[name] - start.weights[name]).abs().max()) for name in after) > 1e-2
+
+
+def test_a_token_without_weight_has_no_gradient_that_a_clip_could_cut():
+    """The first half of each row is trained. The ratios of the others alone leave the interval, then that of the last one too."""
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    signal = TokenSignal(student_logprobs=-torch.ones(4, 8), teacher_logprobs=torch.zeros(4, 8), mask=mask)
+    weights = FirstFraction(0.5)(signal)
+    for moved, share in ((torch.arange(8) >= 4, 0.0), (torch.arange(8) >= 3, 0.25)):
+        logprobs = torch.where(moved, signal.student_logprobs + 1.0, signal.student_logprobs).requires_grad_()
+        loss = PolicyLoss(clip=CLIP).token_loss(logprobs, signal, weights)
+        (gradient,) = torch.autograd.grad(loss.values.sum(), logprobs)
+        trained = weights > 0
+        assert torch.equal(loss.clipped, trained & (gradient == 0)) and trained.sum() == 16
+        assert float(loss.clipped.sum() / trained.sum()) == share
 
 
 def test_the_signal_and_the_weights_are_those_before_the_first_update(folders, rollout):
