@@ -218,8 +218,9 @@ class Scores:
                 ids = self.buffer.part(CANDIDATES, rows, part.mask.shape[1])
                 scores = model.score_candidates(part, ids, temperature=self.temperature, requires=requires)
             else:
+                read = part if who == "teacher" else part.without_teacher_prompts()
                 wanted = states_of(self.recipe, requires)
-                scores = model.score(part, temperature=self.temperature, requires=wanted)
+                scores = model.score(read, temperature=self.temperature, requires=wanted)
             self.buffer.put_scores(who, rows, scores)
             if scores.states is not None:
                 self._states[tuple(rows)], self._gives_states = scores.states, True
