@@ -41,7 +41,7 @@ from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
 from lit_opd.scoring.heads import check_choice
-from lit_opd.step.lists import asked_of
+from lit_opd.step.lists import required_beside
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
@@ -223,7 +223,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
     require_single_stops(recipe, teacher)
     require_lists(recipe, teacher)
     require_long_lists(recipe, teacher)
-    missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs", "reward"}
+    missing = required_beside(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs", "reward"}
     if missing:
         asking = [part for part in recipe.parts if part.requires & missing]
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)

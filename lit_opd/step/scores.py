@@ -211,7 +211,7 @@ class Scores:
         for who, model in self.scorers.items():
             requires = asked_of(self.recipe, model) if who == "teacher" else frozenset()
             told = who == "teacher" and part.teacher_logprobs is not None and not model.sums_stops
-            if told and not requires & model.provides:
+            if told and not requires:
                 assert part.teacher_logprobs is not None  # told
                 scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
             elif who == "teacher" and self._lists == "student":
