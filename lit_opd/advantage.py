@@ -206,7 +206,8 @@ class Power(AdvantageTransform):
 class RewardExtrapolation(AdvantageTransform):
     """A' = A + (strength - 1) * (q - reference): follows the teacher beyond its own step from a reference model.
 
-    Source: ExOPD, reported in arXiv 2602.12125 (strength is its lambda). 1 is ``Identity``, 0 pulls to the reference.
+    Source: ExOPD, reported in arXiv 2602.12125 (strength is its lambda). 1 is ``Identity``, 0 pulls to the reference. The
+    reference, ``model.reference``, reads the student's prompt, also where the teacher has one of its own.
 
     Args:
         strength: >= 0.

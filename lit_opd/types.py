@@ -466,6 +466,13 @@ class Rollout(_Record):
         seen = None if layout.observed is None else layout.observed & kept[:, None]
         return quiet.with_layout(replace(layout, response=layout.response & kept[:, None], observed=seen))
 
+    def without_teacher_prompts(self) -> Rollout:
+        """The same rows with the student's prompts alone, as the student and a reference model read them."""
+        if self.prompts.teacher_ids is None:
+            return self
+        prompts = replace(self.prompts, teacher_ids=None, teacher_mask=None)
+        return replace(self, prompts=prompts).with_layout(replace(self.layout, teacher=None))
+
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""
         layout = self.layout
@@ -633,7 +640,7 @@ class TokenSignal(_Record):
         row_keys: int64 [B], names the random stream of the row; default 0..B-1.
         step: optimizer step, for random strategies.
         sampler_logprobs: [B, T] nats, b_t.
-        reference_logprobs: [B, T] nats of a third model.
+        reference_logprobs: [B, T] nats of a third model, which reads the student's prompt.
         student_entropy: [B, T] nats.
         teacher_entropy: [B, T] nats.
         token_kl: [B, T] nats, KL(student || teacher) over the full vocabulary.

@@ -41,7 +41,7 @@ from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
 from lit_opd.scoring.heads import check_choice
-from lit_opd.step.lists import asked_of
+from lit_opd.step.lists import required_beside
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
@@ -223,7 +223,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
     require_single_stops(recipe, teacher)
     require_lists(recipe, teacher)
     require_long_lists(recipe, teacher)
-    missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs", "reward"}
+    missing = required_beside(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs", "reward"}
     if missing:
         asking = [part for part in recipe.parts if part.requires & missing]
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
@@ -345,14 +345,16 @@ def check_batch(module: Subject, data: PromptDataModule | None, *, ranks: int) -
 
 
 def check_window(module: Subject, data: PromptDataModule | None) -> None:
-    """The longest prompt and response fit into the context windows of student, teacher and reference."""
+    """The longest prompt and response fit into the context windows of student, teacher and reference; a prompt that only the
+    teacher reads into the teacher's."""
     limit, read = getattr(data, "max_prompt_tokens", None), getattr(data, "longest_prompt", None)
     response = module.sampler.max_new_tokens
     _require_window("model.student", module.student_config.get_text_config(), limit, response)
-    for scorer in module.scorers.values():
+    students = read if read is None or limit is None else min(limit, read)
+    for role, scorer in module.scorers.items():
         for part in (part for part in scorer.modules() if isinstance(part, Teacher)):
             config = module.student_config.get_text_config() if part.shares_student else part.reader_config
-            _require_window(scorer.field, config, read, response)
+            _require_window(scorer.field, config, read if role == "teacher" else students, response)
 
 
 def _require_window(field: str, config: Any, prompt: int | None, response: int) -> None:

@@ -21,8 +21,9 @@ from lit_opd.types import Rollout, TokenScores
 class BaseModelTeacher(Teacher):
     """The model below a LoRA student's adapters, scored with the adapters switched off.
 
-    As ``model.reference`` it is the initial student. As ``model.teacher`` it makes sense where it reads another prompt than the
-    student (``data.teacher_system_prompt``, ``data.teacher_template_options``): with the same one both are equal and stay so.
+    As ``model.reference`` it is the initial student, and reads the student's prompt. As ``model.teacher`` it makes sense where
+    it reads another prompt than the student (``data.teacher_system_prompt``, ``data.teacher_template_options``): with the same
+    one both are equal and stay so.
 
     Raises:
         InputError: the student has no adapters, or its weights are sharded.
