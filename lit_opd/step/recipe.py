@@ -141,7 +141,7 @@ class Recipe:
 def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
     """Rows that reached ``max_new_tokens``, not those a length budget cut: "keep" trains on them, "mask" keeps the row without
     any valid token, "drop" removes it before it is scored. Both of the latter leave every denominator. A batch left without
-    rows keeps one, fully masked."""
+    rows keeps one, fully masked; one left with fewer rows than mini-batches has none in the last of these."""
     if policy == "keep":
         return rollout
     ended = rollout.layout.finish_reason != int(FinishReason.LENGTH)
