@@ -166,11 +166,8 @@ class Update:
         return loss
 
     def _denominator(self, rows: Rows) -> Tensor:
-        index = self._index(rows)
-        mask = self.rollout.mask[index]
-        kept = self.scores.counted[index] if self.kept is None else self.kept[index]
-        aggregation, slots = self.recipe.aggregation, self.recipe.max_new_tokens
-        return all_sum(denominator(aggregation, kept=kept, mask=mask, max_new_tokens=slots))
+        kept = (self.scores.counted if self.kept is None else self.kept)[self._index(rows)]
+        return all_sum(denominator(self.recipe.aggregation, kept=kept, max_new_tokens=self.recipe.max_new_tokens))
 
     def _micro_loss(self, rows: Rows, total: Tensor) -> Tensor:
         """This micro-batch's share of the reduced loss."""

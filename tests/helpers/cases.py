@@ -19,6 +19,7 @@ from lit_opd.weighting import WeightingStrategy
 from lit_opd.weighting.by_turn import PerTurn, TurnBalanced
 from lit_opd.weighting.combinators import BatchMeanOne
 from lit_opd.weighting.decay import LinearDecay
+from lit_opd.weighting.fire_rows import FiReRows
 from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from lit_opd.weighting.uniform import Uniform
@@ -89,6 +90,7 @@ def gradient_cases() -> dict[str, dict[str, Any]]:
         for scope, build in weightings.items()
     }
     found["dropped tokens"] = {"weighting": FirstFraction(0.3), "token_budget": BUDGET}
+    found["dropped by a strategy"] = {"weighting": FiReRows(0.5), "aggregation": "constant", "token_budget": BUDGET}
     found["masked rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "mask"}
     found["dropped rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "drop"}
     found |= {
