@@ -66,7 +66,8 @@ class AdvantageTransform(ABC):
         """A' [B, T] nats from A [B, T] nats, 0 where masked; values of A' off the mask are ignored."""
 
     def keep(self, signal: TokenSignal) -> Tensor | None:
-        """bool [B, T]: False takes the token out of the loss and its denominator, whatever the objective; None keeps all."""
+        """bool [B, T]: False takes the token out of the loss and its denominator, whatever the objective, and a row of which
+        none is kept out of those that count rows; None keeps all."""
         return None
 
     @property

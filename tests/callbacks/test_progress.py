@@ -26,11 +26,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return tiny.pair(tmp_path_factory.mktemp("models"))
 
 
-def run(folders: tuple[str, str], progress: Progress, *, steps: int = 4, **settings) -> None:
+def run(folders: tuple[str, str], progress: Progress, *, steps: int = 4, epochs: int | None = None, **settings) -> None:
     rollout = fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
     sampler = TransformersSampler(max_new_tokens=4)
     trained = fixed.module(folders, rollout, dtype="float32", sampler=sampler, **settings)
-    fixed.fit(trained, rollout.prompts, steps=steps, watch=progress, enable_progress_bar=True)
+    limits = {"steps": steps, "max_epochs": epochs, "limit_train_batches": 3}
+    fixed.fit(trained, rollout.prompts, **limits, watch=progress, enable_progress_bar=True)
 
 
 def test_a_log_file_gets_a_line_every_few_steps_with_the_numbers(folders):
@@ -39,6 +40,28 @@ def test_a_log_file_gets_a_line_every_few_steps_with_the_numbers(folders):
     lines = out.getvalue().splitlines()
     pattern = r"step (\d)/4 \| \d+ s left \| KL -?\d+\.\d{3} \| truncated \d+% \| [\d,]+ tokens/s"
     assert [re.fullmatch(pattern, line).group(1) for line in lines] == ["2", "4"]
+
+
+def test_the_end_of_the_epochs_is_the_end_of_the_run(folders):
+    """Three batches of two steps each, of a hundred steps that may be made."""
+    out = io.StringIO()
+    run(folders, Progress(every=4, stream=out), steps=100, epochs=1, mini_batches=2)
+    lines = out.getvalue().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["step 4/6", "step 6/6"] and "| 0 s left" in lines[-1]
+
+
+def test_a_run_without_an_end_says_none(folders):
+    out = io.StringIO()
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            trainer.should_stop = trainer.global_step == 2
+
+    progress, rollout = Progress(every=2, stream=out), fixed.rollout(lengths=[3], prompt_lengths=[4], truncated=set())
+    trained = fixed.module(folders, rollout, dtype="float32")
+    trainer = {"steps": -1, "max_epochs": -1, "enable_progress_bar": True}
+    fixed.fit(trained, rollout.prompts, watch=[progress, Stop()], **trainer)
+    assert re.match(r"step 2 \| KL ", out.getvalue())
 
 
 @pytest.mark.parametrize(("every", "told"), [(3, [4, 6, 10]), (4, [4, 8, 10]), (20, [10])])

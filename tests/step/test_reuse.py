@@ -143,3 +143,32 @@ def test_a_divergence_goes_on_falling_over_the_updates_of_one_batch(folders, rol
     trained = fixed.module(folders, rollout, **settings(objective=Divergence("forward_kl")))
     last = fixed.fit(trained, rollout.prompts, steps=4).records[0]
     assert float(last.loss.sum()) < 0.97 * float(first.loss.sum())
+
+
+# -- fewer rows than mini-batches ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [{0}, set()], ids=["one row left", "no row left"])
+@pytest.mark.parametrize("objective", [PolicyLoss(), Divergence("reverse_kl")], ids=["policy", "divergence"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_mini_batch_without_rows_is_the_step_on_masked_rows(folders, left, objective, epochs):
+    """Row 0 is in the first mini-batch whether the others are masked or dropped. AdamW moves by a gradient of zero too, not where
+    there is none."""
+    cut = fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=set(range(len(LENGTHS))) - left)
+    changes = {
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        "objective": objective,
+        "epochs": epochs,
+    }
+    found = []
+    for truncated in ("mask", "drop"):
+        trained = fixed.module(folders, cut, **settings(truncated=truncated, **changes))
+        collect = fixed.fit(trained, cut.prompts, steps=4 * epochs)
+        values = trained.trainer.callback_metrics.items()
+        logged = {name: float(value) for name, value in values if not name.startswith("time/")}
+        found.append((collect, fixed.weights(trained), logged))
+    (masked, same, metrics), (dropped, ours, others) = found
+    assert [len(record.rollout) for record in dropped.records] == [1, 1] and len(masked.records[0].rollout) == 7
+    assert dropped.losses == pytest.approx(masked.losses, rel=1e-10)
+    assert others == pytest.approx(metrics, rel=1e-9) and all(map(math.isfinite, others.values()))
+    assert fixed.relative_gap(ours, same) < 1e-10

@@ -270,7 +270,7 @@ def test_scores_of_other_merges_are_those_of_hand_arithmetic(world, cut, chunks)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "sequence-sum"])
 def test_a_step_on_other_merges_is_that_of_hand_arithmetic(world, cut, chunks, aggregation):
-    """- Agg[(Q - S) S], S and Q the sums over a chunk; what has no score is in no denominator of tokens."""
+    """- Agg[(Q - S) S], S and Q the sums over a chunk; what has no score is in no denominator."""
     ours, name, cuts = CUTS[cut]
     world = world | {"student": world[ours]}
     batch = rows(world, name)
