@@ -113,8 +113,9 @@ class Progress(ProgressBar):
         logged, step, last = trainer.callback_metrics, trainer.global_step, self._last
         self._last = step
         seconds = sum(outputs["step"].seconds.values())
+        kl = _number(logged, "train/reverse_kl_k1")  # of the student's own samples, of which there may be none
         self._numbers = (
-            f"{self._remaining()} | KL {_number(logged, 'train/reverse_kl_k1'):.3f}"
+            f"{self._remaining()}{'' if math.isnan(kl) else f' | KL {kl:.3f}'}"
             f" | truncated {_number(logged, 'train/truncated_fraction'):.0%}"
             f" | {_number(logged, 'train/tokens') / seconds:,.0f} tokens/s"
         )

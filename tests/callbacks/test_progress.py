@@ -13,11 +13,13 @@ from dataclasses import replace
 
 import lightning as L
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from callbacks import Progress, Summary
 from lit_opd.evaluation import ValidationSettings
 from lit_opd.rollout import TransformersSampler
+from lit_opd.types import Replayed
 from tests.helpers import fixed, tiny
 
 
@@ -48,6 +50,16 @@ def test_the_end_of_the_epochs_is_the_end_of_the_run(folders):
     run(folders, Progress(every=4, stream=out), steps=100, epochs=1, mini_batches=2)
     lines = out.getvalue().splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["step 4/6", "step 6/6"] and "| 0 s left" in lines[-1]
+
+
+def test_saved_responses_have_no_kl_of_the_students_own_samples(folders):
+    """An average over none of them is left out, not shown as nan."""
+    out, rollout = io.StringIO(), fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
+    old = torch.ones(2, dtype=torch.bool)
+    saved = replace(rollout, replayed=Replayed(old=old, known=old, weights_version=torch.zeros(2, dtype=torch.int64)))
+    trained = fixed.module(folders, saved, dtype="float32")
+    fixed.fit(trained, rollout.prompts, steps=1, watch=Progress(every=1, stream=out), enable_progress_bar=True)
+    assert re.fullmatch(r"step 1/1 \| 0 s left \| truncated \d+% \| [\d,]+ tokens/s\n", out.getvalue())
 
 
 def test_a_run_without_an_end_says_none(folders):
