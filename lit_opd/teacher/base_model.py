@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, put_back_first
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
 from lit_opd.scoring.model import ScoringModel
@@ -92,5 +92,8 @@ class BaseModelTeacher(Teacher):
             raise RuntimeError("BaseModelTeacher.attach has not been called")
         (student,) = self._student
         model: Any = student.model
-        with model.disable_adapter():
+        with (
+            put_back_first(),
+            model.disable_adapter(),
+        ):  # it takes the adapters' weights from those that train meanwhile
             yield student
