@@ -459,6 +459,7 @@ def test_two_ranks_share_the_samples_and_agree_with_one(folder, finished):
     theirs = [line for line in world.lines(finished) if line["set"] == "aime" and line["step"] == 0]
     assert len(world.lines(folder / "ranks" / "run")) == 24
     assert ours == {(line["problem_id"], line["sample"]): line["text"] for line in theirs}
+    assert {line["weights"] for line in world.lines(folder / "ranks" / "run")} == {line["weights"] for line in theirs}
     first, second = metrics(folder / "ranks" / "run")[0], metrics(finished)[0]
     assert first == pytest.approx({name: second[name] for name in first})
     rates = [sum(line["correct"] for line in theirs if line["problem_id"] == str(n)) / 4 for n in range(6)]
