@@ -92,8 +92,6 @@ class BaseModelTeacher(Teacher):
             raise RuntimeError("BaseModelTeacher.attach has not been called")
         (student,) = self._student
         model: Any = student.model
-        with (
-            put_back_first(),
-            model.disable_adapter(),
-        ):  # it takes the adapters' weights from those that train meanwhile
+        # while they are off, the adapters are not among the weights that train
+        with put_back_first(), model.disable_adapter():
             yield student
