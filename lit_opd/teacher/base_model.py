@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, put_back_first
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
 from lit_opd.scoring.model import ScoringModel
@@ -92,5 +92,6 @@ class BaseModelTeacher(Teacher):
             raise RuntimeError("BaseModelTeacher.attach has not been called")
         (student,) = self._student
         model: Any = student.model
-        with model.disable_adapter():
+        # while they are off, the adapters are not among the weights that train
+        with put_back_first(), model.disable_adapter():
             yield student
