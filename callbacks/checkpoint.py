@@ -38,7 +38,8 @@ class RunCheckpoint(ModelCheckpoint):
         keep: numbered checkpoints to keep, the newest ones.
         dirpath: folder, default ``checkpoints`` in the run folder.
         monitor: a logged ``val/`` or ``train/`` metric; the checkpoint where it was best is kept too. A ``val/`` metric is looked
-            at after every validation, which saves where it is the best so far; a ``train/`` metric at every checkpoint.
+            at after every validation, which saves where it is the best so far (again where ``every`` has saved the step, since
+            the newest checkpoint says which one is the best); a ``train/`` metric at every checkpoint.
         mode: whether the best is the smallest ("min") or the largest ("max") value.
     Raises:
         InputError: a value outside its range.
@@ -66,6 +67,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.keep = keep
         self._names: list[str] = []  # of the checkpoints that are kept, oldest first
         self._best: tuple[float, str] | None = None  # value and name
+        self._bests_saved: list[str] = []  # what the newest checkpoint says of the best ones, ours and Lightning's
         self._batch_began_at: int | None = None  # optimizer step at the last batch boundary, None before training
         self._saving = False  # True where the saving itself failed
 
@@ -97,6 +99,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on there is something to save."""
         self._batch_began_at, self._saving = trainer.global_step, False
+        self._bests_saved = _bests(trainer)
         if trainer.is_global_zero:
             sweep(self._folder)
 
@@ -123,8 +126,8 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where the last step was not one of the saved ones."""
-        if self._name(trainer) not in self._names and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Save where the last step was not one of the saved ones, or the best one has been another since."""
+        if not self._saved(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -160,7 +163,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _saved_before(self, trainer: Trainer) -> str:
         """Save the state before the running batch unless it is there; where it is."""
-        if self._name(trainer) not in self._names:
+        if not self._saved(trainer):
             try:
                 self._save(trainer)
             except InputError as error:
@@ -184,8 +187,12 @@ class RunCheckpoint(ModelCheckpoint):
     def _name(trainer: Trainer) -> str:
         return f"step-{trainer.global_step}.ckpt"
 
+    def _saved(self, trainer: Trainer) -> bool:
+        """There is a checkpoint of this step, and it names the best ones."""
+        return self._name(trainer) in self._names and self._bests_saved == _bests(trainer)
+
     def _consider(self, trainer: Trainer, stage: str) -> bool:
-        """Compare the metric with the best so far; True where this step is the best and has no checkpoint yet."""
+        """Compare the metric with the best so far; True where this step is the best."""
         if self.monitor is None or not self.monitor.startswith(stage):
             return False
         if self.monitor not in trainer.callback_metrics:
@@ -200,7 +207,7 @@ class RunCheckpoint(ModelCheckpoint):
         if value != value or (self._best is not None and sign * value >= sign * self._best[0]):
             return False
         self._best, self.best_model_path = (value, name), str(self._folder / name)
-        return name not in self._names
+        return True
 
     def _save(self, trainer: Trainer) -> None:
         """Save, let ``last.ckpt`` point there, delete what is no longer kept."""
@@ -214,6 +221,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._names = before
             raise
         self._saving, self.last_model_path = False, str(self._folder / LAST)
+        self._bests_saved = _bests(trainer)
         self._forget_old(trainer)
 
     def _forget_old(self, trainer: Trainer) -> None:
@@ -243,3 +251,8 @@ class RunCheckpoint(ModelCheckpoint):
             self._best, self.best_model_path = (float(best[0]), str(best[1])), str(self._folder / best[1])
         if self._names:
             self.last_model_path = str(self._folder / LAST)
+
+
+def _bests(trainer: Trainer) -> list[str]:
+    """The best checkpoint of every callback that keeps one, "" where there is none yet."""
+    return [str(getattr(callback, "best_model_path", "")) for callback in trainer.checkpoint_callbacks]

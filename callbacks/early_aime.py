@@ -11,9 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_opd.callbacks.throughput import left_out
 
+from lit_opd.distributed import shared_failure
 from lit_opd.errors import InputError
 from lit_opd.evaluation import (
     PROMPT_SUFFIX,
+    UNKNOWN_WEIGHTS,
     Answering,
     AnswerSettings,
     Comparison,
@@ -30,6 +32,7 @@ from lit_opd.evaluation import (
     read_comparison,
     require_room,
     undisturbed,
+    weights_mark,
 )
 from lit_opd.evaluation.history import FILE_NAME
 from lit_opd.prompts.datamodule import PromptDataModule
@@ -47,8 +50,9 @@ class EarlyAIMEEvaluation(Callback):
     """avg@k, pass@k and majority@k on problem sets: before training, densely early, and at an interval after.
 
     Every graded sample is appended to ``evaluation.jsonl`` in the run folder as it comes; a resumed run completes a half
-    evaluation and repeats no finished one. The student's sampler draws the answers, so any engine serves. Random streams
-    are its own: training gives the same weights with and without this callback. Metrics: docs/evaluation.md.
+    evaluation and repeats no finished one, as long as its weights are the same again. The student's sampler draws the answers,
+    so any engine serves. Random streams are its own: training gives the same weights with and without this callback. Metrics:
+    docs/evaluation.md.
 
     Args:
         sets: files (.jsonl, .parquet), folders or hub ids, e.g. AIME 2024 and 2025; problem and answer columns are found
@@ -194,12 +198,15 @@ class EarlyAIMEEvaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before training, or where a resumed run left off."""
         file = self._file(trainer)
-        if trainer.is_global_zero:
-            file.repair()
-            if trainer.ckpt_path is None and trainer.global_step == 0:
-                _set_aside(file.path)
-        trainer.strategy.barrier("evaluation_file")
         step = self._last = trainer.global_step
+        weights = weights_mark(_answering(pl_module))
+        with shared_failure():
+            if trainer.is_global_zero:
+                file.repair()
+                if trainer.ckpt_path is None and step == 0:
+                    _set_aside(file.path)
+                else:
+                    _set_later_aside(file, step, weights)
         due = step in self.steps or (self.every is not None and step % self.every == 0)
         if due and not (trainer.ckpt_path is not None and self._finished(trainer, _answering(pl_module), step, file)):
             self._evaluate(trainer, _answering(pl_module), step, file)
@@ -244,9 +251,10 @@ class EarlyAIMEEvaluation(Callback):
         with left_out(trainer), undisturbed(pl_module), trainer.precision_plugin.val_step_context():
             runs = self._runs(pl_module, file)
             sizes = self._sizes(trainer, pl_module, runs, file)
+            weights = weights_mark(pl_module)
             for run in runs:
                 name = run.problems.name
-                found = run.run(pl_module, step=step, tokens=self._tokens, num_problems=sizes[name])
+                found = run.run(pl_module, step=step, weights=weights, tokens=self._tokens, num_problems=sizes[name])
                 values |= {f"eval/{name}/{key}": value for key, value in found.items()}
         values |= trainer.strategy.broadcast(
             self._compared(trainer, runs, step, file) if trainer.is_global_zero else {}
@@ -357,7 +365,7 @@ class EarlyAIMEEvaluation(Callback):
         prints = {run.fingerprint for run in runs}
         known: dict[str, int] = {}
         if trainer.is_global_zero:
-            known = {row.set: row.problems for row in file.rows() if row.settings in prints}
+            known = {row.set: row.problems for row in file.rows(aside=True) if row.settings in prints}
         known = trainer.strategy.broadcast(known)
         if known.keys() >= whole.keys():
             return {name: known[name] for name in whole}
@@ -386,6 +394,17 @@ def _set_aside(path: Path) -> None:
     if path.is_file() and path.stat().st_size:
         path.replace(path.with_name(f"{path.name}.previous"))
         rank_zero_warn(f"{path} was another run's; it is now {path.name}.previous")
+
+
+def _set_later_aside(file: EvaluationFile, step: int, weights: str) -> None:
+    """A run that goes on has no lines of later steps, nor of other weights at its step; those it makes again come back."""
+    own = (weights, UNKNOWN_WEIGHTS)
+    moved = file.set_aside(lambda row: row.step < step or (row.step == step and row.weights in own))
+    if moved:
+        rank_zero_info(
+            f"the run goes on from step {step}: its evaluations at {', '.join(map(str, moved))} are in {file.aside.name} now; "
+            "one counts again where its step is made again with the same weights"
+        )
 
 
 def _line(problems: EvaluationSet, samples: int, step: int, values: dict[str, float]) -> str:

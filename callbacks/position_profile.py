@@ -274,6 +274,7 @@ def record_quantities(record: StepRecord, *, lists: int | None = None) -> dict[s
     signal = record.signal
     found = token_quantities(
         mask=signal.mask,
+        sampled_now=record.rollout.sampled_now,
         log_ratio=signal.log_ratio,
         advantage=signal.effective_advantage,
         weights=record.weights,

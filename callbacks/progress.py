@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any, TextIO
@@ -41,6 +42,7 @@ class Progress(ProgressBar):
         self._enabled = True
         self._numbers = ""
         self._start = (0.0, 0)
+        self._total = math.inf  # optimizer steps of the run
         self._last = 0  # optimizer step at the end of the last batch
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -78,9 +80,11 @@ class Progress(ProgressBar):
         self._bars.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember where the clock started."""
-        self._last = trainer.global_step
+        """Remember where the clock started, and how far it is to go."""
+        self._last, self._total = trainer.global_step, float(pl_module.total_steps)  # type: ignore[arg-type]  # an OPDModule
         self._start = (time.perf_counter(), self._last)
+        if self._bars is not None and self._total < math.inf:
+            self._bars.update(self._tasks["training"], total=self._total)
 
     def on_phase(self, name: str, done: int, total: int) -> None:
         """Show the phase on a terminal; an evaluation has a bar of its own."""
@@ -109,15 +113,17 @@ class Progress(ProgressBar):
         logged, step, last = trainer.callback_metrics, trainer.global_step, self._last
         self._last = step
         seconds = sum(outputs["step"].seconds.values())
+        kl = _number(logged, "train/reverse_kl_k1")  # of the student's own samples, of which there may be none
         self._numbers = (
-            f"{self._remaining()} | KL {_number(logged, 'train/reverse_kl_k1'):.3f}"
+            f"{self._remaining()}{'' if math.isnan(kl) else f' | KL {kl:.3f}'}"
             f" | truncated {_number(logged, 'train/truncated_fraction'):.0%}"
             f" | {_number(logged, 'train/tokens') / seconds:,.0f} tokens/s"
         )
         if self._bars is not None:
             self._bars.update(self._tasks["training"], completed=step, note=f"done{self._numbers}")
-        elif crossed(step, last, self.every) or step == trainer.max_steps:
-            self._line(f"step {step}/{trainer.max_steps}{self._numbers}")
+        elif crossed(step, last, self.every) or step == self._total:
+            of = f"/{self._total:.0f}" if self._total < math.inf else ""
+            self._line(f"step {step}{of}{self._numbers}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Numbers of the validation that ended; Lightning's sanity check is none."""
@@ -148,8 +154,8 @@ class Progress(ProgressBar):
     def _remaining(self) -> str:
         started, first = self._start
         done = self.trainer.global_step - first
-        left = (self.trainer.max_steps - self.trainer.global_step) * (time.perf_counter() - started) / max(done, 1)
-        return f" | {left:.0f} s left" if self.trainer.max_steps > 0 else ""
+        left = (self._total - self.trainer.global_step) * (time.perf_counter() - started) / max(done, 1)
+        return f" | {left:.0f} s left" if self._total < math.inf else ""
 
     def _line(self, text: str) -> None:
         if self._bars is not None:

@@ -110,7 +110,7 @@ def sample_rows(record: StepRecord, tokenizer: Any, count: int, *, tokens: int =
                 "teacher": None if prompts.teachers is None else prompts.teachers[row],
                 "length": int(mask.sum()),
                 "finish_reason": FinishReason(int(rollout.finish_reason[row])).name.lower(),
-                "reverse_kl_k1": _mean(-ratio),
+                "reverse_kl_k1": _mean(-ratio) if rollout.sampled_now[row] else None,
                 "disagreement": _mean(ratio.abs()),
                 "weight_mean": _mean(weight),
                 "disagreement_by_tenth": _tenths(ratio.abs()),

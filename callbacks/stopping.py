@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_opd.distributed import all_max
-from lit_opd.errors import Stopped
+from lit_opd.errors import Stopped, stop_when_put_back
 from lit_opd.run.lightning import requeue_signal, restore_handlers, save_and_requeue, take_sigterm
 
 AGAIN = 1.0  # seconds after which a further Ctrl-C is a second one; a launcher passes the first on to its ranks again
@@ -25,7 +25,8 @@ class StopOnSignal(Callback):
     """Raises ``Stopped`` once a signal came; ``RunCheckpoint`` then saves, and the process ends with status 0 (130 on Ctrl-C).
 
     One process leaves at once before training, and abandons the running batch at once, unless its first update was made: then
-    the batch is finished, and so are evaluations that are no part of the validation. Several ranks agree at the next batch,
+    the batch is finished, and so are evaluations that are no part of the validation. While the student's weights hold a teacher's
+    values it waits until its own are back. Several ranks agree at the next batch,
     whichever of them got the signal. A second Ctrl-C exits at once. Under SLURM the requeue signal saves Lightning's ``hpc_ckpt``
     at the next batch and queues the job again.
     """
@@ -85,7 +86,7 @@ class StopOnSignal(Callback):
         self._signum, self._since = signum, time.monotonic()
         os.write(2, NOTICE if self._training else EARLY_NOTICE)
         if self._open and (self._training or signum != self._requeue):  # a job is queued again from a saved state
-            self._stop(signum)
+            stop_when_put_back(lambda: self._stop(signum))
 
     def _stop(self, signum: int) -> None:
         self._open = False

@@ -66,7 +66,8 @@ class AdvantageTransform(ABC):
         """A' [B, T] nats from A [B, T] nats, 0 where masked; values of A' off the mask are ignored."""
 
     def keep(self, signal: TokenSignal) -> Tensor | None:
-        """bool [B, T]: False takes the token out of the loss and its denominator, whatever the objective; None keeps all."""
+        """bool [B, T]: False takes the token out of the loss and its denominator, whatever the objective, and a row of which
+        none is kept out of those that count rows; None keeps all."""
         return None
 
     @property
@@ -206,7 +207,8 @@ class Power(AdvantageTransform):
 class RewardExtrapolation(AdvantageTransform):
     """A' = A + (strength - 1) * (q - reference): follows the teacher beyond its own step from a reference model.
 
-    Source: ExOPD, reported in arXiv 2602.12125 (strength is its lambda). 1 is ``Identity``, 0 pulls to the reference.
+    Source: ExOPD, reported in arXiv 2602.12125 (strength is its lambda). 1 is ``Identity``, 0 pulls to the reference. The
+    reference, ``model.reference``, reads the student's prompt, also where the teacher has one of its own.
 
     Args:
         strength: >= 0.

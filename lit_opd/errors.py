@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from signal import Signals
 from typing import Any
@@ -81,6 +81,38 @@ def first_line(error: BaseException) -> str:
     """What an exception says, without the page that may follow; its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+# -- a stop waits for what must be put back ----------------------------------------------------------------------------
+
+_exchanges = 0  # blocks of `put_back_first` that run
+_waiting: list[Callable[[], Any]] = []  # stops that came meanwhile
+
+
+@contextmanager
+def put_back_first() -> Iterator[None]:
+    """While the block runs, the state is not what a checkpoint may hold (other values are in the student's weights, say): a
+    signal's stop waits until the block has put it back. So the block is short, one micro-batch, and puts back what it changed.
+
+    Raises:
+        Stopped: at the end, where a signal came meanwhile.
+    """
+    global _exchanges
+    _exchanges += 1
+    try:
+        yield
+    finally:
+        _exchanges -= 1
+        while _waiting and not _exchanges:
+            _waiting.pop()()
+
+
+def stop_when_put_back(stop: Callable[[], Any]) -> None:
+    """Call ``stop``, which raises ``Stopped``: now, or at the end of the block of ``put_back_first`` that a signal came in."""
+    if _exchanges:
+        _waiting.append(stop)
+    else:
+        stop()
 
 
 # -- memory that runs out ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -252,14 +253,16 @@ class OPDModule(L.LightningModule):
     @property
     def progress(self) -> float:
         """Training progress p in [0, 1] of the coming optimizer step."""
-        return progress(step=self.global_step, **self._length)
+        return progress(step=self.global_step, total=self.total_steps)
 
     @property
-    def _length(self) -> dict[str, Any]:
-        """Of the run, as ``progress`` and ``total_steps`` read it."""
-        trainer = self.trainer
-        batches = trainer.estimated_stepping_batches if trainer.max_steps < 0 else 0
-        return {"max_steps": trainer.max_steps, "batches": batches, "updates": self.recipe.updates}
+    def total_steps(self) -> float:
+        """Optimizer steps of the run, which ends at the first of ``trainer.max_steps`` and ``trainer.max_epochs``; infinite where
+        it has neither. Epochs count from the start of training on, when their batches are known."""
+        trainer, epochs = self.trainer, self.trainer.max_epochs
+        # not estimated_stepping_batches: it takes each batch for one optimizer step
+        batches = math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
+        return total_steps(max_steps=trainer.max_steps, batches=batches, updates=self.recipe.updates)
 
     # -- Lightning: before the run -----------------------------------------------------------------------------------
 
@@ -398,7 +401,7 @@ class OPDModule(L.LightningModule):
     def _sample_ahead(self) -> None:
         """Begin the batch that the next step will train on, where the sampler can and there is a next step."""
         step = self.global_step + self.recipe.updates
-        if self.sampler.ahead and step < total_steps(**self._length):
+        if self.sampler.ahead and step < self.total_steps:
             coming = looking_ahead(self.trainer.train_dataloader).coming()
             self.sampler.begin(coming, self.training_settings(step))
 
@@ -483,7 +486,7 @@ class OPDModule(L.LightningModule):
         # what reads rewards, or makes the teacher's prompts of responses, may compare the samples of a prompt
         changes["together"] = self.reward is not None or self._hindsight is not None
         if self.length_budget is not None:
-            tokens = self.length_budget.tokens(progress(step=step, **self._length))
+            tokens = self.length_budget.tokens(progress(step=step, total=self.total_steps))
             changes |= {"max_new_tokens": tokens, "budgeted": tokens < self.sampler.max_new_tokens}
         if self.rollout_stop is not None:
             changes["stop"] = self.rollout_stop.watching(self.teacher.reader())

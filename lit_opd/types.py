@@ -45,7 +45,7 @@ class FinishReason(IntEnum):
     """Why a response ended; the values of ``Rollout.finish_reason``."""
 
     STOP = 0  # the student emitted a stop id
-    LENGTH = 1  # max_new_tokens or the context window was reached
+    LENGTH = 1  # max_new_tokens, the context window, or in a conversation max_turn_tokens was reached
     BUDGET = 2  # a length budget cut the row
     DRIFT = 3  # the teacher-to-student ratio of the response collapsed, and a ``RatioStop`` cut the row there
     TURNS = 4  # the turns allowed were over, and the environment would have gone on
@@ -398,6 +398,13 @@ class Rollout(_Record):
         return self.lengths if self.drawn is None else self.drawn
 
     @property
+    def sampled_now(self) -> Tensor:
+        """bool [B], False on the saved responses of a ``ReplaySampler``: what an average over the student's own samples is of."""
+        if self.replayed is None:
+            return torch.ones(len(self.mask), dtype=torch.bool, device=self.mask.device)
+        return ~self.replayed.old
+
+    @property
     def older(self) -> Tensor:
         """bool [B, T], sampled tokens that come from other weights than those of the provenance."""
         if self.version is None:
@@ -458,6 +465,13 @@ class Rollout(_Record):
         quiet = replace(self, mask=self.mask & stays, observed=observed, drawn=self.num_drawn)
         seen = None if layout.observed is None else layout.observed & kept[:, None]
         return quiet.with_layout(replace(layout, response=layout.response & kept[:, None], observed=seen))
+
+    def without_teacher_prompts(self) -> Rollout:
+        """The same rows with the student's prompts alone, as the student and a reference model read them."""
+        if self.prompts.teacher_ids is None:
+            return self
+        prompts = replace(self.prompts, teacher_ids=None, teacher_mask=None)
+        return replace(self, prompts=prompts).with_layout(replace(self.layout, teacher=None))
 
     def trimmed(self) -> Rollout:
         """The same rows without columns that are padding in all of them (prompt left, response right)."""
@@ -626,7 +640,7 @@ class TokenSignal(_Record):
         row_keys: int64 [B], names the random stream of the row; default 0..B-1.
         step: optimizer step, for random strategies.
         sampler_logprobs: [B, T] nats, b_t.
-        reference_logprobs: [B, T] nats of a third model.
+        reference_logprobs: [B, T] nats of a third model, which reads the student's prompt.
         student_entropy: [B, T] nats.
         teacher_entropy: [B, T] nats.
         token_kl: [B, T] nats, KL(student || teacher) over the full vocabulary.
@@ -723,7 +737,7 @@ class StepRecord(_Record):
         weights: [B, T] without unit, 0 where a token does not count.
         kept: bool [B, T], tokens in the denominator.
         loss: [B, T] nats, weighted token losses of the last pass, before the denominator; 0 where masked.
-        clipped: bool [B, T], tokens whose gradient the policy clip cut in the last pass.
+        clipped: bool [B, T], tokens with a weight above 0 whose gradient the policy clip cut in the last pass.
         finish_reason: int8 [rows sampled], before truncated rows were dropped.
         reward: float32 [rows sampled], NaN where a row has none; None where there are no rewards.
         sampled_tokens: int64 scalar, tokens sampled on this rank in this step, before truncated rows were dropped; those that a

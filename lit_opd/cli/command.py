@@ -48,7 +48,7 @@ from lit_opd.preflight.callback_checks import check_callbacks
 from lit_opd.preflight.module_checks import check_before
 from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
-from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued
+from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued, saved_by_this_job
 from lit_opd.run.lightning import callbacks_of, set_callbacks
 from lit_opd.run.lightning_cli import PlainCLI
 from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers, rename_for_mlflow
@@ -280,12 +280,19 @@ class OPDCLI(PlainCLI):
         if path is None and self.subcommand == "fit" and requeued(self.run_dir, overwrites=overwrites):
             path = "last"
         if path is not None:
-            self.settings["ckpt_path"] = str(self._named_checkpoint(str(path)))
+            self.settings["ckpt_path"] = str(self._own_checkpoint(str(path)) or self._named_checkpoint(str(path)))
             saved = self._saved_counters()  # a file that cannot be read is an error now
             if self.subcommand == "fit":
                 self._require_same_run(saved)
             if "weights_only" in self.settings:
                 self.settings["weights_only"] = True
+
+    def _own_checkpoint(self, path: str) -> Path | None:
+        """Where a SLURM job that was queued again has come to since it began at ``path``; None where that does not count."""
+        found = saved_by_this_job(self.run_dir) if self.subcommand == "fit" and path != "last" else None
+        if found is not None:
+            rank_zero_warn(f"the job was queued again and goes on from its own {found}, not from `--ckpt_path` {path}")
+        return found
 
     def _named_checkpoint(self, path: str) -> Path:
         """``last``, ``best``, or a path."""

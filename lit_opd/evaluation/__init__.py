@@ -9,13 +9,14 @@ from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grader
 from lit_opd.evaluation.history import Comparison, Flip, difference, flips, reached, read_comparison
 from lit_opd.evaluation.reward import AnswerReward, Reward
-from lit_opd.evaluation.rows import AnswerRow, EvaluationFile, PastEvaluation, past_evaluations
-from lit_opd.evaluation.runner import AnswerSettings, SetEvaluation, require_room, undisturbed
+from lit_opd.evaluation.rows import UNKNOWN_WEIGHTS, AnswerRow, EvaluationFile, PastEvaluation, past_evaluations
+from lit_opd.evaluation.runner import AnswerSettings, SetEvaluation, require_room, undisturbed, weights_mark
 from lit_opd.evaluation.sets import PROMPT_SUFFIX, EvaluationSet, Problem, load_sets
 from lit_opd.evaluation.validation import VALIDATION_DOMAIN, Evaluator, ValidationSettings, decoder, has_answers
 
 __all__ = [
     "PROMPT_SUFFIX",
+    "UNKNOWN_WEIGHTS",
     "VALIDATION_DOMAIN",
     "AnswerReward",
     "AnswerRow",
@@ -42,4 +43,5 @@ __all__ = [
     "read_comparison",
     "require_room",
     "undisturbed",
+    "weights_mark",
 ]

@@ -37,6 +37,9 @@ class Answering(Protocol):
     def modules(self) -> Iterator[nn.Module]:
         """Every part."""
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that train, and others."""
+
     def sampling_settings(self, **changes: Any) -> SamplingSettings:
         """The sampler's settings, with fields changed by name."""
 

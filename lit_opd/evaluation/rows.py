@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from lit_opd.errors import InputError
 from lit_opd.evaluation.grading import Outcome, vote
 from lit_opd.evaluation.statistics import NO_VOTE, RIGHT_VOTE
+from lit_opd.files import append_whole, whole_file
 from lit_opd.streams import stable_hash
 
+UNKNOWN_WEIGHTS = ""  # in files of older runs
 _VOTES = 1 << 62
 
 
@@ -38,6 +40,7 @@ class AnswerRow:
         tokens: tokens the run had sampled for training.
         settings: fingerprint of sampling settings, seed and rendered prompts.
         group: problem_id of the first row with the same problem; "" (files of older runs) is its own.
+        weights: mark of the weights that answered; ``UNKNOWN_WEIGHTS`` in files of older runs.
     """
 
     set: str
@@ -56,6 +59,7 @@ class AnswerRow:
     tokens: int
     settings: str
     group: str = ""
+    weights: str = UNKNOWN_WEIGHTS
 
     @property
     def truncated(self) -> bool:
@@ -71,26 +75,27 @@ class AnswerRow:
 
 
 _FIELDS = [field.name for field in fields(AnswerRow)]
-_KEYS = set(_FIELDS) - {"group"}
+_KEYS = set(_FIELDS) - {"group", "weights"}
 
 
 class EvaluationFile:
-    """The lines of one run.
+    """The lines of one run. Those of steps that it went back before are in a second file, ``aside``, until it makes such a step
+    again with the same weights.
 
     Args:
         path: created with the first line.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.aside = path, path.with_name(f"{path.name}.aside")
 
     def repair(self) -> None:
         """Cut a last line that a kill left without its end."""
-        if not self.path.is_file():
-            return
-        with self.path.open("r+b") as file:
-            whole = sum(len(line) for line in file if line.endswith(b"\n"))
-            file.truncate(whole)
+        for path in (self.path, self.aside):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    whole = sum(len(line) for line in file if line.endswith(b"\n"))
+                    file.truncate(whole)
 
     def append(self, rows: Iterable[AnswerRow]) -> None:
         """Add a line a row, written and flushed before this returns.
@@ -103,18 +108,56 @@ class EvaluationFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
-    def rows(self) -> Iterator[AnswerRow]:
+    def rows(self, *, aside: bool = False) -> Iterator[AnswerRow]:
         """The lines, one at a time.
 
+        Args:
+            aside: after them those that were set aside.
         Raises:
             InputError: a line is broken; file and line are named.
         """
-        if not self.path.is_file():
-            return
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
-                    yield _row(line, f"{self.path}:{number}")
+        for path in (self.path, self.aside)[: 1 + aside]:
+            yield from (row for _, row in _read(path))
+
+    def set_aside(self, stays: Callable[[AnswerRow], bool]) -> list[int]:
+        """Move the lines that are not to stay into ``aside``; the steps they are of, rising.
+
+        Raises:
+            InputError: a line is broken, or the disk does not take them; no line is lost.
+        """
+        return _move(self.path, self.aside, lambda row: not stays(row))
+
+    def take_back(self, wanted: Callable[[AnswerRow], bool]) -> None:
+        """Move lines from ``aside`` to the end of the file; raises as ``set_aside`` does."""
+        _move(self.aside, self.path, wanted)
+
+
+def _read(path: Path) -> Iterator[tuple[bytes, AnswerRow]]:
+    """Whole lines as they are and as rows; none where there is no file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield line, _row(line, f"{path}:{number}")
+
+
+def _move(source: Path, target: Path, moves: Callable[[AnswerRow], bool]) -> list[int]:
+    """Move lines from the one file to the end of the other, which has them first: a kill in between leaves them in both."""
+    steps = {row.step for _, row in _read(source) if moves(row)}
+    if steps:
+        try:
+            append_whole(target, b"".join(line for line, row in _read(source) if moves(row)))
+            with whole_file(source) as draft, draft.open("wb") as file:
+                file.writelines(line for line, row in _read(source) if not moves(row))
+            if not source.stat().st_size:
+                source.unlink()
+        except OSError as error:
+            raise InputError(
+                f"`--run_dir` must be a writable folder on a disk with room, but lines of {source} could not be moved to "
+                f"{target}: {error}; free some space and give the same command again"
+            ) from error
+    return sorted(steps)
 
 
 def _row(line: bytes, where: str) -> AnswerRow:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lit_opd.distributed import gather_objects, is_rank_zero, rank, world_size
 from lit_opd.errors import InputError, memory_for
 from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grade, Grader, Outcome
-from lit_opd.evaluation.rows import AnswerRow, EvaluationFile
+from lit_opd.evaluation.rows import UNKNOWN_WEIGHTS, AnswerRow, EvaluationFile
 from lit_opd.evaluation.sets import EvaluationSet
 from lit_opd.evaluation.statistics import AnswerStatistics
 from lit_opd.evaluation.validation import decoder
@@ -28,6 +29,7 @@ from lit_opd.types import FinishReason, PromptBatch, Rollout
 
 EVALUATION_DOMAIN = 1 << 20  # random streams of evaluation; training uses 0, validation 1, 2, ...
 Pair = tuple[int, int]  # (number of the problem in the set's order, sample)
+_WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +77,13 @@ class SetEvaluation:
         number = {problem.problem_id: index for index, problem in enumerate(problems.problems)}
         self._groups = [number[problem.group] for problem in problems.problems]
 
-    def run(self, module: Answering, *, step: int, tokens: int, num_problems: int) -> dict[str, float]:
+    def run(self, module: Answering, *, step: int, weights: str, tokens: int, num_problems: int) -> dict[str, float]:
         """Sample and grade what the file does not hold yet; the metrics of the whole evaluation, equal on all ranks.
 
         Args:
             module: the student's module.
             step: optimizer steps it has seen.
+            weights: their mark, see ``weights_mark``; answers of other weights are sampled anew.
             tokens: tokens sampled for training up to now.
             num_problems: the first so many problems are evaluated.
         Returns:
@@ -88,7 +91,7 @@ class SetEvaluation:
         Raises:
             InputError: memory ran out, the sampler failed, or a line of the file is broken.
         """
-        mine = self._done(step, num_problems) if is_rank_zero() else {}
+        mine = self._done(step, weights, num_problems) if is_rank_zero() else {}
         done: dict[Pair, AnswerRow] = module.trainer.strategy.broadcast(mine)
         statistics = AnswerStatistics(seed=self.settings.seed).to(module.device)
         statistics.update(**self._columns(done if is_rank_zero() else {}, module.device))
@@ -97,7 +100,8 @@ class SetEvaluation:
         batches = list(self._shares(missing))
         for index, share in enumerate(batches):
             grades, rollout, texts = self._answers(module, share)
-            rows = self._rows(share, grades, rollout, texts, step=step, tokens=tokens, num_problems=num_problems)
+            shared = {"step": step, "weights": weights, "tokens": tokens, "num_problems": num_problems}
+            rows = self._rows(share, grades, rollout, texts, **shared)
             statistics.update(**self._columns(dict(zip(share, rows, strict=True)), module.device))
             everyones = gather_objects(rows)
             if is_rank_zero():
@@ -117,16 +121,21 @@ class SetEvaluation:
         self._answers(module, share)
         return (time.perf_counter() - start) / (len(share) * world_size())
 
-    def _done(self, step: int, num_problems: int) -> dict[Pair, AnswerRow]:
+    def _done(self, step: int, weights: str, num_problems: int) -> dict[Pair, AnswerRow]:
+        """Samples that the file holds, after those that were set aside and are of these weights are back in it."""
         number = {problem.problem_id: n for n, problem in enumerate(self.problems.problems[:num_problems])}
         wanted = (self.problems.name, step, self.fingerprint)
-        return {
-            (number[row.problem_id], row.sample): replace(row, text="")
-            for row in self.file.rows()
-            if (row.set, row.step, row.settings) == wanted
-            and row.problem_id in number
-            and row.sample < self.settings.samples
-        }
+
+        def of_this(row: AnswerRow) -> bool:
+            return (
+                (row.set, row.step, row.settings) == wanted
+                and row.problem_id in number
+                and row.sample < self.settings.samples
+            )
+
+        self.file.take_back(lambda row: row.weights == weights and of_this(row))
+        found = [row for row in self.file.rows() if row.weights in (weights, UNKNOWN_WEIGHTS) and of_this(row)]
+        return {(number[row.problem_id], row.sample): replace(row, text="") for row in found}
 
     def _shares(self, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         """This rank's part of every global batch; equally many batches on every rank."""
@@ -186,6 +195,7 @@ class SetEvaluation:
                     tokens=shared["tokens"],
                     settings=self.fingerprint,
                     group=problem.group,
+                    weights=shared["weights"],
                 )
             )
         return rows
@@ -203,6 +213,19 @@ class SetEvaluation:
             "vote": [row.vote for row in rows.values()],
         }
         return {name: torch.tensor(column, dtype=torch.int64, device=device) for name, column in values.items()}
+
+
+def weights_mark(module: Answering) -> str:
+    """Sixteen hex digits of the weights that train, equal on all ranks; other bits give other digits. A collective.
+
+    Every weight is read once where it lies, and its bits are added as whole numbers. Shards are marked as they are cut, so on
+    another number of ranks equal weights may have another mark.
+    """
+    trained = [value.detach() for value in module.parameters() if value.requires_grad]
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in trained]
+    sums = [value.view(_WHOLE_NUMBERS[value.element_size()]).sum(dtype=torch.int64) for value in local]
+    marks = sorted(set(gather_objects([repr([int(value) for value in sums])])))
+    return f"{stable_hash(repr(marks)):016x}"
 
 
 @contextmanager

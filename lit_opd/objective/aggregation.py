@@ -4,11 +4,12 @@
 |---|---|---|
 | sequence-mean | the row's kept tokens, then by rows | rows with a kept token |
 | token-mean | kept tokens | of the whole step |
-| sequence-sum | rows | rows with a valid token |
-| constant | rows x response slots | rows with a valid token |
+| sequence-sum | rows | rows with a kept token |
+| constant | rows x response slots | rows with a kept token |
 
-Denominators are sums over the whole optimizer step: all micro-batches, all ranks. ``sequence-mean`` favours short rows
-by design once responses can end. Source: method.md section 4.6.
+A row of which no token is kept, such as one that a gate drops, is in no denominator. Denominators are sums over the whole
+optimizer step: all micro-batches, all ranks. ``sequence-mean`` favours short rows by design once responses can end. Source:
+method.md section 4.6.
 """
 
 from __future__ import annotations
@@ -20,22 +21,19 @@ from torch import Tensor
 Aggregation = Literal["sequence-mean", "token-mean", "sequence-sum", "constant"]
 
 
-def denominator(aggregation: Aggregation, *, kept: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+def denominator(aggregation: Aggregation, *, kept: Tensor, max_new_tokens: int) -> Tensor:
     """This process's share of the denominator, to be summed over micro-batches and ranks.
 
     Args:
         aggregation: the reduction's name.
         kept: bool [B, T], tokens that count.
-        mask: bool [B, T], valid tokens.
         max_new_tokens: response slots, for "constant".
     Returns:
         float64 scalar, exact for counts below 2^53.
     """
     if aggregation == "token-mean":
         return kept.sum().double()
-    if aggregation == "sequence-mean":
-        return kept.any(-1).sum().double()
-    rows = mask.any(-1).sum().double()
+    rows = kept.any(-1).sum().double()
     return rows * max_new_tokens if aggregation == "constant" else rows
 
 

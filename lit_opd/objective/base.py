@@ -22,7 +22,7 @@ class TokenLoss:
 
     Args:
         values: [B, T] nats with gradient, weighted, 0 where masked.
-        clipped: bool [B, T], True where clipping cut the gradient.
+        clipped: bool [B, T], True where clipping cut the gradient of a token with a weight above 0.
     """
 
     values: Tensor

@@ -42,7 +42,7 @@ class PolicyLoss(Objective):
     def token_loss(
         self, student_logprobs: Tensor, signal: TokenSignal, weights: Tensor, *, divergence: Tensor | None = None
     ) -> TokenLoss:
-        """loss_t of the class, [B, T] nats; clipped where the gain is not ratio_t A_t."""
+        """loss_t of the class, [B, T] nats; clipped where the gain is not ratio_t A_t and the weight not 0."""
         advantage = signal.effective_advantage
         ratio = (student_logprobs - signal.student_logprobs).exp()
         unclipped = ratio * advantage
@@ -51,7 +51,7 @@ class PolicyLoss(Objective):
             gain = torch.minimum(gain, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
         if self.dual_clip is not None:
             gain = torch.where(advantage < 0, torch.maximum(gain, self.dual_clip * advantage), gain)
-        clipped = (gain != unclipped) & signal.mask
+        clipped = (gain != unclipped) & signal.mask & (weights > 0)
         return TokenLoss(values=-weights * self._importance(signal) * gain, clipped=clipped)
 
     def _importance(self, signal: TokenSignal) -> Tensor:

@@ -26,7 +26,7 @@ from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
 from lit_opd.shipped import program
-from lit_opd.step.lists import asked_of, reads_head, states_of, whose_lists
+from lit_opd.step.lists import asked_of, reads_head, required_beside, states_of, whose_lists
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import AlignedTeacher, LocalTeacher, MixedTeacher, Teacher
 from lit_opd.teacher.self_teacher import SelfTeacher, self_teachers
@@ -163,14 +163,14 @@ def _own(student: Held, teacher: Teacher, plan: Plan) -> Iterator[Held]:
 
 def _listed(recipe: Recipe, teacher: Teacher) -> int:
     """Entries a token of the lists that are kept."""
-    asked = asked_of(recipe, teacher)
+    read = required_beside(recipe, teacher)
     sizes = {
         "teacher_topk": teacher.list_size,
         "student_topk": LIST_LENGTH,
         "student_at_teacher_topk": teacher.list_size,
     }
     chosen = recipe.objective.list_size if whose_lists(recipe, teacher) == "student" else None
-    return sum(size for name, size in sizes.items() if name in asked) + (chosen or 0)
+    return sum(size for name, size in sizes.items() if name in read) + (chosen or 0)
 
 
 def _mixes(recipe: Recipe, teacher: Teacher) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_kinds import check_checkpoint
 from lit_opd.scoring.heads import check_choice
-from lit_opd.step.lists import asked_of
+from lit_opd.step.lists import required_beside
 from lit_opd.step.recipe import Recipe
 from lit_opd.teacher import SelfTeacher, Teacher
 
@@ -225,7 +225,7 @@ def require_scored(recipe: Recipe, teacher: Teacher, reference: Teacher | None) 
     require_single_stops(recipe, teacher)
     require_lists(recipe, teacher)
     require_long_lists(recipe, teacher)
-    missing = asked_of(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs", "reward"}
+    missing = required_beside(recipe, teacher) - teacher.provides - ALWAYS_AVAILABLE - {"reference_logprobs", "reward"}
     if missing:
         asking = [part for part in recipe.parts if part.requires & missing]
         names = " and ".join(f"`{type(part).__name__}`" for part in asking)
@@ -347,20 +347,23 @@ def check_batch(module: Subject, data: PromptDataModule | None, *, ranks: int) -
 
 
 def check_window(module: Subject, data: PromptDataModule | None) -> None:
-    """The longest prompt and response fit into the context windows of student, teacher and reference, those of the validation
-    into student's and, where it compares with it, teacher's."""
-    _check_windows(module, data, "sampler", module.scorers.values())
+    """The longest prompt and response fit into the context windows of student, teacher and reference; a prompt that only the
+    teacher reads into the teacher's. Responses of the validation fit into the student's and, where it compares with it, the
+    teacher's."""
+    _check_windows(module, data, "sampler", module.scorers)
     if module.validation.max_new_tokens is not None:
-        _check_windows(module, data, "validation", [module.teacher] if module.validation.divergence else [])
+        _check_windows(module, data, "validation", {"teacher": module.teacher} if module.validation.divergence else {})
 
 
-def _check_windows(module: Subject, data: PromptDataModule | None, name: str, scorers: Iterable[Teacher]) -> None:
+def _check_windows(module: Subject, data: PromptDataModule | None, name: str, scorers: Mapping[str, Teacher]) -> None:
     limit, read = getattr(data, "max_prompt_tokens", None), getattr(data, "longest_prompt", None)
     response, own = getattr(module, name).max_new_tokens, module.student_config.get_text_config()
     _require_window(name, "model.student", own, limit, response)
-    for scorer in scorers:
+    students = read if read is None or limit is None else min(limit, read)
+    for role, scorer in scorers.items():
         for part in (part for part in scorer.modules() if isinstance(part, Teacher)):
-            _require_window(name, scorer.field, own if part.shares_student else part.reader_config, read, response)
+            config = own if part.shares_student else part.reader_config
+            _require_window(name, scorer.field, config, read if role == "teacher" else students, response)
 
 
 def _require_window(name: str, field: str, config: Any, prompt: int | None, response: int) -> None:

@@ -6,7 +6,7 @@ teacher 0?
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -129,8 +129,9 @@ def _probed(module: Subject, data: PromptDataModule) -> Probe:
     _require_finite("student", student, rollout)
     disagreement = 0.0
     for role, scorer in module.scorers.items():
+        read = rollout if role == "teacher" else rollout.without_teacher_prompts()
         with scorer.on_device(rollout.mask.device):
-            scored = scorer.score(rollout, temperature=temperature)
+            scored = scorer.score(read, temperature=temperature)
         _require_finite(role, scored.logprobs, rollout)
         if role == "teacher":
             disagreement = _disagreement(scored, student, rollout)
@@ -160,8 +161,7 @@ def _own_signal(module: Subject, rollout: Rollout, student: Tensor) -> float:
     """Largest |teacher - student| where the teacher is the student, scored as a teacher and one row at a time."""
     own = LocalTeacher(module.student_settings.path)
     own.policy = module.student
-    same = replace(rollout, prompts=replace(rollout.prompts, teacher_ids=None, teacher_mask=None))
-    largest = 0.0
+    same, largest = rollout.without_teacher_prompts(), 0.0
     for row in range(len(rollout)):
         part = same.rows(torch.tensor([row])).trimmed()
         scored = own.score(part, temperature=module.sampler.temperature).logprobs

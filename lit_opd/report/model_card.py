@@ -1,8 +1,11 @@
-"""A model card from what a run left: its config, its summary and its evaluations. It names no license and no local folder."""
+"""A model card from what a run left: its config, its summary and its evaluations. It names no license, and of a local path the
+last name alone."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
@@ -27,8 +30,12 @@ MEASURED = {  # names in summary.json
 }
 _SHOWN = ("seed_everything", "trainer", "model", "data")  # of a config; the rest is about one machine or account
 _TRAINER = ("max_steps", "max_epochs", "precision", "val_check_interval")
-_PRIVATE = frozenset({"urls", "url", "api_key_env", "folder"})  # addresses and places of somebody's machines
-_PATHS = frozenset({"path", "train", "val", "teacher_tokenizer"})
+_PRIVATE = frozenset({"urls", "url", "host", "api_key_env", "folder", "command"})  # of somebody's machines
+# a hub id or a path, which may be relative and gone
+_PATHS = frozenset("path paths train val tokenizer tokenizer_path teacher_tokenizer model entries".split())
+# a path anywhere in a text: after file: or ~, or absolute with more than one name (a prompt may begin with /no_think)
+_NAME = r"[^\s/:;,'\"`|<>()\[\]{}]+"
+_LOCAL = re.compile(rf"(?:\bfile:/{{0,2}}|(?<![\w~])~[\w.-]*)(?:/{_NAME})+/?|(?<![\w/.~-])(?:/{_NAME}){{2,}}/?")
 
 
 def write_card(folder: Path, run_dir: Path, *, title: str, steps: int | None = None, adapter: bool = False) -> None:
@@ -200,7 +207,7 @@ def _argument(value: Any) -> str:
 
 
 def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that say what was trained; local folders by their last name, no address, no null."""
+    """The settings that say what was trained; local paths by their last name, no address, no null."""
     kept = {name: config[name] for name in _SHOWN if name in config}
     trainer = config.get("trainer") or {}
     kept["trainer"] = {name: trainer[name] for name in _TRAINER if trainer.get(name) is not None}
@@ -211,10 +218,22 @@ def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
 def _without_private(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         items = {str(key): _without_private(part, str(key)) for key, part in value.items() if key not in _PRIVATE}
-        return {key: part for key, part in items.items() if part is not None}
+        return {_without_paths(key): part for key, part in items.items() if part is not None}
     if isinstance(value, list):
         return [_without_private(part, name) for part in value]
-    return public_name(value) if isinstance(value, str) and name in _PATHS else value
+    if not isinstance(value, str):
+        return value
+    is_path = name in _PATHS or os.path.exists(value)
+    return _without_paths(public_name(value) if is_path else value)
+
+
+def _without_paths(text: str) -> str:
+    """Any text, every local path in it by its last name.
+
+    >>> _without_paths("cat ~/words/a.txt, file:///data/b.txt and /data/c.txt, or http://host/d/e")
+    'cat a.txt, b.txt and c.txt, or http://host/d/e'
+    """
+    return _LOCAL.sub(lambda found: PurePath(found[0]).name, text)
 
 
 def public_name(path: str) -> str:
@@ -225,9 +244,8 @@ def public_name(path: str) -> str:
 def is_hub_id(path: str) -> bool:
     """Whether a path may be a repository of the hub: "user/name", and nothing is there."""
     user, slash, name = path.partition("/")
-    return (
-        bool(slash and user and name) and "/" not in name and user not in (".", "..", "~") and not Path(path).exists()
-    )
+    is_id = bool(slash and user and name) and "/" not in name and user[0] not in ".~" and ":" not in user
+    return is_id and not os.path.exists(path)
 
 
 def _front(config: Mapping[str, Any], *, adapter: bool) -> dict[str, Any]:

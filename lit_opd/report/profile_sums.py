@@ -27,35 +27,46 @@ PROFILE_QUANTITIES = (
     "list_teacher_mass",
     "list_advantage",
 )
-UNDEFINED_SOMEWHERE = frozenset({"list_advantage"})  # NaN on a valid token leaves it uncounted
+# NaN on a valid token leaves it uncounted
+UNDEFINED_SOMEWHERE = frozenset({"kl_k1", "kl_k3", "clip_fraction", "list_advantage"})
 PROFILE_BANDS = {"first_10": 0.1, "first_30": 0.3, "last_30": 0.3}
 _BAND_CELLS = 2 ** len(PROFILE_BANDS)  # a token may be in several bands, so cells are the subsets of bands
 
 
 def token_quantities(
-    *, mask: Tensor, log_ratio: Tensor, advantage: Tensor, weights: Tensor, kept: Tensor, clipped: Tensor
+    *,
+    mask: Tensor,
+    sampled_now: Tensor,
+    log_ratio: Tensor,
+    advantage: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    clipped: Tensor,
 ) -> dict[str, Tensor]:
     """What the profile shows of each token, [B, T] each; content where masked means nothing.
 
     Args:
         mask: bool [B, T].
+        sampled_now: bool [B], rows that are the student's own samples: the others say nothing of KL(student || teacher), which is
+            NaN there.
         log_ratio: [B, T] nats, teacher - student.
         advantage: [B, T] nats, what the loss reads.
         weights: [B, T], 0 where a token does not count.
         kept: bool [B, T], tokens in the denominator.
-        clipped: bool [B, T], tokens whose gradient the policy clip cut.
+        clipped: bool [B, T], tokens whose gradient the policy clip cut; asked of those with a weight above 0, others have none.
     """
-    size, wide = log_ratio.abs(), log_ratio.double()  # k3 is a difference of near numbers
+    size = log_ratio.abs()
+    wide = torch.where(sampled_now.unsqueeze(-1), log_ratio.double(), torch.nan)  # k3 is a difference of near numbers
     return {
         "advantage": advantage,
         "disagreement": size,
         "drift": exclusive_cumsum(size, mask),
-        "kl_k1": -log_ratio,
+        "kl_k1": -wide,
         "kl_k3": torch.expm1(wide) - wide,
         "weight": weights,
         "kept_fraction": kept,
         "gradient_size": (weights * advantage).abs(),
-        "clip_fraction": clipped,
+        "clip_fraction": torch.where(weights > 0, clipped.double(), torch.nan),
     }
 
 

@@ -53,7 +53,7 @@ def over_training(run: RunFiles) -> list[Drawing]:
             "KL(student || teacher)",
             "nats/token",
             Line("val/reverse_kl", "validation, full vocabulary", BLUE, points=True),
-            Line("train/reverse_kl_k1", "training batch, k1 estimate", GREY, dashed=True),
+            Line("train/reverse_kl_k1", "training samples, k1 estimate", GREY, dashed=True),
         ),
         _chart(
             run,

@@ -56,7 +56,7 @@ def headline(run: RunFiles) -> str:
         if change:
             parts.append(f"{words} {change}{unit}")
     if not parts and (change := _change(run, "train/reverse_kl_k1")):
-        parts.append(f"no validation; KL to the teacher in the training batches {change} nats/token")
+        parts.append(f"no validation; KL to the teacher on the training samples {change} nats/token")
     return f"{strategy(run)}, {steps}: {', '.join(parts) or 'nothing was measured yet'}"
 
 

@@ -20,6 +20,8 @@ from lit_opd.rollout.weights import StudentWeights
 from lit_opd.streams import row_uniforms
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, Waiting
 
+_INSIDE = ("sampler", "fresh")  # what samplers around another one call it in their constructors
+
 
 class EarlyStop(Protocol):
     """What may end rows of a batch before their stop id, while they are written; see ``RatioStop``."""
@@ -410,11 +412,13 @@ class Sampler(ABC):
 
 
 def engine_options(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the engine in a config's ``model``; of the one inside where the sampler plays an environment or
-    continues responses."""
-    found = (model.get("sampler") or {}).get("init_args") or {}
-    inner = found.get("sampler")
-    return dict((inner.get("init_args") or {}) if isinstance(inner, Mapping) else found)
+    """The settings of the engine in a config's ``model``: of the innermost sampler, which draws the tokens."""
+    given: Any = model.get("sampler")
+    found: Any = {}
+    while isinstance(given, Mapping):
+        found = given.get("init_args") or {}
+        given = next((found[name] for name in _INSIDE if found.get(name)), None)
+    return dict(found)
 
 
 def finish(

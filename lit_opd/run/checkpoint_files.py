@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -298,11 +298,37 @@ def requeued(run_dir: Path, *, overwrites: bool = False) -> bool:
         run_dir: the run folder.
         overwrites: the command line replaces the folder, which a job does at its first start only.
     """
-    restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
+    restarted = _restarted()
     if overwrites and not restarted:
         return False
     saved = any(run_dir.glob(f"{REQUEUE}*.ckpt"))
     return SLURMEnvironment.detect() and (saved or (restarted and bool(numbered(run_dir / FOLDER))))
+
+
+def _restarted() -> bool:
+    """SLURM counts how often it has queued this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
+
+
+def slurm_job() -> str | None:
+    """The id of the SLURM job that this process runs in, which stays when it is queued again; None elsewhere."""
+    return os.environ.get("SLURM_JOB_ID") if SLURMEnvironment.detect() else None
+
+
+def saved_by_this_job(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint that this SLURM job has saved before it was queued again; says loudly which newer ones are
+    damaged. None where there is none, or nothing was queued again."""
+    job = slurm_job()
+    if job is None or not _restarted():
+        return None
+    return _first_whole(path for path in _by_age(run_dir) if _is_of(path, job))[0]
+
+
+def _is_of(path: Path, job: str) -> bool:
+    try:
+        return bool(counters(path).get("slurm_job") == job)
+    except InputError:  # it is looked at first and then refused with the reason
+        return True
 
 
 def newest(run_dir: Path) -> Path:
@@ -311,14 +337,9 @@ def newest(run_dir: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    refused: dict[Path, str] = {}
-    for path in _by_age(run_dir):
-        reason = problem(path)
-        if reason is None:
-            for bad, why in refused.items():
-                rank_zero_warn(f"THE CHECKPOINT {bad} CANNOT BE USED: {why}; the run goes on from {path} instead")
-            return path
-        refused[path] = reason
+    found, refused = _first_whole(_by_age(run_dir))
+    if found is not None:
+        return found
     last = run_dir / FOLDER / LAST
     if not refused:
         raise InputError(f"`--ckpt_path` must be a checkpoint, got 'last', but there is no {last}")
@@ -326,6 +347,19 @@ def newest(run_dir: Path) -> Path:
     raise InputError(
         f"`--ckpt_path last` must find a whole checkpoint, but none is ({damage}); start anew with --overwrite"
     )
+
+
+def _first_whole(paths: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
+    """The first one that is whole, and what is wrong with those before it, which a warning says; None where none is."""
+    refused: dict[Path, str] = {}
+    for path in paths:
+        reason = problem(path)
+        if reason is None:
+            for bad, why in refused.items():
+                rank_zero_warn(f"THE CHECKPOINT {bad} CANNOT BE USED: {why}; the run goes on from {path} instead")
+            return path, refused
+        refused[path] = reason
+    return None, refused
 
 
 def best(run_dir: Path) -> Path:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lit_opd.errors import InputError
 from lit_opd.models.base import require_base
 from lit_opd.run.changed_options import apply_changes, configured
+from lit_opd.run.checkpoint_files import slurm_job
 from lit_opd.run.checkpoint_kinds import expected_names, from_consolidated
 from lit_opd.run.lightning import at_batch_end, count_epoch, validation_due
 from lit_opd.run.optimizer_state import by_name, plain_name
@@ -92,6 +93,7 @@ class ModuleState:
         checkpoint["trained_settings"] = self.trained.state()
         checkpoint["student_shapes"] = {name: list(shape) for name, shape in self._saved_shapes().items()}
         checkpoint["revisions"] = dict(self.revisions)
+        checkpoint["slurm_job"] = slurm_job()
         if self.base is not None:
             checkpoint["student_base"] = dict(self.base)
 

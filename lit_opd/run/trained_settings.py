@@ -22,26 +22,36 @@ GROUPS: dict[str, tuple[str, ...]] = {  # name for `--allow_change` -> settings
         "model.objective",
         "model.warmup",
         "model.advantage",
+        "model.reward",
         "model.aggregation",
         "model.mini_batches",
         "model.epochs",
         "model.truncated",
     ),
-    "models": ("model.student", "model.teacher", "model.reference"),
-    "data": ("data",),
+    "models": ("model.student", "model.teacher", "model.reference", "trainer.precision"),
+    "data": ("data", "trainer.limit_train_batches", "trainer.overfit_batches"),
     "sampler": ("model.sampler", "model.length_budget", "model.rollout_stop"),
     "seed": ("seed_everything", "model.seed"),
     "optimizer": ("model.optimizer", "model.lr_scheduler", "model.gradient_clip_norm"),
 }
+# what earlier versions had and did not write into a checkpoint: there it is unknown, not different
+RECORDED_LATER = frozenset(
+    {"model.reward", "trainer.precision", "trainer.limit_train_batches", "trainer.overfit_batches"}
+)
 FREE = frozenset({"optimizer"})  # may change unasked: the run warns of each option, see `changed_options`
 Group = Literal["weighting", "objective", "models", "data", "sampler", "seed"]  # what may change by name
 # speed, memory, addresses and limits of servers: the same tokens train the same weights whatever they are
 WITHOUT_EFFECT = frozenset(
     """gradient_checkpointing compile lazy attn_implementation offload trust_remote_code val_batch
-    urls sync api_key_env folder max_concurrency rows_per_request timeout retry_seconds start_seconds max_response_bytes
-    memory_fraction sleep max_logprob_gap max_gib""".split()
+    urls api_key_env folder max_concurrency rows_per_request timeout retry_seconds start_seconds max_response_bytes
+    memory_fraction sleep max_logprob_gap max_gib num_workers""".split()
+)
+GIVEN_OR_NOT = (
+    "sync"  # servers that get no weights sample from those they started with; how weights get there changes none
 )
 WAY_OF_WEIGHTS = "weights"  # the same, where it is a text: how they travel to an engine; numbers are of teachers
+DEFAULT_PRECISION = "32-true"
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Lightning's short names
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})  # what a setting that one side does not have counts as
 
 
@@ -64,13 +74,18 @@ def trained_settings(settings: Mapping[str, Any]) -> Settings:
     Args:
         settings: the whole config as plain values, nested.
     """
-    found = {group: {name: _plain(_at(settings, name)) for name in names} for group, names in GROUPS.items()}
-    return found
+    return {group: {name: _read(settings, name) for name in names} for group, names in GROUPS.items()}
 
 
 def differences(before: Settings, after: Settings) -> dict[str, list[tuple[str, Any, Any]]]:
-    """What changed, by group: (setting, value before, value after). Paths are compared as what they lead to."""
-    found = {group: list(_differing(before.get(group, {}), after.get(group, {}), "")) for group in GROUPS}
+    """What changed, by group: (setting, value before, value after). Paths are compared as what they lead to. Of
+    ``RECORDED_LATER`` what both sides name is compared, unless nothing at all is known of one."""
+    found = {}
+    for group in GROUPS:
+        sides = before.get(group, {}), after.get(group, {})
+        unknown = {name for name in RECORDED_LATER if all(sides) and not all(name in side for side in sides)}
+        old, new = ({name: value for name, value in side.items() if name not in unknown} for side in sides)
+        found[group] = list(_differing(old, new, ""))
     return {group: changes for group, changes in found.items() if changes}
 
 
@@ -140,6 +155,11 @@ class TrainedSettings:
             self.spans = [Span(0, self.before or {})]
         if not self.spans or differences(self.spans[-1].settings, self.now):
             self.spans.append(Span(step, self.now))
+        else:  # what an earlier version did not record is known from here on
+            last = self.spans[-1]
+            self.spans[-1] = Span(
+                last.start, {group: self.now[group] | last.settings.get(group, {}) for group in GROUPS}
+            )
 
     def state(self) -> list[dict[str, Any]]:
         """Plain values for a checkpoint."""
@@ -185,6 +205,16 @@ def _at(settings: Any, name: str) -> Any:
     return settings
 
 
+def _read(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting as a plain value; where the trainer takes several spellings for the same, one of them."""
+    value = _plain(_at(settings, name))
+    if name == "trainer.precision":
+        return PRECISIONS.get(str(value), str(value)) if value else DEFAULT_PRECISION
+    if name == "trainer.limit_train_batches" and isinstance(value, float) and value == 1.0:
+        return None  # all of them; the integer 1 is one batch
+    return value
+
+
 def _plain(value: Any) -> Any:
     """Numbers, texts, lists and dictionaries, which every checkpoint can hold."""
     if isinstance(value, Mapping):
@@ -203,9 +233,9 @@ def _differing(before: Any, after: Any, name: str, owner: str = "") -> Iterator[
             if key not in WITHOUT_EFFECT and (key != WAY_OF_WEIGHTS or of_teachers):
                 inner = f"{name}.{key}".lstrip(".").replace(".init_args", "")
                 default = _default(owner, key)
-                yield from _differing(
-                    before.get(key, default), after.get(key, default), inner, str(after.get("class_path", ""))
-                )
+                old, new = before.get(key, default), after.get(key, default)
+                if key != GIVEN_OR_NOT or (old is None) != (new is None):
+                    yield from _differing(old, new, inner, str(after.get("class_path", "")))
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for number, (old, new) in enumerate(zip(before, after, strict=True)):
             yield from _differing(old, new, f"{name}.{number}".lstrip("."))

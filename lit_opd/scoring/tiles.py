@@ -1,8 +1,9 @@
 """An output head met in tiles of tokens and vocabulary entries: numbers a token without an [N, V] tensor.
 
 Sums over the vocabulary are kept online: a tile gives each token its log-sum-exp and, where wanted, an average under its
-own softmax, and tiles are joined in float64. The backward pass computes each tile again; with the log-sum-exp at hand a
-softmax is one exponential. On the CPU a tile stays in the cache between the product and what follows it.
+own softmax, and tiles are joined in float64; autocast rounds none of it. The backward pass computes each tile again; with
+the log-sum-exp at hand a softmax is one exponential. On the CPU a tile stays in the cache between the product and what
+follows it.
 """
 
 from __future__ import annotations
@@ -118,9 +119,15 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """
     on_cpu = left.device.type == right.device.type == "cpu" and left.dtype == right.dtype == torch.float32
     recorded = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    if not on_cpu or recorded or len(left) != TILE_TOKENS or not torch.backends.mkldnn.is_available():
-        return F.linear(left, right)
-    return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]
+    with _unrounded(left):
+        if not on_cpu or recorded or len(left) != TILE_TOKENS or not torch.backends.mkldnn.is_available():
+            return F.linear(left, right)
+        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _unrounded(like: Tensor) -> torch.autocast:
+    """No autocast on the device of ``like``: products and dot products keep the dtype of what goes in."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _slices(count: int, size: int) -> list[slice]:
@@ -205,7 +212,7 @@ class _PerToken(torch.autograd.Function):
         term: TokenTerm,
         temperature: float,
     ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _unrounded(hidden):
             out = term.values(Head(hidden, weight, bias, *form), temperature)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.form, ctx.term, ctx.temperature = form, term, temperature
@@ -214,7 +221,7 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         head = Head(*ctx.saved_tensors, *ctx.form)
-        with torch.autocast(head.hidden.device.type, enabled=False):
+        with _unrounded(head.hidden):
             sums = _HeadGradient(head, upstream / ctx.temperature, ctx.needs_input_grad[:3])
             for rows, columns in ctx.term.blocks(head):
                 logits = head.logits(rows, ctx.temperature, columns)
@@ -306,7 +313,8 @@ class VocabularySums:
         keep, take = (old - new).exp_(), (top - new).exp_()
         self.mass[rows] = self.mass[rows] * keep + masses.sum(-1) * take
         if values is not None:
-            self.weighted[rows] = self.weighted[rows] * keep + torch.linalg.vecdot(masses, values) * take
+            with _unrounded(masses):  # autocast counts a dot product among the products that it rounds
+                self.weighted[rows] = self.weighted[rows] * keep + torch.linalg.vecdot(masses, values) * take
         self.top[rows] = new
 
     @property

@@ -36,12 +36,17 @@ def states_of(recipe: Recipe, asked: frozenset[str]) -> frozenset[str]:
     return asked - {HEAD} if recipe.mini_batches > 1 else asked
 
 
-def asked_of(recipe: Recipe, teacher: Teacher) -> frozenset[str]:
-    """``TokenSignal`` fields that the teacher's ``score`` is asked for: all that is required, lists in place of a head that it
-    does not have."""
+def required_beside(recipe: Recipe, teacher: Teacher) -> frozenset[str]:
+    """Optional ``TokenSignal`` fields that something reads, whoever gives them: lists in place of a head that the teacher does
+    not have."""
     whose = whose_lists(recipe, teacher)
     if whose is None:
         return recipe.required
     others = (part.requires for part in recipe.parts if part is not recipe.objective)
     own = recipe.objective.requires - {HEAD} | ({LISTS} if whose == "teacher" else set())
     return with_implied(own.union(*others))
+
+
+def asked_of(recipe: Recipe, teacher: Teacher) -> frozenset[str]:
+    """Those of them that the teacher's ``score`` is asked for: the student, the run and a reference model give the others."""
+    return required_beside(recipe, teacher) & teacher.provides

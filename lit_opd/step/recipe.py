@@ -141,7 +141,7 @@ class Recipe:
 def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
     """Rows that reached ``max_new_tokens``, not those a length budget cut: "keep" trains on them, "mask" keeps the row without
     any valid token, "drop" removes it before it is scored. Both of the latter leave every denominator. A batch left without
-    rows keeps one, fully masked."""
+    rows keeps one, fully masked; one left with fewer rows than mini-batches has none in the last of these."""
     if policy == "keep":
         return rollout
     ended = rollout.layout.finish_reason != int(FinishReason.LENGTH)
@@ -149,19 +149,22 @@ def apply_truncated(rollout: Rollout, policy: Truncated) -> Rollout:
     return masked if policy == "mask" else masked.take(ended.nonzero()[0].tolist() or [0])
 
 
-def progress(*, step: int, max_steps: int, batches: float, updates: int) -> float:
+def progress(*, step: int, total: float) -> float:
     """Training progress p in [0, 1] of the coming optimizer step; 1 where the run's length is not known, or one step.
 
     Args:
         step: optimizer steps made so far.
-        max_steps: of the run, below 1 for no bound.
-        batches: rollout batches of the run where ``max_steps`` is no bound, maybe infinite.
-        updates: optimizer steps a batch makes.
+        total: of the run, as ``total_steps`` says.
     """
-    total = total_steps(max_steps=max_steps, batches=batches, updates=updates)
     return 1.0 if total <= 1 or math.isinf(total) else min(1.0, step / (total - 1))
 
 
 def total_steps(*, max_steps: int, batches: float, updates: int) -> float:
-    """Optimizer steps of a run, infinite where its length is not known; see ``progress``."""
-    return max_steps if max_steps > 0 else math.inf if math.isinf(batches) else int(batches) * updates
+    """Optimizer steps of a run, which ends at the first of its bounds; infinite where it has none.
+
+    Args:
+        max_steps: its own bound of steps, below 1 for none.
+        batches: rollout batches of all its epochs, maybe infinite.
+        updates: optimizer steps a batch makes.
+    """
+    return min(max_steps if max_steps > 0 else math.inf, batches * updates)

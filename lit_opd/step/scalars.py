@@ -24,14 +24,14 @@ def scalars(record: StepRecord) -> dict[str, Tensor]:
     parts = _parts(record)
     sums = all_sum(torch.stack([value.double().sum() for value in parts.values()])).unbind()
     sum_of = dict(zip(parts, sums, strict=True))
-    tokens, counted, rows = (sum_of[name].clamp(min=1) for name in ("tokens", "counted", "rows"))
+    tokens, counted, trained, rows = (sum_of[name].clamp(min=1) for name in ("tokens", "counted", "trained", "rows"))
     found = {
         "train/reverse_kl_k1": sum_of["kl"] / tokens,
         "train/disagreement": sum_of["gap"] / tokens,
         "train/weight_mean": sum_of["weight"] / counted,
         "train/weight_ess": sum_of["weight"].square()
         / (counted * sum_of["square"]).clamp(min=torch.finfo(torch.float64).tiny),
-        "train/clip_fraction": sum_of["clipped"] / tokens,
+        "train/clip_fraction": sum_of["clipped"] / trained,
         "train/student_nll": sum_of["surprise"] / tokens,
         "train/sampler_gap": sum_of["sampler_gap"] / tokens,
         "train/grad_norm": record.grad_norm.double(),
@@ -58,6 +58,7 @@ def _parts(record: StepRecord) -> dict[str, Tensor]:
     """What is summed over the tokens or rows of all ranks, by name."""
     signal, mask, ratio = record.signal, record.signal.mask, record.signal.log_ratio
     assert signal.sampler_logprobs is not None
+    trained = mask & (record.weights > 0)
     reasons = {name: record.finish_reason == int(FinishReason[name.upper()]) for name in ("length", "budget", "drift")}
     return {
         "tokens": mask,
@@ -66,7 +67,8 @@ def _parts(record: StepRecord) -> dict[str, Tensor]:
         "gap": ratio.abs(),
         "weight": record.weights,
         "square": record.weights.square(),
-        "clipped": record.clipped,
+        "trained": trained,
+        "clipped": record.clipped & trained,
         "sampled": record.sampled_tokens,
         "rows": torch.ones_like(record.finish_reason),
         "surprise": -signal.student_logprobs,
@@ -79,8 +81,8 @@ def _parts(record: StepRecord) -> dict[str, Tensor]:
 
 
 def _of_replay(record: StepRecord) -> dict[str, Tensor]:
-    """Where responses were saved ones: their share, how far the student is from who sampled them, and the sampler's gap without
-    them; one collective."""
+    """Where responses were saved ones: their share, how far the student is from who sampled them, and without them what is an
+    average over the student's own samples; one collective."""
     replayed, signal = record.rollout.replayed, record.signal
     if replayed is None:
         return {}
@@ -89,12 +91,21 @@ def _of_replay(record: StepRecord) -> dict[str, Tensor]:
     old = signal.mask & replayed.old.unsqueeze(-1)
     known = old & replayed.known.unsqueeze(-1)
     now = signal.mask & ~old
-    parts = (replayed.old, torch.ones_like(replayed.old), gap * known, known, gap * now, now)
-    rows, all_rows, drift, drifted, sampled, counted = all_sum(torch.stack([p.double().sum() for p in parts])).unbind()
+    own = {"reverse_kl_k1": -signal.log_ratio, "student_nll": -signal.student_logprobs, "sampler_gap": gap}
+    parts = (
+        replayed.old,
+        torch.ones_like(replayed.old),
+        gap * known,
+        known,
+        now,
+        *(value * now for value in own.values()),
+    )
+    found = all_sum(torch.stack([part.double().sum() for part in parts])).unbind()
+    rows, all_rows, drift, drifted, counted, *sums = found
     return {
         "train/replayed_fraction": rows / all_rows,
-        "train/replay_gap": drift / drifted,  # NaN where there is nothing to compare
-        "train/sampler_gap": sampled / counted,
+        "train/replay_gap": drift / drifted,  # NaN where there is nothing to average
+        **{f"train/{name}": value / counted for name, value in zip(own, sums, strict=True)},
     }
 
 

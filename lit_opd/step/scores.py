@@ -211,15 +211,16 @@ class Scores:
         for who, model in self.scorers.items():
             requires = asked_of(self.recipe, model) if who == "teacher" else frozenset()
             told = who == "teacher" and part.teacher_logprobs is not None and not model.sums_stops
-            if told and not requires & model.provides:
+            if told and not requires:
                 assert part.teacher_logprobs is not None  # told
                 scores = TokenScores(part.teacher_logprobs)  # of the same tokens and weights, from sampling
             elif who == "teacher" and self._lists == "student":
                 ids = self.buffer.part(CANDIDATES, rows, part.mask.shape[1])
                 scores = model.score_candidates(part, ids, temperature=self.temperature, requires=requires)
             else:
+                read = part if who == "teacher" else part.without_teacher_prompts()
                 wanted = states_of(self.recipe, requires)
-                scores = model.score(part, temperature=self.temperature, requires=wanted)
+                scores = model.score(read, temperature=self.temperature, requires=wanted)
             self.buffer.put_scores(who, rows, scores)
             if scores.states is not None:
                 self._states[tuple(rows)], self._gives_states = scores.states, True

@@ -3,7 +3,9 @@
 The order of things: the teacher (and a reference model where something reads it) scores the whole batch; where weights
 need other rows, where a strategy drops tokens or where the batch is used more than once, the student scores it once too,
 without gradient; denominators are summed over micro-batches and ranks; then each micro-batch runs forward and backward.
-A rank with fewer micro-batches than another runs dummies of weight zero, because sharded collectives must match.
+A rank with fewer micro-batches than another runs dummies of weight zero, because sharded collectives must match. A rank
+with fewer rows than mini-batches (``truncated: drop``) has no rows in the last ones; where no rank has any, the gradient of
+the step is zero, as with masked rows.
 
 A value that is not finite goes into the signal as 0, so that all ranks finish the backward pass; the one decision whether the
 step is made falls after it, see ``skips.py``.
@@ -127,7 +129,7 @@ class Update:
         return torch.stack(losses).mean()
 
     def _optimizer_step(self, rows: Rows, *, left: int) -> Tensor:
-        """The step on ``rows``, the first of ``left``; all of them are skipped where something is not finite."""
+        """The step on ``rows``, maybe none, the first of ``left``; all of them are skipped where something is not finite."""
         loss = self.batches.attempt(
             rows,
             lambda groups: self._backward(groups, self._denominator(rows), last=left == 1),
@@ -149,7 +151,7 @@ class Update:
 
     def _backward(self, groups: list[Rows], total: Tensor, *, last: bool) -> Tensor:
         """Gradients of all micro-batches, of the batch's ``last`` step or another; this rank's share of the loss, scalar."""
-        count = largest(len(groups), self.rollout.mask.device)
+        count = max(1, largest(len(groups), self.rollout.mask.device))  # without rows anywhere, for a gradient of zero
         loss = torch.zeros((), device=self.rollout.mask.device)
         with self.scores.teacher_head():  # where memory ran out there are no states any more, and all of it is needed
             for index in range(count):
@@ -164,11 +166,8 @@ class Update:
         return loss
 
     def _denominator(self, rows: Rows) -> Tensor:
-        index = torch.tensor(rows, device=self.rollout.mask.device)
-        mask = self.rollout.mask[index]
-        kept = self.scores.counted[index] if self.kept is None else self.kept[index]
-        aggregation, slots = self.recipe.aggregation, self.recipe.max_new_tokens
-        return all_sum(denominator(aggregation, kept=kept, mask=mask, max_new_tokens=slots))
+        kept = (self.scores.counted if self.kept is None else self.kept)[self._index(rows)]
+        return all_sum(denominator(self.recipe.aggregation, kept=kept, max_new_tokens=self.recipe.max_new_tokens))
 
     def _micro_loss(self, rows: Rows, total: Tensor) -> Tensor:
         """This micro-batch's share of the reduced loss."""
@@ -184,7 +183,7 @@ class Update:
     def _weighted(self, part: Rollout, rows: Rows, scores: TokenScores) -> tuple[TokenSignal, Tensor, Tensor]:
         columns = part.mask.shape[1]
         if self.scores.full is not None and self.weights is not None and self.kept is not None:
-            index = torch.tensor(rows, device=part.mask.device)
+            index = self._index(rows)
             signal = leading_columns(self.scores.full.rows(index), columns)
             return signal, self.weights[index][:, :columns], self.kept[index][:, :columns]
         self.scores.buffer.put_scores("student", rows, scores)
@@ -192,6 +191,10 @@ class Update:
         weights = self.recipe.weighting(self.recipe.as_weighed(signal), self.progress)
         self.scores.buffer.put("weights", rows, weights)
         return signal, weights, signal.mask
+
+    def _index(self, rows: Rows) -> Tensor:
+        """int64, on the batch's device; of no rows too."""
+        return torch.tensor(rows, dtype=torch.int64, device=self.rollout.mask.device)
 
     # -- before weights change ---------------------------------------------------------------------------------------
 
@@ -220,7 +223,7 @@ class Update:
         """The sampler's log-probs are near the student's, where that is compared at this step."""
         if self.gap is None or not self.gap.due:
             return
-        index = torch.tensor(rows, device=self.rollout.mask.device)
+        index = self._index(rows)
         student, sampler = self.scores.buffer.values["student_logprobs"][index], self.rollout.sampler_logprobs[index]
         mask, step = self.rollout.mask[index], self.optimisation.step + 1
         if self.rollout.replayed is not None:

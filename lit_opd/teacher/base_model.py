@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, put_back_first
 from lit_opd.models.sharding import Placement
 from lit_opd.models.student import StudentSettings
 from lit_opd.scoring.model import ScoringModel
@@ -21,8 +21,9 @@ from lit_opd.types import Rollout, TokenScores
 class BaseModelTeacher(Teacher):
     """The model below a LoRA student's adapters, scored with the adapters switched off.
 
-    As ``model.reference`` it is the initial student. As ``model.teacher`` it makes sense where it reads another prompt than the
-    student (``data.teacher_system_prompt``, ``data.teacher_template_options``): with the same one both are equal and stay so.
+    As ``model.reference`` it is the initial student, and reads the student's prompt. As ``model.teacher`` it makes sense where
+    it reads another prompt than the student (``data.teacher_system_prompt``, ``data.teacher_template_options``): with the same
+    one both are equal and stay so.
 
     Raises:
         InputError: the student has no adapters, or its weights are sharded.
@@ -91,5 +92,6 @@ class BaseModelTeacher(Teacher):
             raise RuntimeError("BaseModelTeacher.attach has not been called")
         (student,) = self._student
         model: Any = student.model
-        with model.disable_adapter():
+        # while they are off, the adapters are not among the weights that train
+        with put_back_first(), model.disable_adapter():
             yield student

@@ -16,6 +16,7 @@ from lit_opd.distributed import is_rank_zero, largest, world_size
 from lit_opd.errors import InputError, require
 from lit_opd.models.positions import takes_long_angles
 from lit_opd.models.sharding import holds_shards
+from lit_opd.scoring.stops import StopClass
 from lit_opd.teacher.aligned import AlignedTeacher
 from lit_opd.teacher.base import Teacher
 from lit_opd.teacher.score_files import ScoreFiles, Unreadable
@@ -36,8 +37,8 @@ class CachedTeacher(SeveralTeachers):
     """Scores of another teacher, each computed once: the next time the same tokens are scored they are read from disk.
 
     Made for responses that come again (``ReplaySampler``) and for runs that share them. A row's entry is found by the teacher's
-    revision, what its scores depend on (dtype, temperature, vocabulary, stop ids, the angles of LongRoPE ...), and the tokens of
-    prompt and response.
+    revision, what its scores depend on (dtype, temperature, vocabulary, stop ids, with ``stop_mass`` sum the teacher's too, the
+    angles of LongRoPE ...), and the tokens of prompt and response.
     It holds log-probs, and entropies and lists where they were read. Divergences over the whole vocabulary need the teacher's
     head, which is not kept: ``Divergence(top_k=...)`` reads the lists. Of a ``ReplaySampler``'s rows only the saved ones are
     kept, since those that were sampled now do not come again.
@@ -226,7 +227,8 @@ def _hash(*parts: bytes) -> str:
 
 
 def _settings(teacher: Teacher) -> dict[str, Any]:
-    """Class and plain settings of a teacher that its scores may depend on, and what its model made of the run's longest row."""
+    """Class and plain settings of a teacher that its scores may depend on, what its model made of the run's longest row, and
+    which stop tokens it sums."""
     plain = {
         name: value
         for name, value in vars(teacher).items()
@@ -235,7 +237,15 @@ def _settings(teacher: Teacher) -> dict[str, Any]:
     unused = list(getattr(teacher, "_unused", ()))  # entries without a name, which have no mass
     model = getattr(teacher, "policy", None)  # the model in this process, where it has one
     angles = {"angles": "long"} if isinstance(model, nn.Module) and takes_long_angles(model) else {}
-    return {"class": f"{type(teacher).__module__}.{type(teacher).__qualname__}", "unused": unused, **plain, **angles}
+    stops = getattr(teacher, "_stops", None)  # the teacher's own among them, which neither weights nor settings name
+    summed = {"stops": list(stops.ids)} if isinstance(stops, StopClass) else {}
+    return {
+        "class": f"{type(teacher).__module__}.{type(teacher).__qualname__}",
+        "unused": unused,
+        **plain,
+        **angles,
+        **summed,
+    }
 
 
 def _precision(teacher: Teacher, device: str) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lit_opd.errors import InputError
+from lit_opd.errors import InputError, put_back_first
 from lit_opd.models.flat_shards import cut, in_slices, put_together, whole_shapes
 from lit_opd.models.sharding import Placement, forget_gathered, gathered, is_sharded
 from lit_opd.models.weights import FSDP1_WRAPPER
@@ -187,20 +187,22 @@ class SelfTeacher(Teacher):
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         """The kept values in the student's weights, and its own kept meanwhile: in place, so that shards and the optimizer's
-        view of them stay what they are."""
+        view of them stay what they are. A signal that stops the run waits until its own are back, else a checkpoint would hold
+        the teacher's."""
         self._move()
         pairs = [(_local(value), self.values[name]) for name, value in self._trained()]
         own: list[Tensor] = []
-        try:
-            for weight, value in pairs:
-                own.append(weight.clone())
-                weight.copy_(value)
-            forget_gathered(self._loaded())
-            yield
-        finally:
-            for (weight, _), value in zip(pairs, own, strict=False):
-                weight.copy_(value)
-            forget_gathered(self._loaded())
+        with put_back_first():
+            try:
+                for weight, value in pairs:
+                    own.append(weight.clone())
+                    weight.copy_(value)
+                forget_gathered(self._loaded())
+                yield
+            finally:
+                for (weight, _), value in zip(pairs, own, strict=False):
+                    weight.copy_(value)
+                forget_gathered(self._loaded())
 
     def _move(self) -> None:
         """The values on the device of the weights, which moved after they were loaded."""

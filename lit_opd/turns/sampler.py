@@ -64,7 +64,8 @@ class TurnsSampler(SamplerAround):
 
     A turn that the student ends itself is answered, until the environment is done, ``max_turns`` are over, or the row's tokens
     are: ``sampler.max_new_tokens`` bounds all that stands after the prompt, answers included. A turn without an end, and an
-    answer that no longer fits, end their row as ``FinishReason.LENGTH``.
+    answer that no longer fits, end their row as ``FinishReason.LENGTH``; as ``FinishReason.BUDGET`` where they would have had
+    room without a length budget.
 
     Args:
         sampler: the engine. ``DecodeSampler`` goes on from its keys and values; others are sent the conversation so far, which a
@@ -189,11 +190,12 @@ class TurnsSampler(SamplerAround):
 
     def _take(self, row: _Row, spoken: Spoken, place: int, turn: int, settings: SamplingSettings) -> None:
         """One turn into its row."""
+        left = settings.max_new_tokens - len(row.ids)
         length = spoken.lengths[place]
         ids = spoken.ids[place, :length].tolist()
         row.add(ids, spoken.logprobs[place, :length].tolist(), sampled=True, turn=turn)
         row.dtype = spoken.logprobs.dtype
-        row.reason = FinishReason.BUDGET if settings.budgeted else FinishReason.LENGTH
+        row.reason = _cut(settings, by_budget=self.max_turn_tokens is None or left < self.max_turn_tokens)
         if spoken.stopped[place]:
             text = self._tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             row.said = Response(text, tuple(ids))
@@ -289,7 +291,10 @@ class TurnsSampler(SamplerAround):
         row.state.messages += answer.observation
         if turn + 1 == self.max_turns:
             row.reason = FinishReason.TURNS
-        if turn + 1 == self.max_turns or len(row.ids) + len(ids) >= settings.max_new_tokens:
+            return None
+        length = len(row.ids) + len(ids)
+        if length >= settings.max_new_tokens:
+            row.reason = _cut(settings, by_budget=length < self.max_new_tokens)
             return None
         row.add(ids, [0.0] * len(ids), sampled=False, turn=turn + 1)
         return ids
@@ -346,6 +351,11 @@ def _with_prompts(prompts: PromptBatch, changed: dict[int, list[int]], settings:
     for row, text in enumerate(texts):
         ids[row, width - len(text) :], mask[row, width - len(text) :] = torch.tensor(text), True
     return replace(prompts, ids=ids.to(prompts.ids.device), mask=mask.to(prompts.ids.device))
+
+
+def _cut(settings: SamplingSettings, *, by_budget: bool) -> FinishReason:
+    """Why a row ended that had no room left: by its length budget, or by what bounds it without one."""
+    return FinishReason.BUDGET if settings.budgeted and by_budget else FinishReason.LENGTH
 
 
 def _rollout(rows: Sequence[_Row], prompts: PromptBatch, settings: SamplingSettings, provenance: Provenance) -> Rollout:

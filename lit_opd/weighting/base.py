@@ -60,7 +60,8 @@ class WeightingStrategy(nn.Module, ABC):
         """Weights [B, T], finite and >= 0, for training ``progress`` in [0, 1]; values off the mask are ignored."""
 
     def keep(self, signal: TokenSignal, progress: float) -> Tensor | None:
-        """bool [B, T]: False takes the token out of the loss's denominator; None keeps all."""
+        """bool [B, T]: False takes the token out of the loss's denominator, and a row of which none is kept out of one that
+        counts rows; None keeps all."""
         return None
 
     @classmethod

@@ -193,6 +193,7 @@ def test_a_run_killed_inside_an_evaluation_completes_it_and_repeats_nothing(fini
         if line["set"] == "aime" and line["step"] in (0, 2)
     }
     assert len(world.lines(run)) == 48 and ours == theirs
+    assert not (run / "evaluation.jsonl.aside").exists()
     assert metrics(run)[2] == pytest.approx({k: v for k, v in metrics(finished)[2].items() if k in metrics(run)[2]})
 
 
@@ -208,6 +209,49 @@ def test_a_resumed_run_repeats_no_finished_evaluation_unless_the_settings_change
     world.run(changed, run, "--ckpt_path", "last", "--trainer.max_steps", "5")
     assert seen == [10, 10, 4]
     assert len({line["settings"] for line in world.lines(run)}) == 3  # two sets, and the first with another temperature
+
+
+@pytest.fixture(scope="module")
+def four_steps(folder) -> tuple[Path, Path]:
+    """A config that keeps every checkpoint and evaluates after every step, and its run."""
+    keep = {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1, "keep": 99}}
+    path = world.config(folder / "four", [world.evaluation(folder, steps=[], every=1), keep], max_steps=4)
+    return path, world.run(path, folder / "four" / "run")
+
+
+def steps_of(run_dir: Path, name: str = "evaluation.jsonl") -> dict[int, int]:
+    return dict(Counter(line["step"] for line in world.lines(run_dir, name)))
+
+
+def test_a_run_that_goes_back_with_another_learning_rate_answers_its_later_steps_anew(
+    four_steps, folder, calls, caplog
+):
+    seen, _ = calls
+    path, run = four_steps[0], Path(shutil.copytree(four_steps[1], folder / "back", symlinks=True))
+    before, back = world.lines(run), ("--ckpt_path", str(run / "checkpoints" / "step-2.ckpt"))
+    with caplog.at_level("INFO"):
+        world.run(path, run, *back, "--model.optimizer.lr", "0.05")
+    assert "its evaluations at 3, 4 are in evaluation.jsonl.aside now" in caplog.text
+    assert seen == [10, 10, 4] * 2 and steps_of(run) == dict.fromkeys(range(5), 24)
+    assert world.lines(run)[:72] == before[:72] and world.lines(run, "evaluation.jsonl.aside") == before[72:]
+    right = {step: [line["correct"] for line in world.lines(run) if line["step"] == step] for step in (3, 4)}
+    for step in (3, 4):
+        assert metrics(run)[step]["eval/aime/avg_at_k"] == pytest.approx(sum(right[step]) / 24)
+    assert [line["text"] for line in world.lines(run)[72:]] != [line["text"] for line in before[72:]]
+    seen.clear()
+    world.run(path, run, *back)  # and back to the run that it was
+    assert not seen and world.lines(run) == before
+    assert steps_of(run, "evaluation.jsonl.aside") == {3: 24, 4: 24}
+
+
+def test_lines_of_an_older_run_without_a_mark_count_up_to_the_step_that_it_goes_on_from(four_steps, folder, calls):
+    seen, _ = calls
+    path, run = four_steps[0], Path(shutil.copytree(four_steps[1], folder / "older", symlinks=True))
+    older = [{name: value for name, value in line.items() if name != "weights"} for line in world.lines(run)]
+    (run / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
+    world.run(path, run, "--ckpt_path", str(run / "checkpoints" / "step-3.ckpt"))
+    assert seen == [10, 10, 4] and steps_of(run) == dict.fromkeys(range(5), 24)
+    assert world.lines(run)[: 4 * 24] == older[: 4 * 24]
 
 
 def test_modes_and_random_states_survive_a_failure():
@@ -461,6 +505,7 @@ def test_two_ranks_share_the_samples_and_agree_with_one(folder, finished):
     theirs = [line for line in world.lines(finished) if line["set"] == "aime" and line["step"] == 0]
     assert len(world.lines(folder / "ranks" / "run")) == 24
     assert ours == {(line["problem_id"], line["sample"]): line["text"] for line in theirs}
+    assert {line["weights"] for line in world.lines(folder / "ranks" / "run")} == {line["weights"] for line in theirs}
     first, second = metrics(folder / "ranks" / "run")[0], metrics(finished)[0]
     assert first == pytest.approx({name: second[name] for name in first})
     rates = [sum(line["correct"] for line in theirs if line["problem_id"] == str(n)) / 4 for n in range(6)]

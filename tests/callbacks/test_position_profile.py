@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lit_opd.report.profile import ProfileWindow, read_profile
 from lit_opd.report.profile_pictures import profile_figure
 from lit_opd.report.profile_sums import PositionProfileSums, position_edges
 from lit_opd.teacher import LocalTeacher
-from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, StepRecord
+from lit_opd.types import FinishReason, PromptBatch, Provenance, Replayed, Rollout, StepRecord
 from tests.helpers import cases, profiled, tiny, wandb_file
 from tests.helpers.signals import holey_mask, random_signal
 
@@ -103,6 +104,7 @@ def tokens(records: list[StepRecord]) -> list[dict[str, float]]:
                 advantage, weight = float(signal.advantage[at]), float(one.weights[at])
                 found.append(
                     {
+                        "row": row,
                         "i": index,
                         "n": len(columns),
                         "advantage": advantage,
@@ -113,7 +115,7 @@ def tokens(records: list[StepRecord]) -> list[dict[str, float]]:
                         "weight": weight,
                         "kept_fraction": float(one.kept[at]),
                         "gradient_size": abs(weight * advantage),
-                        "clip_fraction": float(one.clipped[at]),
+                        "clip_fraction": float(one.clipped[at]) if weight > 0 else math.nan,
                         "truncated_fraction": float(row % 3 == 0),
                         "student_entropy": float(signal.student_entropy[at]),
                         "teacher_entropy": float(signal.teacher_entropy[at]),
@@ -125,10 +127,10 @@ def tokens(records: list[StepRecord]) -> list[dict[str, float]]:
 
 def means(group: list[dict[str, float]], everything: list[dict[str, float]]) -> dict[str, float | None]:
     """Means of a group of tokens, and its share of the gradient."""
-    names = [name for name in everything[0] if name not in ("i", "n")]
-    found: dict[str, float | None] = {
-        name: math.fsum(token[name] for token in group) / len(group) if group else None for name in names
-    }
+    found: dict[str, float | None] = {}
+    for name in (name for name in everything[0] if name not in ("row", "i", "n")):
+        values = [token[name] for token in group if not math.isnan(token[name])]
+        found[name] = math.fsum(values) / len(values) if values else None
     total = math.fsum(token["gradient_size"] for token in everything)
     return found | {"gradient_share": math.fsum(token["gradient_size"] for token in group) / total}
 
@@ -233,6 +235,32 @@ def test_shares_of_the_gradient_add_up_to_one():
     found = profile(RECORDS, length=COLUMNS)
     for binned in (found.absolute, found.relative):
         assert math.fsum(binned.values["gradient_share"]) == pytest.approx(1.0)
+
+
+def replayed(whole: StepRecord, rows: list[int]) -> StepRecord:
+    """The record with saved responses in ``rows``."""
+    old = torch.tensor([row in rows for row in range(len(whole.signal))])
+    told = Replayed(old, torch.ones_like(old), torch.zeros_like(old, dtype=torch.int64))
+    return StepRecord(**{**vars(whole), "rollout": replace(whole.rollout, replayed=told)})
+
+
+def test_the_divergence_is_of_rows_sampled_now():
+    """By slow loops over the others; all else is of every row. Nothing where all rows are saved ones."""
+    seen, own = tokens(RECORDS), [token for token in tokens(RECORDS[:1]) if token["row"] in (1, 4, 8)]
+    parts = [replayed(RECORDS[0], [0, 2, 3, 5, 6, 7]), replayed(RECORDS[1], list(range(5)))]
+    found = profile(parts, length=COLUMNS, relative_bins=5)
+    assert 0 < len(own) < len(seen)
+    for place in range(5):
+        group, now = (
+            [t for t in part if int(Fraction(2 * int(t["i"]) - 1, 2 * int(t["n"])) * 5) == place]
+            for part in (seen, own)
+        )
+        expected = means(group, seen)
+        for name in ("kl_k1", "kl_k3"):
+            expected[name] = math.fsum(token[name] for token in now) / len(now)
+        same(at(found.relative, place), expected)
+    nothing = profile(parts[1:], length=COLUMNS)
+    assert not {"kl_k1", "kl_k3"} & nothing.relative.values.keys() and "disagreement" in nothing.relative.values
 
 
 def test_content_where_masked_changes_nothing():

@@ -13,11 +13,13 @@ from dataclasses import replace
 
 import lightning as L
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from callbacks import Progress, Summary
 from lit_opd.evaluation import ValidationSettings
 from lit_opd.rollout import TransformersSampler
+from lit_opd.types import Replayed
 from tests.helpers import fixed, tiny
 
 
@@ -26,11 +28,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return tiny.pair(tmp_path_factory.mktemp("models"))
 
 
-def run(folders: tuple[str, str], progress: Progress, *, steps: int = 4, **settings) -> None:
+def run(folders: tuple[str, str], progress: Progress, *, steps: int = 4, epochs: int | None = None, **settings) -> None:
     rollout = fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
     sampler = TransformersSampler(max_new_tokens=4)
     trained = fixed.module(folders, rollout, dtype="float32", sampler=sampler, **settings)
-    fixed.fit(trained, rollout.prompts, steps=steps, watch=progress, enable_progress_bar=True)
+    limits = {"steps": steps, "max_epochs": epochs, "limit_train_batches": 3}
+    fixed.fit(trained, rollout.prompts, **limits, watch=progress, enable_progress_bar=True)
 
 
 def test_a_log_file_gets_a_line_every_few_steps_with_the_numbers(folders):
@@ -39,6 +42,38 @@ def test_a_log_file_gets_a_line_every_few_steps_with_the_numbers(folders):
     lines = out.getvalue().splitlines()
     pattern = r"step (\d)/4 \| \d+ s left \| KL -?\d+\.\d{3} \| truncated \d+% \| [\d,]+ tokens/s"
     assert [re.fullmatch(pattern, line).group(1) for line in lines] == ["2", "4"]
+
+
+def test_the_end_of_the_epochs_is_the_end_of_the_run(folders):
+    """Three batches of two steps each, of a hundred steps that may be made."""
+    out = io.StringIO()
+    run(folders, Progress(every=4, stream=out), steps=100, epochs=1, mini_batches=2)
+    lines = out.getvalue().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["step 4/6", "step 6/6"] and "| 0 s left" in lines[-1]
+
+
+def test_saved_responses_have_no_kl_of_the_students_own_samples(folders):
+    """An average over none of them is left out, not shown as nan."""
+    out, rollout = io.StringIO(), fixed.rollout(lengths=[3, 6], prompt_lengths=[4, 2], truncated=set())
+    old = torch.ones(2, dtype=torch.bool)
+    saved = replace(rollout, replayed=Replayed(old=old, known=old, weights_version=torch.zeros(2, dtype=torch.int64)))
+    trained = fixed.module(folders, saved, dtype="float32")
+    fixed.fit(trained, rollout.prompts, steps=1, watch=Progress(every=1, stream=out), enable_progress_bar=True)
+    assert re.fullmatch(r"step 1/1 \| 0 s left \| truncated \d+% \| [\d,]+ tokens/s\n", out.getvalue())
+
+
+def test_a_run_without_an_end_says_none(folders):
+    out = io.StringIO()
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            trainer.should_stop = trainer.global_step == 2
+
+    progress, rollout = Progress(every=2, stream=out), fixed.rollout(lengths=[3], prompt_lengths=[4], truncated=set())
+    trained = fixed.module(folders, rollout, dtype="float32")
+    trainer = {"steps": -1, "max_epochs": -1, "enable_progress_bar": True}
+    fixed.fit(trained, rollout.prompts, watch=[progress, Stop()], **trainer)
+    assert re.match(r"step 2 \| KL ", out.getvalue())
 
 
 @pytest.mark.parametrize(("every", "told"), [(3, [4, 6, 10]), (4, [4, 8, 10]), (20, [10])])

@@ -18,7 +18,7 @@ from lit_opd import saved_steps
 from lit_opd.errors import InputError
 from lit_opd.files import append_lines, drop_lines_after, read_lines
 from lit_opd.report.replay import load_record, load_rollout, save_record
-from lit_opd.types import FinishReason, StepRecord, TopK
+from lit_opd.types import FinishReason, Replayed, StepRecord, TopK
 from lit_opd.weighting.fire import FiRe
 from lit_opd.weighting.importance import ImportanceWeighting
 from tests.callbacks.test_position_profile import Records
@@ -107,6 +107,17 @@ def test_samples_are_graded_and_long_ones_keep_their_first_tokens(finished):
     assert "tokens" not in plain and plain["verdict"] is None  # no answers
     assert _verdict("so \\boxed{42}", "42.0") == "correct" and _verdict("\\boxed{41}", "42") == "wrong"
     assert _verdict("\\boxed{x + 1}", "1 + x") is None and _verdict("\\boxed{4", "4") == "truncated"
+
+
+def test_the_divergence_of_a_saved_response_is_not_told(finished):
+    """It was not sampled by the student; how much both models differ on it is."""
+    record, rows = finished[1][0], len(finished[1][0].rollout)
+    old = torch.arange(rows) == 1
+    told = Replayed(old, torch.ones_like(old), torch.zeros(rows, dtype=torch.int64))
+    record = replace(record, rollout=replace(record.rollout, replayed=told))
+    lines = sample_rows(record, tiny.tokenizer(), 3)
+    assert [line["reverse_kl_k1"] is None for line in lines] == [False, True, False]
+    assert all(line["disagreement"] > 0 for line in lines)
 
 
 def test_a_resumed_run_writes_no_sample_twice(folders, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -199,6 +200,48 @@ def test_a_slurm_job_saves_is_queued_again_and_goes_on_without_another_option(wh
     fit(config, run)
     assert_same_run(run, undisturbed)
     assert not list(run.glob("hpc*"))  # numbered ones came after it
+
+
+class Begins(Sends):
+    """Notes the optimizer step that training starts at, and stops it at the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__(signal.SIGTERM, "on_train_batch_start", 1)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note it."""
+        self.step = trainer.global_step
+
+
+def test_a_slurm_job_that_began_at_a_named_checkpoint_goes_on_from_its_own(whole, processes, tmp_path, monkeypatch):
+    """It is queued again at step 2; another job, a first start, and a job that has saved nothing begin where they are told."""
+    config, start, run = whole[0], tmp_path / "start", tmp_path / "run"
+    stopped(config, start, Begins())
+    named = ("--ckpt_path", str(start / "checkpoints" / "last.ckpt"))
+    monkeypatch.setenv("PATH", f"{processes[0] / 'bin'}:{os.environ['PATH']}")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    stop = stopped(config, run, Sends(signal.SIGUSR1, "on_before_backward", 3), *named)
+    assert isinstance(stop, Stopped) and stop.requeue and (run / "hpc_ckpt_1.ckpt").is_file()
+
+    def began(folder: Path, *words: str, job: str = "77", restarts: str = "1") -> int:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        callback = Begins()
+        stopped(config, folder, callback, *words)
+        return callback.step
+
+    others = {"another job": {"job": "78"}, "a first start": {"restarts": "0"}}
+    for name, options in others.items():
+        copy = shutil.copytree(run, tmp_path / name, symlinks=True)
+        assert began(copy, *named, **options) == 0, name
+    assert began(tmp_path / "nothing saved", *named) == 0
+    with pytest.warns(
+        UserWarning, match=r"queued again and goes on from its own .*/hpc_ckpt_1\.ckpt, not from .*start"
+    ):
+        assert began(run, *named) == 2
+    with pytest.warns(UserWarning, match=r"queued again and goes on from its own .*/step-2\.ckpt, not from .*best"):
+        assert began(run, "--ckpt_path", "best") == 2
 
 
 def test_a_folder_that_no_job_left_is_still_refused_under_slurm(whole, monkeypatch, capsys):

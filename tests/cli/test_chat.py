@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
+import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import lit_opd.rollout
+import lit_opd.turns
 from lit_opd.cli.chat import Chat, Loaded
 from lit_opd.cli.command import main
 from lit_opd.errors import InputError
 from lit_opd.prompts.encoding import row_key
 from lit_opd.rollout import SamplingSettings, TransformersSampler
+from lit_opd.rollout.base import Sampler
 from lit_opd.rollout.streaming import stream
 from lit_opd.scoring.model import ScoringModel
 from lit_opd.types import PromptBatch
@@ -152,6 +158,54 @@ def test_an_adapter_and_a_run_without_an_export_answer_as_the_trained_student(fo
     for words in (["--model", str(tmp_path / "adapter"), "--max_new_tokens", "5"], ["--model", str(run)]):
         main(args=["chat", *words, "--prompt", "ab", "--temperature", "0"])
         assert capsys.readouterr().out.strip("\n") == expected, words
+
+
+def wrapping() -> list[tuple[str, str]]:
+    """(class path, argument) of all samplers that stand around another one, found in their constructors."""
+    for package in (lit_opd.rollout, lit_opd.turns):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    classes, found = [Sampler], []
+    for one in classes:
+        classes += one.__subclasses__()
+        hints = {} if inspect.isabstract(one) else get_type_hints(one.__init__)
+        found += [
+            (f"{one.__module__}.{one.__name__}", name)
+            for name, hint in hints.items()
+            if Sampler in (hint, *get_args(hint)) and one.__module__.startswith("lit_opd.")
+        ]
+    return sorted({*found})
+
+
+ENGINE = {
+    "class_path": "lit_opd.rollout.DecodeSampler",
+    "init_args": {"stop_token_ids": [7], "temperature": 0.5, "max_new_tokens": 3},
+}
+
+
+def test_all_samplers_around_others_are_known():
+    found = [(path.rsplit(".", 1)[-1], argument) for path, argument in wrapping()]
+    assert found == [("PartialSampler", "sampler"), ("ReplaySampler", "fresh"), ("TurnsSampler", "sampler")]
+
+
+@pytest.mark.parametrize(("path", "argument"), [("", ""), *wrapping()])
+def test_a_run_is_exported_and_spoken_to_as_its_engine_sampled(folder, tmp_path, monkeypatch, path, argument):
+    """Whichever sampler stands around the engine: its end tokens, temperature and length."""
+    sampler = ENGINE if not path else {"class_path": path, "init_args": {"paths": "x", argument: ENGINE}}
+    run = tmp_path / "run"
+    run.mkdir()
+    model = {"student": {"path": folder, "dtype": "float64"}, "sampler": sampler}
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {}}))
+    fixed.fit(
+        fixed.module((folder, folder), cases.rollout()), cases.rollout().prompts, save=run / "checkpoints" / "last.ckpt"
+    )
+    main(args=["export", "--run_dir", str(run), "--out", str(run / "student")])
+    assert GenerationConfig.from_pretrained(run / "student").eos_token_id == 7
+    seen: list[Chat] = []
+    monkeypatch.setattr(Chat, "answer", lambda one, line: seen.append(one) or iter(()))
+    main(args=["chat", "--model", str(run), "--prompt", "ab"])
+    settings = seen[0]._settings(5)
+    assert (settings.stop_ids, settings.temperature, settings.max_new_tokens) == ((7,), 0.5, 3)
 
 
 @pytest.mark.parametrize(

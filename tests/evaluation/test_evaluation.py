@@ -324,6 +324,39 @@ def test_rows_come_back_as_written_and_a_cut_line_is_repaired(tmp_path):
     assert list(file.rows()) == written
 
 
+def test_lines_go_aside_and_come_back_as_they_were_and_a_kill_in_between_loses_none(tmp_path):
+    file = EvaluationFile(tmp_path / "evaluation.jsonl")
+    assert file.set_aside(lambda row: False) == []
+    file.take_back(lambda row: True)
+    assert not list(tmp_path.iterdir())
+    written = [row(step=step, sample=sample, weights=f"w{step}") for step in (0, 5, 7) for sample in (0, 1)]
+    file.append(written)
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    assert file.set_aside(lambda row: row.step < 5) == [5, 7]
+    assert list(file.rows()) == written[:2] and list(file.rows(aside=True)) == written
+    file.take_back(lambda row: row.weights == "w5")
+    assert file.path.read_bytes().splitlines(keepends=True) == lines[:4]
+    with file.aside.open("ab") as torn:
+        torn.write(lines[0][:9])
+    file.repair()
+    file.take_back(lambda row: True)
+    assert file.path.read_bytes().splitlines(keepends=True) == lines and not file.aside.exists()
+
+
+def test_a_full_disk_where_lines_go_aside_leaves_them_where_they_are(tmp_path, file_limit, capsys):
+    file = EvaluationFile(tmp_path / "evaluation.jsonl")
+    file.append([row(step=step) for step in range(3)])
+    before = file.path.read_bytes()
+    file_limit(len(before) // 2)
+    with pytest.raises(InputError, match=r"evaluation\.jsonl could not be moved to .*aside: \[Errno 27\]"):
+        file.set_aside(lambda row: row.step < 1)
+    file_limit(None)
+    assert file.path.read_bytes() == before and {path.name for path in tmp_path.iterdir()} <= {
+        "evaluation.jsonl",
+        "evaluation.jsonl.aside",
+    }
+
+
 def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "evaluation.jsonl"
     path.write_text(json.dumps(asdict(row())) + "\n{broken\n")

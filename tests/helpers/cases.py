@@ -19,6 +19,7 @@ from lit_opd.weighting import WeightingStrategy
 from lit_opd.weighting.by_turn import PerTurn, TurnBalanced
 from lit_opd.weighting.combinators import BatchMeanOne
 from lit_opd.weighting.decay import LinearDecay
+from lit_opd.weighting.fire_rows import FiReRows
 from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from lit_opd.weighting.uniform import Uniform
@@ -89,6 +90,7 @@ def gradient_cases() -> dict[str, dict[str, Any]]:
         for scope, build in weightings.items()
     }
     found["dropped tokens"] = {"weighting": FirstFraction(0.3), "token_budget": BUDGET}
+    found["dropped by a strategy"] = {"weighting": FiReRows(0.5), "aggregation": "constant", "token_budget": BUDGET}
     found["masked rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "mask"}
     found["dropped rows"] = {"weighting": ImportanceWeighting(), "token_budget": BUDGET, "truncated": "drop"}
     found |= {
@@ -108,6 +110,7 @@ def gradient_cases() -> dict[str, dict[str, Any]]:
 
 
 EMPTY_RANK = {1, 3, 5}  # what the second rank holds: with truncated="drop" nothing is left there
+ONE_ROW = {2, 3, 5}  # what is cut where the second rank keeps one row, fewer than mini-batches, and the first three
 STEPS = 4  # of the fits that are interrupted after half of them
 
 
@@ -124,7 +127,8 @@ def adapted(folders: tuple[str, str], *, rank: int = 2, **settings: Any) -> OPDM
 
 
 def fit_cases() -> dict[str, dict[str, Any]]:
-    """Settings of the module by name, clipping active; "empty rank" goes with ``EMPTY_RANK``."""
+    """Settings of the module by name, clipping active; "empty rank" goes with ``EMPTY_RANK``, "one row" with
+    ``ONE_ROW``."""
     shared: dict[str, Any] = {
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         "gradient_clip_norm": 0.05,
@@ -135,6 +139,7 @@ def fit_cases() -> dict[str, dict[str, Any]]:
         "empty rank": shared | {"truncated": "drop"},
         "uneven lengths": shared | {"token_budget": 40},
         "empty rank/batch": shared | {"truncated": "drop", "weighting": BatchMeanOne(ImportanceWeighting())},
+        "one row": shared | {"truncated": "drop", "mini_batches": 3},
     }
 
 
@@ -142,5 +147,5 @@ def fit_rollout(name: str) -> Rollout:
     """The rows of a case of ``fit_cases``; of "uneven lengths" one rank holds 113 response tokens, the other 4."""
     if name == "uneven lengths":
         return fixed.rollout(lengths=[30, 1, 25, 1, 28, 2, 30], prompt_lengths=PROMPTS, truncated=set())
-    truncated = EMPTY_RANK if name.startswith("empty") else TRUNCATED
+    truncated = EMPTY_RANK if name.startswith("empty") else ONE_ROW if name == "one row" else TRUNCATED
     return fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=truncated)

@@ -188,7 +188,7 @@ def expected_gradient(
         weights, kept = strategy(signal), strategy.kept(signal)
         exact = None if divergence is None else divergence[index]
         values = objective.token_loss(logprobs[index], signal, weights, divergence=exact).values
-        total = denominator(aggregation, kept=kept, mask=signal.mask, max_new_tokens=tree.steps)
+        total = denominator(aggregation, kept=kept, max_new_tokens=tree.steps)
         share = aggregate(values, kept=kept, aggregation=aggregation, denominator=total)
         loss = loss + probability[index].prod().detach() * share
     (gradient,) = torch.autograd.grad(loss, leaf)

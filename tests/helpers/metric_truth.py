@@ -154,6 +154,11 @@ def effective_share(step: Step) -> float:
     return math.fsum(weights) ** 2 / (len(weights) * math.fsum(w * w for w in weights))
 
 
+def share_clipped(tokens: list[Token]) -> float:
+    """Of the tokens that have a gradient to cut."""
+    return mean([token.clipped for token in tokens if token.weight > 0])
+
+
 def saved(step: Step) -> float:
     """Tokens from those sampled to the limit, of rows that a budget or the stop cut."""
     return sum(SLOTS - length - cut for length, reason, cut in step.rows if reason in (int(SHORT), int(DRIFT)))
@@ -167,7 +172,7 @@ BY_TRAINING: dict[str, Callable[[Step], float]] = {  # NaN where the step was sk
     "train/sampler_gap": lambda step: mean([abs(token.s - token.b) for token in step.tokens]),
     "train/weight_mean": lambda step: mean([token.weight for token in kept(step)]),
     "train/weight_ess": effective_share,
-    "train/clip_fraction": lambda step: mean([token.clipped for token in step.tokens]),
+    "train/clip_fraction": lambda step: share_clipped(step.tokens),
     "train/grad_norm": lambda step: step.grad_norm,
 }
 STEP: dict[str, Callable[[Step], float]] = {
@@ -229,7 +234,6 @@ QUANTITIES: dict[str, Callable[[Token], float]] = {
     "weight": lambda token: token.weight,
     "kept_fraction": lambda token: token.kept,
     "gradient_size": lambda token: abs(token.weight * token.advantage),
-    "clip_fraction": lambda token: token.clipped,
     "truncated_fraction": lambda token: not token.finished,
 }
 ENTROPIES: dict[str, Callable[[Token], float]] = {
@@ -263,6 +267,10 @@ PROFILE: dict[str, Callable[[list[Token]], float]] = {
 }  # type: ignore[misc]
 PROFILE |= {
     f"profile/{name}/gradient_share": lambda tokens, place=place: share_of_gradient(tokens, list(filter(place, tokens)))
+    for name, place in BANDS.items()
+}  # type: ignore[misc]
+PROFILE |= {
+    f"profile/{name}/clip_fraction": lambda tokens, place=place: share_clipped(list(filter(place, tokens)))
     for name, place in BANDS.items()
 }  # type: ignore[misc]
 PROFILE["train/gradient_scale_proxy"] = gradient_scale

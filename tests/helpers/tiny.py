@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -91,3 +93,15 @@ def pair(folder: Path, *, rows: int = 64, hidden: int = 16) -> tuple[str, str]:
     student = save(qwen3(seed=1, rows=rows, hidden=hidden), folder / "student")
     teacher = save(qwen3(seed=2, rows=rows, hidden=hidden), folder / "teacher")
     return student, teacher
+
+
+@contextmanager
+def grad_modes(model: torch.nn.Module) -> Iterator[list[bool]]:
+    """Of every forward of a causal language model in the block: whether it recorded a graph."""
+    modes: list[bool] = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    try:
+        yield modes
+    finally:
+        handle.remove()

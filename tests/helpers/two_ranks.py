@@ -33,8 +33,9 @@ TIMEOUT = timedelta(seconds=123)
 OLDER_CASES = ("recomputed", "divergence/reverse_kl")
 # what `make test` computes: a case a reduction over the ranks; all of ``cases`` in `make test-slow`
 FEW = ("sequence-mean/sequence", "token-mean/sequence", "sequence-sum/sequence", "constant/batch", "dropped tokens")
-FEW += ("dropped rows", "divergence/jsd top 6/batch", "token kl/batch", "reference", "turns", "recomputed")
-FEW_FITS = ("clipped", "empty rank/batch")
+FEW += ("dropped rows", "dropped by a strategy", "divergence/jsd top 6/batch", "token kl/batch", "reference", "turns")
+FEW += ("recomputed",)
+FEW_FITS = ("clipped", "empty rank/batch", "one row")
 
 
 class FSDP1OnCPU(FSDPStrategy):

@@ -12,11 +12,13 @@ import torch
 import yaml
 
 from callbacks import RunCheckpoint, default_callbacks
+from lit_opd.advantage import RewardExtrapolation
 from lit_opd.cli.command import main
 from lit_opd.preflight import CHECKS, Finding, PlannedRun, examine, read_plan
 from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import TransformersSampler
+from lit_opd.teacher import LocalTeacher
 from tests.helpers import cases, fixed, poisoned, tiny
 
 PROBED = ("log-probs", "own teacher")
@@ -37,13 +39,16 @@ class OtherTemperature(TransformersSampler):
         return super().sample(model, prompts, replace(settings, temperature=2.0))
 
 
-def run_of(config: Path, *, sampler: Any = None, teacher: Any = None, **options: Any) -> PlannedRun:
+def run_of(
+    config: Path, *, sampler: Any = None, teacher: Any = None, hint: str | None = None, **options: Any
+) -> PlannedRun:
     """The run of a config's models and data, set up as the rows before the probed ones leave it."""
     settings = yaml.safe_load(config.read_text())
+    third = {name: options.pop(name) for name in ("reference", "advantage") if name in options}
     models = settings["model"]["student"]["path"], teacher or settings["model"]["teacher"]["init_args"]["path"]
     sampler = sampler or TransformersSampler(max_new_tokens=4)
-    module = fixed.module(models, cases.rollout(), sampler=sampler, dtype="float32")
-    data = PromptDataModule(**settings["data"]).use_tokenizer(module.tokenizer)
+    module = fixed.module(models, cases.rollout(), sampler=sampler, dtype="float32", **third)
+    data = PromptDataModule(**settings["data"], teacher_prompt=hint).use_tokenizer(module.tokenizer)
     trainer = PreflightTrainer(**CPU, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
     plan = read_plan(options.pop("trainer", CPU), strategy="auto", memory_gb=8.0)
     run = PlannedRun(
@@ -79,6 +84,17 @@ def test_a_teacher_that_is_not_finite_is_an_error_that_names_it(config, tmp_path
     found = rows(run_of(config, teacher=tiny.save(teacher, tmp_path / "teacher")))
     assert found["log-probs"].status == "error" and "the teacher's log-probs are not finite" in found["log-probs"].found
     assert found["own teacher"].status == "warning" and "log-probs" in found["own teacher"].found
+
+
+def test_a_reference_does_not_read_what_only_the_teacher_is_told(config, tmp_path):
+    """The hint's token, which no response here has, is NaN in the reference."""
+    model, hint = tiny.qwen3(seed=3), "+"
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tiny.tokenizer().convert_tokens_to_ids(hint)] = float("nan")
+    reference = LocalTeacher(tiny.save(model, tmp_path / "reference"))
+    third = {"reference": reference, "advantage": [RewardExtrapolation(1.5)]}
+    found = rows(run_of(config, hint=hint + "{prompt}", **third))
+    assert [finding.status for finding in found.values()] == ["ok", "ok"]
 
 
 def test_a_student_whose_log_probs_depend_on_the_batch_is_an_error(config):

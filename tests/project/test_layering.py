@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "errors", "masked", "streams", "files", "distributed", "models", "scoring", "teacher", "advantage", "weighting",
         "objective",
     },
-    "evaluation": {"types", "errors", "answers", "masked", "streams", "distributed", "prompts", "rollout"},
+    "evaluation": {"types", "errors", "files", "answers", "masked", "streams", "distributed", "prompts", "rollout"},
     "run": {"errors", "files", "distributed", "models"},
     "preflight": {
         "types", "errors", "distributed", "shipped", "servers", "prompts", "models", "scoring", "rollout", "teacher", "advantage",

@@ -85,6 +85,63 @@ def test_a_card_holds_a_config_that_parses_and_no_folder_address_or_account(tmp_
     assert shown["model"]["weighting"]["init_args"] == {"w_max": 1.5} and shown["trainer"] == {"max_steps": 40}
 
 
+def made(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": name, "init_args": arguments}
+
+
+def test_a_card_shows_no_local_folder_under_any_name_at_any_depth(tmp_path, monkeypatch):
+    """Paths of the package's own arguments and of somebody's own class, as a text, in a list, in a mapping and inside a text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret" / "deep").mkdir(parents=True)
+    mine, local = "/home/me/secret", "secret/deep"
+    teacher = made(
+        "lit_opd.teacher.CachedTeacher",
+        teacher=made(
+            "lit_opd.teacher.RemoteTeacher", urls=["http://h"], tokenizer_path=f"{mine}/tok", model=f"{mine}/big"
+        ),
+        folder=f"{mine}/scores",
+    )
+    tools = [made("lit_opd.turns.LookUp", entries=f"{mine}/table.json"), made("my.Tool", words=local)]
+    command = ["sh", "-c", f"ssh me@secret-host python {mine}/serve.py"]
+    engine = made(
+        "lit_opd.rollout.VLLMSampler",
+        sync=made("lit_opd.rollout.RestartCommand", command=command, folder=f"{mine}/w"),
+        engine_options={"download_dir": f"file://{mine}/cache", "log": "~/secret/log", f"{mine}/key": "~me/secret/x"},
+    )
+    model = {
+        "student": {"path": f"{mine}/student"},
+        "teacher": teacher,
+        "sampler": made(
+            "lit_opd.rollout.ReplaySampler", paths=[f"{mine}/a.jsonl", local, "runs/secret/b.jsonl"], fresh=engine
+        ),
+        "reference": made("lit_opd.rollout.VLLMSampler", sync=made("lit_opd.rollout.NCCLTransfer", host="secret-host")),
+        "reward": made(
+            "my.Reward", environment=made("my.Env", tools=tools), note=f"a={mine}/x:{mine}/y, {mine}/my words"
+        ),
+    }
+    data = {"train": made("my.Source", address=f"{mine}/train.jsonl"), "tokenizer": "secret/../secret/deep"}
+    card = model_card(run_folder(tmp_path, {"model": model, "data": data}), title="iw")
+    for private in ("/home", "me/", "~", "secret", "file:", str(tmp_path)):
+        assert private not in card, private
+    for name in ("tok", "big", "table.json", "a.jsonl", "b.jsonl", "cache", "log", "a=x:y, my words", "train.jsonl"):
+        assert name in card, name
+
+
+def test_what_is_no_local_path_stays_as_it_is(tmp_path, monkeypatch):
+    """Hub ids, prompts, expressions, numbers that hold a stroke."""
+    monkeypatch.chdir(tmp_path)
+    told = {
+        "system_prompt": "/no_think Say yes and/or no, 1/2 or 3 / 4; end with </answer>, see https://example.org/a/b",
+        "train": "org/questions",
+        "teacher_tokenizer": "org/tok",
+        "filter": "level in 1/5,2/5",
+        "id_column": "meta/id",
+    }
+    config = {"model": {"student": {"path": "org/small"}}, "data": told}
+    (block,) = model_card(run_folder(tmp_path, config), title="iw").split("```yaml\n")[1:]
+    assert yaml.safe_load(block.split("```")[0])["data"] == told
+
+
 def test_evaluations_have_intervals_and_the_difference_is_paired(tmp_path):
     """Problem 0 is right before and after, problem 1 becomes right: 1/2 to 1, one problem of two gained."""
     run = run_folder(tmp_path, evaluated={0: [True, False], 40: [True, True]})

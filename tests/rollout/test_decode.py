@@ -174,13 +174,17 @@ def test_rows_of_these_tests_end_at_different_places(policy):
     assert len(set(ours.sample(policy, prompts(16), settings()).lengths.tolist())) > 4
 
 
-def test_lora_student_samples_as_generate_does(tmp_path):
+@pytest.fixture
+def lora(tmp_path) -> ScoringModel:
     folder = tiny.save(tiny.qwen3(seed=4), tmp_path / "student")
     model = build_student(StudentSettings(folder, dtype="float64", lora=LoraSettings(rank=2)))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.add_(0.3 if "lora_B" in name else 0.0)
-    lora = ScoringModel(model, vocabulary=64)
+    return ScoringModel(model, vocabulary=64)
+
+
+def test_lora_student_samples_as_generate_does(lora):
     base = ScoringModel(tiny.qwen3(seed=4).double(), vocabulary=64)
     found = ours.sample(lora, prompts(8), settings(temperature=4.0))
     require_same(found, reference.sample(lora, prompts(8), settings(temperature=4.0)))
@@ -472,6 +476,15 @@ def test_a_model_that_leaves_the_cache_empty_is_refused(policy, monkeypatch):
     monkeypatch.setattr(policy.causal_lm.config, "num_hidden_layers", 3)
     with pytest.raises(InputError, match="TransformersSampler .* do not write the key-value cache"):
         ours.sample(policy, prompts(2), settings())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_step_of_a_model_with_its_own_forward_records_a_graph(lora, grad):
+    """A graph of the whole response would stay in the key-value cache until the last token."""
+    with torch.set_grad_enabled(grad), tiny.grad_modes(lora.causal_lm) as modes:
+        rollout = ours.sample(lora, prompts(8), settings())
+        assert torch.is_grad_enabled() == grad
+    assert len(modes) >= rollout.mask.shape[1] > 1 and not any(modes)
 
 
 def test_no_gradient_is_kept_and_a_long_response_is_refused(policy):

@@ -324,26 +324,33 @@ def test_a_warm_up_imitates_then_learns_from_the_teacher_and_resumes_exactly(fol
 
 
 def test_metrics_tell_old_rows_from_new_ones(folders, rows, old, saved, texts):
-    """By slow sums; NaN where there is nothing to compare."""
+    """By slow sums; NaN where there is nothing to compare. The divergence and the student's own log-probs are averages over what
+    it sampled itself, so saved rows are not in them."""
     near = replace(rows, sampler_logprobs=torch.full_like(rows.sampler_logprobs, -2.0))
     module = fixed.module(folders, rows, weighting=Uniform(), sampler=replaying(saved, near, on_policy_fraction=0.5))
     record = fixed.fit(module, rows.prompts).records[0]
     found, signal = scalars(record), record.signal
     gaps: dict[bool, list[float]] = {True: [], False: []}
+    own: list[tuple[float, float]] = []
     for row in range(6):
         is_old = bool(record.rollout.replayed.old[row])
         b = old.sampler_logprobs.float() if is_old else near.sampler_logprobs
         for t in range(int(record.rollout.lengths[row])):
-            gaps[is_old].append(abs(float(signal.student_logprobs[row, t]) - float(b[row, t])))
+            s, q = float(signal.student_logprobs[row, t]), float(signal.teacher_logprobs[row, t])
+            gaps[is_old].append(abs(s - float(b[row, t])))
+            own += [] if is_old else [(s, q)]
     assert found["train/replayed_fraction"] == 0.5
     assert float(found["train/replay_gap"]) == pytest.approx(sum(gaps[True]) / len(gaps[True]), rel=1e-6)
     assert float(found["train/sampler_gap"]) == pytest.approx(sum(gaps[False]) / len(gaps[False]), rel=1e-6)
     assert found["train/tokens"] == len(gaps[False])  # sampled now
+    assert float(found["train/reverse_kl_k1"]) == pytest.approx(sum(s - q for s, q in own) / len(own), rel=1e-6)
+    assert float(found["train/student_nll"]) == pytest.approx(-sum(s for s, _ in own) / len(own), rel=1e-6)
     told = fixed.module(folders, rows, weighting=Uniform(), sampler=replaying(texts, rows), objective=Likelihood())
     found = scalars(fixed.fit(told, rows.prompts).records[0])
-    assert found["train/replayed_fraction"] == 1.0 and math.isnan(
-        found["train/replay_gap"] + found["train/sampler_gap"]
-    )
+    assert found["train/replayed_fraction"] == 1.0
+    for name in ("replay_gap", "sampler_gap", "reverse_kl_k1", "student_nll"):
+        assert math.isnan(found[f"train/{name}"]), name
+    assert math.isfinite(found["train/disagreement"])  # of what is trained on
 
 
 def test_a_likelihood_of_ones_own_samples_is_warned_of(folders, rows, saved):

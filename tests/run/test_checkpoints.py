@@ -20,7 +20,7 @@ from lightning.pytorch import Callback
 from callbacks import RunCheckpoint, default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.errors import InputError
-from lit_opd.run.checkpoint_files import problem
+from lit_opd.run.checkpoint_files import best, problem
 from lit_opd.run.csv_logger import drop_later_lines
 from tests.helpers import tiny
 from tests.run.test_resume import assert_same_run, fit, killed_after, lines, metrics, write_config
@@ -70,25 +70,49 @@ def test_every_checkpoint_has_its_check_sum_and_last_is_a_link_to_the_newest(who
     assert len(list(folder.iterdir())) == 2 * STEPS + 1  # no temporary file
 
 
-def checkpoints(**options: Any) -> list[str]:
+def checkpoints(*others: dict[str, Any], **options: Any) -> list[str]:
     given = {"class_path": "callbacks.RunCheckpoint", "init_args": options}
-    return ["--trainer.callbacks", json.dumps([given])]
+    return ["--trainer.callbacks", json.dumps([given, *others])]
+
+
+def best_of(run: Path) -> dict[str, int]:
+    """The best of the validations at steps 2 and 4 by the divergence, by mode."""
+    by_step = {int(row["step"]): float(row["val/reverse_kl"]) for row in metrics(run) if row.get("val/reverse_kl")}
+    found = {mode: {"min": min, "max": max}[mode]((2, 4), key=lambda step: by_step[step]) for mode in ("min", "max")}
+    assert found["min"] != found["max"]
+    return found
 
 
 def test_the_newest_and_the_best_are_kept(whole, tmp_path):
-    """The best of the validations at steps 2 and 4 by the divergence, which is not the first one saved by ``every``."""
+    """The best is not the first one saved by ``every``."""
     config, undisturbed = whole
-    by_step = {
-        int(row["step"]): float(row["val/reverse_kl"]) for row in metrics(undisturbed) if row.get("val/reverse_kl")
-    }
-    best = {mode: {"min": min, "max": max}[mode]((2, 4), key=lambda step: by_step[step]) for mode in ("min", "max")}
-    assert best["min"] != best["max"]
-    for mode, step in best.items():
+    for mode, step in best_of(undisturbed).items():
         run = tmp_path / mode
         fit(config, run, *checkpoints(every=3, keep=1, monitor="val/reverse_kl", mode=mode))
         assert saved_steps(run) == sorted({step, STEPS})
         state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["RunCheckpoint"]
         assert state["names"][-1] == f"step-{STEPS}.ckpt"
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_best_is_found_where_its_step_was_saved_before_its_validation(whole, tmp_path, mode):
+    """Steps 2 and 4 are saved by ``every`` and validated then; the best of a mode is one of them."""
+    config, undisturbed = whole
+    run = fit(config, tmp_path / "run", *checkpoints(every=2, keep=1, monitor="val/reverse_kl", mode=mode))
+    step = best_of(undisturbed)[mode]
+    assert best(run) == run / "checkpoints" / f"step-{step}.ckpt" and saved_steps(run) == sorted({step, STEPS})
+    further = ["--ckpt_path", "last", "--trainer.max_steps", str(STEPS + 1), "--trainer.limit_val_batches", "0"]
+    fit(config, run, *checkpoints(every=2, keep=1, monitor="val/reverse_kl", mode=mode), *further)
+    assert best(run) == run / "checkpoints" / f"step-{step}.ckpt" and saved_steps(run) == [step, STEPS + 1]
+
+
+def test_the_best_of_lightnings_callback_is_found_where_the_last_step_was_saved_before_its_validation(whole, tmp_path):
+    config, undisturbed = whole
+    mode = next(mode for mode, step in best_of(undisturbed).items() if step == STEPS)
+    theirs = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+              "init_args": {"monitor": "val/reverse_kl", "mode": mode, "filename": "theirs-{step}"}}  # fmt: skip
+    run = fit(config, tmp_path / "run", *checkpoints(theirs, every=2))
+    assert best(run).name == f"theirs-step={STEPS}.ckpt" and best(run).is_file()
 
 
 def test_an_unknown_metric_is_an_error_that_names_the_logged_ones(whole, tmp_path, capsys):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 
 from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.runs import read_run
 from lit_opd.errors import InputError
+from lit_opd.module import OPDModule
 from lit_opd.rollout import TransformersSampler
 from lit_opd.run.trained_settings import (
     GROUPS,
+    RECORDED_LATER,
     TrainedSettings,
     differences,
     require_unchanged,
@@ -54,6 +58,16 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 WEIGHTING = {"class_path": "lit_opd.weighting.Uniform", "init_args": {}}
+RELOAD = {"class_path": "lit_opd.rollout.ReloadEndpoint", "init_args": {"folder": "a"}}
+NO_WEIGHTS = {"token_budget", "validation", "max_skipped_steps"}  # memory, what is measured, when a run gives up
+NO_WEIGHTS_OF_TRAINER = set(
+    """accelerator strategy devices num_nodes logger callbacks fast_dev_run max_epochs min_epochs max_steps min_steps max_time
+    limit_val_batches limit_test_batches limit_predict_batches val_check_interval check_val_every_n_epoch num_sanity_val_steps
+    log_every_n_steps enable_checkpointing enable_progress_bar enable_model_summary deterministic benchmark inference_mode
+    use_distributed_sampler profiler detect_anomaly barebones plugins sync_batchnorm reload_dataloaders_every_n_epochs
+    default_root_dir enable_autolog_hparams model_registry""".split()
+)
+REFUSED_OF_TRAINER = {"accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"}  # by preflight
 
 
 @pytest.mark.parametrize(
@@ -73,6 +87,17 @@ WEIGHTING = {"class_path": "lit_opd.weighting.Uniform", "init_args": {}}
         ("sampler", {"model__sampler__init_args__temperature": 0.7}),  # a setting that one side has only
         ("models", {"model__teacher__init_args__stop_mass": "sum"}),  # one side has it, not at its default
         ("seed", {"seed_everything": 8}),
+        (
+            "objective",
+            {"model__reward": {"class_path": "lit_opd.evaluation.AnswerReward", "init_args": {"right": 2.0}}},
+        ),
+        ("models", {"trainer__precision": "bf16-true"}),
+        ("data", {"trainer__overfit_batches": 1}),
+        ("data", {"trainer__limit_train_batches": 1}),
+        (
+            "sampler",
+            {"model__sampler__init_args__sync": RELOAD},
+        ),  # from the weights the servers started with to the student's
     ],
 )
 def test_a_change_is_refused_until_its_group_is_named(group, changes):
@@ -94,10 +119,49 @@ def test_a_change_is_refused_until_its_group_is_named(group, changes):
         {"model__sampler__init_args__top_k": None},  # an option that came with a later version, off
         {"model__teacher__init_args__stop_mass": "own"},  # the same, at a default that is not nothing
         {"model__sampler__init_args__temperature": 1.0},
+        {"model__sampler__init_args__sync": None},
+        {"trainer__precision": "32-true"},  # what null is
+        {"trainer__precision": 32},
+        {"trainer__limit_train_batches": 1.0},
     ],
 )
 def test_what_changes_no_weight_is_no_change(changes):
     assert differences(trained_settings(CONFIG), trained_settings(changed(**changes))) == {}
+
+
+def test_every_setting_is_in_a_group_or_without_effect():
+    """Of the module and of the trainer: one that comes later must be put somewhere."""
+    named = [name for names in GROUPS.values() for name in names]
+    arguments = set(inspect.signature(OPDModule.__init__).parameters) - {"self"}
+    ours = {name.removeprefix("model.") for name in named if name.startswith("model.")}
+    assert ours | NO_WEIGHTS == arguments and not ours & NO_WEIGHTS
+    known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    theirs = {name.removeprefix("trainer.") for name in named if name.startswith("trainer.")}
+    assert theirs <= known <= theirs | NO_WEIGHTS_OF_TRAINER | REFUSED_OF_TRAINER and not theirs & NO_WEIGHTS_OF_TRAINER
+
+
+def test_how_weights_travel_and_who_grades_change_no_weight():
+    def asked(sync: dict[str, Any], workers: int) -> dict[str, Any]:
+        reward = {"class_path": "lit_opd.evaluation.AnswerReward", "init_args": {"num_workers": workers}}
+        return trained_settings(changed(model__sampler__init_args__sync=sync, model__reward=reward))
+
+    other = {"class_path": "lit_opd.rollout.RestartCommand", "init_args": {"command": "run"}}
+    assert differences(asked(RELOAD, 2), asked(other, 4)) == {}
+
+
+def test_what_an_older_checkpoint_does_not_name_is_unknown():
+    """It goes on, whatever its reward was; what it does name is compared, and from then on all of it is."""
+    older = trained_settings(CONFIG)
+    for group, names in GROUPS.items():
+        older[group] = {name: older[group][name] for name in names if name not in RECORDED_LATER}
+    reward = {"class_path": "lit_opd.evaluation.AnswerReward", "init_args": {}}
+    now = changed(model__reward=reward, trainer__precision="bf16-mixed")
+    assert require_unchanged(older, trained_settings(now), allowed=[], checkpoint=Path("c")) == []
+    assert list(differences(older, trained_settings(changed(model__epochs=2)))) == ["objective"]
+    went_on = resumed([{"start": 0, "settings": older}], now, 2)
+    assert len(went_on.summary(4)) == 1
+    again = resumed(went_on.state(), changed(trainer__precision="bf16-mixed"), 4)
+    assert [span["changed"] for span in again.summary(6)] == [[], ["objective"]]
 
 
 def test_a_path_is_what_it_leads_to(tmp_path, monkeypatch):

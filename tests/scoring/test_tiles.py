@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from lit_opd.objective import Divergence
 from lit_opd.scoring import tiles
+from lit_opd.scoring.listed import Listed
+from lit_opd.scoring.mixed import MixedHead, Mixing, log_sums
 from lit_opd.scoring.model import ScoringModel
-from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_logprobs, token_topk
+from lit_opd.scoring.tiles import Head, token_entropy, token_kl, token_listed, token_logprobs, token_topk
 from tests.helpers import fixed, tiny
 
 VOCABULARY, HIDDEN = 101, 8
@@ -143,6 +145,48 @@ def test_bf16_heads_round_logits_and_nothing_else(what):
     ):
         assert one.dtype == torch.bfloat16
         assert relative_gap(one, other) < 0.02
+
+
+def sure_heads(dtype: torch.dtype) -> tuple[Head, Head]:
+    """Logits of up to 30, and a teacher that nearly agrees."""
+    student = random_head(0, dtype=dtype, scale=1.7)
+    weight = student.weight.detach() * 1.01
+    return student, Head(student.hidden.detach(), weight)
+
+
+MADE_OF_HEADS = {
+    "logprobs": lambda student, teacher: token_logprobs(student, torch.arange(24)),
+    "entropy": lambda student, teacher: token_entropy(student),
+    "kl": token_kl,
+    "top-k": lambda student, teacher: torch.cat(token_topk(student, k=5), -1),
+    "listed": lambda student, teacher: token_listed(student, torch.arange(48).view(24, 2)),
+    "log-sums": lambda student, teacher: log_sums(student, 0.7),
+    "entropy of a mixture": lambda student, teacher: token_entropy(of_both(student, teacher, "mixture")),
+    "entropy of a product": lambda student, teacher: token_entropy(of_both(student, teacher, "product")),
+    "kl to a mixture": lambda student, teacher: token_kl(student, of_both(student, teacher, "mixture")),
+    "lists": lambda student, teacher: Divergence("reverse_kl", top_k=2, top_k_of="teacher").token_divergence(
+        student, Listed(*token_topk(teacher, k=2)), temperature=1.0
+    ),
+    **{
+        kind: lambda student, teacher, kind=kind: Divergence(kind).token_divergence(student, teacher, temperature=1.0)
+        for kind in KINDS
+    },
+}
+
+
+def of_both(student: Head, teacher: Head, how: Mixing) -> MixedHead:
+    return MixedHead.of((student, teacher), (0.5, 0.5), how)
+
+
+@pytest.mark.parametrize("what", MADE_OF_HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_rounds_nothing_that_is_made_of_a_head(what, dtype):
+    """Where a token is nearly certain an entropy and a KL are small differences of large numbers."""
+    student, teacher = sure_heads(dtype)
+    plain = MADE_OF_HEADS[what](student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = MADE_OF_HEADS[what](student, teacher)
+    assert torch.equal(mixed, plain)
 
 
 @pytest.mark.parametrize("what", ["logprobs", *KINDS])

@@ -55,6 +55,7 @@ def fit(
     watch: tuple[L.Callback, ...] = (),
     load: Path | None = None,
     steps: int = STEPS,
+    epochs: int = -1,
     lr: float = 0.1,
     sampling: dict[str, Any] | None = None,
     **settings: Any,
@@ -73,8 +74,8 @@ def fit(
     data = PromptDataModule(train=train_file, prompt_batch=ROWS, max_prompt_tokens=24)
     collect = fixed.Collect()
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[collect, *watch],
+        accelerator="cpu", devices=1, max_steps=steps, max_epochs=epochs, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[collect, *watch],
     )  # fmt: skip
     trainer.fit(trained, datamodule=data, ckpt_path=load)
     return trained, collect
@@ -247,6 +248,14 @@ def test_weights_never_change_under_a_batch_that_is_on_its_way(folders, train_fi
         server.faults = [fake.fine] * (CHECKS + ROWS) + [slow] * ROWS
         _, collect = fit(folders, train_file, server.url, tmp_path / "pushed", steps=2, sampling={"ahead": 1})
     assert [rollout.provenance.weights_version for rollout in rollouts(collect)] == [0, 0]
+
+
+def test_nothing_is_sampled_ahead_of_the_end_of_the_epochs(folders, train_file, tmp_path):
+    """Ten prompts are three batches of four."""
+    with fake.serving(folders[0], model="student") as server:
+        limits = {"steps": 100, "epochs": 1, "sampling": {"ahead": 1}}
+        _, collect = fit(folders, train_file, server.url, tmp_path / "pushed", **limits)
+        assert len(collect.records) == 3 and server.requests == CHECKS + 3 * ROWS
 
 
 def test_what_a_checkpoint_keeps_is_given_back_row_by_row(folders, train_file, tmp_path):

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_opd.advantage import ValueBaseline
+from lit_opd.advantage import GroupReward, InfluenceShrinkage, RewardExtrapolation, ValueBaseline
 from lit_opd.errors import InputError, ServerError
+from lit_opd.evaluation import Reward
 from lit_opd.objective import Divergence
 from lit_opd.preflight.estimate import _listed
 from lit_opd.preflight.memory import LISTED, Held, Workload, budget
@@ -27,13 +28,16 @@ from lit_opd.step.micro_batches import MicroBatches
 from lit_opd.step.recipe import Recipe
 from lit_opd.step.scores import Scores
 from lit_opd.step.token_budget import TokenBudget
-from lit_opd.teacher import LocalTeacher, RemoteTeacher, RoutedTeacher
+from lit_opd.teacher import CachedTeacher, LocalTeacher, RemoteTeacher, RoutedTeacher
 from lit_opd.teacher.answers import asked_logprobs
 from lit_opd.teacher.remote import _chosen_body, _read
 from lit_opd.types import LIST_LENGTH, Rollout
+from lit_opd.weighting.cdd import CDD
 from lit_opd.weighting.combinators import Product, Shuffled
 from lit_opd.weighting.entropy_gate import EntropyGate
+from lit_opd.weighting.fire import FiRe
 from lit_opd.weighting.prune_opd import PruneOPD
+from lit_opd.weighting.tip import TIP
 from lit_opd.weighting.uniform import Uniform
 from tests.helpers import fake_vllm as fake
 from tests.helpers import fixed, tiny
@@ -218,6 +222,71 @@ def test_a_gate_reads_the_bound(folders, server, rows):
     record = fixed.fit(module, rows.prompts).records[0]
     expected = torch.where(lower <= threshold, 1.0, 0.25) * rows.mask
     assert torch.equal(record.weights, expected) and len(expected[rows.mask].unique()) == 2
+
+
+# -- what the student, the run or a third model knows -------------------------------------------------------------------
+
+
+class ByLength(Reward):
+    """The number of tokens."""
+
+    def score(self, responses, rollout):
+        return rollout.lengths.tolist()
+
+
+GROUPS = {"reward": ByLength(), "advantage": [GroupReward()]}
+KNOWN_ELSEWHERE = {  # without lists of the teacher
+    "student's entropy": {"weighting": TIP(0.5)},
+    "student's list": {"advantage": [InfluenceShrinkage()]},
+    "reward": GROUPS,
+    "reference": {"with_reference": True, "advantage": [RewardExtrapolation(1.5)]},
+}
+BESIDE_LISTS = {
+    "student at the teacher's list": {"weighting": CDD(rate=1.0, floor=0.1)},
+    "lists of both": {"weighting": PruneOPD()},
+    "lists, for a divergence too": {"weighting": TIP(0.5), "objective": Divergence("reverse_kl", top_k=12)},
+    "entropies of both": {"weighting": FiRe()},
+}
+PLACES = {
+    "alone": lambda teacher, folder: teacher,
+    "routed": lambda teacher, folder: RoutedTeacher({"a": teacher}),
+    "cached": lambda teacher, folder: CachedTeacher(teacher, str(folder), revision="one"),
+}
+
+
+def learned(folders, rows, teacher, **settings):
+    """The record of a step."""
+    module = fixed.module(folders, rows, teacher=teacher, dtype="float32", **settings)
+    return fixed.fit(module, rows.prompts).records[0]
+
+
+def in_pairs(rows: Rollout, teacher: str | None = None) -> Rollout:
+    """Two rows a prompt, which name a teacher."""
+    names = tuple(f"row-{row // 2}" for row in range(len(rows)))
+    return replace(rows, prompts=replace(rows.prompts, row_ids=names, teachers=(teacher,) * len(rows)))
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN_ELSEWHERE | BESIDE_LISTS))
+def test_a_server_is_asked_for_its_own_part_of_what_is_read(folders, server, rows, name):
+    """Weights and advantages are those with a local teacher; a list of all tokens but one bounds the entropy exactly."""
+    lists = {} if name in KNOWN_ELSEWHERE else {"top_k": 63, "entropy_bound": "lower"}
+    settings = (KNOWN_ELSEWHERE | BESIDE_LISTS)[name]
+    rows = in_pairs(rows)
+    server.scores_ids = True
+    found = learned(folders, rows, remote(folders, server, **({"top_k": None} | lists)), **settings)
+    expected = learned(folders, rows, LocalTeacher(folders[1]), **settings)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(found.weights, expected.weights)
+    close(found.signal.effective_advantage, expected.signal.effective_advantage)
+    assert float(found.weights.std()) > 0 or float(found.signal.effective_advantage.std()) > 0
+
+
+@pytest.mark.parametrize("place", sorted(PLACES))
+def test_so_is_one_inside_another_teacher(folders, server, rows, tmp_path, place):
+    rows, settings = in_pairs(rows, "a"), GROUPS | {"weighting": CDD(rate=1.0, floor=0.1)}
+    found = learned(folders, rows, PLACES[place](remote(folders, server), tmp_path), **settings)
+    expected = learned(folders, rows, LocalTeacher(folders[1]), **settings)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-4)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lit_opd.advantage import RewardExtrapolation
 from lit_opd.errors import InputError
-from lit_opd.teacher import LocalTeacher
+from lit_opd.models.student import LoraSettings, StudentSettings
+from lit_opd.teacher import BaseModelTeacher, LocalTeacher, SelfTeacher
 from lit_opd.weighting.combinators import BatchMeanOne
 from lit_opd.weighting.importance import ImportanceWeighting
 from lit_opd.weighting.uniform import Uniform
@@ -53,6 +56,36 @@ def test_extrapolation_reads_the_references_own_logprobs(folders, rollout, weigh
             signal.effective_advantage[row, :length], q - s + 0.5 * (q - r), rtol=1e-6, atol=1e-6
         )
         assert not signal.reference_logprobs[row, length:].any()
+
+
+LORA = LoraSettings(rank=2)
+INITIAL = {
+    "a copy": (lambda path: LocalTeacher(path, dtype="float64"), None),
+    "below adapters": (lambda path: BaseModelTeacher(), LORA),
+    "kept": (lambda path: SelfTeacher("frozen"), None),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(INITIAL))
+def test_the_initial_student_reads_its_own_prompt_beside_a_teacher_that_is_told_more(folders, rollout, kind):
+    """A hint of 8 tokens before the prompt: the teacher is the same model, and only it reads the hint."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float64)
+    prompts, hint = rollout.prompts, torch.arange(4, 12).expand(len(LENGTHS), -1)
+    ids, mask = torch.cat([hint, prompts.ids], -1), torch.cat([hint > 0, prompts.mask], -1)
+    told = replace(rollout, prompts=replace(prompts, teacher_ids=ids, teacher_mask=mask))
+    read = replace(rollout, prompts=replace(prompts, ids=ids, mask=mask))
+    build, lora = INITIAL[kind]
+    student = StudentSettings(folders[0], dtype="float64", lora=lora)
+    trained = module(folders, told, student=student, teacher=build(folders[0]), reference=build(folders[0]))
+    signal = fixed.fit(trained, told.prompts).records[0].signal
+    for row, length in enumerate(LENGTHS):
+        with torch.no_grad():
+            plain, hinted = (torch.stack(row_logprobs(model, batch, row)) for batch in (rollout, read))
+        torch.testing.assert_close(signal.reference_logprobs[row, :length], plain, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(signal.teacher_logprobs[row, :length], hinted, rtol=1e-6, atol=1e-6)
+        assert float((plain - hinted).abs().max()) > 1e-2
 
 
 def test_a_missing_reference_is_named_before_anything_is_loaded(folders, rollout):

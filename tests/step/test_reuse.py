@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lit_opd.objective import Divergence, PolicyLoss
+from lit_opd.types import TokenSignal
+from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from tests.helpers import fixed, tiny
 
@@ -114,6 +116,20 @@ def test_four_updates_of_one_batch_equal_the_slow_script(folders, rollout, budge
     assert max(float((after[name] - start.weights[name]).abs().max()) for name in after) > 1e-2
 
 
+def test_a_token_without_weight_has_no_gradient_that_a_clip_could_cut():
+    """The first half of each row is trained. The ratios of the others alone leave the interval, then that of the last one too."""
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    signal = TokenSignal(student_logprobs=-torch.ones(4, 8), teacher_logprobs=torch.zeros(4, 8), mask=mask)
+    weights = FirstFraction(0.5)(signal)
+    for moved, share in ((torch.arange(8) >= 4, 0.0), (torch.arange(8) >= 3, 0.25)):
+        logprobs = torch.where(moved, signal.student_logprobs + 1.0, signal.student_logprobs).requires_grad_()
+        loss = PolicyLoss(clip=CLIP).token_loss(logprobs, signal, weights)
+        (gradient,) = torch.autograd.grad(loss.values.sum(), logprobs)
+        trained = weights > 0
+        assert torch.equal(loss.clipped, trained & (gradient == 0)) and trained.sum() == 16
+        assert float(loss.clipped.sum() / trained.sum()) == share
+
+
 def test_the_signal_and_the_weights_are_those_before_the_first_update(folders, rollout):
     once = fixed.fit(fixed.module(folders, rollout, weighting=ImportanceWeighting()), rollout.prompts).records[0]
     often = fixed.fit(fixed.module(folders, rollout, **settings()), rollout.prompts, steps=4).records[0]
@@ -127,3 +143,32 @@ def test_a_divergence_goes_on_falling_over_the_updates_of_one_batch(folders, rol
     trained = fixed.module(folders, rollout, **settings(objective=Divergence("forward_kl")))
     last = fixed.fit(trained, rollout.prompts, steps=4).records[0]
     assert float(last.loss.sum()) < 0.97 * float(first.loss.sum())
+
+
+# -- fewer rows than mini-batches ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [{0}, set()], ids=["one row left", "no row left"])
+@pytest.mark.parametrize("objective", [PolicyLoss(), Divergence("reverse_kl")], ids=["policy", "divergence"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_mini_batch_without_rows_is_the_step_on_masked_rows(folders, left, objective, epochs):
+    """Row 0 is in the first mini-batch whether the others are masked or dropped. AdamW moves by a gradient of zero too, not where
+    there is none."""
+    cut = fixed.rollout(lengths=LENGTHS, prompt_lengths=PROMPTS, truncated=set(range(len(LENGTHS))) - left)
+    changes = {
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        "objective": objective,
+        "epochs": epochs,
+    }
+    found = []
+    for truncated in ("mask", "drop"):
+        trained = fixed.module(folders, cut, **settings(truncated=truncated, **changes))
+        collect = fixed.fit(trained, cut.prompts, steps=4 * epochs)
+        values = trained.trainer.callback_metrics.items()
+        logged = {name: float(value) for name, value in values if not name.startswith("time/")}
+        found.append((collect, fixed.weights(trained), logged))
+    (masked, same, metrics), (dropped, ours, others) = found
+    assert [len(record.rollout) for record in dropped.records] == [1, 1] and len(masked.records[0].rollout) == 7
+    assert dropped.losses == pytest.approx(masked.losses, rel=1e-10)
+    assert others == pytest.approx(metrics, rel=1e-9) and all(map(math.isfinite, others.values()))
+    assert fixed.relative_gap(ours, same) < 1e-10

@@ -12,6 +12,7 @@ from lit_opd.advantage import EntropyNull
 from lit_opd.objective import PolicyLoss
 from lit_opd.step.recipe import Recipe
 from lit_opd.weighting.combinators import SequenceMeanOne
+from lit_opd.weighting.fire_rows import FiReRows
 from lit_opd.weighting.fractions import FirstFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from lit_opd.weighting.least_likely import LeastLikely
@@ -141,6 +142,25 @@ def test_dropped_tokens_leave_the_denominator(folders, rollout, aggregation, bud
     )
     _, ours = fixed.gradient(trained, rollout.prompts)
     _, theirs = slow_step(folders, rollout, torch.float64, weigh=first_third, aggregation=aggregation)
+    assert fixed.relative_gap(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "sequence-sum", "constant"])
+def test_a_step_without_the_rows_that_a_strategy_drops_is_the_step_on_the_others(folders, rollout, aggregation):
+    """FiReRows at one half drops the three rows of seven with the lowest mean log-prob of the teacher."""
+    settings = {"aggregation": aggregation, "objective": PolicyLoss(importance_cap=None)}
+    dropping = fixed.module(folders, rollout, weighting=FiReRows(0.5), token_budget=20, **settings)
+    collect = fixed.fit(dropping, rollout.prompts, watch=(start := fixed.StartWeights()))
+    ours = {name: start.weights[name] - value for name, value in fixed.weights(dropping).items()}
+    signal = collect.records[0].signal
+    means = [float(row[own].mean()) for row, own in zip(signal.teacher_logprobs, signal.mask, strict=True)]
+    skip = set(sorted(range(len(means)), key=means.__getitem__)[:3])
+
+    def weigh(d):
+        return [1.0] * len(d)
+
+    loss, theirs = slow_step(folders, rollout, torch.float64, weigh=weigh, aggregation=aggregation, skip=skip)
+    assert collect.losses[0] == pytest.approx(loss, rel=1e-10)
     assert fixed.relative_gap(ours, theirs) < 1e-10
 
 

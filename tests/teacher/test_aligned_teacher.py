@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_opd.advantage import RewardExtrapolation
 from lit_opd.compare.gradients import KeptGradient
 from lit_opd.errors import InputError
 from lit_opd.models.loading import load_tokenizer
@@ -269,7 +270,7 @@ def test_scores_of_other_merges_are_those_of_hand_arithmetic(world, cut, chunks)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "sequence-sum"])
 def test_a_step_on_other_merges_is_that_of_hand_arithmetic(world, cut, chunks, aggregation):
-    """- Agg[(Q - S) S], S and Q the sums over a chunk; what has no score is in no denominator of tokens."""
+    """- Agg[(Q - S) S], S and Q the sums over a chunk; what has no score is in no denominator."""
     ours, name, cuts = CUTS[cut]
     world = world | {"student": world[ours]}
     batch = rows(world, name)
@@ -462,6 +463,18 @@ def test_a_training_run_logs_it(world):
     expected = loaded(world, "fewer", chunks="sum").score(batch)
     torch.testing.assert_close(record.signal.teacher_logprobs, expected.logprobs, rtol=1e-10, atol=1e-11)
     assert torch.equal(record.chunks.lengths, expected.chunks.lengths)
+
+
+@pytest.mark.parametrize("chunks", ["single", "sum"])
+def test_a_reference_reads_the_students_tokens(world, chunks):
+    """The initial student as reference: before the first update its log-probs are the student's, of chunks their sums."""
+    batch = rows(world, "fewer")
+    teacher = AlignedTeacher(LocalTeacher(world["fewer"], dtype="float64"), chunks=chunks, min_aligned=0.1)
+    settings = {"teacher": teacher, "objective": PLAIN_LOSS, "advantage": [RewardExtrapolation(1.5)]}
+    module = fixed.module((world["student"], world["plain"]), batch, with_reference=True, **settings)
+    signal = fixed.fit(module, batch.prompts).records[0].signal
+    torch.testing.assert_close(signal.reference_logprobs, signal.student_logprobs, rtol=1e-9, atol=1e-9)
+    assert signal.mask.any(-1).sum() > 3
 
 
 def test_a_batch_below_the_bound_ends_the_run_and_says_what_to_do(world):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lit_opd.errors import InputError
+from callbacks import RunCheckpoint, StopOnSignal
+from lit_opd.errors import InputError, Stopped
 from lit_opd.models.student import LoraSettings, StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
@@ -70,6 +74,27 @@ def test_there_is_no_second_copy(folder):
     fixed.fit(shared, ROWS.prompts)
     assert not list(shared.teacher.parameters())
     assert not [name for name in shared.state_dict() if "teacher" in name]
+
+
+def test_a_signal_while_the_adapters_are_switched_on_again_leaves_them_all_on(folder, tmp_path, monkeypatch):
+    """Adapters that were left off would be missing from what the checkpoint takes for trained."""
+    switch, on = BaseTunerLayer.enable_adapters, []
+
+    def told(layer, enabled):
+        switch(layer, enabled)
+        on.append(enabled)
+        if on.count(True) == 1 and enabled:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    shared = module(folder, BaseModelTeacher())
+    shared.configure_model()
+    names = set(adapters(shared))
+    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", told)
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    with pytest.raises(Stopped):
+        fixed.fit(shared, ROWS.prompts, watch=[StopOnSignal(), RunCheckpoint()], **options)
+    assert on.count(True) > 1 and names and set(adapters(shared)) == names
+    assert not any(layer.disable_adapters for layer in shared.modules() if isinstance(layer, BaseTunerLayer))
 
 
 def test_it_needs_adapters(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from lit_opd.teacher import (
 from lit_opd.teacher.aligned import AlignedTeacher
 from lit_opd.types import Replayed, Rollout
 from lit_opd.weighting.uniform import Uniform
+from tests.helpers import fake_vllm as fake
 from tests.helpers import fixed, tiny
 
 ALL = frozenset({"teacher_entropy", "teacher_topk"})
@@ -180,6 +182,29 @@ def test_the_angles_of_long_texts_are_in_the_key(rows, tmp_path):
     (short, first), (long, second), (again, third), (unknown, fourth) = found
     assert (first, second, third, fourth) == ([6], [6], [], [])
     assert torch.equal(short, again) and torch.equal(long, unknown) and not torch.allclose(short, long, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_the_class_of_stop_tokens_that_is_summed_is_in_the_key(rows, tmp_path, kind):
+    """The teacher's generation config gets another end: weights, config.json and the student's stop ids stay."""
+    model = tiny.save(tiny.qwen3(seed=2), tmp_path / "model")
+    ends = Path(model) / "generation_config.json"
+
+    def scored(folder: Path, stops: list[int], urls: list[str]) -> tuple[torch.Tensor, int]:
+        ends.write_text(json.dumps({"eos_token_id": stops, "pad_token_id": 0}))
+        local = LocalTeacher(model, dtype="float64", stop_mass="sum")
+        inner = local if kind == "local" else RemoteTeacher(urls, model, stop_mass="sum")
+        teacher = cached("", folder, teacher=inner, revision="one")
+        return teacher.score(rows).logprobs, len(entries(folder))
+
+    with fake.serving(model) as server:
+        first, kept = scored(tmp_path, [1], [server.url])
+        found, more = scored(tmp_path, [1, 3, 7], [server.url])
+        fresh, _ = scored(tmp_path / "fresh", [1, 3, 7], [server.url])
+        again, still = scored(tmp_path, [1], [server.url])
+    assert (kept, more, still) == (6, 12, 12) and torch.equal(again, first)
+    torch.testing.assert_close(found, fresh, rtol=1e-6, atol=1e-6)
+    assert float((found - first).abs().max()) > 1.0  # nats
 
 
 def test_what_an_environment_said_is_in_the_key(folders, rows, tmp_path):

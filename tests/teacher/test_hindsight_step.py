@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_opd.advantage import ValueBaseline
+from lit_opd.advantage import RewardExtrapolation, ValueBaseline
 from lit_opd.errors import InputError
 from lit_opd.evaluation import Reward, ValidationSettings
 from lit_opd.models.student import StudentSettings
@@ -23,7 +23,7 @@ from lit_opd.preflight.module_checks import check_window
 from lit_opd.prompts import HindsightPrompt, PeerDemonstration, PromptDataModule
 from lit_opd.rollout import RatioStop, TransformersSampler
 from lit_opd.step.recipe import WarmUp
-from lit_opd.teacher import SelfTeacher
+from lit_opd.teacher import LocalTeacher, SelfTeacher
 from lit_opd.types import Rollout
 from lit_opd.weighting import Uniform
 from tests.helpers import fixed, tiny
@@ -252,3 +252,17 @@ def test_the_longest_prompt_of_the_teacher_must_fit_into_its_window(folder, tmp_
         InputError, match=r"`model\.teacher`, 64 tokens, got 6 after prompts of up to 59.*teacher_prompt"
     ):
         check_window(trained, data)
+
+
+def test_the_window_of_a_reference_need_not_hold_it(folder, tmp_path):
+    """Prompts of the student have up to 16 tokens: 16 + 6 of 22."""
+    wide, narrow, short = (
+        LocalTeacher(tiny.save(tiny.qwen3(seed=2, window=window), tmp_path / str(window))) for window in (256, 22, 21)
+    )
+    third = {"reference": narrow, "advantage": [RewardExtrapolation(1.5)], "objective": PolicyLoss()}
+    trained = module(folder, teacher=wide, **third)
+    data = prompts(tmp_path, PeerDemonstration("{demonstration}", max_prompt_tokens=100))
+    data.use_tokenizer(trained.tokenizer).setup("fit")
+    check_window(trained, data)
+    with pytest.raises(InputError, match=r"`model\.reference`, 21 tokens, got 6 after prompts of up to 16"):
+        check_window(module(folder, teacher=wide, **(third | {"reference": short})), data)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +14,8 @@ import lightning as L
 import pytest
 import torch
 
-from lit_opd.errors import InputError
+from callbacks import RunCheckpoint, StopOnSignal
+from lit_opd.errors import InputError, Stopped
 from lit_opd.models.student import LoraSettings, StudentSettings
 from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, PolicyLoss
@@ -174,6 +179,49 @@ def test_a_failure_while_it_scores_gives_the_student_its_weights_back(folder):
     with pytest.raises(ZeroDivisionError), trained.teacher._as_teacher():
         raise ZeroDivisionError
     assert all(torch.equal(value, before[name]) for name, value in trained_weights(trained).items())
+
+
+def signalled(monkeypatch, number: int) -> list[int]:
+    """This process gets a SIGTERM after the ``number``-th copy between teacher and student; the copies are counted."""
+    copy, seen = torch.Tensor.copy_, [0]
+
+    def counted(own, *arguments, **options):
+        done = copy(own, *arguments, **options)
+        if sys._getframe(1).f_code.co_name == "_exchanged":
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    return seen
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
+def test_a_signal_while_weights_are_exchanged_saves_the_students(folder, tmp_path, monkeypatch, lora):
+    """Of n weights a step copies n to the student and n back; the signal comes in the second step."""
+
+    def trained_until(number: int, name: str):
+        seen = signalled(monkeypatch, number)
+        trained, watch, run = module(folder, SelfTeacher("ema", 0.5), lora=lora), Watch(), tmp_path / name
+        torch.manual_seed(1)  # of the adapters
+        callbacks = [StopOnSignal(), watch, RunCheckpoint()]
+        options = {"enable_checkpointing": True, "default_root_dir": run}
+        with suppress(Stopped):
+            fixed.fit(trained, ROWS.prompts, steps=2, watch=callbacks, **options)
+        monkeypatch.undo()
+        return seen[0], watch.seen, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+    total, whole, _ = trained_until(0, "whole")
+    n = total // 4
+    assert n == len(whole[0]) and total == 4 * n and n > 2
+    for number in (2 * n + 1, 3 * n, 3 * n + 1, 3 * n + n // 2, 4 * n - 1, 4 * n):
+        _, seen, saved = trained_until(number, str(number))
+        assert len(seen) == 2 and saved["global_step"] == 1
+        weights = {name.removeprefix("student."): value for name, value in saved["state_dict"].items()}
+        assert all(torch.equal(weights[name], value) for name, value in whole[1].items()), number
+        average = saved["self_teachers"]["teacher"]
+        assert any(not torch.equal(average[name], value) for name, value in whole[1].items())
 
 
 def test_a_half_precision_student_is_averaged_in_float32(folder):

@@ -18,7 +18,8 @@ from transformers import (
     Lfm2ForCausalLM,
 )
 
-from lit_opd.rollout import TransformersSampler
+from lit_opd.rollout import DecodeSampler, TransformersSampler
+from tests.helpers import tiny
 from tests.helpers.talking import WINDOW, Again, Counting, scored, student, talked
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-6}  # nats; ``generate`` gives float32 logits
@@ -105,6 +106,16 @@ def test_each_token_is_read_once():
     )
     assert long[1:] == [1 + count for count in answers]  # with the token that nothing has read yet
     assert sum(reference.columns) > sum(ours.columns) + rollout.prompts.ids.shape[1]
+
+
+@pytest.mark.parametrize("kind", [TransformersSampler, DecodeSampler])
+def test_no_turn_records_a_graph(kind):
+    """A model that neither sampler decodes by ``PlainDecoder``: a graph of all turns would stay in the key-value cache."""
+    torch.manual_seed(1)
+    policy = scored(BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)))
+    with tiny.grad_modes(policy.causal_lm) as modes:
+        rollout = talked(kind(max_new_tokens=60), Counting(), policy)
+    assert int(rollout.num_turns.max()) == 3 and len(modes) > 3 and not any(modes)
 
 
 # -- models that cannot go on ------------------------------------------------------------------------------------------

@@ -314,8 +314,28 @@ def test_an_answer_over_the_window_ends_its_row_as_cut(policy, engine):
     rollout = sampled(engine, policy, Long(), settings={"stop_ids": tuple(range(4, 64))})
     assert int(rollout.finish_reason[2]) == int(FinishReason.LENGTH) and int(rollout.num_turns[2]) == 1
     assert set(rollout.num_turns[[0, 1, 3, 4, 5]].tolist()) == {2}
-    budgeted = sampled(engine, policy, Long(), settings={"stop_ids": tuple(range(4, 64)), "budgeted": True})
-    assert int(budgeted.finish_reason[2]) == int(FinishReason.BUDGET)
+    told = {"stop_ids": tuple(range(4, 64)), "budgeted": True}
+    for most, reason in ((60, FinishReason.LENGTH), (90, FinishReason.BUDGET)):  # into 60 it does not fit either
+        talk = ENGINES[engine](max_new_tokens=most)
+        budgeted = talked(talk, Long(), policy, settings=told | {"max_new_tokens": most - 18})
+        assert int(budgeted.finish_reason[2]) == int(reason) and int(budgeted.num_turns[2]) == 1
+
+
+def test_under_a_budget_a_row_that_a_turns_own_bound_cuts_is_not_the_budgets(policy, engine):
+    """A turn of 12 tokens without an end is cut by `max_turn_tokens`, a shorter one by what the budget left of the row; an answer
+    that would have fitted without the budget is cut by it."""
+    cut: dict[int, int] = {int(FinishReason.LENGTH): 0, int(FinishReason.BUDGET): 0}
+    for seed in range(3):
+        rollout = sampled(engine, policy, settings={"max_new_tokens": 30, "budgeted": True, "seed": seed})
+        for row, reason in enumerate(rollout.finish_reason.tolist()):
+            said = turns_of(rollout, row)[-1]
+            if said[-1] not in STOPS:
+                by_turn = len(said) == 12
+                assert reason == int(FinishReason.LENGTH if by_turn else FinishReason.BUDGET)
+                cut[reason] += 1
+            elif reason != int(FinishReason.STOP):
+                assert reason == int(FinishReason.BUDGET)
+    assert all(cut.values()), cut
 
 
 def test_the_last_turn_allowed_is_answered_for_its_reward(policy):

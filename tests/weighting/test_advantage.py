@@ -137,6 +137,14 @@ def test_transforms_keep_precision_and_carry_no_gradient(transform, given):
 
 
 @every_transform
+def test_autocast_changes_no_advantage(transform):
+    signal = random_signal(holey_mask(6, 11), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = transform(signal.log_ratio, signal)
+    assert torch.equal(mixed, transform(signal.log_ratio, signal))
+
+
+@every_transform
 def test_transforms_ignore_padding_content_and_extra_padding(transform):
     signal = random_signal(holey_mask(8, 23))
     given = torch.where(signal.mask, signal.log_ratio, math.nan)

@@ -211,7 +211,7 @@ def test_with_the_reward_alone_the_step_is_grpo(folders, aggregation, token_budg
     assert fixed.relative_gap(ours, theirs) < 1e-9
 
 
-@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean"])
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "sequence-sum", "constant"])
 @pytest.mark.parametrize("objective", [PolicyLoss(importance_cap=None), Divergence("reverse_kl")])
 @pytest.mark.parametrize("weighting", [ImportanceWeighting(), BatchMeanOne(ImportanceWeighting()), CDD(0.1, 0.1)])
 def test_a_gate_that_drops_is_the_step_on_the_rows_that_pass(folders, aggregation, objective, weighting):

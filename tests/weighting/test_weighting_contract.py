@@ -105,6 +105,14 @@ def test_weights_have_the_precision_of_the_signal_and_at_least_float32(strategy)
 
 
 @every_strategy
+def test_autocast_changes_no_weight(strategy):
+    signal = random_signal(holey_mask(6, 11), dtype=torch.float32)
+    plain = outputs(strategy, signal)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, outputs(strategy, signal), plain))
+
+
+@every_strategy
 def test_weights_carry_no_gradient(strategy):
     signal = random_signal(holey_mask(6, 11))
     leaf = signal.student_logprobs.clone().requires_grad_()

@@ -81,7 +81,8 @@ class DecodedConversation:
         cached.most = before.shape[1] + count
         keys = turn_keys(self.keys, self.turn)
         uniforms = row_uniforms(settings.seed, keys, settings.step, count, domain=settings.domain)
-        with torch.inference_mode(self.plain(model, device)):
+        # inference mode, where it is off, switches gradients on
+        with torch.inference_mode(self.plain(model, device)), torch.no_grad():
             responses = Responses(uniforms, settings)
             writer = self.writer(model, cached, responses)
             columns = self._written(writer, responses, torch.tensor(list(room), device=device))

@@ -105,8 +105,9 @@ def _decode(
     cached = _prefilled(model, prompts, settings)
     plain = _runs_plain(model, prompts.ids.device)
     uniforms = settings.uniforms(prompts.row_keys)
-    # transformers keeps tensors of a forward in its modules: inference mode is for our own decoder only
-    with torch.inference_mode(plain):
+    # transformers keeps tensors of a forward in its modules: inference mode is for our own decoder only; where it is off, it
+    # switches gradients on
+    with torch.inference_mode(plain), torch.no_grad():
         responses = Responses(uniforms, settings)
         ids, logprobs = _written(_writer(model, cached, responses), responses, watch)
     return ids.clone(), logprobs.clone()  # a tensor of inference mode cannot meet a gradient
