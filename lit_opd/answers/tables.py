@@ -116,8 +116,12 @@ SPEEDS = {
     "kmh": ("kilometer", "hour"),
     "kmph": ("kilometer", "hour"),
 }
-NO_MEASURE = frozenset("unit units st nd rd th".split())  # words that stand where a unit stands and measure nothing
+ANY_MEASURE = frozenset("unit units".split())
+NO_MEASURE = ANY_MEASURE | frozenset("st nd rd th".split())  # words that stand where a unit stands and measure nothing
+PER_WORDS = frozenset("per an each every".split())  # "miles an hour", "dollars each week"
 POWERS_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+BEFORE_INCH = ("sq", "square", "cu", "cubic", "per")  # after them "in" is no preposition, nor before these:
+AFTER_INCH = ("long", "tall", "wide", "high", "thick", "deep", "apart", "of", "per", "squared", "cubed")
 POWERS_BEHIND = {"squared": 2, "cubed": 3}
 PERCENT_WORDS = frozenset("percent percents percentage pct".split())
 CURRENCIES = {"\\$": "dollar", "\u20ac": "euro", "\u00a3": "sterling", "\u00a5": "yen", "\u20b9": "rupee"}

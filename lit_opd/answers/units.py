@@ -30,6 +30,11 @@ _NUMBER_LIKE = re.compile(
 _ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the scale may go without saying
 _PER_CENT = re.compile(r"\\text\{[pP]er\}\s*\\text\{cent\}")
+# "in" before a word, as in "cm in length", but not in "square in of paper" or "in long"
+_PREPOSITION = re.compile(
+    rf"(?P<measure>(?:/|\\text\{{(?:{'|'.join(tables.BEFORE_INCH)})\}})\s*)?\\text\{{in\}}"
+    rf"(?=\s*\\text\{{(?!(?:{'|'.join(tables.AFTER_INCH)})\}}))"
+)
 _CURRENCY = re.compile(
     r"^(?P<sign>-?\s*)(?P<mark>\\\$|[\u20ac\u00a3\u00a5\u20b9]|(?:\\text\{(?:Rs|USD|EUR|GBP|INR)\}\.?))\s*(?=[0-9.\\(-])"
 )
@@ -43,7 +48,7 @@ class Quantity:
         text: the value, LaTeX.
         percent: a percent sign stood after it.
         unit: powers of measures, such as {("meter", 1), ("second", -2)}; empty where there is none.
-        counted: plain words or "units" stood there too, so that the unit decides nothing.
+        counted: "units" stood where a measure stands, as in "units per second", and may be any.
         times: what a magnitude multiplies the value by.
     """
 
@@ -57,9 +62,15 @@ class Quantity:
         """False where both name a measure and not the same; units are not converted."""
         if self.percent and other.unit or self.unit and other.percent:
             return False
-        if self.counted or other.counted or not self.unit or not other.unit or self.unit == other.unit:
+        if not self.unit or not other.unit or self.unit == other.unit:
             return True
+        if self.counted or other.counted:
+            return self._below() == other._below()
         return {name for name, _ in self.unit | other.unit} in _DEGREES
+
+    def _below(self) -> set[tuple[str, int]]:
+        """What stands after "per"."""
+        return {(name, power) for name, power in self.unit if power < 0}
 
 
 def quantity(text: str) -> Quantity:
@@ -77,7 +88,7 @@ def quantity(text: str) -> Quantity:
     if not suffix.unit or not _fits(head, tail, suffix.plain):
         return Quantity(text)
     unit = frozenset((name, power) for name, power in names.items() if power)
-    return Quantity(head, suffix.percent, unit, suffix.plain, suffix.times)
+    return Quantity(head, suffix.percent, unit, suffix.counted, suffix.times)
 
 
 def _without_currency(text: str, names: dict[str, int]) -> str:
@@ -116,12 +127,13 @@ class _Suffix:
 
     def __init__(self, names: dict[str, int]) -> None:
         self.names = names
-        self.plain, self.percent, self.times, self.unit = False, False, Fraction(1), True
-        self._sign, self._power, self._last, self._fraction = 1, 1, "", False
+        self.plain, self.counted, self.percent, self.times, self.unit = False, False, False, Fraction(1), True
+        self._sign, self._power, self._last, self._fraction, self._described = 1, 1, "", False, False
 
     def read(self, tail: str) -> None:
         """Read a whole suffix into the fields."""
-        tail, self.percent = _PER_CENT.sub("%", tail), False
+        tail = _PER_CENT.sub("%", tail)
+        tail = _PREPOSITION.sub(lambda found: found[0] if found["measure"] else r"\text{of}", tail)
         self.percent = "%" in tail
         for number, found in enumerate(_TOKEN.finditer(tail)):
             if found["frac"]:
@@ -143,8 +155,8 @@ class _Suffix:
             self.times = tables.MAGNITUDES[lower]
         elif lower in tables.PERCENT_WORDS:
             self.percent = True
-        elif lower == "per":
-            self._sign = -1
+        elif lower in tables.PER_WORDS:
+            self._sign, self.plain = -1, self.plain or lower != "per"
         elif lower in tables.POWERS_BEFORE:
             self._power = tables.POWERS_BEFORE[lower]
         elif lower in tables.POWERS_BEHIND:
@@ -153,9 +165,11 @@ class _Suffix:
         elif word in tables.SPEEDS:
             self.names.update(zip(tables.SPEEDS[word], (1, -1), strict=True))
         elif unit is not None:
-            self._count(unit, power)
+            if self._sign < 0 or not self._described:
+                self._count(unit, power)
         elif lower in tables.NO_MEASURE or _is_plain(word):
-            self.plain, self._power = True, 1
+            self.counted = self.counted or (lower in tables.ANY_MEASURE and self._sign > 0 and not self.names)
+            self.plain, self._power, self._described = True, 1, bool(self.names)  # "days of the week" are days
         else:
             self.unit = False
 

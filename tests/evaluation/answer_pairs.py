@@ -109,6 +109,75 @@ PAIRS: dict[str, list[tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
         ),
         ("5", (r"5\frac{\text{m}}{\text{s}}",), ("5 x", "5x", "-5")),
     ],
+    "plain words beside a unit leave it a unit": [
+        (
+            r"5\text{ hours}",
+            (
+                "5",
+                "5 units",
+                r"5\text{ hours later}",
+                r"5\text{ hours of work}",
+                r"5\text{ whole hours}",
+                r"5\text{ hours in total}",
+            ),
+            (
+                r"5\text{ minutes later}",
+                r"5\text{ whole minutes}",
+                r"5\text{ minutes in total}",
+                r"5\text{ hours each day}",
+            ),
+        ),
+        (
+            r"3\text{ inches}",
+            (
+                r"3\text{ in}",
+                r"3\text{ in long}",
+                r"3\text{ inches in length}",
+                r"3\text{ in of rain}",
+                r"3\text{ pens}",
+                r"3\text{ in total}",
+            ),
+            (r"3\text{ feet tall}", r"3\text{ feet in length}", r"3\text{ ft long}"),
+        ),
+        (
+            r"\$40",
+            (
+                r"40\text{ dollars each}",
+                r"40\text{ in all}",
+                r"\$40\text{ in total}",
+                r"\$40\text{ each}",
+                r"40\text{ apples}",
+            ),
+            (r"40\text{ cents each}", r"40\text{ cents in all}", "\u20ac40 each"),
+        ),
+        (
+            r"12\text{ cm}",
+            (r"12\text{ cm wide}", r"12\text{ units}"),
+            (r"12\text{ cm}^2\text{ area}", r"12\text{ square cm area}"),
+        ),
+        (
+            r"12\text{ in}^2",
+            (r"12\text{ square units}", r"12\text{ sq in of paper}", r"12\text{ square inches in area}"),
+            (r"12\text{ in wide}", r"12\text{ square feet of paper}"),
+        ),
+        (
+            "60 mph",
+            (
+                r"60\text{ miles an hour}",
+                r"60\text{ miles each hour}",
+                r"60\text{ miles per hour on average}",
+                r"60\text{ units per hour}",
+            ),
+            (
+                r"60\text{ miles an hour squared}",
+                r"60\text{ units per second}",
+                r"60\text{ miles each way}",
+                r"60\text{ km every hour}",
+            ),
+        ),
+        (r"7\text{ days}", (r"7\text{ days of the week}", r"7\text{ days in all}"), (r"7\text{ weeks of the year}",)),
+        (r"20^\circ", (r"20\text{ degrees Celsius outside}",), (r"20\text{ radians exactly}",)),
+    ],
     "tiny, large and near values are exact": [
         (
             r"\frac{1}{2^{81}}",
