@@ -131,7 +131,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def _evaluations(run_dir: Path, steps: int | None) -> list[list[str]]:
-    """A line a set: its last evaluation up to ``steps``, against its first."""
+    """A line a set: its last evaluation up to ``steps``, against the first one that asked in the same way."""
     by_set: dict[str, list[PastEvaluation]] = {}
     for past in past_evaluations(EvaluationFile(run_dir / FILE_NAME).rows()):
         if steps is None or past.step <= steps:
@@ -140,7 +140,8 @@ def _evaluations(run_dir: Path, steps: int | None) -> list[list[str]]:
 
 
 def _row(pasts: Sequence[PastEvaluation]) -> list[str]:
-    first, last = pasts[0], pasts[-1]
+    last = pasts[-1]
+    first = next(past for past in pasts if past.settings == last.settings)
     low, high = bootstrap_interval(torch.tensor(list(last.accuracy.values())))
     paired = paired_difference(last.accuracy, first.accuracy) if last.step > first.step else None
     change = "-" if paired is None else f"{paired[0]:+.3f} [{paired[1]:+.3f}, {paired[2]:+.3f}] since step {first.step}"

@@ -33,11 +33,17 @@ ROW = {
 }  # fmt: skip
 
 
-def run_folder(folder: Path, config: Any = CONFIG, *, evaluated: dict[int, list[bool]] | None = None) -> Path:
+def run_folder(
+    folder: Path,
+    config: Any = CONFIG,
+    *,
+    evaluated: dict[int, list[bool]] | None = None,
+    settings: dict[int, str] | None = None,
+) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     rows = [
-        ROW | {"step": step, "problem_id": str(number), "correct": right}
+        ROW | {"step": step, "problem_id": str(number), "correct": right, "settings": (settings or {}).get(step, "s")}
         for step, rights in (evaluated or {}).items()
         for number, right in enumerate(rights)
     ]
@@ -152,6 +158,21 @@ def test_evaluations_have_intervals_and_the_difference_is_paired(tmp_path):
     before = parts(model_card(run, title="iw", steps=0))[1]
     (row,) = [line for line in before.splitlines() if "AIME" in line]
     assert row == "| AIME &lt;24> | 2 | 0 | 0.500 [0.000, 1.000] | - |"
+
+
+@pytest.mark.parametrize(
+    ("asked", "change"),
+    [
+        ({0: "short", 20: "long", 40: "long"}, "+0.500 [+0.000, +1.000] since step 20"),
+        ({0: "long", 20: "short", 40: "long"}, "+1.000 [+1.000, +1.000] since step 0"),
+        ({0: "short", 20: "short", 40: "long"}, "-"),
+    ],
+)
+def test_a_difference_is_of_evaluations_that_asked_in_the_same_way(tmp_path, asked, change):
+    """A run that went on with longer answers: what it gained by them is no change of the model."""
+    run = run_folder(tmp_path, evaluated={0: [False, False], 20: [True, False], 40: [True, True]}, settings=asked)
+    (row,) = [line for line in model_card(run, title="iw").splitlines() if "AIME" in line]
+    assert row == f"| AIME &lt;24> | 2 | 40 | 1.000 [1.000, 1.000] | {change} |"
 
 
 def test_a_model_of_another_step_gets_no_number_of_the_runs_end(tmp_path):
