@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_opd.distributed import shared_failure
 from lit_opd.errors import InputError, ServerError, Stopped
 from lit_opd.prompts import PromptDataModule
-from lit_opd.run.checkpoint_files import FOLDER, LAST, REQUEUE, remove, save, sweep
+from lit_opd.run.checkpoint_files import FOLDER, LAST, REQUEUE, point, remove, save, sweep
 from lit_opd.run.tracking import crossed
 from lit_opd.shipped import program
 
@@ -97,11 +98,15 @@ class RunCheckpoint(ModelCheckpoint):
     # -- when --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to save."""
+        """From here on there is something to save, and ``last`` is where this run goes on, also where it went back."""
         self._batch_began_at, self._saving = trainer.global_step, False
         self._bests_saved = _bests(trainer)
         if trainer.is_global_zero:
             sweep(self._folder)
+        own = self._folder / self._name(trainer)
+        with shared_failure():
+            if trainer.is_global_zero and trainer.ckpt_path and Path(trainer.ckpt_path).resolve() == own.resolve():
+                point(self._folder / LAST, own.name)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the optimizer step."""

@@ -11,14 +11,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lit_opd.callbacks.report import RunReport
 
+from lit_opd.distributed import shared_failure
 from lit_opd.evaluation.validation import SUMMARISED
 from lit_opd.files import replace_whole
 from lit_opd.run.lightning import callbacks_of
 from lit_opd.shipped import program
 
+FILE = "summary.json"
+
 
 class Summary(Callback):
-    """``summary.json`` in the run folder, and the table at the end. Counts go on over a resumed run."""
+    """``summary.json`` in the run folder, and the table at the end. Counts go on over a resumed run.
+
+    The file says that the run is finished: where one goes on to make further steps, or makes steps again, that of its former end
+    becomes ``summary.json.previous`` before the first of them.
+    """
 
     def __init__(self) -> None:
         self._start: dict[str, float | None] = {}
@@ -44,6 +51,12 @@ class Summary(Callback):
         """Start the clock."""
         self._clock = time.perf_counter()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the run is no finished one; a finished one that has no step left to make does not come here."""
+        with shared_failure():
+            if trainer.is_global_zero:
+                _set_aside(Path(trainer.default_root_dir) / FILE, trainer.global_step)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the fit's first measurement as the start and the newest as the end; Lightning's sanity check is none."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -68,7 +81,7 @@ class Summary(Callback):
             return
         summary = self.values(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
-        replace_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        replace_whole(folder / FILE, (json.dumps(summary, indent=2) + "\n").encode())
         paged = any(isinstance(other, RunReport) for other in callbacks_of(trainer))
         rank_zero_info(table(summary, folder, paged=paged))
 
@@ -88,6 +101,12 @@ class Summary(Callback):
             "strategy": type(getattr(pl_module, "weighting", None)).__name__,
             "trained": trained.summary(trainer.global_step) if trained is not None else [],
         }
+
+
+def _set_aside(path: Path, step: int) -> None:
+    if path.is_file():
+        path.replace(path.with_name(f"{path.name}.previous"))
+        rank_zero_info(f"the run goes on from step {step}: {path.name} of its former end is {path.name}.previous now")
 
 
 def table(summary: dict[str, Any], folder: Path, *, paged: bool) -> str:

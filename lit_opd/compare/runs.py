@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def _setting(config: dict[str, Any], key: str, folder: Path) -> str:
 def _curves(folder: Path, summary: dict[str, Any]) -> dict[str, Curve]:
     """Every measured metric; avg@k only where k is 4, as the summary says."""
     rows = _rows(folder)
-    if rows and rows[-1]["step"] > summary["steps"]:
+    if rows and not _ends_at(summary["steps"], [int(row["step"]) for row in rows]):
         raise InputError(
             f"`--runs` must be finished runs, got {folder}, whose metrics.csv is at step {rows[-1]['step']:.0f} and whose "
             f"summary.json at {summary['steps']}; let it end, or finish it with `--ckpt_path last`"
@@ -205,6 +206,16 @@ def _curves(folder: Path, summary: dict[str, Any]) -> dict[str, Curve]:
             steps, tokens, values = zip(*points, strict=True)
             found[name] = Curve(tuple(map(int, steps)), tuple(map(int, tokens)), values, gap)
     return found
+
+
+def _ends_at(end: int, steps: Sequence[int]) -> bool:
+    """Whether logged steps, rising, are those of a run of ``end`` steps: not all need be logged, as every tenth.
+
+    >>> _ends_at(25, [0, 10, 20]), _ends_at(30, [0, 10, 20]), _ends_at(15, [0, 10, 20])
+    (True, False, False)
+    """
+    gap = max(later - step for step, later in pairwise([0, *steps]))
+    return steps[-1] <= end and (end - steps[-1] < gap or gap == 0)
 
 
 def _token_gap(folder: Path, rows: Sequence[dict[str, float]], summary: dict[str, Any]) -> str:

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
 from callbacks import default_callbacks
 from lit_opd.cli.command import main
+from lit_opd.compare import read_run
+from lit_opd.errors import InputError
 from lit_opd.run.checkpoint_files import problem
+from lit_opd.sweep.checks import FINISHED, GOES_ON, SweepRun, _seen
+from lit_opd.sweep.variants import Variant
 from tests.cli.test_cli import write_prompts
 from tests.helpers import cases, fixed, forks, tiny
 from tests.helpers.wandb_file import records
@@ -272,6 +277,41 @@ def test_a_validation_that_the_checkpoint_had_is_not_made_again(models, tmp_path
     (run / "summary.json").unlink()
     fit(config, run, "--ckpt_path", "last")
     assert (metrics(run), json.loads((run / "summary.json").read_text()) | {"seconds": 0}) == before
+
+
+class Dies(Callback):
+    """Ends the process's work after the batch of a step, as a kill would: nothing more is written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise SystemExit(9)
+
+
+def test_a_finished_run_that_goes_back_and_is_killed_is_unfinished(models, tmp_path):
+    """Its curves are those of the steps made again, its summary was that of the former end. It goes on to the same run."""
+    config = write_config(tmp_path, models, **{"trainer.max_steps": 4, "trainer.val_check_interval": 2})
+    sweep = SweepRun(Variant("Uniform", "mine", (), None, {}), 7, tmp_path / "out")
+    run = fit(config, sweep.folder)
+    former, whole = (run / "summary.json").read_bytes(), Path(shutil.copytree(run, tmp_path / "whole", symlinks=True))
+    assert read_run(run).curves["reverse_kl"].steps == (0, 2, 4) and _seen(sweep).state == FINISHED
+    words = ["fit", "--config", str(config), "--run_dir", str(run)]
+    with pytest.raises(SystemExit, match="9"):
+        main(lambda: [*default_callbacks(), Dies(3)], [*words, "--ckpt_path", str(run / "checkpoints" / "step-2.ckpt")])
+    assert [row["step"] for row in metrics(run)][-1] == "3"
+    with pytest.raises(InputError, match="must be finished runs, got .* without summary.json"):
+        read_run(run)
+    assert _seen(sweep).state == GOES_ON and (run / "summary.json.previous").read_bytes() == former
+    (run / "summary.json").write_bytes(former)  # as earlier versions left the folder
+    with pytest.raises(InputError, match="must be finished runs, got .*metrics.csv is at step 3 and whose .* at 4"):
+        read_run(run)
+    fit(config, run, "--ckpt_path", "last")
+    assert_same_files(run, whole)
+    assert _seen(sweep).state == FINISHED
+    fit(config, run, "--ckpt_path", "last")  # no step is left: it stays finished
+    assert read_run(run).summary["steps"] == 4
 
 
 def test_a_run_that_ended_with_its_epoch_goes_on_with_the_next(models, tmp_path):
