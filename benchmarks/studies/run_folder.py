@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,25 @@ def column(rows: Iterable[dict[str, str]], name: str) -> Curve:
 def curve(run: Path, name: str) -> Curve:
     """One column of metrics.csv."""
     return column(metrics(run), name)
+
+
+def finite(points: Iterable[tuple[int, float]]) -> Curve:
+    """The points with a value: a skipped step logs NaN.
+
+    >>> finite([(1, 0.5), (2, math.nan)])
+    [(1, 0.5)]
+    """
+    return [(step, value) for step, value in points if math.isfinite(value)]
+
+
+def skipped(*columns: Curve) -> dict[str, int]:
+    """What a record says beside means that leave skipped steps out: how many steps there were; nothing where there were none.
+
+    >>> skipped([(1, 0.5), (2, math.nan)], [(2, math.nan)]), skipped([(1, 0.5)])
+    ({'skipped_steps': 1}, {})
+    """
+    steps = {step for points in columns for step, value in points if not math.isfinite(value)}
+    return {"skipped_steps": len(steps)} if steps else {}
 
 
 def summary(run: Path) -> dict[str, Any]:

@@ -380,6 +380,15 @@ def test_the_training_curve_of_a_record_is_short_and_its_means_are_the_curves():
     assert len(kept) <= worker.CURVE_POINTS and kept[0] == [8, 4.5] and kept[-1] == [400, 396.5]
 
 
+def test_a_skipped_step_is_left_out_of_the_training_curve_and_counted(tmp_path):
+    """It logs NaN, which no record can hold."""
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,train/reverse_kl_k1\n1,2.0\n2,nan\n3,4.0\n")
+    assert worker.training_curve(tmp_path) == {"training_kl": [[1, 2.0], [3, 4.0]], "skipped_steps": 1}
+    file.write_text("step,train/reverse_kl_k1\n1,2.0\n3,4.0\n")
+    assert worker.training_curve(tmp_path) == {"training_kl": [[1, 2.0], [3, 4.0]]}
+
+
 # -- the page ------------------------------------------------------------------------------------------------------------
 
 KLS = {"uniform": {11: [1.0, 2.0], 12: [1.2, 2.4]}, "iw-1.5": {11: [0.9, 1.8], 12: [1.1, 2.2]}, "cdd": {11: [2.0, 3.0]}}

@@ -41,7 +41,7 @@ from benchmarks.studies.reproduce.candidates import (
 from benchmarks.studies.reproduce.pictures import draw_curves, draw_differences
 from benchmarks.studies.reproduce.plan import PLAN, Plan, folder_of, missing, read_plan
 from benchmarks.studies.reproduce.report import PART, choose, coloured, write_report
-from benchmarks.studies.reproduce.results import read_results
+from benchmarks.studies.reproduce.results import finish, read_record, read_results
 from lit_opd.cli.command import OPDCLI
 from lit_opd.compare.statistics import Estimate, mean_height, paired, reached
 from lit_opd.errors import InputError
@@ -513,6 +513,26 @@ def alive(process: int) -> bool:
     """Whether a process is there and no zombie, which has no command line."""
     path = Path(f"/proc/{process}/cmdline")
     return path.exists() and bool(path.read_bytes())
+
+
+def test_a_run_with_a_skipped_step_is_recorded_and_says_so(tmp_path):
+    """A skipped step logs NaN for what it did not do; the finished run had been refused by every later call."""
+    (job, *_) = Plan(tiny_content(), PLAN).jobs()
+    heads = (
+        "step,train/tokens,val/greedy_accuracy,train/weight_mean,train/weight_ess,train/grad_norm,train/clip_fraction"
+    )
+    rows = ["0,,0.25,,,,", "1,10,,1.0,0.5,3.0,0.0", "2,10,,nan,nan,nan,nan", "3,10,,2.0,1.0,5.0,0.5", "3,,0.5,,,,"]
+    (tmp_path / "metrics.csv").write_text("\n".join([heads, *rows]) + "\n")
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 3, "tokens": 30}))
+    spent = {"cpu_seconds": 1.0, "wall_seconds": 1.0}
+    record = finish(job, tmp_path, models={}, code="0123456789ab", **spent)
+    means = {"weight_mean": 1.5, "weight_ess": 0.75, "grad_norm": 4.0, "clip_fraction": 0.25}
+    assert (record["means"], record["skipped_steps"]) == (means, 1)
+    kept = read_record(tmp_path)
+    assert kept is not None and kept["means"] == means and kept["curves"]["greedy"] == [[0, 0.25], [3, 0.5]]
+    (tmp_path / "metrics.csv").write_text("\n".join([heads, rows[0], rows[1], rows[3], rows[4]]) + "\n")
+    whole = finish(job, tmp_path, models={}, code="0123456789ab", **spent)
+    assert whole["means"] == means and "skipped_steps" not in whole
 
 
 @pytest.mark.slow

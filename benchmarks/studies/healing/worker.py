@@ -21,7 +21,7 @@ from benchmarks.studies.healing.problems import Problem
 from benchmarks.studies.healing.records import Place, Record, read, write
 from benchmarks.studies.plans import merged
 from benchmarks.studies.policies import held_out
-from benchmarks.studies.run_folder import curve, summary
+from benchmarks.studies.run_folder import curve, finite, skipped, summary
 from callbacks import ExportStudent, Progress, RngState, RunCheckpoint, StopOnSignal, Summary
 from lit_opd.files import replace_whole
 from lit_opd.models.loading import load_tokenizer
@@ -169,13 +169,19 @@ def run_job(job: Job, place: Place, report: Report = lambda steps: None) -> Reco
         "seconds": round(ends["seconds"], 1),
         "machine": described(job.device),
         "finished": today(),
-        "training_kl": thinned(curve(folder, CURVE)),
+        **training_curve(folder),
         "end": end,
     }
     write(place.record(job), record)
     for weights in ("checkpoints", "student"):  # a measured run needs them no more
         shutil.rmtree(folder / weights, ignore_errors=True)
     return record
+
+
+def training_curve(folder: Path) -> Record:
+    """What a record keeps of it, without skipped steps."""
+    points = curve(folder, CURVE)
+    return {"training_kl": thinned(finite(points)), **skipped(points)}
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[list[float]]:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.studies.cells import machine
 from benchmarks.studies.reproduce.outcomes import by_problem
 from benchmarks.studies.reproduce.plan import Job
-from benchmarks.studies.run_folder import BANDS, column, metrics, summary, write_record
+from benchmarks.studies.run_folder import BANDS, column, finite, metrics, skipped, summary, write_record
 from lit_opd.compare.statistics import mean_height
 from lit_opd.files import append_lines, as_lines, read_lines, replace_whole
 
@@ -28,13 +28,16 @@ Record = dict[str, Any]
 
 
 def measured(folder: Path) -> Record:
-    """Curves as [step, value] pairs, disagreement by relative position at each evaluation, means over the steps; by problem."""
+    """Curves as [step, value] pairs, disagreement by relative position at each evaluation, means over the steps that were not
+    skipped; by problem."""
     rows = metrics(folder)
+    logged = {name: column(rows, key) for name, key in MEANS.items()}
     bands = [[int(row["step"]), [float(row[band]) for band in BANDS]] for row in rows if row.get(BANDS[0])]
     return {
-        "curves": {name: column(rows, logged) for name, logged in CURVES.items()},
+        "curves": {name: column(rows, key) for name, key in CURVES.items()},
         "bands": bands,
-        "means": {name: fmean(value for _, value in column(rows, logged)) for name, logged in MEANS.items()},
+        "means": {name: fmean(value for _, value in finite(points)) for name, points in logged.items()},
+        **skipped(*logged.values()),
     } | by_problem(folder)
 
 
