@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from benchmarks.studies.leaderboard.__main__ import main
-from benchmarks.studies.leaderboard.added import add_sweeps
-from benchmarks.studies.leaderboard.board import board_of
+from benchmarks.studies.leaderboard.added import add_sweeps, keep
+from benchmarks.studies.leaderboard.board import board_of, fitting
 from benchmarks.studies.leaderboard.condition import write_condition
 from benchmarks.studies.leaderboard.page import PAPERS, cells_of, percent, sections_of, shares
 from benchmarks.studies.leaderboard.ranks import Standing, joint_draws, ranks_of, standings
-from benchmarks.studies.leaderboard.write import HTML, PAGE, PART, PICTURE
+from benchmarks.studies.leaderboard.write import ADDED, HTML, PAGE, PART, PICTURE, write_board
 from benchmarks.studies.reproduce.assets import write_data
 from benchmarks.studies.reproduce.outcomes import packed
 from benchmarks.studies.reproduce.plan import Plan, read_plan
@@ -225,6 +225,14 @@ def test_shares_near_none_and_all_are_not_rounded_to_them():
     assert shares("Ranks", ["a", "b"], standing).table.rows == [["a", "> 99", ""], ["b", "", "100"]]
 
 
+def test_every_learning_rate_of_a_variant_is_shown(made):
+    plan, records = made
+    other = [each | {"learning_rate": 4e-4} if each["condition"] == "perturbed-teacher" else each for each in records]
+    sections = sections_of(plan, choose(plan, other), board_of(plan, other))
+    (cost,) = [section.table for section in sections if section.title.startswith("Cost")]
+    assert {row[1] for row in cost.rows} == {"0.0002, 0.0004"}
+
+
 def test_a_condition_is_drawn_apart_and_a_single_seed_ranks_nothing(made):
     plan, records = made
     one = [record for record in records if record["seed"] == 1000]
@@ -408,6 +416,53 @@ def test_a_sweep_with_the_conditions_config_becomes_a_row_that_moves_no_other(pl
     (sweep / "sweep.json").write_text(json.dumps(other))
     with pytest.raises(InputError, match="one setting a variant, got Mine in base with two"):
         add_sweeps(plan, records, [str(sweep)], tmp_path / "added.jsonl", root / "runs")
+
+
+def test_an_added_row_does_not_outlive_a_change_of_the_plan(place, tmp_path, capsys):
+    """Shorter runs of the former plan beside longer ones of the new would look worse, with an interval."""
+    plan, root, records, config = place
+    out = folder_with_page(tmp_path)
+    file = out / ADDED
+    file.parent.mkdir(parents=True)
+    sweep = write_sweep(tmp_path / "sweep", config)
+    found = add_sweeps(plan, records, [str(sweep)], file, root / "runs")
+    assert fitting(plan, found) == (found, []) and board_of(plan, records, found).conditions[0].row("Mine") is not None
+    longer = copy.deepcopy(plan.content)
+    longer["settings"]["trainer"]["max_steps"] = 4
+    others = copy.deepcopy(plan.content)
+    others["data"]["base"]["num_train"] = 8
+    named = copy.deepcopy(plan.content)
+    named["variants"]["Mine"], named["learning_rates"]["Mine"] = named["variants"]["last-30"], 1e-4
+    fewer = copy.deepcopy(plan.content)
+    fewer["seeds"]["main"] = [1000, *range(1002, 1011)]
+    older = [{key: value for key, value in record.items() if key != "settings"} for record in found]
+    cases = [(longer, found, "other settings or problems"), (others, found, "other settings or problems")]
+    cases += [(named, found, "a variant of that name"), (plan.content, older, "other settings or problems")]
+    for content, added, reason in cases:
+        now = Plan(content, REFEREE)
+        kept, lines = fitting(now, added)
+        assert kept == [] and [line.split(",")[0] for line in lines] == [f"left out: {each['run']}" for each in added]
+        assert all(reason in line for line in lines)
+        assert board_of(now, records, added).conditions[0].rows == board_of(now, records).conditions[0].rows
+    assert fitting(Plan(fewer, REFEREE), found)[0] == found[:1]
+    (tmp_path / "none.jsonl").write_text("")
+    capsys.readouterr()
+    write_board(Plan(longer, REFEREE), tmp_path / "none.jsonl", out, runs=root / "runs")
+    assert capsys.readouterr().out.count("left out: added/base/Mine/seed-100") == 2
+    assert "Mine" not in (out / PAGE).read_text() and len(file.read_text().splitlines()) == 2
+
+
+def test_an_added_variant_has_one_setting_in_all_conditions(place, tmp_path):
+    plan, root, records, config = place
+    found = add_sweeps(
+        plan, records, [str(write_sweep(tmp_path / "sweep", config))], tmp_path / "added.jsonl", root / "runs"
+    )
+    other = [each | {"condition": "second-pair", "run": each["run"].replace("base", "second-pair")} for each in found]
+    keep(other, tmp_path / "added.jsonl")
+    assert len((tmp_path / "added.jsonl").read_text().splitlines()) == 4
+    half = {"made_of": found[0]["made_of"] | {"model.weighting": {"class_path": "lit_opd.weighting.Uniform"}}}
+    with pytest.raises(InputError, match="one setting a variant, got Mine in base and second-pair with two"):
+        keep([each | half for each in other], tmp_path / "added.jsonl")
 
 
 def test_without_outcomes_by_problem_a_row_is_over_seeds_only_and_marked(place, tmp_path):

@@ -241,6 +241,7 @@ class Matching:
             "condition": self.job.condition,
             "variant": entry.variant,
             "seed": entry.seed,
+            "settings": self.jobs[entry.seed].settings_sha,  # of what it is compared with
             "learning_rate": at(config, MADE_OF[3]),
             "tokens": run.summary["tokens"],
             "wall_seconds": round(float(run.summary["seconds"]), 1),
@@ -265,16 +266,17 @@ def keep(found: Sequence[Record], path: Path) -> None:
     """Write the new records beside those that are there; the same run again takes the place of the old one.
 
     Raises:
-        InputError: a variant that is known with other settings.
+        InputError: a variant that is known with other settings, in whichever condition.
     """
     known = {record["run"]: record for record in read_lines(path)}
     every = [*known.values(), *found]
-    first: dict[tuple[str, str], Record] = {}
+    first: dict[str, Record] = {}
     for record in every:
-        other = first.setdefault((record["condition"], record["variant"]), record)
+        other = first.setdefault(record["variant"], record)
         if [record["made_of"], record["code"]] != [other["made_of"], other["code"]]:
+            places = " and ".join(dict.fromkeys([other["condition"], record["condition"]]))
             raise InputError(
-                f"`--add` must have one setting a variant, got {record['variant']} in {record['condition']} with two; name one "
+                f"`--add` must have one setting a variant, got {record['variant']} in {places} with two; name one "
                 f"(--add NAME=FOLDER), or take the old lines out of {path}"
             )
     known |= {record["run"]: record for record in found}

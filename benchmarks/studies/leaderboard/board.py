@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.studies.leaderboard.ranks import Standing, Values, joint_draws, ranks_of, standings
 from benchmarks.studies.reproduce.hypotheses import Outcomes
-from benchmarks.studies.reproduce.plan import REFERENCE, Plan
+from benchmarks.studies.reproduce.plan import REFERENCE, Job, Plan
 from benchmarks.studies.reproduce.results import Record, area
 from lit_opd.compare.statistics import CONFIDENCE, Estimate, mean_interval, paired
 from lit_opd.streams import stable_hash
@@ -108,8 +108,9 @@ def board_of(plan: Plan, records: Sequence[Record], added: Sequence[Record] = ()
     Args:
         plan: which variants and conditions there are.
         records: of the plan, one a run.
-        added: runs of other variants in its conditions, see ``added.py``.
+        added: runs of other variants in its conditions, see ``added.py``; those that do not fit the plan are left out.
     """
+    added = fitting(plan, added)[0]
     outcomes = Outcomes([*records, *added])
     conditions = [
         condition_of(plan, name, outcomes)
@@ -117,6 +118,27 @@ def board_of(plan: Plan, records: Sequence[Record], added: Sequence[Record] = ()
         if any(record["condition"] == name for record in (*records, *added))
     ]
     return Board(conditions, overall_of(plan, conditions))
+
+
+def fitting(plan: Plan, added: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """Added runs that fit the plan as it is now, and a line on each of the others."""
+    jobs = {(job.condition, job.seed): job for job in plan.jobs(("base", "full")) if job.variant == REFERENCE}
+    reasons = [misfit(plan, record, jobs.get((record["condition"], record["seed"]))) for record in added]
+    pairs = list(zip(added, reasons, strict=True))
+    return [each for each, reason in pairs if not reason], [
+        f"left out: {each['run']}, {reason}" for each, reason in pairs if reason
+    ]
+
+
+def misfit(plan: Plan, record: Record, job: Job | None) -> str:
+    """Why an added run has no place beside the plan's, whose run of uniform with its seed is ``job``; empty where it has one."""
+    if record["variant"] in plan.content["variants"]:
+        return "the plan has a variant of that name; add it under another one"
+    if job is None:
+        return f"the plan has no {REFERENCE} with that condition and seed"
+    if record.get("settings") != job.settings_sha:
+        return "it was added when the plan had other settings or problems; train it for those of now and add it again"
+    return ""
 
 
 def condition_of(plan: Plan, name: str, outcomes: Outcomes) -> Condition:

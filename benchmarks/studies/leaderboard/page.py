@@ -199,14 +199,18 @@ def cells_of(row: Row) -> list[str]:
 def cost_section(board: Board) -> Section:
     """What a run of each variant costs in each condition."""
     rows: dict[str, list[str]] = {}
+    rates: dict[str, dict[str, None]] = {}  # a plan may have another one in a condition
     for place, condition in enumerate(board.conditions):
         for row in condition.rows:
-            cells = rows.setdefault(name_of(row), [f"{row.learning_rate:g}", *[UNKNOWN] * len(board.conditions)])
+            cells = rows.setdefault(name_of(row), [UNKNOWN] * len(board.conditions))
+            rates.setdefault(name_of(row), {})[f"{row.learning_rate:g}"] = None
             seconds = row.seconds if row.cpu_seconds is None else row.cpu_seconds
-            cells[place + 1] = f"{UNKNOWN if seconds is None else format(seconds, ',.0f')} s, {row.tokens:,.0f}"
+            cells[place] = f"{UNKNOWN if seconds is None else format(seconds, ',.0f')} s, {row.tokens:,.0f}"
     header = ["variant", "learning rate", *(condition.name for condition in board.conditions)]
     return Section(
-        "Cost of a run: seconds, sampled tokens", [HOW_COST], Table(header, [[n, *c] for n, c in rows.items()])
+        "Cost of a run: seconds, sampled tokens",
+        [HOW_COST],
+        Table(header, [[n, ", ".join(rates[n]), *c] for n, c in rows.items()]),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import part
-from benchmarks.studies.leaderboard.board import board_of
+from benchmarks.studies.leaderboard.board import board_of, fitting
 from benchmarks.studies.leaderboard.page import caption, document_of, markdown_of, picture_rows, sections_of
 from benchmarks.studies.reproduce.plan import Plan
 from benchmarks.studies.reproduce.report import choose
@@ -28,7 +28,8 @@ def write_board(plan: Plan, records: Path, out: Path, *, add: Sequence[str] = ()
         plan: of the records.
         records: JSON lines, one a run; a file that is not there is a study that has not begun.
         out: folder of the pages.
-        add: sweeps whose runs join those of ``ADDED`` first, as ``[NAME=]FOLDER``.
+        add: sweeps whose runs join those of ``ADDED`` first, as ``[NAME=]FOLDER``; rows that do not fit the plan any more are
+            named and left out.
         runs: where the conditions' models are.
     Raises:
         InputError: the page has no markers, the records are no records, or a sweep cannot be added.
@@ -40,7 +41,10 @@ def write_board(plan: Plan, records: Path, out: Path, *, add: Sequence[str] = ()
         from benchmarks.studies.leaderboard.added import add_sweeps  # reads configs, so it loads torch
 
         add_sweeps(plan, chosen.counted, add, out / ADDED, runs)
-    board = board_of(plan, chosen.counted, read_lines(out / ADDED))
+    added = read_lines(out / ADDED)
+    for line in fitting(plan, added)[1]:
+        print(line)
+    board = board_of(plan, chosen.counted, added)
     written = [page, out / HTML]
     if board.conditions:
         from benchmarks.studies.leaderboard.picture import draw_board
