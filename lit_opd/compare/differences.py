@@ -25,6 +25,8 @@ _OF_THE_RUN = (
     "trainer.default_root_dir", "num_threads",
 )  # fmt: skip
 
+_Answers = Mapping[Any, Mapping[str, float]]  # avg@k by seed and problem
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -45,10 +47,10 @@ class ProblemCell:
     """avg@k of one variant on one evaluation set.
 
     Args:
-        mean: over problems and paired seeds.
-        difference: from the baseline, with the ends of its interval over problems.
-        problems: that both have.
-        seeds: paired ones that were evaluated.
+        mean: over the pairs of seed and problem that both have, a problem's seeds first.
+        difference: from the baseline over the same pairs, with the ends of its interval over problems.
+        problems: that both have with the same seed.
+        seeds: paired ones with such a problem.
         both: the difference with its interval over seeds and problems, None where no problem is everyone's.
     """
 
@@ -200,7 +202,7 @@ def _difference(ours: dict[Any, tuple[float, bool]], theirs: dict[Any, tuple[flo
 
 
 def _compare_problems(found: RunsComparison) -> None:
-    """Fill in avg@k by problem at each run's last evaluation, averaged over the seeds that both variants have."""
+    """Fill in avg@k by problem at each run's last evaluation, over the seeds and problems that both variants have."""
     names = sorted(
         {name for runs in found.variants.values() for run in runs for name, _ in run.evaluations.evaluations}
     )
@@ -210,35 +212,57 @@ def _compare_problems(found: RunsComparison) -> None:
             for variant, runs in found.variants.items()
         }
         for variant in [other for other in last if other != found.baseline]:
-            seeds = sorted(last[variant].keys() & last[found.baseline].keys(), key=str)
-            ours, theirs = (_by_problem([last[side][seed] for seed in seeds]) for side in (variant, found.baseline))
-            difference = paired_difference(ours, theirs)
-            if difference is not None:
-                common = len(ours.keys() & theirs.keys())
-                both = _both_ways(last[variant], last[found.baseline], seeds)
-                found.problems[name, variant] = ProblemCell(fmean(ours.values()), difference, common, len(seeds), both)
+            found.notes.extend(_coverage(name, variant, found.baseline, last))
+            cell = _problem_cell(*_common(last[variant], last[found.baseline]))
+            if cell is not None:
+                found.problems[name, variant] = cell
         fingerprints = {past.settings for by_seed in last.values() for past in by_seed.values()}
         if len(fingerprints) > 1:
             found.notes.append(f"{name}: the runs were evaluated with differing settings or at differing prompts")
 
 
-def _both_ways(
-    ours: Mapping[Any, PastEvaluation], theirs: Mapping[Any, PastEvaluation], seeds: Sequence[Any]
-) -> Estimate | None:
-    """The difference over seeds and problems, of problems that every evaluation has."""
-    everyone = [side[seed].accuracy.keys() for side in (ours, theirs) for seed in seeds]
-    if not set.intersection(*map(set, everyone)):
-        return None
-    return paired_two_way(*({seed: side[seed].accuracy for seed in seeds} for side in (ours, theirs)))
-
-
-def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
-    """avg@k by problem, over the evaluations that hold it."""
-    problems = {problem for past in evaluations for problem in past.accuracy}
-    return {
-        problem: fmean(past.accuracy[problem] for past in evaluations if problem in past.accuracy)
-        for problem in sorted(problems)
+def _common(ours: Mapping[Any, PastEvaluation], theirs: Mapping[Any, PastEvaluation]) -> tuple[_Answers, _Answers]:
+    """Both sides' avg@k by seed and problem, of the pairs of seed and problem that both have."""
+    pairs = {
+        seed: sorted(ours[seed].accuracy.keys() & theirs[seed].accuracy.keys())
+        for seed in sorted(ours.keys() & theirs.keys(), key=str)
     }
+    kept, others = (
+        {seed: {problem: side[seed].accuracy[problem] for problem in own} for seed, own in pairs.items() if own}
+        for side in (ours, theirs)
+    )
+    return kept, others
+
+
+def _problem_cell(ours: _Answers, theirs: _Answers) -> ProblemCell | None:
+    """Of the same seeds and problems on both sides, None without any: a problem's seeds cancel in its difference."""
+    by_problem = _by_problem(ours)
+    difference = paired_difference(by_problem, _by_problem(theirs))
+    if difference is None:
+        return None
+    everyones = set.intersection(*map(set, ours.values()))
+    both = paired_two_way(ours, theirs) if everyones else None
+    return ProblemCell(fmean(by_problem.values()), difference, len(by_problem), len(ours), both)
+
+
+def _by_problem(answers: _Answers) -> dict[str, float]:
+    """avg@k by problem, over the seeds that hold it."""
+    problems = sorted({problem for own in answers.values() for problem in own})
+    return {problem: fmean(own[problem] for own in answers.values() if problem in own) for problem in problems}
+
+
+def _coverage(
+    name: str, variant: str, baseline: str, last: Mapping[str, Mapping[Any, PastEvaluation]]
+) -> Iterable[str]:
+    """A note where the paired evaluations of a set do not all hold the same problems."""
+    seeds = last[variant].keys() & last[baseline].keys()
+    asked = {frozenset(last[side][seed].accuracy) for side in (variant, baseline) for seed in seeds}
+    if len(asked) > 1:
+        counts = " to ".join(map(str, sorted({min(map(len, asked)), max(map(len, asked))})))
+        yield (
+            f"{name}: {variant} and {baseline} were not asked the same problems with every seed ({counts}); differences are "
+            "over the problems that both were asked with the same seed."
+        )
 
 
 # -- notes -------------------------------------------------------------------------------------------------------------

@@ -33,9 +33,10 @@ _POSITIONS = (
 )
 _CURVES = "Means over the seeds of a variant, bands: 95 % intervals of the mean, dotted: the target."
 _PROBLEMS = (
-    "Differences by problem at each run's last evaluation, averaged over paired seeds; 95 % intervals. Over problems "
-    "(bootstrap): how far other problems would agree about these trained students, not how far other seeds would. Over seeds and "
-    "problems (two-way bootstrap): how far both would; it needs two seeds, and problems that all of them have."
+    "Differences by seed and problem at each run's last evaluation, averaged over the seeds of a problem; 95 % intervals. "
+    "Over problems (bootstrap): how far other problems would agree about these trained students, not how far other seeds "
+    "would. Over seeds and problems (two-way bootstrap): how far both would; it needs two seeds, and problems that all of them "
+    "have."
 )
 
 

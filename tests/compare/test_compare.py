@@ -307,19 +307,27 @@ def test_variants_are_named_by_strategy_by_prefix_or_by_a_key_of_the_config(tmp_
         read_runs([str(four), str(low)])
 
 
+def write_answers(folder: Path, correct: dict[str, int], *, samples: int, step: int = 40) -> None:
+    """A complete evaluation at a step: by problem, how many of its samples are right."""
+    rows = [
+        AnswerRow(
+            set="aime", step=step, problem_id=problem, sample=sample, reference="1", answer="1", correct=sample < right,
+            category="correct", length=3, finish_reason="stop", text="1", problems=len(correct), samples=samples, tokens=10,
+            settings="s",
+        )
+        for problem, right in correct.items() for sample in range(samples)
+    ]  # fmt: skip
+    with (folder / "evaluation.jsonl").open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
 def test_problems_are_paired_and_averaged_over_common_seeds(tmp_path):
     """Eight problems of two samples; variant b solves one sample more of every other problem: + 1/4 on average."""
     for variant, seed in product("ab", (1, 2)):
         folder = write_run(tmp_path / f"{variant}-{seed}", known(seed, 0.01), seed=seed, strategy=variant)
-        rows = [
-            AnswerRow(
-                set="aime", step=step, problem_id=f"p{problem}", sample=sample, reference="1", answer="1",
-                correct=step == 40 and sample == 0 and (variant == "b" and problem % 2 == 0), category="correct", length=3,
-                finish_reason="stop", text="1", problems=8, samples=2, tokens=10, settings="s",
-            )
-            for step in (0, 40) for problem in range(8) for sample in range(2)
-        ]  # fmt: skip
-        (folder / "evaluation.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        for step in (0, 40):
+            solved = {f"p{n}": int(step == 40 and variant == "b" and n % 2 == 0) for n in range(8)}
+            write_answers(folder, solved, samples=2, step=step)
     found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="a")
     cell = found.problems["aime", "b"]
     assert cell.mean == 0.25 and cell.difference[0] == 0.25 and (cell.problems, cell.seeds) == (8, 2)
@@ -327,6 +335,27 @@ def test_problems_are_paired_and_averaged_over_common_seeds(tmp_path):
     assert cell.both.mean == 0.25 and cell.both.low < 0.25 < cell.both.high and cell.both.count == 2
     (written,) = json.loads(json.dumps(_data(found)))["variants"]["b"]["problems"].values()
     assert (written["both"]["low"], written["both"]["high"]) == (cell.both.low, cell.both.high)
+    assert not any("same problems" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_difference_by_problem_is_of_one_seed_at_a_time(tmp_path, more):
+    """Of five samples 1 is right with seed 1 and 3 with seed 2, on every problem; variant b has ``more`` of each. Seed 3 has no
+    common problem. Averaged over other seeds on each side, problems 5 to 9 alone would give b - a = 0.4 without any effect."""
+    asked = {("a", 1): range(10), ("b", 1): range(5), ("a", 2): range(5), ("b", 2): range(10)}
+    for (variant, seed), numbers in (asked | {("a", 3): range(5), ("b", 3): range(5, 9)}).items():
+        folder = write_run(tmp_path / f"{variant}-{seed}", known(seed, 0.01), seed=seed, strategy=variant)
+        right = {1: 1, 2: 3, 3: 0}[seed] + more * (variant == "b")
+        write_answers(folder, {f"p{number}": right for number in numbers}, samples=5)
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="a")
+    cell = found.problems["aime", "b"]
+    assert cell.difference == (pytest.approx(0.2 * more),) * 3
+    assert cell.mean == pytest.approx(0.4 + 0.2 * more) and (cell.problems, cell.seeds) == (5, 2)
+    assert cell.both.mean == pytest.approx(0.2 * more) and cell.both.count == 2
+    assert [note for note in found.notes if "same problems" in note] == [
+        "aime: b and a were not asked the same problems with every seed (4 to 10); differences are over the problems "
+        "that both were asked with the same seed."
+    ]
 
 
 # -- seeds and problems at once ----------------------------------------------------------------------------------------
