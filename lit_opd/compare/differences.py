@@ -270,7 +270,6 @@ def _coverage(
 
 def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
     base = {run.seed: run for run in variants[baseline]}
-    settings: dict[tuple[str, ...], list[str]] = {}
     for run in (run for runs in variants.values() for run in runs if run.mixture):
         yield f"{run.variant}, seed {run.seed}: not trained with one setting from start to end ({run.mixture})."
     for variant in [name for name in variants if name != baseline]:
@@ -281,11 +280,7 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
         for missing, who in ((own.keys() - base.keys(), variant), (base.keys() - own.keys(), baseline)):
             if missing:
                 yield f"{variant}: unpaired seeds, {_listed(missing)} of {who}: in its mean, not in the difference."
-        settings.setdefault(tuple(_differing(own[common[0]].config, base[common[0]].config)), []).append(variant)
-    for differing, names in settings.items():
-        if differing:
-            verb = "differs" if len(names) == 1 else "differ"
-            yield f"{', '.join(names)} {verb} from {baseline} in {', '.join(differing)}."
+    yield from _setting_notes(variants, baseline)
     gaps = dict.fromkeys(
         c.token_gap for own in variants.values() for r in own for c in r.curves.values() if c.token_gap
     )
@@ -297,6 +292,40 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
             yield f"The runs have {min(counts):,} to {max(counts):,} {unit}; areas and targets use the common part."
 
 
+def _setting_notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
+    """In what the variants differ from the baseline with the same seed, and runs of one variant from each other."""
+    base = {run.seed: run for run in variants[baseline]}
+    beside: dict[tuple[str, ...], list[str]] = {}
+    within: dict[tuple[str, ...], list[str]] = {}
+    for variant, runs in variants.items():
+        beside.setdefault(tuple(_beside(runs, base)), []).append(variant)
+        configs = [run.config for run in runs if run.config]
+        keys = dict.fromkeys(key for config in configs for key in _differing(configs[0], config))
+        within.setdefault(tuple(keys), []).append(variant)
+    for differing, names in beside.items():
+        if differing:
+            verb = "differs" if len(names) == 1 else "differ"
+            yield f"{', '.join(names)} {verb} from {baseline} in {', '.join(differing)}."
+    for differing, names in within.items():
+        if differing:
+            yield (
+                f"{', '.join(names)}: runs of the same variant differ in {', '.join(differing)}; means and intervals are "
+                "over all of these settings."
+            )
+
+
+def _beside(runs: Sequence[Run], base: dict[Any, Run]) -> Iterable[str]:
+    """Keys in which any run differs from the baseline's with its seed; the seeds too, where it is not with all."""
+    seeds: dict[str, list[Any]] = {}
+    common = [run for run in runs if run.seed in base]
+    for run in common:
+        for key in _differing(run.config, base[run.seed].config):
+            seeds.setdefault(key, []).append(run.seed)
+    for key, having in seeds.items():
+        some = f" (seed{'s' if len(having) > 1 else ''} {_listed(having)})" if len(having) < len(common) else ""
+        yield f"{key}{some}"
+
+
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Keys of the config that differ, the longest common way down; what every run has of its own is left out."""
     if not ours or not theirs:
@@ -305,7 +334,7 @@ def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def _paths(ours: Any, theirs: Any, path: str) -> Iterable[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict) and "class_path" not in ours:
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("class_path") == theirs.get("class_path"):
         for key in dict.fromkeys([*ours, *theirs]):
             yield from _paths(ours.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
     elif ours != theirs:

@@ -71,7 +71,9 @@ MOST_OF_200 = 17  # exclusions of 0 by a 95 % interval: 10 expected, binomial st
 # -- synthetic runs ----------------------------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, values: dict[str, list[float]], *, seed: int, strategy: str, w_max: float = 1.5) -> Path:
+def write_run(
+    folder: Path, values: dict[str, list[float]], *, seed: int, strategy: str, w_max: float = 1.5, lr: float = 4e-4
+) -> Path:
     """A run folder as a fit leaves it: validation rows and training rows in turn."""
     folder.mkdir(parents=True)
     names = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
@@ -88,7 +90,9 @@ def write_run(folder: Path, values: dict[str, list[float]], *, seed: int, strate
     spent = {"steps": STEPS[-1], "tokens": STEPS[-1] * TOKENS_A_STEP, "seconds": 1.0}
     (folder / "summary.json").write_text(json.dumps(ends | spent | {"seed": seed, "strategy": strategy}))
     weighting = {"class_path": f"lit_opd.weighting.{strategy}", "init_args": {"w_max": w_max}}
-    (folder / "config.yaml").write_text(json.dumps({"seed_everything": seed, "model": {"weighting": weighting}}))
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr}}
+    config = {"seed_everything": seed, "model": {"weighting": weighting, "optimizer": optimizer}}
+    (folder / "config.yaml").write_text(json.dumps(config))
     return folder
 
 
@@ -305,6 +309,50 @@ def test_variants_are_named_by_strategy_by_prefix_or_by_a_key_of_the_config(tmp_
     assert read_run(four, group_by=["model.weighting.init_args.w_max"]).variant == "4.0"
     with pytest.raises(InputError, match="--group_by"):
         read_runs([str(four), str(low)])
+
+
+def test_a_strategys_name_is_not_given_to_several_settings_of_it(tmp_path):
+    """Each seed with another w_max: a mean over three weightings is none of ImportanceWeighting's."""
+    for seed, w_max in ((1, 2.0), (2, 4.0), (3, 8.0)):
+        write_run(tmp_path / f"uniform-{seed}", known(seed, 0.01), seed=seed, strategy="Uniform")
+        write_run(tmp_path / f"iw-{seed}", known(seed, 0.01), seed=seed, strategy="ImportanceWeighting", w_max=w_max)
+    words = [f"{tmp_path}/uniform-*", f"{tmp_path}/iw-*"]
+    refusal = (
+        r"one weighting a variant, got ImportanceWeighting\(w_max=2.0\) of \S*/iw-1 and ImportanceWeighting\(w_max=4.0\) of "
+        r"\S*/iw-2, both ImportanceWeighting; set `--group_by model.weighting`, or name them \(name=folder\)"
+    )
+    with pytest.raises(InputError, match=refusal):
+        read_runs(words)
+    apart = read_runs(words, group_by=["model.weighting"])
+    assert len({run.variant for run in apart}) == 4 and len(read_runs([words[0], f"{tmp_path}/iw-3"])) == 4
+    together = read_runs([words[0], f"iw={words[1]}"])
+    assert compare_runs(together, baseline="Uniform").notes == [
+        "iw differs from Uniform in model.weighting.",
+        "iw: runs of the same variant differ in model.weighting.init_args.w_max; means and intervals are over all of these "
+        "settings.",
+    ]
+
+
+RATES = "model.optimizer.init_args.lr"
+WITHIN = f"runs of the same variant differ in {RATES}; means and intervals are over all of these settings."
+
+
+@pytest.mark.parametrize(
+    ("uniform", "weighted", "notes"),
+    [
+        ((1e-3, 1e-3, 1e-3), (1e-3, 1e-3, 1e-3), []),
+        ((1e-3, 1e-3, 1e-3), (2e-3, 2e-3, 2e-3), [f"b differs from a in {RATES}."]),
+        ((1e-3, 1e-3, 1e-3), (1e-3, 2e-3, 1e-3), [f"b differs from a in {RATES} (seed 1).", f"b: {WITHIN}"]),
+        ((1e-3, 2e-3, 3e-3), (1e-3, 1e-3, 1e-3), [f"b differs from a in {RATES} (seeds 1, 2).", f"a: {WITHIN}"]),
+        ((1e-3, 1e-3, 3e-3), (1e-3, 1e-3, 3e-3), [f"a, b: {WITHIN}"]),
+    ],
+)
+def test_settings_that_differ_between_any_two_runs_are_named(tmp_path, uniform, weighted, notes):
+    for name, rates in (("a", uniform), ("b", weighted)):
+        for seed, lr in enumerate(rates):
+            write_run(tmp_path / f"{name}-{seed}", known(seed, 0.01), seed=seed, strategy="Uniform", lr=lr)
+    found = compare_runs(read_runs([f"a={tmp_path}/a-*", f"b={tmp_path}/b-*"]), baseline="a")
+    assert found.notes == notes
 
 
 def write_answers(folder: Path, correct: dict[str, int], *, samples: int, step: int = 40) -> None:
