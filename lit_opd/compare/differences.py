@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lit_opd.compare.runs import Curve, Run
-from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, paired_two_way, reached
+from lit_opd.compare.statistics import Estimate, cut, mean_height, mean_interval, paired, paired_two_way, reached
 from lit_opd.errors import InputError
 from lit_opd.evaluation.rows import PastEvaluation
 from lit_opd.evaluation.statistics import paired_difference
@@ -69,7 +69,8 @@ class RunsComparison:
         baseline: the variant that differences are taken from.
         variants: runs by variant, the baseline first.
         targets: by metric, where there is one.
-        horizons: by (metric, axis), up to where every run was measured.
+        starts: by (metric, axis), from where on every run was measured.
+        horizons: the same, up to where.
         cells: by (metric, variant, quantity).
         problems: by (evaluation set, variant).
         notes: what the reader must know.
@@ -78,6 +79,7 @@ class RunsComparison:
     baseline: str
     variants: dict[str, list[Run]]
     targets: dict[str, float]
+    starts: dict[tuple[str, str], float]
     horizons: dict[tuple[str, str], float]
     cells: dict[tuple[str, str, str], Cell]
     problems: dict[tuple[str, str], ProblemCell]
@@ -102,9 +104,10 @@ def compare_runs(runs: Sequence[Run], *, baseline: str, targets: Mapping[str, fl
     wrong = sorted(set(targets or {}) - SUMMARISED.keys())
     if wrong:
         raise InputError(f"`--target` must name one of {', '.join(SUMMARISED)}, got {wrong[0]!r}")
-    found = RunsComparison(baseline, variants, {}, {}, {}, {}, list(_notes(variants, baseline)))
+    found = RunsComparison(baseline, variants, {}, {}, {}, {}, {}, list(_notes(variants, baseline)))
     for metric in SUMMARISED:
         _compare_metric(found, metric, (targets or {}).get(metric))
+    found.notes.extend(_span_notes(found))
     _compare_problems(found)
     return found
 
@@ -129,7 +132,7 @@ def _grouped(runs: Sequence[Run], baseline: str) -> dict[str, list[Run]]:
 
 
 def _compare_metric(found: RunsComparison, metric: str, target: float | None) -> None:
-    """Fill in targets, horizons and cells of one metric."""
+    """Fill in targets, starts, horizons and cells of one metric."""
     everyone = [run for runs in found.variants.values() for run in runs]
     curved = [run.curves[metric] for run in everyone if metric in run.curves]
     starts = [run.curves[metric] for run in found.variants[found.baseline] if metric in run.curves]
@@ -137,6 +140,7 @@ def _compare_metric(found: RunsComparison, metric: str, target: float | None) ->
         _set_target(found, metric, target, starts)
         whole = not any(curve.token_gap for curve in curved)
         for axis in AXES if whole else ("steps",):
+            found.starts[metric, axis] = max(float(curve.along(axis)[0]) for curve in curved)
             found.horizons[metric, axis] = min(float(curve.along(axis)[-1]) for curve in curved)
     measured = {
         variant: {run.seed: dict(_measured(found, run, metric)) for run in runs}
@@ -166,7 +170,7 @@ def _set_target(found: RunsComparison, metric: str, target: float | None, starts
 
 
 def _measured(found: RunsComparison, run: Run, metric: str) -> Iterable[tuple[str, tuple[float, bool]]]:
-    """(quantity, (value, censored)) of one run; a target it never reached counts as the horizon."""
+    """(quantity, (value, censored)) of one run, over the part that all have; a target it never reached counts as the horizon."""
     curve, end = run.curves.get(metric), run.summary.get(f"{metric}_end")
     if end is None and curve is not None:
         end = curve.values[-1]
@@ -175,11 +179,14 @@ def _measured(found: RunsComparison, run: Run, metric: str) -> Iterable[tuple[st
     if curve is None:
         return
     for axis in found.axes_of(metric):
-        horizon, places = found.horizons[metric, axis], curve.along(axis)
-        yield f"area_{axis}", (mean_height(places, curve.values, horizon=horizon), False)
+        start, horizon = found.starts[metric, axis], found.horizons[metric, axis]
+        if start > horizon:
+            continue
+        places, values = cut(curve.along(axis), curve.values, start=start)
+        yield f"area_{axis}", (mean_height(places, values, horizon=horizon), False)
         if metric not in found.targets:
             continue
-        place = reached(places, curve.values, found.targets[metric], rising=RISING[metric])
+        place = reached(places, values, found.targets[metric], rising=RISING[metric])
         censored = place is None or place > horizon
         yield f"{axis}_to_target", (horizon if place is None else min(place, horizon), censored)
 
@@ -290,6 +297,27 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
         counts = [run.summary[key] for runs in variants.values() for run in runs]
         if max(counts) > LIKE_COUNTS[key] * min(counts):
             yield f"The runs have {min(counts):,} to {max(counts):,} {unit}; areas and targets use the common part."
+
+
+def _span_notes(found: RunsComparison) -> Iterable[str]:
+    """Where the curves of a metric do not all begin at one step, or have no part in common."""
+    notes: dict[str, list[str]] = {}
+    everyone = [run for runs in found.variants.values() for run in runs]
+    for (metric, axis), start in found.starts.items():
+        first = min(run.curves[metric].along(axis)[0] for run in everyone if metric in run.curves)
+        end = found.horizons[metric, axis]
+        if start > end:
+            note = (
+                f"no {axis} in common, a curve begins at {start:,.0f} and another ends at {end:,.0f}; no areas and targets over "
+                f"{axis}."
+            )
+        elif axis == "steps" and first < start:
+            note = f"curves begin at {first:,} to {start:,.0f} optimizer steps; areas and targets use the common part."
+        else:
+            continue
+        notes.setdefault(note, []).append(metric)
+    for note, metrics in notes.items():
+        yield f"{', '.join(metrics)}: {note}"
 
 
 def _setting_notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:

@@ -24,6 +24,7 @@ from matplotlib.image import imread
 from callbacks import RolloutSamples, default_callbacks
 from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
+from lit_opd.compare.curves import mean_curve
 from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.document import FOREST_WIDTH, Document, Interval, Section, Table, markdown_text
 from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
@@ -34,6 +35,7 @@ from lit_opd.compare.runs import Curve, Run, read_run, read_runs
 from lit_opd.compare.runs_report import _data, runs_document
 from lit_opd.compare.statistics import (
     Estimate,
+    cut,
     mean_height,
     mean_interval,
     paired,
@@ -235,8 +237,50 @@ def test_curves_are_cut_at_the_horizon_and_crossed_between_evaluations():
     """Up to 15 the polygon 0, 1, 3 has area 5 + (1 + 2) / 2 * 5 = 12.5."""
     assert mean_height([0, 10, 20], [0.0, 1.0, 3.0], horizon=15) == pytest.approx(12.5 / 15)
     assert reached([0, 10, 20], [2.0, 1.0, 0.5], 0.75, rising=False) == 15.0
+    assert cut([0, 10, 20], [2.0, 1.0, 0.5], start=15) == ([15, 20], [0.75, 0.5])
+    assert cut([0, 10, 20], [2.0, 1.0, 0.5], start=0) == ([0, 10, 20], [2.0, 1.0, 0.5])
     assert reached([0, 10], [0.9, 0.1], 0.8, rising=True) == 0.0
     assert reached([0, 10], [0.0, 0.1], 0.8, rising=True) is None
+
+
+def begun_at(variant: str, seed: int, steps: tuple[int, ...]) -> Run:
+    """Greedy accuracy 0.2 at step 0, 0.4 at 10, 0.6 at 20 and from then on, evaluated at ``steps``."""
+    values = tuple(float(np.interp(step, (0, 10, 20), (0.2, 0.4, 0.6))) for step in steps)
+    summary = {"seed": seed, "steps": steps[-1], "tokens": 100 * steps[-1], "seconds": 1.0, "greedy_end": values[-1]}
+    curve = Curve(steps, tuple(TOKENS_A_STEP * step for step in steps), values)
+    return Run(Path(variant), variant, summary, {}, {"greedy": curve}, Comparison({}))
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5])
+def test_curves_that_begin_later_are_compared_over_the_common_part(tmp_path, target):
+    """From 10 on both have mean height 0.5. From its own begin one had 0.4, and crossed 0.3 at 5, where the other began at 10."""
+    runs = [begun_at("whole", seed, (0, 10, 20)) for seed in (1, 2)]
+    runs += [begun_at("later", seed, (10, 20)) for seed in (1, 2)]
+    found = compare_runs(runs, baseline="whole", targets={"greedy": target})
+    place = 10.0 if target == 0.3 else 15.0
+    for quantity, value in (
+        ("area_steps", 0.5), ("area_tokens", 0.5), ("steps_to_target", place), ("tokens_to_target", 100 * place)
+    ):  # fmt: skip
+        for variant in ("whole", "later"):
+            assert found.cells["greedy", variant, quantity].mean.mean == pytest.approx(value), quantity
+        difference = found.cells["greedy", "later", quantity].difference
+        assert difference.mean == pytest.approx(0.0) and not difference.excludes_zero and not difference.censored
+    assert found.notes == ["greedy: curves begin at 0 to 10 optimizer steps; areas and targets use the common part."]
+    document = runs_document(found, tmp_path)
+    assert "horizon 20 steps, 2,000 tokens, from 10 steps, 1,000 tokens on." in document.markdown()
+    assert json.loads(json.dumps(_data(found)))["starts"] == {"greedy/steps": 10.0, "greedy/tokens": 1000.0}
+    together = mean_curve(runs[1:3], "greedy", "steps")
+    assert (together[0][0], together[0][-1]) == (10.0, 20.0)  # nothing was measured of one of them before
+
+
+def test_curves_without_a_common_part_have_no_area_and_no_way_to_a_target(tmp_path):
+    runs = [begun_at("early", seed, (0, 10)) for seed in (1, 2)] + [begun_at("late", seed, (20, 30)) for seed in (1, 2)]
+    found = compare_runs(runs, baseline="early")
+    assert {quantity for *_, quantity in found.cells} == {"end"}
+    said = "greedy: no steps in common, a curve begins at 20 and another ends at 10; no areas and targets over steps."
+    assert said in found.notes
+    assert "areas and targets" not in " ".join(section.title for section in runs_document(found, tmp_path).sections)
+    assert mean_curve([runs[0], runs[2]], "greedy", "steps") == ([], [])
 
 
 def test_runs_that_never_reach_the_target_count_as_the_horizon_and_are_said_to(tmp_path):
