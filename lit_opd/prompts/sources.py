@@ -20,6 +20,7 @@ from lit_opd.answers import boxed_answer
 from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
+from lit_opd.prompts.splits import split_ranges
 from lit_opd.prompts.teacher_prompt import TeacherPrompt, rendered
 from lit_opd.prompts.tools import KEPT_WITH_MESSAGE, Schema, checked_calls, row_tools
 from lit_opd.shipped import shown_path
@@ -56,6 +57,7 @@ ROW_NUMBER = "#"  # as `id_column`: name rows by their number even where the dat
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DATA_EXTRA = "pip install 'lit-opd[data]'"
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_FILE_SPLIT = "train"  # what a file counts as
 _UTF8_BOM = b"\xef\xbb\xbf"
 _GSM8K_MARK = "####"
 # control characters but tab and line ends; bidirectional embeddings, overrides and isolates
@@ -73,8 +75,9 @@ class DataSource:
         weight: share of the training prompts, relative to the other sources; None (in all sources) = as many as it has
             rows, so that the sources are concatenated.
         filter: row filter, or several that must all hold, e.g. ``difficulty >= 6``.
-        split: split of a folder or hub data set.
-        name: configuration of a hub data set, e.g. "main".
+        split: of a folder or hub data set, or a part of it such as "train[:80%]". A file, and a saved data set that is no
+            dictionary of splits, is one split, "train", of which this may take a part.
+        name: configuration of a hub data set, e.g. "main"; files and saved data sets have none.
         prompt_column: column of the prompt; None: the data module's, or the first usual name.
         answer_column: column of the reference answer; None likewise.
         id_column: column of unique row ids; None likewise; "#" for row numbers.
@@ -278,10 +281,26 @@ def _read_raw(source: DataSource) -> Iterator[_RawRow]:
             raise InputError(
                 f"{source.path}: no such file; check the path (relative paths start at the current folder)"
             )
-        return _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
+        return _part_of_file(source, _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path))
     if path.is_file():
         raise InputError(f"{source.path}: must be one of {', '.join(_FILE_SUFFIXES)}, a folder or a hub id; convert it")
     return _read_hub(source)
+
+
+def _part_of_file(source: DataSource, read: Iterator[_RawRow]) -> Iterator[_RawRow]:
+    """The rows that the split takes; they keep their numbers in the file."""
+    _refuse_name(source, "a file")
+    rows = list(read)
+    ranges = split_ranges(source.split, {_FILE_SPLIT: len(rows)}, source.path, "give the file of that split as `path`")
+    return (rows[index] for _, taken in ranges for index in taken)
+
+
+def _refuse_name(source: DataSource, kind: str) -> None:
+    if source.name is not None:
+        raise InputError(
+            f"{source.path}: `DataSource.name` must be null for {kind}, got {source.name!r}; "
+            "leave it out, or give the path of that configuration"
+        )
 
 
 def _read_json_lines(path: Path) -> Iterator[_RawRow]:
@@ -340,18 +359,32 @@ def _datasets(path: str) -> Any:
 
 def _read_folder(source: DataSource, path: Path) -> Iterator[_RawRow]:
     datasets = _datasets(source.path)
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if saved:
+        _refuse_name(source, "a saved data set")
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            data = datasets.load_from_disk(str(path))
-            data = data[source.split] if isinstance(data, dict) else data
+        if saved:
+            data = _part_of_saved(source, datasets.load_from_disk(str(path)))
         else:
             data = datasets.load_dataset(str(path), source.name, split=source.split)
+    except InputError:
+        raise
     except Exception as error:  # whatever a reader of a third party raises about a user's folder is the user's news
         raise InputError(
             f"{source.path}: no data set could be loaded from this folder, split {source.split!r} "
             f"({first_line(error)}); give one of its files (.jsonl, .parquet) instead"
         ) from error
     return _read_table(source, data)
+
+
+def _part_of_saved(source: DataSource, data: Any) -> Any:
+    """The split that is named, or the part of it; one data set alone is "train", and what it was saved as."""
+    sets = data if isinstance(data, dict) else {_FILE_SPLIT: data, str(data.split or _FILE_SPLIT): data}
+    if source.split in sets:
+        return sets[source.split]
+    sizes = {name: len(rows) for name, rows in sets.items()}
+    ranges = split_ranges(source.split, sizes, source.path, "name a split that was saved")
+    return _datasets(source.path).concatenate_datasets([sets[name].select(taken) for name, taken in ranges])
 
 
 class NotLoaded(InputError):
