@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_opd import hub
-from lit_opd.answers import boxed_answer
+from lit_opd.answers import last_box
 from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
@@ -112,7 +112,7 @@ class PromptRow:
     Args:
         row_id: unique name.
         prompt: plain text, or chat messages that end with a user or tool turn.
-        answer: reference answer, None where the data has none.
+        answer: reference answer, None where the data has none or an empty one.
         teacher: name of the teacher that scores the row, None for the only one.
         where: "FILE:LINE" for messages.
         teacher_prompt: what the teacher reads instead, in the forms of ``prompt``; None where it reads the same.
@@ -171,8 +171,8 @@ def read_prompts(
     joins = source.prompt_column is None and columns.prompt is None
     tests = [RowFilter.parse(text) for text in _as_list(filters) + _as_list(source.filter)]
     kept = [row for row in raw if all(test.keeps(row.values, row.where, found) for test in tests)]
-    _report(source, names, tests, kept=len(kept), total=len(raw))
     rows = [_prompt_row(row, names, source, joins=joins) for row in kept]
+    _report(source, names, tests, rows, total=len(raw))
     require_unique_ids(rows)
     if teacher_prompt is not None:
         guessed = names.answer if source.answer_column is None and columns.answer is None else None
@@ -257,11 +257,15 @@ def _invisible(prompt: str | list[Message]) -> str | None:
     return found[0] if found else None
 
 
-def _report(source: DataSource, names: ColumnNames, tests: Sequence[RowFilter], *, kept: int, total: int) -> None:
+def _report(
+    source: DataSource, names: ColumnNames, tests: Sequence[RowFilter], rows: Sequence[PromptRow], *, total: int
+) -> None:
     rules = " and ".join(test.text for test in tests) or "no filter"
+    kept, unanswered = len(rows), sum(row.answer is None for row in rows)
+    ungraded = f" ({unanswered} rows without an answer, not graded)" if names.answer and unanswered else ""
     rank_zero_info(
         f"{shown_path(source.path)}: {kept} of {total} rows kept, {total - kept} filtered out ({rules}); "
-        f"prompt column {names.prompt!r}, answer column {names.answer!r}"
+        f"prompt column {names.prompt!r}, answer column {names.answer!r}{ungraded}"
     )
     if not kept:
         raise InputError(f"{source.path}: the filter {rules!r} keeps none of {total} rows; relax it")
@@ -491,7 +495,9 @@ def _row_id(row: _RawRow, column: str | None, source: DataSource) -> str:
 
 
 def _answer(value: Any, where: str, column: str) -> str | None:
-    if value is None or value is MISSING:
+    """The reference, None where there is none that a response could equal: null, NaN, nothing but white space, an empty box,
+    one that is not closed, nothing after the last "####"."""
+    if value is None or value is MISSING or value != value:  # NaN
         return None
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -503,9 +509,12 @@ def _answer(value: Any, where: str, column: str) -> str | None:
             f"or a part of it with a dot (reward_model.ground_truth, {column}.0)"
         )
     text = _checked_text(value, where, column)
-    if (boxed := boxed_answer(text)) is not None:  # a worked solution: the grader wants what it ends in
-        return boxed.strip()
-    return text.rsplit(_GSM8K_MARK, 1)[-1].strip() if _GSM8K_MARK in text else text
+    boxed, unclosed = last_box(text)
+    if boxed is None and not unclosed:
+        cut = text.rsplit(_GSM8K_MARK, 1)[-1].strip() if _GSM8K_MARK in text else text
+    else:  # a worked solution: the grader wants what it ends in
+        cut = (boxed or "").strip()
+    return cut if cut.strip() else None
 
 
 def checked_prompt(value: Any, where: str, column: str = "prompt") -> str | list[Message]:

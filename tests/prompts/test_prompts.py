@@ -249,6 +249,39 @@ def test_a_split_or_name_that_data_does_not_have_is_refused(tmp_path: Path) -> N
         assert len(read_prompts(DataSource(str(tmp_path / "named"), split=split))) == 1
 
 
+EMPTY_ANSWERS = (
+    None,
+    "",
+    " \n",
+    float("nan"),
+    "\\boxed{}",
+    "so \\boxed{ }",
+    "\\boxed{3} or \\boxed{}",
+    "x ####",
+    "x #### \n",
+    "\\boxed{3",
+)
+
+
+def test_an_answer_that_no_response_could_equal_is_none_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_opd.prompts.sources.rank_zero_info", said.append)
+    given = [*EMPTY_ANSWERS, "7", "\\boxed{8}", "x #### 9", float("inf")]
+    lines = write_lines(tmp_path / "d.jsonl", [{"prompt": f"p{n}", "answer": answer} for n, answer in enumerate(given)])
+    wanted = [None] * len(EMPTY_ANSWERS) + ["7", "8", "9", "inf"]
+    assert [row.answer for row in read_prompts(lines)] == wanted
+    assert said[0].endswith("answer column 'answer' (10 rows without an answer, not graded)")
+    numbers = [{"prompt": f"p{n}", "answer": float("nan"), "solution": f"\\boxed{{{n}}}"} for n in range(2)]
+    assert [row.answer for row in read_prompts(write_lines(tmp_path / "n.jsonl", numbers))] == ["0", "1"]
+    assert said[1].endswith("answer column 'solution'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = __import__("pyarrow").table({"prompt": ["a", "b"], "answer": [float("nan"), 2.0]})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    assert [row.answer for row in read_prompts(str(tmp_path / "d.parquet"))] == [None, "2"]
+
+
 def test_an_unreachable_hub_names_the_local_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
