@@ -22,7 +22,7 @@ from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
 from lit_opd.prompts.splits import split_ranges
 from lit_opd.prompts.teacher_prompt import TeacherPrompt, rendered
-from lit_opd.prompts.tools import KEPT_WITH_MESSAGE, Schema, checked_calls, row_tools
+from lit_opd.prompts.tools import CALLS, KEPT_WITH_MESSAGE, Schema, checked_calls, row_tools, without_padding
 from lit_opd.shipped import shown_path
 
 PROMPT_COLUMNS = (
@@ -344,7 +344,7 @@ def _read_parquet(path: Path) -> Iterator[_RawRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for index, row in enumerate(rows):
-                yield _RawRow(f"{path}: row {index}", index, row)
+                yield _RawRow(f"{path}: row {index}", index, without_padding(row))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, InputError):
             raise
@@ -413,7 +413,7 @@ def _read_hub(source: DataSource) -> Iterator[_RawRow]:
 
 def _read_table(source: DataSource, data: Any) -> Iterator[_RawRow]:
     for index, row in enumerate(data):
-        yield _RawRow(f"{source.path}[{source.split}]: row {index}", index, dict(row))
+        yield _RawRow(f"{source.path}[{source.split}]: row {index}", index, without_padding(row))
 
 
 # ---------------------------------------------------------------------------------------------------------- columns
@@ -542,10 +542,10 @@ def _checked_message(message: Any, where: str) -> Message:
     if role not in ROLES:
         raise InputError(f"{where}: role must be one of {', '.join(ROLES)}, got {shown(role)}")
     beside: dict[str, Any] = {name: message[name] for name in KEPT_WITH_MESSAGE if isinstance(message.get(name), str)}
-    if message.get("tool_calls"):
+    if message.get(CALLS):
         if role != "assistant":
             raise InputError(f"{where}: only an assistant's message may have tool calls, got one of role {role}")
-        beside["tool_calls"], content = checked_calls(message["tool_calls"], where), content or ""
+        beside[CALLS], content = checked_calls(message[CALLS], where), content or ""
     if not isinstance(content, str):
         raise InputError(f"{where}: content must be text, got {shown(content)}")
     return {"role": role, "content": _checked_text(content, where, "content", allow_empty=role != "user"), **beside}
