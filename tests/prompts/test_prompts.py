@@ -335,7 +335,15 @@ def test_real_evaluation_files_load() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- filters
 
-ROW = {"difficulty": 6, "level": "hard one", "Problem Type": "algebra", "ok": True, "note": None, "x.y-z": 1.5}
+ROW = {
+    "difficulty": 6,
+    "level": "hard one",
+    "Problem Type": "algebra",
+    "ok": True,
+    "note": None,
+    "x.y-z": 1.5,
+    "topic": 'Counting, "Probability"',
+}
 
 
 @pytest.mark.parametrize(
@@ -355,6 +363,11 @@ ROW = {"difficulty": 6, "level": "hard one", "Problem Type": "algebra", "ok": Tr
         ('level not in ["easy"]', True),
         ("level > hard", True),
         ('"Problem Type" == algebra', True),
+        ('topic in [algebra, "Counting, \\"Probability\\""]', True),
+        ('topic in ["Counting, \\"Probability\\"" , algebra]', True),
+        ('topic in [Counting, Probability, null, "]["]', False),
+        ("level in [hard one, Bachelor's]", True),
+        ("note in [null, algebra]", True),
         ("ok == true", True),
         ("ok == false", False),
         ("note == null", True),
@@ -383,6 +396,16 @@ def test_filter_grammar(text: str, kept: bool) -> None:
         "difficulty > true",
         "difficulty > null",
         "difficulty inside [6]",
+        'topic == "Counting',
+        'topic == Counting "x"',
+        "topic == 'algebra'",
+        "topic in ['algebra', 'geometry']",
+        'topic in [algebra, "Counting, Probability]',
+        'topic in [algebra, "Counting" Probability]',
+        'topic in [algebra, "\\q"]',
+        "topic in [[1, 2], algebra]",
+        "topic in [algebra, , geometry]",
+        "topic in [algebra,]",
         "__import__('os').system('true')",
     ],
 )
@@ -404,6 +427,13 @@ def test_what_is_not_of_the_grammar_is_an_error(text: str) -> None:
 def test_filters_that_do_not_fit_the_data_are_errors(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         RowFilter.parse(text).keeps(ROW, "F:1", list(ROW))
+
+
+def test_a_quote_in_bare_words_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        InputError, match=r"""'algebra' is neither bare words nor JSON; put text in double quotes, \\" for"""
+    ):
+        RowFilter.parse("topic in ['algebra', geometry]")
 
 
 def test_filters_are_and_ed_counted_and_may_not_empty_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
