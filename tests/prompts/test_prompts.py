@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -186,6 +187,101 @@ def test_parquet_and_folders_give_the_rows_of_the_json_lines(tmp_path: Path, mon
         read_prompts(DataSource(str(folder), split="nosplit"))
 
 
+SPLITS = (
+    "train", "train[:80%]", "train[80%:]", "train[2:5]", "train[-3:]", "train[:-25%]", "train[33%:67%]", "train[5:1_000]",
+    "train[:2]+train[-2:]", "train[10:50%]", "train[:]",
+)  # fmt: skip
+
+
+def of_every_reader(folder: Path, rows: list[dict]) -> dict[str, Path]:
+    """The rows as JSON lines, Parquet, a saved data set, a saved dictionary of splits and a folder."""
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(rows)
+    paths = {name: folder / name for name in ("d.jsonl", "d.json", "d.parquet", "one", "splits", "folder")}
+    write_lines(paths["d.jsonl"], rows)
+    write_lines(paths["d.json"], rows)
+    data.to_parquet(paths["d.parquet"])
+    data.save_to_disk(paths["one"])
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(paths["splits"])
+    paths["folder"].mkdir()
+    write_lines(paths["folder"] / "train.jsonl", rows)
+    return paths
+
+
+def test_every_reader_takes_the_part_of_a_split_that_datasets_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"problem": f"p{n}", "answer": str(n)} for n in range(13)]
+    paths = of_every_reader(tmp_path, rows)
+    taken = {}
+    for split in SPLITS:
+        read = {name: read_prompts(DataSource(str(path), split=split)) for name, path in paths.items()}
+        wanted = [row.prompt for row in read["folder"]]  # read by `datasets` itself
+        assert {name: [row.prompt for row in found] for name, found in read.items()} == dict.fromkeys(paths, wanted)
+        taken[split] = read["d.jsonl"]
+    assert len(taken["train[:80%]"]) == 10 and [row.answer for row in taken["train[80%:]"]] == ["10", "11", "12"]
+    last = taken["train[80%:]"][-1]
+    assert last.row_id == "d-12" and last.where.endswith("d.jsonl:13")
+
+
+def test_a_split_or_name_that_data_does_not_have_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    paths = of_every_reader(tmp_path, [{"problem": f"p{n}"} for n in range(4)])
+    assert len(read_prompts(DataSource(str(paths["splits"]), split="test"))) == 1
+    for name in ("d.jsonl", "d.json", "d.parquet", "one"):
+        for split in ("test", "test[:50%]", "train+test", "train[:101%]", "train[50%]", "train[:3", ""):
+            with pytest.raises(
+                InputError, match=rf"{name}: `DataSource.split` must be 'train'.*, got '{re.escape(split)}';"
+            ):
+                read_prompts(DataSource(str(paths[name]), split=split))
+    with pytest.raises(InputError, match=r"splits: `DataSource.split` must be 'train' or 'test', .* got 'val\[:1\]';"):
+        read_prompts(DataSource(str(paths["splits"]), split="val[:1]"))
+    with pytest.raises(
+        InputError, match=r"d.jsonl: `DataSource.split` must take at least one of 4 rows, got 'train\[9:\]'"
+    ):
+        read_prompts(DataSource(str(paths["d.jsonl"]), split="train[9:]"))
+    for name in ("d.jsonl", "d.json", "d.parquet", "one", "splits"):
+        with pytest.raises(InputError, match=rf"{name}: `DataSource.name` must be null .*, got 'main'; leave it out"):
+            read_prompts(DataSource(str(paths[name]), name="main"))
+    datasets.Dataset.from_list([{"problem": "a"}], split="test").save_to_disk(tmp_path / "named")
+    for split in ("test", "train", "test[:1]"):  # a data set saved alone goes by the name it had, too
+        assert len(read_prompts(DataSource(str(tmp_path / "named"), split=split))) == 1
+
+
+EMPTY_ANSWERS = (
+    None,
+    "",
+    " \n",
+    float("nan"),
+    "\\boxed{}",
+    "so \\boxed{ }",
+    "\\boxed{3} or \\boxed{}",
+    "x ####",
+    "x #### \n",
+    "\\boxed{3",
+)
+
+
+def test_an_answer_that_no_response_could_equal_is_none_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_opd.prompts.sources.rank_zero_info", said.append)
+    given = [*EMPTY_ANSWERS, "7", "\\boxed{8}", "x #### 9", float("inf")]
+    lines = write_lines(tmp_path / "d.jsonl", [{"prompt": f"p{n}", "answer": answer} for n, answer in enumerate(given)])
+    wanted = [None] * len(EMPTY_ANSWERS) + ["7", "8", "9", "inf"]
+    assert [row.answer for row in read_prompts(lines)] == wanted
+    assert said[0].endswith("answer column 'answer' (10 rows without an answer, not graded)")
+    numbers = [{"prompt": f"p{n}", "answer": float("nan"), "solution": f"\\boxed{{{n}}}"} for n in range(2)]
+    assert [row.answer for row in read_prompts(write_lines(tmp_path / "n.jsonl", numbers))] == ["0", "1"]
+    assert said[1].endswith("answer column 'solution'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = __import__("pyarrow").table({"prompt": ["a", "b"], "answer": [float("nan"), 2.0]})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    assert [row.answer for row in read_prompts(str(tmp_path / "d.parquet"))] == [None, "2"]
+
+
 def test_an_unreachable_hub_names_the_local_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -239,7 +335,15 @@ def test_real_evaluation_files_load() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- filters
 
-ROW = {"difficulty": 6, "level": "hard one", "Problem Type": "algebra", "ok": True, "note": None, "x.y-z": 1.5}
+ROW = {
+    "difficulty": 6,
+    "level": "hard one",
+    "Problem Type": "algebra",
+    "ok": True,
+    "note": None,
+    "x.y-z": 1.5,
+    "topic": 'Counting, "Probability"',
+}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +363,11 @@ ROW = {"difficulty": 6, "level": "hard one", "Problem Type": "algebra", "ok": Tr
         ('level not in ["easy"]', True),
         ("level > hard", True),
         ('"Problem Type" == algebra', True),
+        ('topic in [algebra, "Counting, \\"Probability\\""]', True),
+        ('topic in ["Counting, \\"Probability\\"" , algebra]', True),
+        ('topic in [Counting, Probability, null, "]["]', False),
+        ("level in [hard one, Bachelor's]", True),
+        ("note in [null, algebra]", True),
         ("ok == true", True),
         ("ok == false", False),
         ("note == null", True),
@@ -287,6 +396,16 @@ def test_filter_grammar(text: str, kept: bool) -> None:
         "difficulty > true",
         "difficulty > null",
         "difficulty inside [6]",
+        'topic == "Counting',
+        'topic == Counting "x"',
+        "topic == 'algebra'",
+        "topic in ['algebra', 'geometry']",
+        'topic in [algebra, "Counting, Probability]',
+        'topic in [algebra, "Counting" Probability]',
+        'topic in [algebra, "\\q"]',
+        "topic in [[1, 2], algebra]",
+        "topic in [algebra, , geometry]",
+        "topic in [algebra,]",
         "__import__('os').system('true')",
     ],
 )
@@ -308,6 +427,13 @@ def test_what_is_not_of_the_grammar_is_an_error(text: str) -> None:
 def test_filters_that_do_not_fit_the_data_are_errors(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         RowFilter.parse(text).keeps(ROW, "F:1", list(ROW))
+
+
+def test_a_quote_in_bare_words_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        InputError, match=r"""'algebra' is neither bare words nor JSON; put text in double quotes, \\" for"""
+    ):
+        RowFilter.parse("topic in ['algebra', geometry]")
 
 
 def test_filters_are_and_ed_counted_and_may_not_empty_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
