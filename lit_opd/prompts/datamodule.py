@@ -61,7 +61,7 @@ class PromptDataModule(LightningDataModule):
         teacher_tokenizer: folder or hub id, where the teacher renders its own template; None: the module's
             ``teacher_tokenizer``, else the student's.
         teacher_chat_template: None: like the student's.
-        teacher_template_options: None: the student's options.
+        teacher_template_options: None: the student's; a teacher with a tokenizer of its own does not take ``chat_template``.
         teacher_system_prompt: None: the student's.
         teacher_prompt: what the teacher reads in place of the student's prompt, of the row's columns: a text such as
             "{problem} A correct solution: {solution} Now solve it yourself.", chat messages with such contents, or a class of
@@ -191,12 +191,15 @@ class PromptDataModule(LightningDataModule):
         writes = isinstance(
             self.teacher_prompt, HindsightPrompt
         )  # the student writes a part of it, and may write anything
-        if teacher_tokenizer in (None, tokenizer) and all(setting is None for setting in own):
+        shares = teacher_tokenizer in (None, tokenizer)
+        if shares and all(setting is None for setting in own):
             return None
+        if options is None:
+            options = self.template_options if shares else _without_template(self.template_options)
         return PromptEncoder(
             tokenizer if teacher_tokenizer is None else teacher_tokenizer,
             self.chat_template if chat_template is None else chat_template,
-            self.template_options if options is None else options,
+            options,
             self.system_prompt if system is None else system,
             "escape" if writes and self.special_tokens_in_text == "refuse" else self.special_tokens_in_text,
             owner="PromptDataModule.teacher_",
@@ -504,6 +507,11 @@ def _weights(sources: Sequence[DataSource]) -> list[float] | None:
     if any(not 0 < weight < float("inf") for weight in given):
         raise InputError(f"`DataSource.weight` must be above 0, got {given}; leave a source out instead")
     return given or None
+
+
+def _without_template(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Variables alone: the control tokens of a template are those of one tokenizer."""
+    return options and {name: value for name, value in options.items() if name != "chat_template"}
 
 
 def _loaded_tokenizer(path: str, name: str) -> Any:

@@ -505,6 +505,25 @@ def test_the_teachers_own_template_gives_teacher_ids(tmp_path: Path, tokenizer: 
     assert configured.use_tokenizer(tokenizer).train_dataloader() is loader  # the same tokenizer again forgets nothing
 
 
+def test_a_template_given_for_the_student_is_not_that_of_a_teacher_with_its_own_tokenizer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, base = problems(tmp_path, 2), make_tokenizer(None)
+    other = make_tokenizer("{% for m in messages %}Q: {{ m.content }}{% endfor %} A:{% if not think %} no{% endif %}")
+    settings = {"prompt_batch": 2, "template_options": {"chat_template": TEMPLATE, "think": False}}
+    batch = PromptDataModule(path, **settings).use_tokenizer(base, other).train_dataloader().batch(0)
+    texts = {"train-0": "hello 0", "train-1": "hello 1" * 2}
+    for row, row_id in enumerate(batch.row_ids):
+        read = batch.teacher_ids[row][batch.teacher_mask[row]].tolist()
+        assert read == other(f"Q: {texts[row_id]} A: no")["input_ids"]  # its template, and the student's variable
+        assert ids_of(batch, row) == PromptEncoder(tokenizer, template_options={"think": False}).encode(texts[row_id])
+    other.save_pretrained(tmp_path / "teacher")
+    named = module_of(base, path, **settings, teacher_tokenizer=str(tmp_path / "teacher"))
+    assert torch.equal(named.train_dataloader().batch(0).teacher_ids, batch.teacher_ids)
+    alone = module_of(base, path, **settings, teacher_system_prompt="Be brief.")  # no tokenizer of its own
+    assert f"{START}system\nBe brief." in base.decode(alone.train_dataloader().batch(0).teacher_ids[0])
+
+
 # ------------------------------------------------------------------------------------------------- order and mixing
 
 
