@@ -76,7 +76,8 @@ class PromptDataModule(LightningDataModule):
         too_long: what happens to prompts above ``max_prompt_tokens``: "filter" (counted) or "error".
         special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "refuse": they are an error;
             "allow": they become control tokens, and prompts that are rendered already are taken as they are.
-        tokenizer: folder or hub id; None: the tokenizer of the trainer's module.
+        tokenizer: folder or hub id, of the student's vocabulary, whose chat template renders; None: the tokenizer of the
+            trainer's module.
         pad_token: where the tokenizer has no pad token.
         keep_rows: hand the columns of each row on with its prompt; always done where the trainer's sampler asks for them, as one
             that plays an environment does.
@@ -143,7 +144,11 @@ class PromptDataModule(LightningDataModule):
     # ------------------------------------------------------------------------------------------------- tokenizers
 
     def use_tokenizer(self, tokenizer: Any, teacher_tokenizer: Any | None = None) -> PromptDataModule:
-        """Tokenise with these objects before those of the settings; other ones forget what was set up with the last."""
+        """The tokenizers of student and teacher; other ones forget what was set up with the last.
+
+        The setting ``tokenizer`` takes the student's place where it has the same vocabulary and is refused where not; of the
+        teacher's, the object given here holds before the setting.
+        """
         if self._tokenizers[0] is not tokenizer or self._tokenizers[1] is not teacher_tokenizer:
             self._tokenizers = (tokenizer, teacher_tokenizer)
             self._forget()
@@ -235,7 +240,12 @@ class PromptDataModule(LightningDataModule):
         return getattr(sampler, name, None)
 
     def _both_tokenizers(self) -> tuple[Any, Any | None]:
-        student = self._found_tokenizer(self._tokenizers[0], self.tokenizer_path, "tokenizer")
+        student = self._found_tokenizer(self._tokenizers[0], None, "tokenizer")
+        if self.tokenizer_path:
+            own = loaded_tokenizer(self.tokenizer_path, "tokenizer")
+            if student is not None:
+                _require_vocabulary(own, student, self.tokenizer_path)
+            student = own
         if student is None:
             raise InputError(
                 "`PromptDataModule.tokenizer` must be a tokenizer folder or hub id when the module has no `tokenizer`, "
@@ -248,7 +258,7 @@ class PromptDataModule(LightningDataModule):
         if given is not None:
             return given
         if path:
-            return _loaded_tokenizer(path, name)
+            return loaded_tokenizer(path, name)
         return getattr(self.trainer.lightning_module, name, None) if self.trainer is not None else None
 
     # ------------------------------------------------------------------------------------------------------ set-up
@@ -514,7 +524,23 @@ def _without_template(options: dict[str, Any] | None) -> dict[str, Any] | None:
     return options and {name: value for name, value in options.items() if name != "chat_template"}
 
 
-def _loaded_tokenizer(path: str, name: str) -> Any:
+def _require_vocabulary(own: Any, student: Any, path: str) -> None:
+    """Prompts are read by the student, so their tokens have its ids."""
+    ours, theirs = student.get_vocab(), own.get_vocab()
+    differing = [token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token)]
+    if differing:
+        raise InputError(
+            f"`PromptDataModule.tokenizer` must have the student's vocabulary, got {path!r}, in which {len(differing)} tokens "
+            f"differ (such as {differing[0]!r}); leave it out, and give a chat template in `template_options` (`chat_template`)"
+        )
+
+
+def loaded_tokenizer(path: str, name: str) -> Any:
+    """The tokenizer that the setting ``name`` names.
+
+    Raises:
+        InputError: there is none.
+    """
     from transformers import AutoTokenizer
 
     if not os.path.exists(path):

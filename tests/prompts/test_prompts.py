@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -681,6 +682,29 @@ def test_missing_tokenizer_or_validation_data_is_an_error(tmp_path: Path, tokeni
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     module = PromptDataModule(path, prompt_batch=2, tokenizer=str(tmp_path / "tokenizer"))
     assert module.train_dataloader().batch(0).mask.any() and module.val_dataloader() == []
+
+
+def test_a_configured_tokenizer_renders_the_prompts_where_its_vocabulary_is_the_students(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base, path = make_tokenizer(None), problems(tmp_path, 4)
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    named = PromptDataModule(path, prompt_batch=4, tokenizer=str(tmp_path / "instruct")).use_tokenizer(base)
+    batch = named.train_dataloader().batch(0)
+    own = module_of(tokenizer, path, prompt_batch=4).train_dataloader().batch(0)
+    assert torch.equal(batch.ids, own.ids) and START in tokenizer.decode(batch.ids[0])
+    wider = make_tokenizer()
+    wider.add_tokens(["<tool>"])
+    wider.save_pretrained(tmp_path / "wider")
+    folder = re.escape(repr(str(tmp_path / "wider")))
+    wanted = rf"`PromptDataModule.tokenizer` must have the student's vocabulary, got {folder}.* 1 tokens .*<tool>"
+    named = PromptDataModule(path, prompt_batch=4, tokenizer=str(tmp_path / "wider"))
+    with pytest.raises(InputError, match=wanted + r".*`template_options` \(`chat_template`\)"):
+        named.use_tokenizer(base).setup("fit")
+    named.use_tokenizer(None).trainer = Trainer(logger=False, accelerator="cpu")
+    named.trainer.strategy._lightning_module = Recorder(base)  # what `validate` and `predict` leave it to
+    with pytest.raises(InputError, match=wanted):
+        named.setup("fit")
 
 
 def test_settings_come_from_yaml_with_nested_sources() -> None:
