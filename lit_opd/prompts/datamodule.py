@@ -67,7 +67,8 @@ class PromptDataModule(LightningDataModule):
             "{problem} A correct solution: {solution} Now solve it yourself.", chat messages with such contents, or a class of
             your own (``TeacherPrompt``); or of what was sampled: ``PeerDemonstration``, or a ``HindsightPrompt`` of your own.
             See docs/data.md. None: the student's.
-        val_fraction: share of the training rows held out by a hash of (split seed, row id), instead of ``val``.
+        val_fraction: share of the training rows held out by a hash of (split seed, row id), instead of ``val``. Rows of other ids
+            may repeat a prompt on both sides; a warning counts them.
         val_batch: validation prompts a batch over all ranks.
         val_limit: keep the first so many validation prompts.
         seed: of the order of the training prompts; None: the run's (the module's ``seed``, else ``seed_everything``).
@@ -274,8 +275,10 @@ class PromptDataModule(LightningDataModule):
         if stage in ("fit", None) and self._train_prompts is None:
             self._check_ranks()
             self._train_prompts, self._order = self._ordered_train()
+            self._warn_of_trained()
         if self._val_prompts is None:
             self._val_prompts = self._encoded_val()
+            self._warn_of_trained()
         if self._train_prompts is not None:
             self._train_rows = None  # the texts have served
         if stage in ("validate", "test", "predict") and not self._val_prompts:
@@ -344,6 +347,20 @@ class PromptDataModule(LightningDataModule):
             rows = self._split_train()[1] if self.val_fraction is not None else []
         encoded = self._encoded(rows, "val") if rows else []
         return self._without_needless_teacher_ids(encoded)[: self.val_limit]
+
+    def _warn_of_trained(self) -> None:
+        """Where validation prompts have the tokens of training prompts, whatever their row ids."""
+        if not self._train_prompts or not self._val_prompts:
+            return
+        trained = {prompt.ids.numpy().tobytes() for prompt in self._train_prompts}
+        found = [prompt for prompt in self._val_prompts if prompt.ids.numpy().tobytes() in trained]
+        if found:
+            field = "val" if self.val_fraction is None else "val_fraction"
+            rank_zero_warn(
+                f"`PromptDataModule.{field}`: {len(found)} of {len(self._val_prompts)} validation prompts are trained on "
+                f"too (the same tokens; first: row {found[0].row_id!r}), so validation is not of unseen prompts alone; leave "
+                "repeated prompts out of `train`, or give a `val` file of others"
+            )
 
     def _read(
         self, sources: str | DataSource | list[str | DataSource], filters: str | list[str] | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -629,6 +630,27 @@ def test_a_held_out_fraction_is_disjoint_seeded_and_independent_of_order(
     assert split(2, path)[1] != val
     with pytest.raises(InputError, match="`PromptDataModule.val_fraction` must be such that"):
         module_of(tokenizer, path, val_fraction=1e-9).setup("fit")
+
+
+def test_validation_prompts_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"id": f"r{n}", "prompt": f"hello {n % 20}"} for n in range(400)]
+    repeated = module_of(tokenizer, write_lines(tmp_path / "a.jsonl", rows), prompt_batch=4, val_fraction=0.1)
+    with pytest.warns(UserWarning, match=r"`PromptDataModule.val_fraction`: \d+ of \d+ val") as given:
+        repeated.setup("fit")
+    (said,) = [str(one.message) for one in given if "trained on too" in str(one.message)]
+    counts = [int(number) for number in re.findall(r"\d+", said)[:2]]
+    assert counts == [repeated.num_prompts[1]] * 2 and "; leave repeated prompts out of `train`" in said
+    val = write_lines(tmp_path / "val.jsonl", [{"prompt": f"hello {n}"} for n in (3, 21, 4, 22)])
+    for stages in (("fit",), ("validate", "fit")):
+        named = module_of(tokenizer, write_lines(tmp_path / "b.jsonl", rows[:20]), prompt_batch=4, val=val)
+        with pytest.warns(UserWarning, match=r"`PromptDataModule.val`: 2 of 4 .* row 'val-0'\)") as given:
+            for stage in stages:
+                named.setup(stage)
+        assert sum("trained on too" in str(one.message) for one in given) == 1
+    apart = module_of(tokenizer, write_lines(tmp_path / "c.jsonl", rows[:20]), prompt_batch=4, val_fraction=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apart.setup("fit")
 
 
 def test_the_length_filter_counts_and_may_be_an_error(
