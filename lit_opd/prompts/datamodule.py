@@ -138,6 +138,7 @@ class PromptDataModule(LightningDataModule):
         self._train_prompts: list[EncodedPrompt] | None = None
         self._val_prompts: list[EncodedPrompt] | None = None
         self._train_rows: list[list[PromptRow]] | None = None
+        self._train_texts: dict[str, str] = {}
         self._loader: PromptLoader | None = None
         self._encoders: tuple[PromptEncoder, PromptEncoder | None] | None = None
         self._state_to_load: dict[str, int] | None = None
@@ -156,7 +157,7 @@ class PromptDataModule(LightningDataModule):
         return self
 
     def use_sampler(self, sampler: Any) -> PromptDataModule:
-        """Make of each row what this sampler asks for: its columns (``reads_rows``), and the ``tools`` that prompts show."""
+        """Make of each row what this sampler asks for: columns (``reads_rows``), texts (``reads_texts``), the ``tools`` shown."""
         if self._sampler is not sampler:
             self._sampler = sampler
             self._forget()
@@ -302,7 +303,10 @@ class PromptDataModule(LightningDataModule):
         require(self.prompt_batch % world == 0, field, wanted, self.prompt_batch, "change it or the devices")
 
     def _ordered_train(self) -> tuple[list[EncodedPrompt], PromptOrder]:
-        sources = [self._encoded(rows, "train") for rows in self._split_train()[0]]
+        kept = self._split_train()[0]
+        if self._sampler_has("reads_texts"):
+            self._train_texts = {row.row_id: _last_user_text(row) for rows in kept for row in rows}
+        sources = [self._encoded(rows, "train") for rows in kept]
         prompts = self._without_needless_teacher_ids([prompt for source in sources for prompt in source])
         order = PromptOrder([len(source) for source in sources], _weights(_source_list(self.train)), self.order_seed)
         if len(prompts) < self.prompt_batch:
@@ -501,6 +505,11 @@ class PromptDataModule(LightningDataModule):
         return {prompt.row_id: prompt.ids for prompt in self._train_prompts or ()}
 
     @property
+    def training_texts(self) -> dict[str, str]:
+        """The last user turn of every training prompt by row id; empty where no sampler compares it, and before ``setup``."""
+        return self._train_texts
+
+    @property
     def training_rows(self) -> list[DataRow]:
         """The data rows that go with training prompts; empty where nothing reads them, and before ``setup``."""
         return [prompt.data for prompt in self._train_prompts or () if prompt.data is not None]
@@ -534,6 +543,10 @@ def _weights(sources: Sequence[DataSource]) -> list[float] | None:
     if any(not 0 < weight < float("inf") for weight in given):
         raise InputError(f"`DataSource.weight` must be above 0, got {given}; leave a source out instead")
     return given or None
+
+
+def _last_user_text(row: PromptRow) -> str:
+    return next((str(message["content"]) for message in reversed(row.messages) if message["role"] == "user"), "")
 
 
 def _without_template(options: dict[str, Any] | None) -> dict[str, Any] | None:
