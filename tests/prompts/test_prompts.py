@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -631,6 +632,25 @@ def test_the_teachers_own_template_gives_teacher_ids(tmp_path: Path, tokenizer: 
     assert configured.use_tokenizer(tokenizer).train_dataloader() is loader  # the same tokenizer again forgets nothing
 
 
+def test_a_template_given_for_the_student_is_not_that_of_a_teacher_with_its_own_tokenizer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, base = problems(tmp_path, 2), make_tokenizer(None)
+    other = make_tokenizer("{% for m in messages %}Q: {{ m.content }}{% endfor %} A:{% if not think %} no{% endif %}")
+    settings = {"prompt_batch": 2, "template_options": {"chat_template": TEMPLATE, "think": False}}
+    batch = PromptDataModule(path, **settings).use_tokenizer(base, other).train_dataloader().batch(0)
+    texts = {"train-0": "hello 0", "train-1": "hello 1" * 2}
+    for row, row_id in enumerate(batch.row_ids):
+        read = batch.teacher_ids[row][batch.teacher_mask[row]].tolist()
+        assert read == other(f"Q: {texts[row_id]} A: no")["input_ids"]  # its template, and the student's variable
+        assert ids_of(batch, row) == PromptEncoder(tokenizer, template_options={"think": False}).encode(texts[row_id])
+    other.save_pretrained(tmp_path / "teacher")
+    named = module_of(base, path, **settings, teacher_tokenizer=str(tmp_path / "teacher"))
+    assert torch.equal(named.train_dataloader().batch(0).teacher_ids, batch.teacher_ids)
+    alone = module_of(base, path, **settings, teacher_system_prompt="Be brief.")  # no tokenizer of its own
+    assert f"{START}system\nBe brief." in base.decode(alone.train_dataloader().batch(0).teacher_ids[0])
+
+
 # ------------------------------------------------------------------------------------------------- order and mixing
 
 
@@ -737,6 +757,27 @@ def test_a_held_out_fraction_is_disjoint_seeded_and_independent_of_order(
         module_of(tokenizer, path, val_fraction=1e-9).setup("fit")
 
 
+def test_validation_prompts_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"id": f"r{n}", "prompt": f"hello {n % 20}"} for n in range(400)]
+    repeated = module_of(tokenizer, write_lines(tmp_path / "a.jsonl", rows), prompt_batch=4, val_fraction=0.1)
+    with pytest.warns(UserWarning, match=r"`PromptDataModule.val_fraction`: \d+ of \d+ val") as given:
+        repeated.setup("fit")
+    (said,) = [str(one.message) for one in given if "trained on too" in str(one.message)]
+    counts = [int(number) for number in re.findall(r"\d+", said)[:2]]
+    assert counts == [repeated.num_prompts[1]] * 2 and "; leave repeated prompts out of `train`" in said
+    val = write_lines(tmp_path / "val.jsonl", [{"prompt": f"hello {n}"} for n in (3, 21, 4, 22)])
+    for stages in (("fit",), ("validate", "fit")):
+        named = module_of(tokenizer, write_lines(tmp_path / "b.jsonl", rows[:20]), prompt_batch=4, val=val)
+        with pytest.warns(UserWarning, match=r"`PromptDataModule.val`: 2 of 4 .* row 'val-0'\)") as given:
+            for stage in stages:
+                named.setup(stage)
+        assert sum("trained on too" in str(one.message) for one in given) == 1
+    apart = module_of(tokenizer, write_lines(tmp_path / "c.jsonl", rows[:20]), prompt_batch=4, val_fraction=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apart.setup("fit")
+
+
 def test_the_length_filter_counts_and_may_be_an_error(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -788,6 +829,29 @@ def test_missing_tokenizer_or_validation_data_is_an_error(tmp_path: Path, tokeni
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     module = PromptDataModule(path, prompt_batch=2, tokenizer=str(tmp_path / "tokenizer"))
     assert module.train_dataloader().batch(0).mask.any() and module.val_dataloader() == []
+
+
+def test_a_configured_tokenizer_renders_the_prompts_where_its_vocabulary_is_the_students(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base, path = make_tokenizer(None), problems(tmp_path, 4)
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    named = PromptDataModule(path, prompt_batch=4, tokenizer=str(tmp_path / "instruct")).use_tokenizer(base)
+    batch = named.train_dataloader().batch(0)
+    own = module_of(tokenizer, path, prompt_batch=4).train_dataloader().batch(0)
+    assert torch.equal(batch.ids, own.ids) and START in tokenizer.decode(batch.ids[0])
+    wider = make_tokenizer()
+    wider.add_tokens(["<tool>"])
+    wider.save_pretrained(tmp_path / "wider")
+    folder = re.escape(repr(str(tmp_path / "wider")))
+    wanted = rf"`PromptDataModule.tokenizer` must have the student's vocabulary, got {folder}.* 1 tokens .*<tool>"
+    named = PromptDataModule(path, prompt_batch=4, tokenizer=str(tmp_path / "wider"))
+    with pytest.raises(InputError, match=wanted + r".*`template_options` \(`chat_template`\)"):
+        named.use_tokenizer(base).setup("fit")
+    named.use_tokenizer(None).trainer = Trainer(logger=False, accelerator="cpu")
+    named.trainer.strategy._lightning_module = Recorder(base)  # what `validate` and `predict` leave it to
+    with pytest.raises(InputError, match=wanted):
+        named.setup("fit")
 
 
 def test_settings_come_from_yaml_with_nested_sources() -> None:
