@@ -148,12 +148,13 @@ class EarlyAIMEEvaluation(Callback):
 
         Args:
             pl_module: for its tokenizer, context window and sampling defaults.
-            data: the data module, whose template settings serve where this callback has none.
+            data: the data module, whose template settings serve where this callback has none, and whose ``tokenizer`` renders.
         """
         if self._sets is not None:
             return
+        renders = isinstance(data, PromptDataModule) and data.tokenizer_path
         encoder = PromptEncoder(
-            pl_module.tokenizer,
+            data.encoder.tokenizer if data is not None and renders else pl_module.tokenizer,
             self._template("chat_template", data, "auto"),
             self._template("template_options", data, None),
             self._template("system_prompt", data, None),

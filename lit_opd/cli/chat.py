@@ -20,6 +20,7 @@ from lit_opd.errors import InputError, first_line
 from lit_opd.models.loading import ADAPTER, load_causal_lm, load_tokenizer
 from lit_opd.models.student import StudentSettings
 from lit_opd.models.vocabulary import configured_stops, num_used, unused_ids
+from lit_opd.prompts.datamodule import loaded_tokenizer
 from lit_opd.prompts.encoding import PromptEncoder, row_key
 from lit_opd.rollout.base import SamplingSettings, engine_options
 from lit_opd.rollout.streaming import stream
@@ -189,6 +190,12 @@ def _ready(name: str, model: Any, settings: StudentSettings, config: dict[str, A
 # -- talking -----------------------------------------------------------------------------------------------------------
 
 
+def _prompt_tokenizer(loaded: Loaded) -> Any:
+    """What rendered the prompts of the run."""
+    path = loaded.data.get("tokenizer")
+    return loaded_tokenizer(shipped_path(str(path)), "tokenizer") if path else loaded.tokenizer
+
+
 class Chat:
     """A conversation. Without a chat template every line is a prompt of its own.
 
@@ -205,7 +212,7 @@ class Chat:
         self.sampling |= sampling
         options = ("chat_template", "template_options", "system_prompt", "special_tokens_in_text")
         given = {name: loaded.data[name] for name in options if loaded.data.get(name) is not None}
-        self.encoder = PromptEncoder(loaded.tokenizer, **given)
+        self.encoder = PromptEncoder(_prompt_tokenizer(loaded), **given)
         self.messages: list[Any] = []
 
     def reset(self) -> None:

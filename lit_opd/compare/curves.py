@@ -27,13 +27,15 @@ GREY = 7
 
 
 def mean_curve(runs: Sequence[Run], metric: str, axis: str) -> tuple[list[float], list[Estimate]]:
-    """Places and means with intervals of the runs that have the metric; empty without one."""
+    """Places and means with intervals of the runs that have the metric, where all of them have; empty without any."""
     curves = [run.curves[metric] for run in runs if metric in run.curves]
     if not curves:
         return [], []
-    end = min(curve.along(axis)[-1] for curve in curves)
+    begin, end = max(curve.along(axis)[0] for curve in curves), min(curve.along(axis)[-1] for curve in curves)
+    if begin > end:
+        return [], []
     same = axis == "steps" and len({curve.steps for curve in curves}) == 1
-    grid = np.array(curves[0].steps, dtype=float) if same else np.linspace(0.0, end, POINTS)
+    grid = np.array(curves[0].steps, dtype=float) if same else np.linspace(begin, end, POINTS)
     table = np.stack([np.interp(grid, curve.along(axis), curve.values) for curve in curves])
     return grid.tolist(), [mean_interval(column.tolist()) for column in table.T]
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lit_opd.compare.runs import Curve, Run
-from lit_opd.compare.statistics import Estimate, mean_height, mean_interval, paired, paired_two_way, reached
+from lit_opd.compare.statistics import Estimate, cut, mean_height, mean_interval, paired, paired_two_way, reached
 from lit_opd.errors import InputError
 from lit_opd.evaluation.rows import PastEvaluation
 from lit_opd.evaluation.statistics import paired_difference
@@ -24,6 +24,8 @@ _OF_THE_RUN = (
     "run_dir", "seed_everything", "config", "overwrite", "ckpt_path", "allow_change", "wandb", "tensorboard",
     "trainer.default_root_dir", "num_threads",
 )  # fmt: skip
+
+_Answers = Mapping[Any, Mapping[str, float]]  # avg@k by seed and problem
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ class ProblemCell:
     """avg@k of one variant on one evaluation set.
 
     Args:
-        mean: over problems and paired seeds.
-        difference: from the baseline, with the ends of its interval over problems.
-        problems: that both have.
-        seeds: paired ones that were evaluated.
+        mean: over the pairs of seed and problem that both have, a problem's seeds first.
+        difference: from the baseline over the same pairs, with the ends of its interval over problems.
+        problems: that both have with the same seed.
+        seeds: paired ones with such a problem.
         both: the difference with its interval over seeds and problems, None where no problem is everyone's.
     """
 
@@ -67,7 +69,8 @@ class RunsComparison:
         baseline: the variant that differences are taken from.
         variants: runs by variant, the baseline first.
         targets: by metric, where there is one.
-        horizons: by (metric, axis), up to where every run was measured.
+        starts: by (metric, axis), from where on every run was measured.
+        horizons: the same, up to where.
         cells: by (metric, variant, quantity).
         problems: by (evaluation set, variant).
         notes: what the reader must know.
@@ -76,6 +79,7 @@ class RunsComparison:
     baseline: str
     variants: dict[str, list[Run]]
     targets: dict[str, float]
+    starts: dict[tuple[str, str], float]
     horizons: dict[tuple[str, str], float]
     cells: dict[tuple[str, str, str], Cell]
     problems: dict[tuple[str, str], ProblemCell]
@@ -100,9 +104,10 @@ def compare_runs(runs: Sequence[Run], *, baseline: str, targets: Mapping[str, fl
     wrong = sorted(set(targets or {}) - SUMMARISED.keys())
     if wrong:
         raise InputError(f"`--target` must name one of {', '.join(SUMMARISED)}, got {wrong[0]!r}")
-    found = RunsComparison(baseline, variants, {}, {}, {}, {}, list(_notes(variants, baseline)))
+    found = RunsComparison(baseline, variants, {}, {}, {}, {}, {}, list(_notes(variants, baseline)))
     for metric in SUMMARISED:
         _compare_metric(found, metric, (targets or {}).get(metric))
+    found.notes.extend(_span_notes(found))
     _compare_problems(found)
     return found
 
@@ -127,7 +132,7 @@ def _grouped(runs: Sequence[Run], baseline: str) -> dict[str, list[Run]]:
 
 
 def _compare_metric(found: RunsComparison, metric: str, target: float | None) -> None:
-    """Fill in targets, horizons and cells of one metric."""
+    """Fill in targets, starts, horizons and cells of one metric."""
     everyone = [run for runs in found.variants.values() for run in runs]
     curved = [run.curves[metric] for run in everyone if metric in run.curves]
     starts = [run.curves[metric] for run in found.variants[found.baseline] if metric in run.curves]
@@ -135,6 +140,7 @@ def _compare_metric(found: RunsComparison, metric: str, target: float | None) ->
         _set_target(found, metric, target, starts)
         whole = not any(curve.token_gap for curve in curved)
         for axis in AXES if whole else ("steps",):
+            found.starts[metric, axis] = max(float(curve.along(axis)[0]) for curve in curved)
             found.horizons[metric, axis] = min(float(curve.along(axis)[-1]) for curve in curved)
     measured = {
         variant: {run.seed: dict(_measured(found, run, metric)) for run in runs}
@@ -164,7 +170,7 @@ def _set_target(found: RunsComparison, metric: str, target: float | None, starts
 
 
 def _measured(found: RunsComparison, run: Run, metric: str) -> Iterable[tuple[str, tuple[float, bool]]]:
-    """(quantity, (value, censored)) of one run; a target it never reached counts as the horizon."""
+    """(quantity, (value, censored)) of one run, over the part that all have; a target it never reached counts as the horizon."""
     curve, end = run.curves.get(metric), run.summary.get(f"{metric}_end")
     if end is None and curve is not None:
         end = curve.values[-1]
@@ -173,11 +179,14 @@ def _measured(found: RunsComparison, run: Run, metric: str) -> Iterable[tuple[st
     if curve is None:
         return
     for axis in found.axes_of(metric):
-        horizon, places = found.horizons[metric, axis], curve.along(axis)
-        yield f"area_{axis}", (mean_height(places, curve.values, horizon=horizon), False)
+        start, horizon = found.starts[metric, axis], found.horizons[metric, axis]
+        if start > horizon:
+            continue
+        places, values = cut(curve.along(axis), curve.values, start=start)
+        yield f"area_{axis}", (mean_height(places, values, horizon=horizon), False)
         if metric not in found.targets:
             continue
-        place = reached(places, curve.values, found.targets[metric], rising=RISING[metric])
+        place = reached(places, values, found.targets[metric], rising=RISING[metric])
         censored = place is None or place > horizon
         yield f"{axis}_to_target", (horizon if place is None else min(place, horizon), censored)
 
@@ -200,7 +209,7 @@ def _difference(ours: dict[Any, tuple[float, bool]], theirs: dict[Any, tuple[flo
 
 
 def _compare_problems(found: RunsComparison) -> None:
-    """Fill in avg@k by problem at each run's last evaluation, averaged over the seeds that both variants have."""
+    """Fill in avg@k by problem at each run's last evaluation, over the seeds and problems that both variants have."""
     names = sorted(
         {name for runs in found.variants.values() for run in runs for name, _ in run.evaluations.evaluations}
     )
@@ -210,35 +219,57 @@ def _compare_problems(found: RunsComparison) -> None:
             for variant, runs in found.variants.items()
         }
         for variant in [other for other in last if other != found.baseline]:
-            seeds = sorted(last[variant].keys() & last[found.baseline].keys(), key=str)
-            ours, theirs = (_by_problem([last[side][seed] for seed in seeds]) for side in (variant, found.baseline))
-            difference = paired_difference(ours, theirs)
-            if difference is not None:
-                common = len(ours.keys() & theirs.keys())
-                both = _both_ways(last[variant], last[found.baseline], seeds)
-                found.problems[name, variant] = ProblemCell(fmean(ours.values()), difference, common, len(seeds), both)
+            found.notes.extend(_coverage(name, variant, found.baseline, last))
+            cell = _problem_cell(*_common(last[variant], last[found.baseline]))
+            if cell is not None:
+                found.problems[name, variant] = cell
         fingerprints = {past.settings for by_seed in last.values() for past in by_seed.values()}
         if len(fingerprints) > 1:
             found.notes.append(f"{name}: the runs were evaluated with differing settings or at differing prompts")
 
 
-def _both_ways(
-    ours: Mapping[Any, PastEvaluation], theirs: Mapping[Any, PastEvaluation], seeds: Sequence[Any]
-) -> Estimate | None:
-    """The difference over seeds and problems, of problems that every evaluation has."""
-    everyone = [side[seed].accuracy.keys() for side in (ours, theirs) for seed in seeds]
-    if not set.intersection(*map(set, everyone)):
-        return None
-    return paired_two_way(*({seed: side[seed].accuracy for seed in seeds} for side in (ours, theirs)))
-
-
-def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
-    """avg@k by problem, over the evaluations that hold it."""
-    problems = {problem for past in evaluations for problem in past.accuracy}
-    return {
-        problem: fmean(past.accuracy[problem] for past in evaluations if problem in past.accuracy)
-        for problem in sorted(problems)
+def _common(ours: Mapping[Any, PastEvaluation], theirs: Mapping[Any, PastEvaluation]) -> tuple[_Answers, _Answers]:
+    """Both sides' avg@k by seed and problem, of the pairs of seed and problem that both have."""
+    pairs = {
+        seed: sorted(ours[seed].accuracy.keys() & theirs[seed].accuracy.keys())
+        for seed in sorted(ours.keys() & theirs.keys(), key=str)
     }
+    kept, others = (
+        {seed: {problem: side[seed].accuracy[problem] for problem in own} for seed, own in pairs.items() if own}
+        for side in (ours, theirs)
+    )
+    return kept, others
+
+
+def _problem_cell(ours: _Answers, theirs: _Answers) -> ProblemCell | None:
+    """Of the same seeds and problems on both sides, None without any: a problem's seeds cancel in its difference."""
+    by_problem = _by_problem(ours)
+    difference = paired_difference(by_problem, _by_problem(theirs))
+    if difference is None:
+        return None
+    everyones = set.intersection(*map(set, ours.values()))
+    both = paired_two_way(ours, theirs) if everyones else None
+    return ProblemCell(fmean(by_problem.values()), difference, len(by_problem), len(ours), both)
+
+
+def _by_problem(answers: _Answers) -> dict[str, float]:
+    """avg@k by problem, over the seeds that hold it."""
+    problems = sorted({problem for own in answers.values() for problem in own})
+    return {problem: fmean(own[problem] for own in answers.values() if problem in own) for problem in problems}
+
+
+def _coverage(
+    name: str, variant: str, baseline: str, last: Mapping[str, Mapping[Any, PastEvaluation]]
+) -> Iterable[str]:
+    """A note where the paired evaluations of a set do not all hold the same problems."""
+    seeds = last[variant].keys() & last[baseline].keys()
+    asked = {frozenset(last[side][seed].accuracy) for side in (variant, baseline) for seed in seeds}
+    if len(asked) > 1:
+        counts = " to ".join(map(str, sorted({min(map(len, asked)), max(map(len, asked))})))
+        yield (
+            f"{name}: {variant} and {baseline} were not asked the same problems with every seed ({counts}); differences are "
+            "over the problems that both were asked with the same seed."
+        )
 
 
 # -- notes -------------------------------------------------------------------------------------------------------------
@@ -246,7 +277,6 @@ def _by_problem(evaluations: Sequence[PastEvaluation]) -> dict[str, float]:
 
 def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
     base = {run.seed: run for run in variants[baseline]}
-    settings: dict[tuple[str, ...], list[str]] = {}
     for run in (run for runs in variants.values() for run in runs if run.mixture):
         yield f"{run.variant}, seed {run.seed}: not trained with one setting from start to end ({run.mixture})."
     for variant in [name for name in variants if name != baseline]:
@@ -257,11 +287,7 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
         for missing, who in ((own.keys() - base.keys(), variant), (base.keys() - own.keys(), baseline)):
             if missing:
                 yield f"{variant}: unpaired seeds, {_listed(missing)} of {who}: in its mean, not in the difference."
-        settings.setdefault(tuple(_differing(own[common[0]].config, base[common[0]].config)), []).append(variant)
-    for differing, names in settings.items():
-        if differing:
-            verb = "differs" if len(names) == 1 else "differ"
-            yield f"{', '.join(names)} {verb} from {baseline} in {', '.join(differing)}."
+    yield from _setting_notes(variants, baseline)
     gaps = dict.fromkeys(
         c.token_gap for own in variants.values() for r in own for c in r.curves.values() if c.token_gap
     )
@@ -273,6 +299,61 @@ def _notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
             yield f"The runs have {min(counts):,} to {max(counts):,} {unit}; areas and targets use the common part."
 
 
+def _span_notes(found: RunsComparison) -> Iterable[str]:
+    """Where the curves of a metric do not all begin at one step, or have no part in common."""
+    notes: dict[str, list[str]] = {}
+    everyone = [run for runs in found.variants.values() for run in runs]
+    for (metric, axis), start in found.starts.items():
+        first = min(run.curves[metric].along(axis)[0] for run in everyone if metric in run.curves)
+        end = found.horizons[metric, axis]
+        if start > end:
+            note = (
+                f"no {axis} in common, a curve begins at {start:,.0f} and another ends at {end:,.0f}; no areas and targets over "
+                f"{axis}."
+            )
+        elif axis == "steps" and first < start:
+            note = f"curves begin at {first:,} to {start:,.0f} optimizer steps; areas and targets use the common part."
+        else:
+            continue
+        notes.setdefault(note, []).append(metric)
+    for note, metrics in notes.items():
+        yield f"{', '.join(metrics)}: {note}"
+
+
+def _setting_notes(variants: dict[str, list[Run]], baseline: str) -> Iterable[str]:
+    """In what the variants differ from the baseline with the same seed, and runs of one variant from each other."""
+    base = {run.seed: run for run in variants[baseline]}
+    beside: dict[tuple[str, ...], list[str]] = {}
+    within: dict[tuple[str, ...], list[str]] = {}
+    for variant, runs in variants.items():
+        beside.setdefault(tuple(_beside(runs, base)), []).append(variant)
+        configs = [run.config for run in runs if run.config]
+        keys = dict.fromkeys(key for config in configs for key in _differing(configs[0], config))
+        within.setdefault(tuple(keys), []).append(variant)
+    for differing, names in beside.items():
+        if differing:
+            verb = "differs" if len(names) == 1 else "differ"
+            yield f"{', '.join(names)} {verb} from {baseline} in {', '.join(differing)}."
+    for differing, names in within.items():
+        if differing:
+            yield (
+                f"{', '.join(names)}: runs of the same variant differ in {', '.join(differing)}; means and intervals are "
+                "over all of these settings."
+            )
+
+
+def _beside(runs: Sequence[Run], base: dict[Any, Run]) -> Iterable[str]:
+    """Keys in which any run differs from the baseline's with its seed; the seeds too, where it is not with all."""
+    seeds: dict[str, list[Any]] = {}
+    common = [run for run in runs if run.seed in base]
+    for run in common:
+        for key in _differing(run.config, base[run.seed].config):
+            seeds.setdefault(key, []).append(run.seed)
+    for key, having in seeds.items():
+        some = f" (seed{'s' if len(having) > 1 else ''} {_listed(having)})" if len(having) < len(common) else ""
+        yield f"{key}{some}"
+
+
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Keys of the config that differ, the longest common way down; what every run has of its own is left out."""
     if not ours or not theirs:
@@ -281,7 +362,7 @@ def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def _paths(ours: Any, theirs: Any, path: str) -> Iterable[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict) and "class_path" not in ours:
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("class_path") == theirs.get("class_path"):
         for key in dict.fromkeys([*ours, *theirs]):
             yield from _paths(ours.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
     elif ours != theirs:

@@ -20,7 +20,7 @@ from lit_opd.evaluation.rows import EvaluationFile, past_evaluations
 from lit_opd.evaluation.validation import SUMMARISED
 from lit_opd.report.profile import ProfileWindow
 from lit_opd.report.run_files import PROFILE, read_windows
-from lit_opd.report.settings import in_words
+from lit_opd.report.settings import in_words, setting
 
 _SUMMARY_KEYS = {"steps", "tokens", "seconds", "seed", "strategy"}
 
@@ -132,15 +132,19 @@ def read_runs(words: Sequence[str], *, group_by: Sequence[str] = ()) -> list[Run
     """The runs that the words name: folders or patterns, each with ``name=`` before it where it is to be called so.
 
     Raises:
-        InputError: as ``read_run``; a pattern that fits nothing; two runs of one variant with one seed.
+        InputError: as ``read_run``; a pattern that fits nothing; two runs of one variant with one seed; weightings with differing
+            arguments that would all be called by their class.
     """
     runs: list[Run] = []
+    by_class: list[Run] = []
     for word in words:
         name, sign, pattern = word.partition("=")
         if not sign or "/" in name or Path(word).exists():
             name, pattern = "", word
         found = sorted(path for path in glob.glob(pattern) if Path(path).is_dir()) or [pattern]
-        runs += [read_run(path, variant=name or None, group_by=group_by) for path in found]
+        read = [read_run(path, variant=name or None, group_by=group_by) for path in found]
+        runs += read
+        by_class += [] if name or group_by else read
     seen: dict[tuple[str, Any], Path] = {}
     for run in runs:
         other = seen.setdefault((run.variant, run.seed), run.folder)
@@ -149,7 +153,23 @@ def read_runs(words: Sequence[str], *, group_by: Sequence[str] = ()) -> list[Run
                 f"`--runs` must have one run a variant and seed, got {other} and {run.folder}, both {run.variant} with seed "
                 f"{run.seed}; name them (name=folder) or set `--group_by model.weighting`"
             )
+    _require_one_weighting(by_class)
     return runs
+
+
+def _require_one_weighting(runs: Sequence[Run]) -> None:
+    """Runs that are called by the weighting's class have the same arguments of it; one without a config passes."""
+    first: dict[str, tuple[Any, Run]] = {}
+    for run in runs:
+        weighting = setting(run.config, "model.weighting")
+        if weighting is None:
+            continue
+        known, other = first.setdefault(run.variant, (weighting, run))
+        if weighting != known:
+            raise InputError(
+                f"`--runs` must have one weighting a variant, got {in_words(known)} of {other.folder} and {in_words(weighting)} "
+                f"of {run.folder}, both {run.variant}; set `--group_by model.weighting`, or name them (name=folder)"
+            )
 
 
 def _summary(folder: Path) -> dict[str, Any]:

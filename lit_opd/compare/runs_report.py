@@ -21,9 +21,8 @@ COLUMNS = {
 DIGITS = {"steps_to_target": 1, "tokens_to_target": 0}
 _HOW = (
     "Intervals over seeds are 95 % Student t intervals; differences are paired by seed, and an interval that holds 0 does not "
-    "show an effect; an asterisk marks one that leaves it out. Area: mean height of the curve up to the "
-    "horizon. Target: first crossing, linear between "
-    "evaluations; a "
+    "show an effect; an asterisk marks one that leaves it out. Area: mean height of the curve from "
+    "the latest first evaluation of a run up to the horizon. Target: first crossing in that part, linear between evaluations; a "
     "run that does not cross by the horizon is censored and counts as the horizon, so that its variant's mean is a lower bound "
     "and differences are those of min(crossing, horizon)."
 )
@@ -33,9 +32,10 @@ _POSITIONS = (
 )
 _CURVES = "Means over the seeds of a variant, bands: 95 % intervals of the mean, dotted: the target."
 _PROBLEMS = (
-    "Differences by problem at each run's last evaluation, averaged over paired seeds; 95 % intervals. Over problems "
-    "(bootstrap): how far other problems would agree about these trained students, not how far other seeds would. Over seeds and "
-    "problems (two-way bootstrap): how far both would; it needs two seeds, and problems that all of them have."
+    "Differences by seed and problem at each run's last evaluation, averaged over the seeds of a problem; 95 % intervals. "
+    "Over problems (bootstrap): how far other problems would agree about these trained students, not how far other seeds "
+    "would. Over seeds and problems (two-way bootstrap): how far both would; it needs two seeds, and problems that all of them "
+    "have."
 )
 
 
@@ -114,7 +114,11 @@ def _horizons(found: RunsComparison, metric: str) -> list[str]:
     if not (axes := found.axes_of(metric)):
         return []
     target = f"Target {found.targets[metric]:.4g}" if metric in found.targets else "No target"
-    return [f"{target}; horizon {', '.join(f'{found.horizons[metric, axis]:,.0f} {axis}' for axis in axes)}."]
+    start, horizon = (
+        ", ".join(f"{ends[metric, axis]:,.0f} {axis}" for axis in axes) for ends in (found.starts, found.horizons)
+    )
+    later = f", from {start} on" if any(found.starts[metric, axis] for axis in axes) else ""
+    return [f"{target}; horizon {horizon}{later}."]
 
 
 def _details(found: RunsComparison, metric: str) -> Table | None:
@@ -169,6 +173,7 @@ def _data(found: RunsComparison) -> dict[str, Any]:
         "headline": verdict.headline(found),
         "verdict": verdict.data(found),
         "targets": found.targets,
+        "starts": {f"{metric}/{axis}": value for (metric, axis), value in found.starts.items()},
         "horizons": {f"{metric}/{axis}": value for (metric, axis), value in found.horizons.items()},
         "variants": {
             name: {

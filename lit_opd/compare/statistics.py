@@ -256,6 +256,17 @@ def paired_two_way(
 # -- curves ------------------------------------------------------------------------------------------------------------
 
 
+def cut(places: Sequence[float], values: Sequence[float], *, start: float) -> tuple[list[float], list[float]]:
+    """The polygon through the points from ``start`` on, which lies between its first and its last place.
+
+    >>> cut([0, 10, 20], [2.0, 1.0, 0.5], start=15)
+    ([15, 20], [0.75, 0.5])
+    """
+    rest = [(place, value) for place, value in zip(places, values, strict=True) if place > start]
+    height = float(np.interp(start, places, values))
+    return [start, *(place for place, _ in rest)], [height, *(value for _, value in rest)]
+
+
 def mean_height(places: Sequence[float], values: Sequence[float], *, horizon: float) -> float:
     """Area under the polygon through the points from the first place to ``horizon``, over that width.
 

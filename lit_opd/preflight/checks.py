@@ -167,11 +167,12 @@ def data(run: PlannedRun) -> Finding:
 
 def templates(run: PlannedRun) -> Finding:
     """Who renders the prompts that the teacher reads."""
-    ours = run.module.tokenizer.chat_template  # first: without it no encoder can be made
+    _ = run.module.tokenizer  # first: without it no encoder can be made
     if run.data.teacher_encoder is not None:
         return Finding(
             "ok", "the teacher renders its own template (allowed): it reads other prompt tokens than the student"
         )
+    ours = run.data.encoder.tokenizer.chat_template
     pairs = [pair for scorer in run.module.scorers.values() for pair in scorer.tokenizers()]
     differing = sum(tokenizer.chat_template != ours for tokenizer, _ in pairs)
     if differing and run.data.chat_template is not False:

@@ -50,6 +50,7 @@ def _facts(module: Subject, data: PromptDataModule | None) -> TextFacts:
         vocabulary=module.vocabulary,
         prompts=None if data is None else getattr(data, "training_prompts", None),
         samples=getattr(data, "samples_per_prompt", 1),
+        texts=getattr(data, "training_texts", {}),
     )
 
 

@@ -61,13 +61,14 @@ class PromptDataModule(LightningDataModule):
         teacher_tokenizer: folder or hub id, where the teacher renders its own template; None: the module's
             ``teacher_tokenizer``, else the student's.
         teacher_chat_template: None: like the student's.
-        teacher_template_options: None: the student's options.
+        teacher_template_options: None: the student's; a teacher with a tokenizer of its own does not take ``chat_template``.
         teacher_system_prompt: None: the student's.
         teacher_prompt: what the teacher reads in place of the student's prompt, of the row's columns: a text such as
             "{problem} A correct solution: {solution} Now solve it yourself.", chat messages with such contents, or a class of
             your own (``TeacherPrompt``); or of what was sampled: ``PeerDemonstration``, or a ``HindsightPrompt`` of your own.
             See docs/data.md. None: the student's.
-        val_fraction: share of the training rows held out by a hash of (split seed, row id), instead of ``val``.
+        val_fraction: share of the training rows held out by a hash of (split seed, row id), instead of ``val``. Rows of other ids
+            may repeat a prompt on both sides; a warning counts them.
         val_batch: validation prompts a batch over all ranks.
         val_limit: keep the first so many validation prompts.
         seed: of the order of the training prompts; None: the run's (the module's ``seed``, else ``seed_everything``).
@@ -76,7 +77,8 @@ class PromptDataModule(LightningDataModule):
         too_long: what happens to prompts above ``max_prompt_tokens``: "filter" (counted) or "error".
         special_tokens_in_text: "escape": strings like <|im_end|> in the data stay text; "refuse": they are an error;
             "allow": they become control tokens, and prompts that are rendered already are taken as they are.
-        tokenizer: folder or hub id; None: the tokenizer of the trainer's module.
+        tokenizer: folder or hub id, of the student's vocabulary, whose chat template renders; None: the tokenizer of the
+            trainer's module.
         pad_token: where the tokenizer has no pad token.
         keep_rows: hand the columns of each row on with its prompt; always done where the trainer's sampler asks for them, as one
             that plays an environment does.
@@ -136,6 +138,7 @@ class PromptDataModule(LightningDataModule):
         self._train_prompts: list[EncodedPrompt] | None = None
         self._val_prompts: list[EncodedPrompt] | None = None
         self._train_rows: list[list[PromptRow]] | None = None
+        self._train_texts: dict[str, str] = {}
         self._loader: PromptLoader | None = None
         self._encoders: tuple[PromptEncoder, PromptEncoder | None] | None = None
         self._state_to_load: dict[str, int] | None = None
@@ -143,14 +146,18 @@ class PromptDataModule(LightningDataModule):
     # ------------------------------------------------------------------------------------------------- tokenizers
 
     def use_tokenizer(self, tokenizer: Any, teacher_tokenizer: Any | None = None) -> PromptDataModule:
-        """Tokenise with these objects before those of the settings; other ones forget what was set up with the last."""
+        """The tokenizers of student and teacher; other ones forget what was set up with the last.
+
+        The setting ``tokenizer`` takes the student's place where it has the same vocabulary and is refused where not; of the
+        teacher's, the object given here holds before the setting.
+        """
         if self._tokenizers[0] is not tokenizer or self._tokenizers[1] is not teacher_tokenizer:
             self._tokenizers = (tokenizer, teacher_tokenizer)
             self._forget()
         return self
 
     def use_sampler(self, sampler: Any) -> PromptDataModule:
-        """Make of each row what this sampler asks for: its columns (``reads_rows``), and the ``tools`` that prompts show."""
+        """Make of each row what this sampler asks for: columns (``reads_rows``), texts (``reads_texts``), the ``tools`` shown."""
         if self._sampler is not sampler:
             self._sampler = sampler
             self._forget()
@@ -191,12 +198,15 @@ class PromptDataModule(LightningDataModule):
         writes = isinstance(
             self.teacher_prompt, HindsightPrompt
         )  # the student writes a part of it, and may write anything
-        if teacher_tokenizer in (None, tokenizer) and all(setting is None for setting in own):
+        shares = teacher_tokenizer in (None, tokenizer)
+        if shares and all(setting is None for setting in own):
             return None
+        if options is None:
+            options = self.template_options if shares else _without_template(self.template_options)
         return PromptEncoder(
             tokenizer if teacher_tokenizer is None else teacher_tokenizer,
             self.chat_template if chat_template is None else chat_template,
-            self.template_options if options is None else options,
+            options,
             self.system_prompt if system is None else system,
             "escape" if writes and self.special_tokens_in_text == "refuse" else self.special_tokens_in_text,
             owner="PromptDataModule.teacher_",
@@ -232,7 +242,12 @@ class PromptDataModule(LightningDataModule):
         return getattr(sampler, name, None)
 
     def _both_tokenizers(self) -> tuple[Any, Any | None]:
-        student = self._found_tokenizer(self._tokenizers[0], self.tokenizer_path, "tokenizer")
+        student = self._found_tokenizer(self._tokenizers[0], None, "tokenizer")
+        if self.tokenizer_path:
+            own = loaded_tokenizer(self.tokenizer_path, "tokenizer")
+            if student is not None:
+                _require_vocabulary(own, student, self.tokenizer_path)
+            student = own
         if student is None:
             raise InputError(
                 "`PromptDataModule.tokenizer` must be a tokenizer folder or hub id when the module has no `tokenizer`, "
@@ -245,7 +260,7 @@ class PromptDataModule(LightningDataModule):
         if given is not None:
             return given
         if path:
-            return _loaded_tokenizer(path, name)
+            return loaded_tokenizer(path, name)
         return getattr(self.trainer.lightning_module, name, None) if self.trainer is not None else None
 
     # ------------------------------------------------------------------------------------------------------ set-up
@@ -261,8 +276,10 @@ class PromptDataModule(LightningDataModule):
         if stage in ("fit", None) and self._train_prompts is None:
             self._check_ranks()
             self._train_prompts, self._order = self._ordered_train()
+            self._warn_of_trained()
         if self._val_prompts is None:
             self._val_prompts = self._encoded_val()
+            self._warn_of_trained()
         if self._train_prompts is not None:
             self._train_rows = None  # the texts have served
         if stage in ("validate", "test", "predict") and not self._val_prompts:
@@ -286,7 +303,10 @@ class PromptDataModule(LightningDataModule):
         require(self.prompt_batch % world == 0, field, wanted, self.prompt_batch, "change it or the devices")
 
     def _ordered_train(self) -> tuple[list[EncodedPrompt], PromptOrder]:
-        sources = [self._encoded(rows, "train") for rows in self._split_train()[0]]
+        kept = self._split_train()[0]
+        if self._sampler_has("reads_texts"):
+            self._train_texts = {row.row_id: _last_user_text(row) for rows in kept for row in rows}
+        sources = [self._encoded(rows, "train") for rows in kept]
         prompts = self._without_needless_teacher_ids([prompt for source in sources for prompt in source])
         order = PromptOrder([len(source) for source in sources], _weights(_source_list(self.train)), self.order_seed)
         if len(prompts) < self.prompt_batch:
@@ -331,6 +351,20 @@ class PromptDataModule(LightningDataModule):
             rows = self._split_train()[1] if self.val_fraction is not None else []
         encoded = self._encoded(rows, "val") if rows else []
         return self._without_needless_teacher_ids(encoded)[: self.val_limit]
+
+    def _warn_of_trained(self) -> None:
+        """Where validation prompts have the tokens of training prompts, whatever their row ids."""
+        if not self._train_prompts or not self._val_prompts:
+            return
+        trained = {prompt.ids.numpy().tobytes() for prompt in self._train_prompts}
+        found = [prompt for prompt in self._val_prompts if prompt.ids.numpy().tobytes() in trained]
+        if found:
+            field = "val" if self.val_fraction is None else "val_fraction"
+            rank_zero_warn(
+                f"`PromptDataModule.{field}`: {len(found)} of {len(self._val_prompts)} validation prompts are trained on "
+                f"too (the same tokens; first: row {found[0].row_id!r}), so validation is not of unseen prompts alone; leave "
+                "repeated prompts out of `train`, or give a `val` file of others"
+            )
 
     def _read(
         self, sources: str | DataSource | list[str | DataSource], filters: str | list[str] | None
@@ -471,6 +505,11 @@ class PromptDataModule(LightningDataModule):
         return {prompt.row_id: prompt.ids for prompt in self._train_prompts or ()}
 
     @property
+    def training_texts(self) -> dict[str, str]:
+        """The last user turn of every training prompt by row id; empty where no sampler compares it, and before ``setup``."""
+        return self._train_texts
+
+    @property
     def training_rows(self) -> list[DataRow]:
         """The data rows that go with training prompts; empty where nothing reads them, and before ``setup``."""
         return [prompt.data for prompt in self._train_prompts or () if prompt.data is not None]
@@ -506,7 +545,32 @@ def _weights(sources: Sequence[DataSource]) -> list[float] | None:
     return given or None
 
 
-def _loaded_tokenizer(path: str, name: str) -> Any:
+def _last_user_text(row: PromptRow) -> str:
+    return next((str(message["content"]) for message in reversed(row.messages) if message["role"] == "user"), "")
+
+
+def _without_template(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Variables alone: the control tokens of a template are those of one tokenizer."""
+    return options and {name: value for name, value in options.items() if name != "chat_template"}
+
+
+def _require_vocabulary(own: Any, student: Any, path: str) -> None:
+    """Prompts are read by the student, so their tokens have its ids."""
+    ours, theirs = student.get_vocab(), own.get_vocab()
+    differing = [token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token)]
+    if differing:
+        raise InputError(
+            f"`PromptDataModule.tokenizer` must have the student's vocabulary, got {path!r}, in which {len(differing)} tokens "
+            f"differ (such as {differing[0]!r}); leave it out, and give a chat template in `template_options` (`chat_template`)"
+        )
+
+
+def loaded_tokenizer(path: str, name: str) -> Any:
+    """The tokenizer that the setting ``name`` names.
+
+    Raises:
+        InputError: there is none.
+    """
     from transformers import AutoTokenizer
 
     if not os.path.exists(path):

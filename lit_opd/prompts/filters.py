@@ -19,6 +19,7 @@ _FILTER = re.compile(
         (?P<literal>[^\s<>=!].*?)\s*""",
     re.VERBOSE | re.DOTALL,
 )
+_ITEM = re.compile(r'\s*"(?:[^"\\]|\\.)*"\s*|[^",\[\]]+', re.DOTALL)  # of a list with bare words
 _ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": lambda left, right: left >= right,
     "<=": lambda left, right: left <= right,
@@ -31,11 +32,10 @@ _ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
 class RowFilter:
     """One condition on a row, data and not code: ``column op literal``.
 
-    op is >=, <=, >, <, ==, !=, in, not in. The column may be quoted ("Problem Type") and have dots
-    (extra_info.level). The literal is JSON (6, 1.5,
-    "x", true, null, [1, 2]) or bare words (algebra; [algebra, geometry]). A null in the data equals only null, and has
-    no order: put ``column != null`` before an ordering. Several filters are and-ed in order, the first that fails
-    decides.
+    op is >=, <=, >, <, ==, !=, in, not in. The column may be quoted ("Problem Type") and have dots (extra_info.level). The
+    literal is JSON (6, 1.5, "x", true, null, [1, 2]), bare words without quotes (algebra), or a list of both ([algebra,
+    "Counting, Probability"]). A null in the data equals only null, and has no order: put ``column != null`` before an
+    ordering. Several filters are and-ed in order, the first that fails decides.
 
     >>> RowFilter.parse("difficulty >= 6").keeps({"difficulty": 7}, "here", ["difficulty"])
     True
@@ -54,7 +54,7 @@ class RowFilter:
             raise _bad_filter(text, "it must read `column op literal` with op >=, <=, >, <, ==, !=, in, not in")
         column = match["column"]
         op = match["sign"] or " ".join(match["word"].split())
-        literal = _filter_literal(match["literal"])
+        literal = _filter_literal(match["literal"], text)
         if ("in" in op) != isinstance(literal, list):
             raise _bad_filter(text, "`in` and `not in` take a list such as [a, b], the others a single value")
         if op in _ORDERINGS and not (_is_number(literal) or isinstance(literal, str)):
@@ -119,11 +119,26 @@ def _bad_filter(text: object, reason: str) -> InputError:
     return InputError(f"`PromptDataModule.filter` {shown(text)}: {reason}")
 
 
-def _filter_literal(text: str) -> Any:
-    value = _json_or(text, None)
-    if value is None and text != "null" and text[0] == "[" and text[-1] == "]":
-        return [_json_or(part.strip(), part.strip()) for part in text[1:-1].split(",")]
-    return text if value is None and text != "null" else value
+def _filter_literal(literal: str, text: str) -> Any:
+    """JSON, or bare words; ``text`` is the filter, for messages."""
+    listed = literal[0] == "[" and literal[-1] == "]"
+    if listed and _json_or(literal, None) is None:
+        parts = _ITEM.findall(literal[1:-1])
+        if ",".join(parts) != literal[1:-1] or not all(part.strip() for part in parts):
+            raise _bad_filter(
+                text, "a list needs a value between two commas, and text with a comma or bracket in quotes"
+            )
+        return [_value(part.strip(), text) for part in parts]
+    return _value(literal, text)
+
+
+def _value(literal: str, text: str) -> Any:
+    value = _json_or(literal, literal)
+    if value == literal and ('"' in literal or literal[0] == "'"):
+        raise _bad_filter(
+            text, f'{literal} is neither bare words nor JSON; put text in double quotes, \\" for one inside'
+        )
+    return value
 
 
 def _json_or(text: str, default: Any) -> Any:

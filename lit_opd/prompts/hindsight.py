@@ -40,7 +40,8 @@ class Attempt:
     """One response the student sampled.
 
     Args:
-        row: its data row: the columns, ``prompt`` as chat messages, ``answer``, ``row_id``.
+        row: its data row: the columns, ``answer``, ``row_id``, and ``prompt``, the chat messages that the student read before it:
+            those of an environment's ``reset`` where it gave others than the data.
         text: of the response, what an environment said between its turns included; special tokens and NUL left out.
         reward: None where the row has none.
         finished: the student ended it itself.
@@ -82,7 +83,8 @@ class HindsightPrompt(ABC):
 
         Args:
             attempt: the response that the teacher will score.
-            peers: the other samples of the same prompt, in order, without ``attempt``.
+            peers: the other samples of the same prompt, in order, without ``attempt``; none that an environment asked something
+                else.
         """
 
     def trial(self, row: DataRow) -> str | list[Message]:
@@ -249,7 +251,8 @@ class Hindsight:
 
     def _rendered(self, attempts: Sequence[Attempt], place: int, draw: range) -> str | list[Message] | None:
         """What the teacher reads of one row, None where there is nothing to say; ``draw`` are the rows of its draw."""
-        peers = [attempts[other] for other in draw if other != place]
+        asked = attempts[place].row.prompt
+        peers = [attempts[other] for other in draw if other != place and attempts[other].row.prompt == asked]
         where = f"row {attempts[place].row.row_id!r}"
         try:
             text = self.own.render(attempts[place], peers)

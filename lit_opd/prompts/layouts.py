@@ -45,10 +45,11 @@ def _names(values: dict[str, Any], depth: int) -> Iterator[str]:
 
 
 def holds(value: Any) -> bool:
-    """There is something: not missing, null, empty or white space."""
+    """There is something: not missing, null, NaN, empty or white space."""
     return (
         value is not MISSING
         and value is not None
+        and value == value
         and value != []
         and not (isinstance(value, str) and not value.strip())
     )

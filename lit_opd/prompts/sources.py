@@ -16,12 +16,13 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_opd import hub
-from lit_opd.answers import boxed_answer
+from lit_opd.answers import last_box
 from lit_opd.errors import InputError, first_line
 from lit_opd.prompts.filters import MISSING, RowFilter, shown, value_at
 from lit_opd.prompts.layouts import Message, column_names, holds, left_out, prompt_of
+from lit_opd.prompts.splits import split_ranges
 from lit_opd.prompts.teacher_prompt import TeacherPrompt, rendered
-from lit_opd.prompts.tools import KEPT_WITH_MESSAGE, Schema, checked_calls, row_tools
+from lit_opd.prompts.tools import CALLS, KEPT_WITH_MESSAGE, Schema, checked_calls, row_tools, without_padding
 from lit_opd.shipped import shown_path
 
 PROMPT_COLUMNS = (
@@ -56,6 +57,7 @@ ROW_NUMBER = "#"  # as `id_column`: name rows by their number even where the dat
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DATA_EXTRA = "pip install 'lit-opd[data]'"
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_FILE_SPLIT = "train"  # what a file counts as
 _UTF8_BOM = b"\xef\xbb\xbf"
 _GSM8K_MARK = "####"
 # control characters but tab and line ends; bidirectional embeddings, overrides and isolates
@@ -73,8 +75,9 @@ class DataSource:
         weight: share of the training prompts, relative to the other sources; None (in all sources) = as many as it has
             rows, so that the sources are concatenated.
         filter: row filter, or several that must all hold, e.g. ``difficulty >= 6``.
-        split: split of a folder or hub data set.
-        name: configuration of a hub data set, e.g. "main".
+        split: of a folder or hub data set, or a part of it such as "train[:80%]". A file, and a saved data set that is no
+            dictionary of splits, is one split, "train", of which this may take a part.
+        name: configuration of a hub data set, e.g. "main"; files and saved data sets have none.
         prompt_column: column of the prompt; None: the data module's, or the first usual name.
         answer_column: column of the reference answer; None likewise.
         id_column: column of unique row ids; None likewise; "#" for row numbers.
@@ -109,7 +112,7 @@ class PromptRow:
     Args:
         row_id: unique name.
         prompt: plain text, or chat messages that end with a user or tool turn.
-        answer: reference answer, None where the data has none.
+        answer: reference answer, None where the data has none or an empty one.
         teacher: name of the teacher that scores the row, None for the only one.
         where: "FILE:LINE" for messages.
         teacher_prompt: what the teacher reads instead, in the forms of ``prompt``; None where it reads the same.
@@ -168,8 +171,8 @@ def read_prompts(
     joins = source.prompt_column is None and columns.prompt is None
     tests = [RowFilter.parse(text) for text in _as_list(filters) + _as_list(source.filter)]
     kept = [row for row in raw if all(test.keeps(row.values, row.where, found) for test in tests)]
-    _report(source, names, tests, kept=len(kept), total=len(raw))
     rows = [_prompt_row(row, names, source, joins=joins) for row in kept]
+    _report(source, names, tests, rows, total=len(raw))
     require_unique_ids(rows)
     if teacher_prompt is not None:
         guessed = names.answer if source.answer_column is None and columns.answer is None else None
@@ -254,11 +257,15 @@ def _invisible(prompt: str | list[Message]) -> str | None:
     return found[0] if found else None
 
 
-def _report(source: DataSource, names: ColumnNames, tests: Sequence[RowFilter], *, kept: int, total: int) -> None:
+def _report(
+    source: DataSource, names: ColumnNames, tests: Sequence[RowFilter], rows: Sequence[PromptRow], *, total: int
+) -> None:
     rules = " and ".join(test.text for test in tests) or "no filter"
+    kept, unanswered = len(rows), sum(row.answer is None for row in rows)
+    ungraded = f" ({unanswered} rows without an answer, not graded)" if names.answer and unanswered else ""
     rank_zero_info(
         f"{shown_path(source.path)}: {kept} of {total} rows kept, {total - kept} filtered out ({rules}); "
-        f"prompt column {names.prompt!r}, answer column {names.answer!r}"
+        f"prompt column {names.prompt!r}, answer column {names.answer!r}{ungraded}"
     )
     if not kept:
         raise InputError(f"{source.path}: the filter {rules!r} keeps none of {total} rows; relax it")
@@ -278,10 +285,26 @@ def _read_raw(source: DataSource) -> Iterator[_RawRow]:
             raise InputError(
                 f"{source.path}: no such file; check the path (relative paths start at the current folder)"
             )
-        return _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
+        return _part_of_file(source, _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path))
     if path.is_file():
         raise InputError(f"{source.path}: must be one of {', '.join(_FILE_SUFFIXES)}, a folder or a hub id; convert it")
     return _read_hub(source)
+
+
+def _part_of_file(source: DataSource, read: Iterator[_RawRow]) -> Iterator[_RawRow]:
+    """The rows that the split takes; they keep their numbers in the file."""
+    _refuse_name(source, "a file")
+    rows = list(read)
+    ranges = split_ranges(source.split, {_FILE_SPLIT: len(rows)}, source.path, "give the file of that split as `path`")
+    return (rows[index] for _, taken in ranges for index in taken)
+
+
+def _refuse_name(source: DataSource, kind: str) -> None:
+    if source.name is not None:
+        raise InputError(
+            f"{source.path}: `DataSource.name` must be null for {kind}, got {source.name!r}; "
+            "leave it out, or give the path of that configuration"
+        )
 
 
 def _read_json_lines(path: Path) -> Iterator[_RawRow]:
@@ -321,7 +344,7 @@ def _read_parquet(path: Path) -> Iterator[_RawRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for index, row in enumerate(rows):
-                yield _RawRow(f"{path}: row {index}", index, row)
+                yield _RawRow(f"{path}: row {index}", index, without_padding(row))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, InputError):
             raise
@@ -340,18 +363,32 @@ def _datasets(path: str) -> Any:
 
 def _read_folder(source: DataSource, path: Path) -> Iterator[_RawRow]:
     datasets = _datasets(source.path)
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if saved:
+        _refuse_name(source, "a saved data set")
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            data = datasets.load_from_disk(str(path))
-            data = data[source.split] if isinstance(data, dict) else data
+        if saved:
+            data = _part_of_saved(source, datasets.load_from_disk(str(path)))
         else:
             data = datasets.load_dataset(str(path), source.name, split=source.split)
+    except InputError:
+        raise
     except Exception as error:  # whatever a reader of a third party raises about a user's folder is the user's news
         raise InputError(
             f"{source.path}: no data set could be loaded from this folder, split {source.split!r} "
             f"({first_line(error)}); give one of its files (.jsonl, .parquet) instead"
         ) from error
     return _read_table(source, data)
+
+
+def _part_of_saved(source: DataSource, data: Any) -> Any:
+    """The split that is named, or the part of it; one data set alone is "train", and what it was saved as."""
+    sets = data if isinstance(data, dict) else {_FILE_SPLIT: data, str(data.split or _FILE_SPLIT): data}
+    if source.split in sets:
+        return sets[source.split]
+    sizes = {name: len(rows) for name, rows in sets.items()}
+    ranges = split_ranges(source.split, sizes, source.path, "name a split that was saved")
+    return _datasets(source.path).concatenate_datasets([sets[name].select(taken) for name, taken in ranges])
 
 
 class NotLoaded(InputError):
@@ -376,7 +413,7 @@ def _read_hub(source: DataSource) -> Iterator[_RawRow]:
 
 def _read_table(source: DataSource, data: Any) -> Iterator[_RawRow]:
     for index, row in enumerate(data):
-        yield _RawRow(f"{source.path}[{source.split}]: row {index}", index, dict(row))
+        yield _RawRow(f"{source.path}[{source.split}]: row {index}", index, without_padding(row))
 
 
 # ---------------------------------------------------------------------------------------------------------- columns
@@ -458,7 +495,9 @@ def _row_id(row: _RawRow, column: str | None, source: DataSource) -> str:
 
 
 def _answer(value: Any, where: str, column: str) -> str | None:
-    if value is None or value is MISSING:
+    """The reference, None where there is none that a response could equal: null, NaN, nothing but white space, an empty box,
+    one that is not closed, nothing after the last "####"."""
+    if value is None or value is MISSING or value != value:  # NaN
         return None
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -470,9 +509,12 @@ def _answer(value: Any, where: str, column: str) -> str | None:
             f"or a part of it with a dot (reward_model.ground_truth, {column}.0)"
         )
     text = _checked_text(value, where, column)
-    if (boxed := boxed_answer(text)) is not None:  # a worked solution: the grader wants what it ends in
-        return boxed.strip()
-    return text.rsplit(_GSM8K_MARK, 1)[-1].strip() if _GSM8K_MARK in text else text
+    boxed, unclosed = last_box(text)
+    if boxed is None and not unclosed:
+        cut = text.rsplit(_GSM8K_MARK, 1)[-1].strip() if _GSM8K_MARK in text else text
+    else:  # a worked solution: the grader wants what it ends in
+        cut = (boxed or "").strip()
+    return cut if cut.strip() else None
 
 
 def checked_prompt(value: Any, where: str, column: str = "prompt") -> str | list[Message]:
@@ -500,10 +542,10 @@ def _checked_message(message: Any, where: str) -> Message:
     if role not in ROLES:
         raise InputError(f"{where}: role must be one of {', '.join(ROLES)}, got {shown(role)}")
     beside: dict[str, Any] = {name: message[name] for name in KEPT_WITH_MESSAGE if isinstance(message.get(name), str)}
-    if message.get("tool_calls"):
+    if message.get(CALLS):
         if role != "assistant":
             raise InputError(f"{where}: only an assistant's message may have tool calls, got one of role {role}")
-        beside["tool_calls"], content = checked_calls(message["tool_calls"], where), content or ""
+        beside[CALLS], content = checked_calls(message[CALLS], where), content or ""
     if not isinstance(content, str):
         raise InputError(f"{where}: content must be text, got {shown(content)}")
     return {"role": role, "content": _checked_text(content, where, "content", allow_empty=role != "user"), **beside}

@@ -10,6 +10,7 @@ from lit_opd.errors import InputError
 from lit_opd.prompts.filters import MISSING, shown
 
 COLUMN = "tools"
+CALLS = "tool_calls"
 KEPT_WITH_MESSAGE = ("name", "tool_call_id", "id", "reasoning_content")
 
 Schema = dict[str, Any]
@@ -32,6 +33,26 @@ def row_tools(values: Mapping[str, Any], where: str = "row") -> list[Schema] | N
     if not isinstance(value, list) or not value or not all(isinstance(tool, Mapping) for tool in value):
         return None
     return [_schema(tool, f"{where}: tool {number}") for number, tool in enumerate(value)]
+
+
+def without_padding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row that was read from Arrow, without the nulls that Arrow wrote into its tools and calls.
+
+    In Arrow all objects of a column have the same keys. A key that only another tool has stands here as null, and a template
+    would show it. A null that was written into such an object cannot be told from these, and goes too; nulls in lists, in
+    JSON text and in other columns stay.
+
+    >>> without_padding({"tools": [{"name": "calc", "city": None}], "level": None})
+    {'tools': [{'name': 'calc'}], 'level': None}
+    """
+    return {name: _without_padding(value, padded=name == COLUMN) for name, value in values.items()}
+
+
+def _without_padding(value: Any, *, padded: bool) -> Any:
+    if isinstance(value, Mapping):
+        kept = {name: inner for name, inner in value.items() if inner is not None or not padded}
+        return {name: _without_padding(inner, padded=padded or name == CALLS) for name, inner in kept.items()}
+    return [_without_padding(inner, padded=padded) for inner in value] if isinstance(value, list) else value
 
 
 def _from_json(text: str, what: str) -> Any:

@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -173,6 +173,7 @@ class TextFacts:
         vocabulary: leading entries that count.
         prompts: ids of every training prompt by row id; None where they are not known.
         samples: responses a prompt.
+        texts: last user turn of every training prompt by row id, for a sampler that asks for them (``reads_texts``).
     """
 
     encode: Callable[[str], list[int]]
@@ -182,6 +183,7 @@ class TextFacts:
     vocabulary: int
     prompts: Mapping[str, Tensor] | None = None
     samples: int = 1
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Seconds:
@@ -232,6 +234,7 @@ class Sampler(ABC):
     seconds: Seconds | None = None  # what such an engine spends beside sampling, logged as time/NAME
     ahead = 0  # batches it samples while an earlier one trains, see ``begin``
     reads_rows = False  # it asks for the data rows behind the prompts
+    reads_texts = False  # it compares the texts of the training prompts before the run
     tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas that prompts are rendered with
 
     def __init__(

@@ -40,7 +40,8 @@ class ReplaySampler(SamplerAround):
 
     Files are rollouts of ``RolloutSamples.save_rollouts_every`` (their sampler's log-probs and weights version are used),
     ``predictions.jsonl`` of the command ``predict``, or lines of texts with the row's id. A text ends with the end token,
-    unless its ``finish_reason`` is another than "stop". A response above ``max_new_tokens`` is cut there.
+    unless its ``finish_reason`` is another than "stop". A response above ``max_new_tokens`` is cut there. A line's ``prompt``
+    must hold the last user turn of the prompt with its row id, since ids of other rows may be the same; templates may differ.
 
     Where the sampler's log-probs are known, ``PolicyLoss.importance_cap`` corrects for it token by token. Prefixes stay those
     of the old policy, and the cap bounds the correction: both bias the gradient, the more the older the rows are. Where
@@ -59,6 +60,8 @@ class ReplaySampler(SamplerAround):
     Raises:
         InputError: a value outside its range.
     """
+
+    reads_texts = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lit_opd.types import FinishReason, Rollout
 STEPS, LINES = ".safetensors", ".jsonl"
 ID_COLUMNS = ("id", "row_id")
 FIELD = "ReplaySampler.paths"
+SHOWN = 40  # characters of a prompt in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +207,28 @@ def _of_line(values: dict[str, Any], where: str, facts: TextFacts, *, column: st
         ids = [*facts.encode(text), *([facts.end_id] if finish == "stop" else [])]
     if not ids:
         raise InputError(f"{where}: column {column!r} must be text of at least one token, got {text!r}")
+    if row_id in facts.texts:
+        _require_asked(values.get("prompt"), facts.texts[row_id], where, row_id=row_id)
     return SavedResponse(row_id, numpy.array(ids, numpy.int64), int(names[finish]), where)
+
+
+def _require_asked(prompt: Any, asked: str, where: str, *, row_id: str) -> None:
+    """The prompt of a line, where it says one, holds what the data's row asks; in whichever template."""
+    turns = prompt if isinstance(prompt, list) else [{"content": prompt}]
+    texts = [turn["content"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
+    given = _letters("".join(texts))
+    if not given or _letters(asked) in given:
+        return
+    raise InputError(
+        f"{where}: the response to {row_id!r} must be to the data's prompt, got one whose `prompt` does not hold its last user "
+        f"turn {asked[:SHOWN]!r}; rows of another file, split or slice have the same ids: name an `id_column` with ids of their "
+        "own, or delete the column `prompt` where the answers do belong to these rows"
+    )
+
+
+def _letters(text: str) -> str:
+    """What decoding and templates leave of a text: no white space, one case, one form of each character."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _told_ids(tokens: Any, text: str, where: str, facts: TextFacts) -> list[int]:

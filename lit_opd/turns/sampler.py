@@ -33,7 +33,7 @@ from lit_opd.turns.environment import (
     checked_messages,
 )
 from lit_opd.turns.stage import Failure, failure, run_all
-from lit_opd.types import FinishReason, PromptBatch, Provenance, Rollout, is_reward
+from lit_opd.types import DataRow, FinishReason, PromptBatch, Provenance, Rollout, is_reward
 
 OnFailure = Literal["end_row", "raise"]
 
@@ -223,7 +223,8 @@ class TurnsSampler(SamplerAround):
             living.append(number)
             if ids is not None:
                 changed[number] = ids
-        return _with_prompts(prompts, changed, settings), living
+        data = tuple(_read_row(row.state) if number in changed else row.state.row for number, row in enumerate(rows))
+        return _with_prompts(replace(prompts, data=data), changed, settings), living
 
     def _asked(self, row: _Row, messages: Any, settings: SamplingSettings) -> list[int] | None:
         """Ids of the prompt that ``reset`` gave; None where it is the data row's."""
@@ -332,6 +333,12 @@ def _total(so_far: float | None, reward: float | None) -> float | None:
     if not is_reward(so_far + reward):
         raise Refused(f"must return rewards whose sum is a finite number (of float32), got {so_far:g} and {reward:g}")
     return so_far + reward
+
+
+def _read_row(state: Episode) -> DataRow:
+    """The data row with the messages that ``reset`` gave, which a teacher's prompt of the samples is made of."""
+    row = state.row
+    return DataRow(row, row_id=row.row_id, prompt=state.messages, answer=row.answer, tools=row.tools)
 
 
 def _with_prompts(prompts: PromptBatch, changed: dict[int, list[int]], settings: SamplingSettings) -> PromptBatch:

@@ -421,6 +421,17 @@ def test_the_documented_yaml_is_what_the_parser_takes(folder, finished, tmp_path
     assert [loaded.name for loaded in callback._sets] == ["aime", "second"]
 
 
+def test_problems_are_rendered_by_the_tokenizer_of_the_data(folder, tmp_path):
+    other = AutoTokenizer.from_pretrained(folder / "student")
+    other.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    other.save_pretrained(tmp_path / "other")
+    base = world.config(folder / "named", [world.evaluation(folder, prompt_suffix="9")])
+    cli = OPDCLI(args=["--config", str(base), "--data.tokenizer", str(tmp_path / "other")], run=False)
+    (callback,) = [found for found in cli.trainer.callbacks if isinstance(found, EarlyAIMEEvaluation)]
+    callback.check(cli.model, cli.datamodule)
+    assert other.decode(callback._sets[0].problems[0].prompt.ids).replace(" ", "").endswith("9=")
+
+
 def test_the_short_form_on_the_command_line(folder):
     base = world.config(folder / "short")
     name = ["--trainer.callbacks+=EarlyAIMEEvaluation", "--trainer.callbacks.sets", str(folder / "aime.jsonl")]

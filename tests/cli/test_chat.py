@@ -101,6 +101,16 @@ def test_the_runs_own_way_of_writing_prompts_and_sampling_counts(folder, monkeyp
         chat(folder)._settings(64)
 
 
+def test_the_tokenizer_that_rendered_the_runs_prompts_counts(folder, tmp_path, monkeypatch):
+    other = AutoTokenizer.from_pretrained(folder)
+    other.chat_template = "{% for m in messages %}{{ m.content }}=<assistant>{% endfor %}"
+    other.save_pretrained(tmp_path)
+    one = chat(folder, data={"tokenizer": str(tmp_path)})
+    seen = asked(one, monkeypatch)
+    "".join(one.answer("ab"))
+    assert seen == ["ab=<assistant>"]
+
+
 class Bytes:
     """A tokenizer of bytes."""
 

@@ -24,6 +24,7 @@ from matplotlib.image import imread
 from callbacks import RolloutSamples, default_callbacks
 from lit_opd import __main__ as entry
 from lit_opd.cli.command import main
+from lit_opd.compare.curves import mean_curve
 from lit_opd.compare.differences import compare_runs
 from lit_opd.compare.document import FOREST_WIDTH, Document, Interval, Section, Table, markdown_text
 from lit_opd.compare.gradients import Gradient, ReplayModels, cosine, dot
@@ -34,6 +35,7 @@ from lit_opd.compare.runs import Curve, Run, read_run, read_runs
 from lit_opd.compare.runs_report import _data, runs_document
 from lit_opd.compare.statistics import (
     Estimate,
+    cut,
     mean_height,
     mean_interval,
     paired,
@@ -71,7 +73,9 @@ MOST_OF_200 = 17  # exclusions of 0 by a 95 % interval: 10 expected, binomial st
 # -- synthetic runs ----------------------------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, values: dict[str, list[float]], *, seed: int, strategy: str, w_max: float = 1.5) -> Path:
+def write_run(
+    folder: Path, values: dict[str, list[float]], *, seed: int, strategy: str, w_max: float = 1.5, lr: float = 4e-4
+) -> Path:
     """A run folder as a fit leaves it: validation rows and training rows in turn."""
     folder.mkdir(parents=True)
     names = {"greedy": "val/greedy_accuracy", "avg_at_4": "val/avg_at_k", "reverse_kl": "val/reverse_kl"}
@@ -88,7 +92,9 @@ def write_run(folder: Path, values: dict[str, list[float]], *, seed: int, strate
     spent = {"steps": STEPS[-1], "tokens": STEPS[-1] * TOKENS_A_STEP, "seconds": 1.0}
     (folder / "summary.json").write_text(json.dumps(ends | spent | {"seed": seed, "strategy": strategy}))
     weighting = {"class_path": f"lit_opd.weighting.{strategy}", "init_args": {"w_max": w_max}}
-    (folder / "config.yaml").write_text(json.dumps({"seed_everything": seed, "model": {"weighting": weighting}}))
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr}}
+    config = {"seed_everything": seed, "model": {"weighting": weighting, "optimizer": optimizer}}
+    (folder / "config.yaml").write_text(json.dumps(config))
     return folder
 
 
@@ -231,8 +237,50 @@ def test_curves_are_cut_at_the_horizon_and_crossed_between_evaluations():
     """Up to 15 the polygon 0, 1, 3 has area 5 + (1 + 2) / 2 * 5 = 12.5."""
     assert mean_height([0, 10, 20], [0.0, 1.0, 3.0], horizon=15) == pytest.approx(12.5 / 15)
     assert reached([0, 10, 20], [2.0, 1.0, 0.5], 0.75, rising=False) == 15.0
+    assert cut([0, 10, 20], [2.0, 1.0, 0.5], start=15) == ([15, 20], [0.75, 0.5])
+    assert cut([0, 10, 20], [2.0, 1.0, 0.5], start=0) == ([0, 10, 20], [2.0, 1.0, 0.5])
     assert reached([0, 10], [0.9, 0.1], 0.8, rising=True) == 0.0
     assert reached([0, 10], [0.0, 0.1], 0.8, rising=True) is None
+
+
+def begun_at(variant: str, seed: int, steps: tuple[int, ...]) -> Run:
+    """Greedy accuracy 0.2 at step 0, 0.4 at 10, 0.6 at 20 and from then on, evaluated at ``steps``."""
+    values = tuple(float(np.interp(step, (0, 10, 20), (0.2, 0.4, 0.6))) for step in steps)
+    summary = {"seed": seed, "steps": steps[-1], "tokens": 100 * steps[-1], "seconds": 1.0, "greedy_end": values[-1]}
+    curve = Curve(steps, tuple(TOKENS_A_STEP * step for step in steps), values)
+    return Run(Path(variant), variant, summary, {}, {"greedy": curve}, Comparison({}))
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5])
+def test_curves_that_begin_later_are_compared_over_the_common_part(tmp_path, target):
+    """From 10 on both have mean height 0.5. From its own begin one had 0.4, and crossed 0.3 at 5, where the other began at 10."""
+    runs = [begun_at("whole", seed, (0, 10, 20)) for seed in (1, 2)]
+    runs += [begun_at("later", seed, (10, 20)) for seed in (1, 2)]
+    found = compare_runs(runs, baseline="whole", targets={"greedy": target})
+    place = 10.0 if target == 0.3 else 15.0
+    for quantity, value in (
+        ("area_steps", 0.5), ("area_tokens", 0.5), ("steps_to_target", place), ("tokens_to_target", 100 * place)
+    ):  # fmt: skip
+        for variant in ("whole", "later"):
+            assert found.cells["greedy", variant, quantity].mean.mean == pytest.approx(value), quantity
+        difference = found.cells["greedy", "later", quantity].difference
+        assert difference.mean == pytest.approx(0.0) and not difference.excludes_zero and not difference.censored
+    assert found.notes == ["greedy: curves begin at 0 to 10 optimizer steps; areas and targets use the common part."]
+    document = runs_document(found, tmp_path)
+    assert "horizon 20 steps, 2,000 tokens, from 10 steps, 1,000 tokens on." in document.markdown()
+    assert json.loads(json.dumps(_data(found)))["starts"] == {"greedy/steps": 10.0, "greedy/tokens": 1000.0}
+    together = mean_curve(runs[1:3], "greedy", "steps")
+    assert (together[0][0], together[0][-1]) == (10.0, 20.0)  # nothing was measured of one of them before
+
+
+def test_curves_without_a_common_part_have_no_area_and_no_way_to_a_target(tmp_path):
+    runs = [begun_at("early", seed, (0, 10)) for seed in (1, 2)] + [begun_at("late", seed, (20, 30)) for seed in (1, 2)]
+    found = compare_runs(runs, baseline="early")
+    assert {quantity for *_, quantity in found.cells} == {"end"}
+    said = "greedy: no steps in common, a curve begins at 20 and another ends at 10; no areas and targets over steps."
+    assert said in found.notes
+    assert "areas and targets" not in " ".join(section.title for section in runs_document(found, tmp_path).sections)
+    assert mean_curve([runs[0], runs[2]], "greedy", "steps") == ([], [])
 
 
 def test_runs_that_never_reach_the_target_count_as_the_horizon_and_are_said_to(tmp_path):
@@ -307,19 +355,71 @@ def test_variants_are_named_by_strategy_by_prefix_or_by_a_key_of_the_config(tmp_
         read_runs([str(four), str(low)])
 
 
+def test_a_strategys_name_is_not_given_to_several_settings_of_it(tmp_path):
+    """Each seed with another w_max: a mean over three weightings is none of ImportanceWeighting's."""
+    for seed, w_max in ((1, 2.0), (2, 4.0), (3, 8.0)):
+        write_run(tmp_path / f"uniform-{seed}", known(seed, 0.01), seed=seed, strategy="Uniform")
+        write_run(tmp_path / f"iw-{seed}", known(seed, 0.01), seed=seed, strategy="ImportanceWeighting", w_max=w_max)
+    words = [f"{tmp_path}/uniform-*", f"{tmp_path}/iw-*"]
+    refusal = (
+        r"one weighting a variant, got ImportanceWeighting\(w_max=2.0\) of \S*/iw-1 and ImportanceWeighting\(w_max=4.0\) of "
+        r"\S*/iw-2, both ImportanceWeighting; set `--group_by model.weighting`, or name them \(name=folder\)"
+    )
+    with pytest.raises(InputError, match=refusal):
+        read_runs(words)
+    apart = read_runs(words, group_by=["model.weighting"])
+    assert len({run.variant for run in apart}) == 4 and len(read_runs([words[0], f"{tmp_path}/iw-3"])) == 4
+    together = read_runs([words[0], f"iw={words[1]}"])
+    assert compare_runs(together, baseline="Uniform").notes == [
+        "iw differs from Uniform in model.weighting.",
+        "iw: runs of the same variant differ in model.weighting.init_args.w_max; means and intervals are over all of these "
+        "settings.",
+    ]
+
+
+RATES = "model.optimizer.init_args.lr"
+WITHIN = f"runs of the same variant differ in {RATES}; means and intervals are over all of these settings."
+
+
+@pytest.mark.parametrize(
+    ("uniform", "weighted", "notes"),
+    [
+        ((1e-3, 1e-3, 1e-3), (1e-3, 1e-3, 1e-3), []),
+        ((1e-3, 1e-3, 1e-3), (2e-3, 2e-3, 2e-3), [f"b differs from a in {RATES}."]),
+        ((1e-3, 1e-3, 1e-3), (1e-3, 2e-3, 1e-3), [f"b differs from a in {RATES} (seed 1).", f"b: {WITHIN}"]),
+        ((1e-3, 2e-3, 3e-3), (1e-3, 1e-3, 1e-3), [f"b differs from a in {RATES} (seeds 1, 2).", f"a: {WITHIN}"]),
+        ((1e-3, 1e-3, 3e-3), (1e-3, 1e-3, 3e-3), [f"a, b: {WITHIN}"]),
+    ],
+)
+def test_settings_that_differ_between_any_two_runs_are_named(tmp_path, uniform, weighted, notes):
+    for name, rates in (("a", uniform), ("b", weighted)):
+        for seed, lr in enumerate(rates):
+            write_run(tmp_path / f"{name}-{seed}", known(seed, 0.01), seed=seed, strategy="Uniform", lr=lr)
+    found = compare_runs(read_runs([f"a={tmp_path}/a-*", f"b={tmp_path}/b-*"]), baseline="a")
+    assert found.notes == notes
+
+
+def write_answers(folder: Path, correct: dict[str, int], *, samples: int, step: int = 40) -> None:
+    """A complete evaluation at a step: by problem, how many of its samples are right."""
+    rows = [
+        AnswerRow(
+            set="aime", step=step, problem_id=problem, sample=sample, reference="1", answer="1", correct=sample < right,
+            category="correct", length=3, finish_reason="stop", text="1", problems=len(correct), samples=samples, tokens=10,
+            settings="s",
+        )
+        for problem, right in correct.items() for sample in range(samples)
+    ]  # fmt: skip
+    with (folder / "evaluation.jsonl").open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
 def test_problems_are_paired_and_averaged_over_common_seeds(tmp_path):
     """Eight problems of two samples; variant b solves one sample more of every other problem: + 1/4 on average."""
     for variant, seed in product("ab", (1, 2)):
         folder = write_run(tmp_path / f"{variant}-{seed}", known(seed, 0.01), seed=seed, strategy=variant)
-        rows = [
-            AnswerRow(
-                set="aime", step=step, problem_id=f"p{problem}", sample=sample, reference="1", answer="1",
-                correct=step == 40 and sample == 0 and (variant == "b" and problem % 2 == 0), category="correct", length=3,
-                finish_reason="stop", text="1", problems=8, samples=2, tokens=10, settings="s",
-            )
-            for step in (0, 40) for problem in range(8) for sample in range(2)
-        ]  # fmt: skip
-        (folder / "evaluation.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        for step in (0, 40):
+            solved = {f"p{n}": int(step == 40 and variant == "b" and n % 2 == 0) for n in range(8)}
+            write_answers(folder, solved, samples=2, step=step)
     found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="a")
     cell = found.problems["aime", "b"]
     assert cell.mean == 0.25 and cell.difference[0] == 0.25 and (cell.problems, cell.seeds) == (8, 2)
@@ -327,6 +427,27 @@ def test_problems_are_paired_and_averaged_over_common_seeds(tmp_path):
     assert cell.both.mean == 0.25 and cell.both.low < 0.25 < cell.both.high and cell.both.count == 2
     (written,) = json.loads(json.dumps(_data(found)))["variants"]["b"]["problems"].values()
     assert (written["both"]["low"], written["both"]["high"]) == (cell.both.low, cell.both.high)
+    assert not any("same problems" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_difference_by_problem_is_of_one_seed_at_a_time(tmp_path, more):
+    """Of five samples 1 is right with seed 1 and 3 with seed 2, on every problem; variant b has ``more`` of each. Seed 3 has no
+    common problem. Averaged over other seeds on each side, problems 5 to 9 alone would give b - a = 0.4 without any effect."""
+    asked = {("a", 1): range(10), ("b", 1): range(5), ("a", 2): range(5), ("b", 2): range(10)}
+    for (variant, seed), numbers in (asked | {("a", 3): range(5), ("b", 3): range(5, 9)}).items():
+        folder = write_run(tmp_path / f"{variant}-{seed}", known(seed, 0.01), seed=seed, strategy=variant)
+        right = {1: 1, 2: 3, 3: 0}[seed] + more * (variant == "b")
+        write_answers(folder, {f"p{number}": right for number in numbers}, samples=5)
+    found = compare_runs(read_runs([f"{tmp_path}/*"]), baseline="a")
+    cell = found.problems["aime", "b"]
+    assert cell.difference == (pytest.approx(0.2 * more),) * 3
+    assert cell.mean == pytest.approx(0.4 + 0.2 * more) and (cell.problems, cell.seeds) == (5, 2)
+    assert cell.both.mean == pytest.approx(0.2 * more) and cell.both.count == 2
+    assert [note for note in found.notes if "same problems" in note] == [
+        "aime: b and a were not asked the same problems with every seed (4 to 10); differences are over the problems "
+        "that both were asked with the same seed."
+    ]
 
 
 # -- seeds and problems at once ----------------------------------------------------------------------------------------

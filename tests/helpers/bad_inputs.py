@@ -137,6 +137,12 @@ def data_files() -> Cases:
         yield name, read(row, filter=text), [n.replace("column op value", "column op literal") for n in needles]
     for field in ("prompt_column", "answer_column", "id_column"):
         yield f"{field} that is not there", read(row, **{field: "nope"}), [field, "'nope'", "prompt, difficulty"]
+    for field, value in (("split", "test"), ("split", "train[:0]"), ("name", "main")):
+        yield (
+            f"{field} {value} of a file",
+            read(row, **{field: value}),
+            [f"DataSource.{field}", f"'{value}'", "bad.jsonl"],
+        )
     yield "no such file", read_path("HERE/no.jsonl"), ["no.jsonl", "no such file"]
     yield "no such Parquet file", read_path("HERE/no.parquet"), ["no.parquet", "no such file"]
     yield "no such folder", read_path("HERE/no/where"), ["no/where", "no such file or folder"]

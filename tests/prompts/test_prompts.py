@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -186,6 +188,101 @@ def test_parquet_and_folders_give_the_rows_of_the_json_lines(tmp_path: Path, mon
         read_prompts(DataSource(str(folder), split="nosplit"))
 
 
+SPLITS = (
+    "train", "train[:80%]", "train[80%:]", "train[2:5]", "train[-3:]", "train[:-25%]", "train[33%:67%]", "train[5:1_000]",
+    "train[:2]+train[-2:]", "train[10:50%]", "train[:]",
+)  # fmt: skip
+
+
+def of_every_reader(folder: Path, rows: list[dict]) -> dict[str, Path]:
+    """The rows as JSON lines, Parquet, a saved data set, a saved dictionary of splits and a folder."""
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(rows)
+    paths = {name: folder / name for name in ("d.jsonl", "d.json", "d.parquet", "one", "splits", "folder")}
+    write_lines(paths["d.jsonl"], rows)
+    write_lines(paths["d.json"], rows)
+    data.to_parquet(paths["d.parquet"])
+    data.save_to_disk(paths["one"])
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(paths["splits"])
+    paths["folder"].mkdir()
+    write_lines(paths["folder"] / "train.jsonl", rows)
+    return paths
+
+
+def test_every_reader_takes_the_part_of_a_split_that_datasets_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"problem": f"p{n}", "answer": str(n)} for n in range(13)]
+    paths = of_every_reader(tmp_path, rows)
+    taken = {}
+    for split in SPLITS:
+        read = {name: read_prompts(DataSource(str(path), split=split)) for name, path in paths.items()}
+        wanted = [row.prompt for row in read["folder"]]  # read by `datasets` itself
+        assert {name: [row.prompt for row in found] for name, found in read.items()} == dict.fromkeys(paths, wanted)
+        taken[split] = read["d.jsonl"]
+    assert len(taken["train[:80%]"]) == 10 and [row.answer for row in taken["train[80%:]"]] == ["10", "11", "12"]
+    last = taken["train[80%:]"][-1]
+    assert last.row_id == "d-12" and last.where.endswith("d.jsonl:13")
+
+
+def test_a_split_or_name_that_data_does_not_have_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    paths = of_every_reader(tmp_path, [{"problem": f"p{n}"} for n in range(4)])
+    assert len(read_prompts(DataSource(str(paths["splits"]), split="test"))) == 1
+    for name in ("d.jsonl", "d.json", "d.parquet", "one"):
+        for split in ("test", "test[:50%]", "train+test", "train[:101%]", "train[50%]", "train[:3", ""):
+            with pytest.raises(
+                InputError, match=rf"{name}: `DataSource.split` must be 'train'.*, got '{re.escape(split)}';"
+            ):
+                read_prompts(DataSource(str(paths[name]), split=split))
+    with pytest.raises(InputError, match=r"splits: `DataSource.split` must be 'train' or 'test', .* got 'val\[:1\]';"):
+        read_prompts(DataSource(str(paths["splits"]), split="val[:1]"))
+    with pytest.raises(
+        InputError, match=r"d.jsonl: `DataSource.split` must take at least one of 4 rows, got 'train\[9:\]'"
+    ):
+        read_prompts(DataSource(str(paths["d.jsonl"]), split="train[9:]"))
+    for name in ("d.jsonl", "d.json", "d.parquet", "one", "splits"):
+        with pytest.raises(InputError, match=rf"{name}: `DataSource.name` must be null .*, got 'main'; leave it out"):
+            read_prompts(DataSource(str(paths[name]), name="main"))
+    datasets.Dataset.from_list([{"problem": "a"}], split="test").save_to_disk(tmp_path / "named")
+    for split in ("test", "train", "test[:1]"):  # a data set saved alone goes by the name it had, too
+        assert len(read_prompts(DataSource(str(tmp_path / "named"), split=split))) == 1
+
+
+EMPTY_ANSWERS = (
+    None,
+    "",
+    " \n",
+    float("nan"),
+    "\\boxed{}",
+    "so \\boxed{ }",
+    "\\boxed{3} or \\boxed{}",
+    "x ####",
+    "x #### \n",
+    "\\boxed{3",
+)
+
+
+def test_an_answer_that_no_response_could_equal_is_none_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_opd.prompts.sources.rank_zero_info", said.append)
+    given = [*EMPTY_ANSWERS, "7", "\\boxed{8}", "x #### 9", float("inf")]
+    lines = write_lines(tmp_path / "d.jsonl", [{"prompt": f"p{n}", "answer": answer} for n, answer in enumerate(given)])
+    wanted = [None] * len(EMPTY_ANSWERS) + ["7", "8", "9", "inf"]
+    assert [row.answer for row in read_prompts(lines)] == wanted
+    assert said[0].endswith("answer column 'answer' (10 rows without an answer, not graded)")
+    numbers = [{"prompt": f"p{n}", "answer": float("nan"), "solution": f"\\boxed{{{n}}}"} for n in range(2)]
+    assert [row.answer for row in read_prompts(write_lines(tmp_path / "n.jsonl", numbers))] == ["0", "1"]
+    assert said[1].endswith("answer column 'solution'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = __import__("pyarrow").table({"prompt": ["a", "b"], "answer": [float("nan"), 2.0]})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    assert [row.answer for row in read_prompts(str(tmp_path / "d.parquet"))] == [None, "2"]
+
+
 def test_an_unreachable_hub_names_the_local_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -239,7 +336,15 @@ def test_real_evaluation_files_load() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- filters
 
-ROW = {"difficulty": 6, "level": "hard one", "Problem Type": "algebra", "ok": True, "note": None, "x.y-z": 1.5}
+ROW = {
+    "difficulty": 6,
+    "level": "hard one",
+    "Problem Type": "algebra",
+    "ok": True,
+    "note": None,
+    "x.y-z": 1.5,
+    "topic": 'Counting, "Probability"',
+}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +364,11 @@ ROW = {"difficulty": 6, "level": "hard one", "Problem Type": "algebra", "ok": Tr
         ('level not in ["easy"]', True),
         ("level > hard", True),
         ('"Problem Type" == algebra', True),
+        ('topic in [algebra, "Counting, \\"Probability\\""]', True),
+        ('topic in ["Counting, \\"Probability\\"" , algebra]', True),
+        ('topic in [Counting, Probability, null, "]["]', False),
+        ("level in [hard one, Bachelor's]", True),
+        ("note in [null, algebra]", True),
         ("ok == true", True),
         ("ok == false", False),
         ("note == null", True),
@@ -287,6 +397,16 @@ def test_filter_grammar(text: str, kept: bool) -> None:
         "difficulty > true",
         "difficulty > null",
         "difficulty inside [6]",
+        'topic == "Counting',
+        'topic == Counting "x"',
+        "topic == 'algebra'",
+        "topic in ['algebra', 'geometry']",
+        'topic in [algebra, "Counting, Probability]',
+        'topic in [algebra, "Counting" Probability]',
+        'topic in [algebra, "\\q"]',
+        "topic in [[1, 2], algebra]",
+        "topic in [algebra, , geometry]",
+        "topic in [algebra,]",
         "__import__('os').system('true')",
     ],
 )
@@ -308,6 +428,13 @@ def test_what_is_not_of_the_grammar_is_an_error(text: str) -> None:
 def test_filters_that_do_not_fit_the_data_are_errors(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         RowFilter.parse(text).keeps(ROW, "F:1", list(ROW))
+
+
+def test_a_quote_in_bare_words_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        InputError, match=r"""'algebra' is neither bare words nor JSON; put text in double quotes, \\" for"""
+    ):
+        RowFilter.parse("topic in ['algebra', geometry]")
 
 
 def test_filters_are_and_ed_counted_and_may_not_empty_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,6 +632,25 @@ def test_the_teachers_own_template_gives_teacher_ids(tmp_path: Path, tokenizer: 
     assert configured.use_tokenizer(tokenizer).train_dataloader() is loader  # the same tokenizer again forgets nothing
 
 
+def test_a_template_given_for_the_student_is_not_that_of_a_teacher_with_its_own_tokenizer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, base = problems(tmp_path, 2), make_tokenizer(None)
+    other = make_tokenizer("{% for m in messages %}Q: {{ m.content }}{% endfor %} A:{% if not think %} no{% endif %}")
+    settings = {"prompt_batch": 2, "template_options": {"chat_template": TEMPLATE, "think": False}}
+    batch = PromptDataModule(path, **settings).use_tokenizer(base, other).train_dataloader().batch(0)
+    texts = {"train-0": "hello 0", "train-1": "hello 1" * 2}
+    for row, row_id in enumerate(batch.row_ids):
+        read = batch.teacher_ids[row][batch.teacher_mask[row]].tolist()
+        assert read == other(f"Q: {texts[row_id]} A: no")["input_ids"]  # its template, and the student's variable
+        assert ids_of(batch, row) == PromptEncoder(tokenizer, template_options={"think": False}).encode(texts[row_id])
+    other.save_pretrained(tmp_path / "teacher")
+    named = module_of(base, path, **settings, teacher_tokenizer=str(tmp_path / "teacher"))
+    assert torch.equal(named.train_dataloader().batch(0).teacher_ids, batch.teacher_ids)
+    alone = module_of(base, path, **settings, teacher_system_prompt="Be brief.")  # no tokenizer of its own
+    assert f"{START}system\nBe brief." in base.decode(alone.train_dataloader().batch(0).teacher_ids[0])
+
+
 # ------------------------------------------------------------------------------------------------- order and mixing
 
 
@@ -611,6 +757,27 @@ def test_a_held_out_fraction_is_disjoint_seeded_and_independent_of_order(
         module_of(tokenizer, path, val_fraction=1e-9).setup("fit")
 
 
+def test_validation_prompts_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"id": f"r{n}", "prompt": f"hello {n % 20}"} for n in range(400)]
+    repeated = module_of(tokenizer, write_lines(tmp_path / "a.jsonl", rows), prompt_batch=4, val_fraction=0.1)
+    with pytest.warns(UserWarning, match=r"`PromptDataModule.val_fraction`: \d+ of \d+ val") as given:
+        repeated.setup("fit")
+    (said,) = [str(one.message) for one in given if "trained on too" in str(one.message)]
+    counts = [int(number) for number in re.findall(r"\d+", said)[:2]]
+    assert counts == [repeated.num_prompts[1]] * 2 and "; leave repeated prompts out of `train`" in said
+    val = write_lines(tmp_path / "val.jsonl", [{"prompt": f"hello {n}"} for n in (3, 21, 4, 22)])
+    for stages in (("fit",), ("validate", "fit")):
+        named = module_of(tokenizer, write_lines(tmp_path / "b.jsonl", rows[:20]), prompt_batch=4, val=val)
+        with pytest.warns(UserWarning, match=r"`PromptDataModule.val`: 2 of 4 .* row 'val-0'\)") as given:
+            for stage in stages:
+                named.setup(stage)
+        assert sum("trained on too" in str(one.message) for one in given) == 1
+    apart = module_of(tokenizer, write_lines(tmp_path / "c.jsonl", rows[:20]), prompt_batch=4, val_fraction=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apart.setup("fit")
+
+
 def test_the_length_filter_counts_and_may_be_an_error(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -662,6 +829,29 @@ def test_missing_tokenizer_or_validation_data_is_an_error(tmp_path: Path, tokeni
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     module = PromptDataModule(path, prompt_batch=2, tokenizer=str(tmp_path / "tokenizer"))
     assert module.train_dataloader().batch(0).mask.any() and module.val_dataloader() == []
+
+
+def test_a_configured_tokenizer_renders_the_prompts_where_its_vocabulary_is_the_students(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base, path = make_tokenizer(None), problems(tmp_path, 4)
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    named = PromptDataModule(path, prompt_batch=4, tokenizer=str(tmp_path / "instruct")).use_tokenizer(base)
+    batch = named.train_dataloader().batch(0)
+    own = module_of(tokenizer, path, prompt_batch=4).train_dataloader().batch(0)
+    assert torch.equal(batch.ids, own.ids) and START in tokenizer.decode(batch.ids[0])
+    wider = make_tokenizer()
+    wider.add_tokens(["<tool>"])
+    wider.save_pretrained(tmp_path / "wider")
+    folder = re.escape(repr(str(tmp_path / "wider")))
+    wanted = rf"`PromptDataModule.tokenizer` must have the student's vocabulary, got {folder}.* 1 tokens .*<tool>"
+    named = PromptDataModule(path, prompt_batch=4, tokenizer=str(tmp_path / "wider"))
+    with pytest.raises(InputError, match=wanted + r".*`template_options` \(`chat_template`\)"):
+        named.use_tokenizer(base).setup("fit")
+    named.use_tokenizer(None).trainer = Trainer(logger=False, accelerator="cpu")
+    named.trainer.strategy._lightning_module = Recorder(base)  # what `validate` and `predict` leave it to
+    with pytest.raises(InputError, match=wanted):
+        named.setup("fit")
 
 
 def test_settings_come_from_yaml_with_nested_sources() -> None:

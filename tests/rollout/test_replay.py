@@ -22,7 +22,8 @@ from lit_opd.module import OPDModule
 from lit_opd.objective import Divergence, Likelihood, PolicyLoss
 from lit_opd.preflight.module_checks import setting_warnings
 from lit_opd.preflight.replay_checks import check_replay
-from lit_opd.prompts.encoding import row_key
+from lit_opd.prompts import PromptDataModule
+from lit_opd.prompts.encoding import PromptEncoder, row_key
 from lit_opd.report.replay import load_record, save_record
 from lit_opd.rollout import DecodeSampler, ReplaySampler, SamplingSettings, VLLMSampler
 from lit_opd.rollout.base import TextFacts
@@ -462,6 +463,29 @@ def test_responses_to_other_prompts_are_refused_before_the_run(rows, saved, text
         read(replaying(texts, rows), prompts={"row-1": own["row-1"]})
     with pytest.warns(UserWarning, match="6 prompts have fewer than samples_per_prompt 2"):
         read(replaying(texts, rows), prompts=own, samples=2)
+
+
+def test_answers_to_other_prompts_of_the_same_row_ids_are_refused(folders, rows, tmp_path):
+    """As of another slice; a line's prompt is its rendering in any template, or what somebody wrote."""
+    asked = ["one  plus two", "three plus   four", "5 + 1 ="]
+    train = str(written(tmp_path / "data.jsonl", [{"problem": text} for text in asked]))
+
+    def check(prompts: list[Any]) -> None:
+        lines = [{"row_id": f"data-{n}", "response": "ab", "prompt": prompt} for n, prompt in enumerate(prompts)]
+        sampler = replaying(written(tmp_path / "predictions.jsonl", lines), rows)
+        module = fixed.module(folders, rows, weighting=Uniform(), sampler=sampler, objective=Likelihood())
+        data = PromptDataModule(train, prompt_batch=3).use_tokenizer(module.tokenizer).use_sampler(sampler)
+        data.setup("fit")
+        check_replay(module, data)
+
+    rendered = [LETTERS.decode(PromptEncoder(LETTERS).encode(text)) for text in asked]
+    check(rendered)
+    check([f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{text.strip()}<|im_end|>" for text in asked])
+    check([[{"role": "user", "content": "hello"}, {"role": "user", "content": asked[0].upper()}], None, {"of": "mine"}])
+    turn = [{"role": "user", "content": asked[2]}]
+    for prompts in (rendered[1:] + rendered[:1], [asked[1], None, None], [turn, None, None]):
+        with pytest.raises(InputError, match=r"jsonl:1: .* 'data-0' .* 'one  plus two'; .* delete the col"):
+            check(prompts)
 
 
 def test_a_response_must_end_where_the_student_would(rows, old, saved, texts):

@@ -253,6 +253,63 @@ def test_tools_that_a_template_hides_or_that_spell_its_tokens_are_refused(tmp_pa
         PromptEncoder(hermes(), False).encode("a", tools=[{"type": "function", "function": TOOLS[0]}])
 
 
+def parameters(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: {"type": "string"} | more for name, more in properties.items()}}
+
+
+WEATHER = {"name": "weather", "parameters": parameters(city={"enum": ["bern", None]}) | {"required": ["city"]}}
+CALC = {"type": "function", "function": {"name": "calc", "parameters": parameters(expression={})}}
+
+
+def used(calls: list[dict[str, Any]], tools: Any, **more: Any) -> dict[str, Any]:
+    said = {"role": "assistant", "content": "", "tool_calls": calls}
+    return {
+        "messages": [{"role": "user", "content": "go"}, said, {"role": "tool", "content": "1"}],
+        "tools": tools,
+    } | more
+
+
+USES = [
+    used(
+        [{"id": "x1", "type": "function", "function": {"name": "weather", "arguments": {"city": "bern"}}}],
+        [WEATHER, CALC],
+    ),
+    used([{"name": "calc", "arguments": {"expression": "1"}}, {"name": "weather", "arguments": {}}], [CALC]),
+    used([{"name": "calc", "arguments": {"expression": "1"}}], None, note="x"),
+]
+AS_TEXT = [
+    used([{"name": "calc", "arguments": json.dumps({"expression": None})}], json.dumps([WEATHER | {"strict": None}])),
+    used([{"name": "weather", "arguments": "{}", "id": "x1"}], json.dumps([CALC])),
+]
+
+
+@pytest.mark.parametrize("content", [USES, AS_TEXT])
+def test_tools_and_calls_are_the_same_from_arrow_as_from_json_lines(tmp_path, monkeypatch, content):
+    """Arrow gives every object of a column the keys of all; text keeps the nulls that were written."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    wanted = [(row.prompt, row.tools) for row in rows(tmp_path, *content)]
+    table = pytest.importorskip("pyarrow").Table.from_pylist(content)
+    __import__("pyarrow.parquet").parquet.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.jsonl").rename(tmp_path / "folder" / "train.jsonl")
+    for name in ("rows.parquet", "saved", "folder"):
+        assert [(row.prompt, row.tools) for row in read_prompts(str(tmp_path / name))] == wanted, name
+    if content is USES:
+        assert wanted[1][0][1]["tool_calls"][0]["function"]["arguments"] == {"expression": "1"}
+        assert "enum" not in str(wanted[1][1]) and wanted[2][1] is None
+    else:
+        assert "None" in str(wanted[0])
+
+
+def test_a_null_in_tools_and_calls_of_json_lines_stays(tmp_path):
+    tool = {"name": "add", "parameters": {"properties": {"a": {"default": None}}}}
+    (row,) = rows(tmp_path, used([{"name": "add", "arguments": {"a": None}}], [tool]))
+    assert row.tools == [{"type": "function", "function": tool}]
+    assert row.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from dataclasses import replace
+from itertools import count, repeat
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ import torch
 
 from lit_opd.errors import InputError
 from lit_opd.evaluation.sets import load_sets
-from lit_opd.prompts import HindsightPrompt
-from lit_opd.prompts.encoding import PromptEncoder, collate
+from lit_opd.prompts import HindsightPrompt, PeerDemonstration
+from lit_opd.prompts.encoding import PromptEncoder, collate, encode_rows
 from lit_opd.prompts.hindsight import Hindsight
-from lit_opd.prompts.sources import DataSource
+from lit_opd.prompts.sources import DataSource, PromptRow
 from lit_opd.report.replay import load_record, save_record
 from lit_opd.rollout import DecodeSampler, ReplaySampler, TransformersSampler, VLLMSampler
 from lit_opd.step.recipe import apply_truncated
@@ -622,6 +623,49 @@ def test_a_teachers_prompt_may_be_made_of_a_conversation_and_its_row(policy):
         said = encoder.tokenizer.decode(rollout.response_ids[row][rollout.read[row]], skip_special_tokens=True)
         ids = told.prompts.teacher_ids[row][told.prompts.teacher_mask[row]].tolist()
         assert ids == encoder.encode(f"{len(said.split())} of {row}")
+
+
+class Ruled(Counting):
+    """Asks something else than the data; every sample another thing, where told."""
+
+    def __init__(self, each: bool = False) -> None:
+        super().__init__(turns=0)
+        self.asked = count() if each else repeat(0)
+
+    def reset(self, row: Any) -> Any:
+        return [{"role": "user", "content": f"rule {next(self.asked)} {row.prompt[0]['content']}"}]
+
+
+def demonstrated(policy: Any, environment: Environment) -> tuple[Rollout, Rollout]:
+    """Two samples of each prompt, and the same with what the teacher reads."""
+    encoder = PromptEncoder(tokenizer())
+    rows = [PromptRow(f"r{n}", "ab" * (n + 1), columns={"n": n}) for n in range(3)]
+    encoded = [one for one in encode_rows(rows, encoder, keep_rows=True) for _ in range(2)]
+    batch = collate(encoded, 0, samples=[0, 1] * 3)
+    rollout = sampler(DecodeSampler(max_new_tokens=60), environment).sample(
+        policy, batch, settings(stop_ids=tuple(range(4, 64)))
+    )
+    peers = PeerDemonstration("{prompt} = {demonstration}", without="plain")
+    told, _ = Hindsight(peers, student=encoder, teacher=encoder, samples=2, pad_id=0, keeps_rows=True)(rollout)
+    return rollout, told
+
+
+def test_a_demonstration_stands_after_what_reset_asked(policy):
+    rollout, told = demonstrated(policy, Ruled())
+    encoder = PromptEncoder(tokenizer())
+    for row, other in ((0, 1), (1, 0), (4, 5)):
+        asked = f"rule 0 {'ab' * (row // 2 + 1)}"
+        assert rollout.prompts.ids[row][rollout.prompts.mask[row]].tolist() == encoder.encode(asked)
+        said = encoder.tokenizer.decode(rollout.response_ids[other][rollout.read[other]], skip_special_tokens=True)
+        ids = told.prompts.teacher_ids[row][told.prompts.teacher_mask[row]].tolist()
+        assert ids == encoder.encode(f"{asked} = {said.strip()}")
+
+
+def test_who_was_asked_something_else_is_no_peer(policy):
+    rollout, told = demonstrated(policy, Ruled(each=True))
+    for row in range(6):
+        ids = told.prompts.teacher_ids[row][told.prompts.teacher_mask[row]]
+        assert ids.tolist() == rollout.prompts.ids[row][rollout.prompts.mask[row]].tolist()
 
 
 def test_observed_and_turn_come_together(policy):
