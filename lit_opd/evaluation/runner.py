@@ -127,6 +127,7 @@ class SetEvaluation:
         wanted = (self.problems.name, step, self.fingerprint)
 
         def of_this(row: AnswerRow) -> bool:
+            """A sample that this evaluation would draw, whatever weights gave it."""
             return (
                 (row.set, row.step, row.settings) == wanted
                 and row.problem_id in number
