@@ -90,11 +90,11 @@ def test_by_ipc_every_weight_arrives_and_no_file_holds_one(version, folders, by_
 def test_another_run_brings_its_weights_under_a_version_that_was_there(way, folders, by_ipc, monkeypatch, tmp_path):
     """Two checkpoints that one process evaluates are both of version 0."""
     fake_llm.install(monkeypatch)
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: True)
     lora = LoraSettings(rank=4) if way == "adapter" else None
+    students = [student(folders[0] if lora else path, lora=lora, seed=n) for n, path in enumerate(folders)]
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: True)  # peft, when first imported, asks it too
     sampler = PartialSampler(made(tmp_path, way), budget=2)  # what stands around an engine passes it on
-    for number, path in enumerate(folders):
-        own = student(folders[0] if lora else path, lora=lora, seed=number)
+    for own in students:
         sampler.forget_weights()
         sampler.prepare(own, 0)
         assert gap(sampler.sampler, own) < TOLERANCE
