@@ -206,7 +206,7 @@ class OPDModule(L.LightningModule):
 
     @cached_property
     def scorer_tokenizers(self) -> dict[str, list[Any]]:
-        """(tokenizer, embedding rows) of the models behind each scorer, by role."""
+        """(tokenizer, embedding rows) of each scorer's models, by role."""
         return {role: scorer.tokenizers() for role, scorer in self.scorers.items()}
 
     @cached_property
