@@ -411,7 +411,9 @@ def test_docstrings_name_source_and_range():
 
 def test_what_comes_from_a_paper_says_when_it_fails():
     """Its source is a number of arXiv; docs/strategies.md promises the sentence. Controls of ours need none."""
-    transforms = [cls for cls in vars(advantage).values() if isinstance(cls, type) and issubclass(cls, AdvantageTransform)]
+    transforms = [
+        cls for cls in vars(advantage).values() if isinstance(cls, type) and issubclass(cls, AdvantageTransform)
+    ]
     read = [cls for cls in (*strategy_classes(), *transforms) if re.search(r"\b2\d{3}\.\d{5}\b", cls.__doc__ or "")]
     assert len(read) > 30
     silent = {cls.__name__ for cls in read if not re.search(r"^ +Fails ", cls.__doc__, flags=re.M)}

@@ -66,8 +66,9 @@ CLOSES = (
     "unadjusted."
 )
 NARROWS = (
-    "Reverse KL of the last 30 % of a response less that of its first 30 %, at the end of training, nats a token, and that less "
-    "uniform's; below 0 the gap is narrower than uniform leaves it. No contrast is of these differences. Intervals are unadjusted."
+    "Reverse KL of the last 30 % of a response less that of its first 30 %, at the end of training, nats a token, and that "
+    "less uniform's; below 0 the gap is narrower than uniform leaves it. No contrast is of these differences. Intervals are "
+    "unadjusted."
 )
 SCALE = (
     "Size of the step and cost, means over steps and seeds. *Effective sample* is the share of the tokens that effectively "
