@@ -386,6 +386,18 @@ def test_every_advantage_of_this_half_year_has_an_overlay():
     assert named == {name.lower() for name in found}
 
 
+@pytest.mark.slow
+def test_the_overlay_of_partial_rollouts_trains_a_step(tmp_path):
+    path, few = ROOT / "configs" / "sampling" / "partial.yaml", few_rows(tmp_path)
+    words = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(path), *FEW_ROWS]
+    main(
+        default_callbacks,
+        ["fit", *words, "--data.train", str(few), "--data.val", str(few), "--run_dir", str(tmp_path / "run")],
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert "PartialSampler" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_frozen_rollouts_are_written_and_trained_on_by_their_two_commands(tmp_path):
     """What the untrained student wrote, with its log-probs, answers every prompt of the run; nothing is sampled for training."""
     path, few = ROOT / "configs" / "sampling" / "frozen.yaml", few_rows(tmp_path)
@@ -406,7 +418,9 @@ def test_frozen_rollouts_are_written_and_trained_on_by_their_two_commands(tmp_pa
     assert abs(float(gap)) < 1e-4  # the student has not moved yet: its log-probs are those that were saved
 
 
-@pytest.mark.parametrize("name", ["opsd", "sdft", pytest.param("sdpo", marks=pytest.mark.slow), "replay"])
+@pytest.mark.parametrize(
+    "name", ["opsd", "sdft", "replay", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdpo", "reward"))]
+)
 def test_every_recipe_trains_a_step(name, tmp_path):
     """On the embedded task, with smaller batches of fewer rows; its command is on line 1 and its page names it."""
     path = ROOT / "configs" / "recipes" / f"{name}.yaml"
