@@ -46,10 +46,10 @@ class ProfileHistory:
             values = getattr(window, axis).values
             if axis in TURN_AXES:
                 self._rows.setdefault((axis, COUNT), []).append(np.array(getattr(window, axis).count, dtype=np.float32))
-            for name in HEAT_QUANTITIES:
-                if name in values:
-                    row = np.array([np.nan if value is None else value for value in values[name]], dtype=np.float32)
-                    self._rows.setdefault((axis, name), []).append(row)
+            for name in HEAT_QUANTITIES:  # a row a window, of one without a token too: columns stand at their steps
+                column = values.get(name, (None,) * (len(edges[axis]) - 1))
+                row = np.array([np.nan if value is None else value for value in column], dtype=np.float32)
+                self._rows.setdefault((axis, name), []).append(row)
 
     def has(self, axes: Sequence[str]) -> bool:
         """Whether the windows have these axes."""

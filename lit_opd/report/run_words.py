@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_opd.report.profile import ProfileWindow
 from lit_opd.report.run_files import CONFIG, RunFiles
-from lit_opd.report.run_panels import evaluated, first, last, span
+from lit_opd.report.run_panels import evaluated, first, first_window, last, span
 from lit_opd.report.settings import class_name, in_words, setting
 from lit_opd.shipped import program
 
@@ -186,7 +186,7 @@ def where(run: RunFiles) -> str:
     """Where in the response the models disagree now, and where that changed most; empty without a profile."""
     if not run.windows:
         return ""
-    start, now = run.windows[0], run.windows[-1]
+    start, now = first_window(run), run.windows[-1]
     values = _relative(now, "disagreement")
     if not values:
         return ""
