@@ -66,6 +66,11 @@ class ModelSize:
         """Elements an optimizer gets."""
         return sum(_count(shape) for shape in self.trainable)
 
+    @property
+    def largest_trained(self) -> int:
+        """Elements of the largest weight that an optimizer gets."""
+        return max((_count(shape) for shape in self.trainable), default=0)
+
 
 def model_size(config: Any, *, lora: LoraSettings | None = None, trust_remote_code: bool = False) -> ModelSize:
     """Sizes of the causal language model of a transformers configuration.
