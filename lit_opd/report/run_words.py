@@ -250,7 +250,9 @@ def what_next(run: RunFiles) -> list[Advice]:
 
 def _from_validations(run: RunFiles) -> Iterable[Advice]:
     kl, greedy = run.metric("val/reverse_kl"), run.metric("val/greedy_accuracy")
-    if len(kl.values) > 1 and kl.values[-1] < STILL_FALLING * kl.values[-2]:
+    # before its end more steps come anyway
+    ended = run.summary is not None or run.planned is None or run.step >= run.planned
+    if ended and len(kl.values) > 1 and kl.values[-1] < STILL_FALLING * kl.values[-2]:
         yield Advice(
             f"KL still falls ({kl.values[-2]:.3f} to {kl.values[-1]:.3f} at the last two validations): train longer.",
             f"{_again(run)} --ckpt_path last --trainer.max_steps {2 * run.step}",

@@ -386,3 +386,9 @@ def test_the_start_is_the_first_window_that_has_a_token(tmp_path):
     now, start = run_folder.drawings(page(folder))["Disagreement by token"]["series"]
     assert (now["name"], start["name"], start["y"][0]) == ("step 3", "step 2", 1.0)
     assert "Since step 2 disagreement has changed" in page(folder)
+
+
+@pytest.mark.parametrize(("planned", "advised"), [(3, True), (40, False)])
+def test_a_run_that_is_on_its_way_is_not_told_to_train_longer(tmp_path, planned, advised):
+    config = CONFIG | {"trainer": {"max_steps": planned}}
+    assert ("train longer" in page(run(tmp_path, config=config, summary=None))) == advised
