@@ -374,6 +374,12 @@ def test_export_writes_the_checkpoint_that_is_named(half, tmp_path, capsys):
         assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
+def test_a_dtype_of_adapters_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(args=["export", "--run_dir", str(tmp_path), "--adapter", "true", "--dtype", "bfloat16"])
+    assert "`--dtype` must be left out with --adapter, got bfloat16" in capsys.readouterr().err
+
+
 def test_export_of_adapters_merged_and_alone_on_their_base_and_no_other(world, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     folder = tmp_path / "run"
