@@ -30,7 +30,6 @@ class ModelSize:
         trainable: shapes of the weights an optimizer gets.
         layer: weights of the largest repeated block.
         outside: weights outside the repeated blocks: embedding, last norm, head.
-        largest: the largest single weight.
         layers: repeated blocks.
         vocabulary: V, rows of the head.
         hidden: H, the residual stream.
@@ -48,7 +47,6 @@ class ModelSize:
     trainable: tuple[tuple[int, ...], ...]
     layer: int
     outside: int
-    largest: int
     layers: int
     vocabulary: int
     hidden: int
@@ -109,7 +107,6 @@ def _read(config: Any, model: Any, layers: list[nn.Module], outside: int, head: 
         trainable=tuple(tuple(weight.shape) for weight in weights if weight.requires_grad),
         layer=max(_numel(layer.parameters()) for layer in layers),
         outside=outside,
-        largest=max(weight.numel() for weight in weights),
         layers=len(layers),
         vocabulary=head.shape[0],
         hidden=config.hidden_size,
