@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -170,7 +170,7 @@ class PositionProfile(Callback):
         """A run that was stopped by hand has its pictures too."""
         by_hand = isinstance(exception, KeyboardInterrupt) or getattr(exception, "signum", None) == SIGINT
         if by_hand and trainer.is_global_zero and self._to_show:
-            self._draw(trainer)
+            self._guarded(self._draw, trainer)
 
     # -- a window ----------------------------------------------------------------------------------------------------
 
@@ -215,12 +215,15 @@ class PositionProfile(Callback):
         return self.pictures_every is not None and len(self.history) - self._drawn >= self.pictures_every
 
     def _show(self, trainer: Trainer) -> None:
-        """Charts and pictures; their failure must not cost the training."""
-        assert self._now is not None
+        """Charts and pictures."""
         self._drawn = len(self.history)
+        self._guarded(self._show_now, trainer)
+
+    def _guarded(self, make: Callable[[Trainer], object], trainer: Trainer) -> None:
+        """Make pictures; their failure must not cost the training, nor hide why it ended."""
         try:
             with self._drawing:
-                self._show_now(trainer)
+                make(trainer)
         except Exception as error:  # whatever a drawing library or a logger's upload raises
             rank_zero_warn(
                 f"the profile's pictures could not be made: {type(error).__name__}: {error}; {FILE} has their numbers"

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
@@ -214,7 +214,7 @@ def signals(run: PlannedRun) -> Finding:
     check_scorers(run.module)
     check_reward(run.module, run.data)
     check_hindsight(run.module, run.data)
-    check_rollout_stop(run.module, sharded=run.plan.shards > 1)
+    check_rollout_stop(run.module, sharded=run.plan.shards > 1 or isinstance(run.plan.strategy, FSDPStrategy))
     check_replay(run.module, run.data)
     said = [_split("warning", warning) for warning in setting_warnings(run.module)]
     if said:

@@ -491,6 +491,16 @@ def test_a_run_whose_responses_are_all_cut_has_its_lines_and_no_picture_that_fai
     assert not [str(told.message) for told in recwarn if "pictures" in str(told.message)]
 
 
+def test_pictures_that_fail_do_not_hide_why_a_run_ended(folders, tmp_path):
+    """Ctrl-C where a file stands in the way of the folder."""
+    watched = PositionProfile(pictures_every=None)
+    (tmp_path / "pictures").write_text("")
+    with pytest.warns(UserWarning, match="pictures could not be made"):
+        trainer = profiled.fit(folders, tmp_path, [watched], steps=1)
+    with pytest.warns(UserWarning, match="pictures could not be made"):
+        watched.on_exception(trainer, trainer.lightning_module, KeyboardInterrupt())
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes seconds."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from callbacks import EarlyAIMEEvaluation, default_callbacks
@@ -304,6 +304,22 @@ def test_sharding_divides_what_is_kept_and_not_what_is_gathered():
 )
 def test_ranks_are_read_from_the_config(asked, ranks):
     assert read_plan(asked, strategy="ddp", memory_gb=80.0).ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("how", "shards"),
+    [
+        ({"sharding_strategy": "FULL_SHARD"}, 32),
+        ({"sharding_strategy": "SHARD_GRAD_OP"}, 32),
+        ({"sharding_strategy": "NO_SHARD"}, 1),
+        ({"sharding_strategy": "HYBRID_SHARD", "process_group": (None, None)}, 8),
+        ({"sharding_strategy": "HYBRID_SHARD", "device_mesh": (8, 4)}, 4),
+    ],
+)
+def test_ranks_that_share_the_weights_follow_from_the_strategy_of_fsdp1(how, shards):
+    """Four nodes of eight: torch's own hybrid shares inside a node."""
+    asked = {"accelerator": "gpu", "devices": 8, "num_nodes": 4}
+    assert read_plan(asked, strategy=FSDPStrategy(**how), memory_gb=80.0).shards == shards
 
 
 def test_models_that_cannot_be_told_are_not_estimated():

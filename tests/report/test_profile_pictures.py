@@ -110,3 +110,19 @@ def test_the_start_is_drawn_where_the_last_window_has_no_token():
     axes = next(axes for axes in figure.axes if axes.get_title().startswith("disagreement"))
     lines = [line.get_ydata() for line in axes.lines if len(line.get_xdata()) == len(ALIVE)]
     assert [bool(np.isfinite(line).any()) for line in lines] == [True, False]
+
+
+def test_windows_that_share_a_column_of_a_heat_map_count_by_their_tokens():
+    """Two windows in one column: 30 tokens at 1 nat and 10 at 5 are 2 nats a token; the alive share is that of the windows."""
+    history = ProfileHistory()
+    for step, level, count in ((1, 1.0, 30), (2, 5.0, 10)):
+        made = run_folder.window(step, level=level, alive=(1.0, 1.0, 0.5, 0.5, 0.5, 0.5 * step))
+        counted = {
+            axis: replace(getattr(made, axis), count=(count,) * len(getattr(made, axis).start))
+            for axis in ("absolute", "relative")
+        }
+        history.add(replace(made, **counted))
+    assert (
+        history.table("absolute", "disagreement", 1)[0, 0] == history.table("relative", "disagreement", 1)[0, 0] == 2.0
+    )
+    assert history.table("absolute", "survivor_fraction", 1)[0, -1] == 0.75
