@@ -19,8 +19,8 @@ from lit_opd.preflight.memory import (
     STATISTIC_TILES,
     Budget,
     Held,
+    Rank,
     Workload,
-    budget,
 )
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimizer_bytes
@@ -68,17 +68,17 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
     trained = trained_dtype(settings, plan)
     student = Held(size, width=_width(dtype), trained_width=_width(trained))
     held = {role: [_held(role, part, plan) for part in _local(scorer)] for role, scorer in module.scorers.items()}
-    return budget(
-        student=student,
+    return Rank(
+        student,
+        _workload(module, data, plan),
+        plan,
         frozen=[
             *(model for models in held.values() for model in models),
             *(_kept(size, _width(trained)) for part in self_teachers(module.scorers).values() if part.update != "live"),
         ],
         state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, trained)),
-        work=_workload(module, data, plan),
-        plan=plan,
         compared=[*held["teacher"], *_own(student, module.teacher, plan)],
-    )
+    ).budget()
 
 
 def require_memory(found: Budget, plan: Plan) -> None:
