@@ -16,6 +16,7 @@ from lit_opd.run.checkpoint_files import FOLDER, LAST, REQUEUE, point, remove, s
 from lit_opd.run.tracking import crossed
 from lit_opd.shipped import program
 
+EVERY = 50  # the default of --checkpoint_every
 SAVED_AFTER = (InputError, ServerError, Stopped, OSError)  # what leaves models and optimizer as they were
 
 
@@ -35,7 +36,7 @@ class RunCheckpoint(ModelCheckpoint):
     A checkpoint appears whole or not at all, is read back, and has its check sums beside it (``step-N.ckpt.sha256``).
 
     Args:
-        every: optimizer steps between checkpoints.
+        every: optimizer steps between checkpoints; None for ``--checkpoint_every`` (50).
         keep: numbered checkpoints to keep, the newest ones.
         dirpath: folder, default ``checkpoints`` in the run folder.
         monitor: a logged ``val/`` or ``train/`` metric; the checkpoint where it was best is kept too. A ``val/`` metric is looked
@@ -48,14 +49,14 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        every: int = 50,
+        every: int | None = None,
         keep: int = 2,
         dirpath: str | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
     ) -> None:
         for name, value in (("every", every), ("keep", keep)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"`RunCheckpoint.{name}` must be >= 1, got {value}")
         if mode not in ("min", "max"):
             raise InputError(f"`RunCheckpoint.mode` must be 'min' or 'max', got {mode!r}")
@@ -63,8 +64,9 @@ class RunCheckpoint(ModelCheckpoint):
             raise InputError(
                 f"`RunCheckpoint.monitor` must be a val/ or train/ metric of docs/metrics.md, got {monitor!r}"
             )
-        super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_top_k=-1, every_n_train_steps=every)
-        self.every, self.save_top_k = every, keep + bool(monitor)  # the latter is what a run keeps on the disk
+        super().__init__(dirpath=dirpath, monitor=monitor, mode=mode, save_top_k=-1, every_n_train_steps=every or EVERY)
+        self.every, self._own_every = every or EVERY, every
+        self.save_top_k = keep + bool(monitor)  # what a run keeps on the disk
         self.keep = keep
         self._names: list[str] = []  # of the checkpoints that are kept, oldest first
         self._best: tuple[float, str] | None = None  # value and name
@@ -78,8 +80,14 @@ class RunCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def use_run_dir(self, run_dir: Path, every: int) -> None:
-        """Take folder and interval from the command line."""
-        self.dirpath, self.every = str(run_dir / FOLDER), every
+        """Take folder and interval from the command line, where the settings name none."""
+        self.dirpath = self.dirpath or str(run_dir / FOLDER)
+        if self._own_every is None:
+            self.every = every
+        elif every not in (self._own_every, EVERY):
+            rank_zero_warn(
+                f"`--checkpoint_every` {every} has no effect: `{type(self).__name__}.every` is {self._own_every}; leave that out"
+            )
 
     def check(self, pl_module: LightningModule, data: PromptDataModule | None) -> None:
         """A validation metric needs validation data."""

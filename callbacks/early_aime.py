@@ -23,6 +23,7 @@ from lit_opd.evaluation import (
     EvaluationSet,
     Grader,
     PastEvaluation,
+    SampledBatch,
     SetEvaluation,
     difference,
     flips,
@@ -176,6 +177,16 @@ class EarlyAIMEEvaluation(Callback):
 
     def _length(self, pl_module: Answering) -> int:
         return self.max_new_tokens or int(pl_module.sampler.max_new_tokens)
+
+    def sampled_batch(self, pl_module: Answering, *, ranks: int) -> SampledBatch | None:
+        """The largest call of the sampler on one of ``ranks``, whose memory ``preflight`` counts; None before ``check``."""
+        if self._sets is None:
+            return None
+        length, sizes = self._length(pl_module), {loaded.name: len(loaded.problems) for loaded in self._sets}
+        if self.token_budget is not None and self.minutes is None:
+            sizes = shared_out(sizes, self.samples, self.token_budget / length)
+        rows = min(self.batch, math.ceil(max(sizes.values()) * self.samples / ranks))
+        return SampledBatch(rows, max(loaded.longest_prompt for loaded in self._sets), length)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The checks, for those who call the trainer themselves."""

@@ -31,6 +31,12 @@ class ExportStudent(Callback):
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.path) if self.path else Path(trainer.default_root_dir) / "student"
 
+    def exports(self, run_dir: Path, steps: range) -> list[Path]:
+        """Folders that a run of these optimizer steps writes, the last one's at its end; for the disk space that is asked for."""
+        last = Path(self.path) if self.path else run_dir / "student"
+        on_the_way = (step for step in steps if self.every is not None and step % self.every == 0)
+        return [*(last.with_name(f"{last.name}-step-{step}") for step in on_the_way), last]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on."""
         self._last = trainer.global_step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -83,7 +83,7 @@ class PositionProfile(Callback):
         self._drawn = 0  # windows when pictures were last drawn
         self._written = 0  # step of the last window
         self._pending = 0  # rollout batches since
-        self._start: ProfileWindow | None = None
+        self._start: ProfileWindow | None = None  # the first window that has a token
         self._restored: dict[str, Any] | None = None
         self._drawing = Allowance(pictures_share)
         self._reads_advantage = True
@@ -145,7 +145,7 @@ class PositionProfile(Callback):
         self.history = ProfileHistory()
         for line in kept:
             self._now = ProfileWindow.from_json(line)
-            self._start = self._start or self._now
+            self._start = self._start or (self._now if self._now.tokens else None)
             self.history.add(self._now)
         self._drawn = len(self.history)
 
@@ -163,14 +163,14 @@ class PositionProfile(Callback):
         """Close what is open, then charts and pictures."""
         if self._pending:
             self._close_window(trainer, trainer.global_step)
-        if trainer.is_global_zero and self.history:
+        if trainer.is_global_zero and self._to_show:
             self._show(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A run that was stopped by hand has its pictures too."""
         by_hand = isinstance(exception, KeyboardInterrupt) or getattr(exception, "signum", None) == SIGINT
-        if by_hand and trainer.is_global_zero and self.history:
-            self._draw(trainer)
+        if by_hand and trainer.is_global_zero and self._to_show:
+            self._guarded(self._draw, trainer)
 
     # -- a window ----------------------------------------------------------------------------------------------------
 
@@ -197,25 +197,33 @@ class PositionProfile(Callback):
         self.history.add(window)
         append_lines(self._folder(trainer) / FILE, [window.to_json()])
         log_numbers(trainer, window.scalars, step)
-        if self._start is None:
+        if self._start is None and window.tokens:
             self._start = window
             if wandb_runs(trainer):
                 log_media(trainer, {"profile_bins": wandb_bins(window)}, step)
-        elif self._pictures_due() and step != trainer.max_steps and self._drawing.allowed():
+        elif self._to_show and self._pictures_due() and step != trainer.max_steps and self._drawing.allowed():
             self._show(trainer)
 
     # -- charts and pictures -----------------------------------------------------------------------------------------
+
+    @property
+    def _to_show(self) -> bool:
+        """There is a window, and one with a token to compare it with."""
+        return self._start is not None and len(self.history) > 0
 
     def _pictures_due(self) -> bool:
         return self.pictures_every is not None and len(self.history) - self._drawn >= self.pictures_every
 
     def _show(self, trainer: Trainer) -> None:
-        """Charts and pictures; their failure must not cost the training."""
-        assert self._now is not None
+        """Charts and pictures."""
         self._drawn = len(self.history)
+        self._guarded(self._show_now, trainer)
+
+    def _guarded(self, make: Callable[[Trainer], object], trainer: Trainer) -> None:
+        """Make pictures; their failure must not cost the training, nor hide why it ended."""
         try:
             with self._drawing:
-                self._show_now(trainer)
+                make(trainer)
         except Exception as error:  # whatever a drawing library or a logger's upload raises
             rank_zero_warn(
                 f"the profile's pictures could not be made: {type(error).__name__}: {error}; {FILE} has their numbers"

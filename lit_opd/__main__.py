@@ -29,7 +29,7 @@ train
   sweep       every weighting with every seed, compared at the end
   preflight   check a config, and its memory, without training
   validate    measure a checkpoint
-  test        the same on the test split
+  test        the same once more, in a file of its own
   predict     every token's log-probs and weight, as files
 look
   report      one run on a page: report.html in its folder

@@ -82,6 +82,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "model.weighting": {"class_path": "lit_opd.weighting.ImportanceWeighting"},
     "model.objective": {"class_path": "lit_opd.objective.PolicyLoss"},
 }
+WANDB_DEFAULTS = {"mode": "offline", "project": "lit-opd", "entity": None, "group": None, "tags": None}
 # of one command line, not of the run
 HOW_STARTED: dict[str, Any] = {"ckpt_path": None, "overwrite": False, "allow_change": []}
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
@@ -188,8 +189,9 @@ class OPDCLI(PlainCLI):
             "--allow_change", nargs="+", type=Group, default=[], help="what may differ from the checkpoint's"
         )
         parser.add_argument("--num_threads", type=int | None, default=None, help="torch threads; default torch's own")
-        parser.add_argument("--wandb.mode", type=Literal["offline", "online", "disabled"], default="offline")
-        parser.add_argument("--wandb.project", type=str, default="lit-opd")
+        modes, wandb = Literal["offline", "online", "disabled"], WANDB_DEFAULTS
+        parser.add_argument("--wandb.mode", type=modes, default=wandb["mode"])
+        parser.add_argument("--wandb.project", type=str, default=wandb["project"])
         parser.add_argument("--wandb.entity", type=str | None, default=None, help="account or team")
         parser.add_argument("--wandb.group", type=str | None, default=None, help="default the weighting's class")
         parser.add_argument("--wandb.tags", type=list[str] | None, default=None, help="default weighting and objective")
@@ -443,6 +445,8 @@ class OPDCLI(PlainCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and the default callbacks."""
+        if self.subcommand in ("fit", "preflight"):
+            self._warn_of_loggers()
         if self.subcommand == "preflight":  # checks the plan from wherever it is asked to
             kwargs |= ONE_PROCESS
         elif self.subcommand in (None, "fit") and self.given("trainer.logger") is not False:
@@ -460,12 +464,26 @@ class OPDCLI(PlainCLI):
                 raise
             raise InputError(f"`trainer` must have settings that Lightning accepts: {error}") from error
         extra = [own for own in self._default_callbacks() if not any(isinstance(user, type(own)) for user in users)]
-        for callback in extra:
+        for callback in (*users, *extra):
             every = self.settings.get("checkpoint_every")
             if hasattr(callback, "use_run_dir") and every:
                 callback.use_run_dir(self.run_dir, every)
         _attach(trainer, extra, users)
         return trainer
+
+    def _warn_of_loggers(self) -> None:
+        """``trainer.logger`` takes the place of W&B and TensorBoard, whose options then do nothing."""
+        if self.given("trainer.logger") in (None, True):
+            return
+        wandb = self.settings["wandb"]
+        given = [f"--wandb.{name}" for name, default in WANDB_DEFAULTS.items() if wandb.get(name) != default]
+        given = [name for name in given if wandb.get("mode") != "disabled"]
+        given += ["--tensorboard"] if self.settings.get("tensorboard") else []
+        if given:
+            rank_zero_warn(
+                f"`{', '.join(given)}` has no effect beside `trainer.logger`, which takes the place of W&B and TensorBoard; "
+                "leave one of both out, or list WandbLogger or TensorBoardLogger there with its arguments"
+            )
 
     def _loggers(self, given: Any) -> list[Logger]:
         """The user's in place of W&B and TensorBoard; ``metrics.csv`` is written in any case."""

@@ -50,6 +50,10 @@ def run(words: Sequence[str]) -> None:
         InputError: wrong input.
     """
     given = parser().parse_args(list(words))
+    if given.adapter and given.dtype is not None:
+        raise InputError(
+            f"`--dtype` must be left out with --adapter, got {given.dtype}: adapters are written as they were trained"
+        )
     checkpoint, run_dir = found_checkpoint(given.ckpt_path, given.run_dir)
     name = "best" if given.ckpt_path == "best" else checkpoint.resolve().stem
     out = Path(given.out) if given.out else run_dir / f"student-{name}"

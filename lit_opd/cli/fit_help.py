@@ -35,7 +35,7 @@ steps
   --model.optimizer CLASS           AdamW, ...
   --model.optimizer.lr X            of that optimizer
   --model.token_budget N            tokens a micro-batch; default null: no cut
-  --trainer.val_check_interval N    steps between validations; default 10
+  --trainer.val_check_interval N    batches between validations; default 10
   --checkpoint_every N              default 50
 machine
   --trainer.devices N               processes, a GPU each

@@ -24,7 +24,7 @@ _SHOWN = 120  # characters of a value
 _KNOWN = 6  # classes listed where no name is near
 _HELP = f"{program()} fit --help all lists all settings"
 
-_KEY = re.compile(r'^(?P<indent>[ -]*).*?Parser key "(?P<key>[^"]*)":', re.M)
+_KEY = re.compile(r'^(?P<indent>[ -]*).*?Parser key "(?P<key>[^"]*)"(?: element \d+)?:', re.M)
 _GIVEN = re.compile(r"(?:Given value: |Got value: )(?P<value>.*?)(?:\. Got value: |$)", re.M)
 _NESTED = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val=(?P<value>.*)\)$")
 _UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: (?P<name>\S+) ?(?P<value>.*)", re.S)

@@ -5,7 +5,7 @@ grades them, ``rows`` keeps every graded sample in ``evaluation.jsonl``, ``histo
 All grade with ``grading.Grader``.
 """
 
-from lit_opd.evaluation.answering import Answering
+from lit_opd.evaluation.answering import Answering, SampledBatch
 from lit_opd.evaluation.grading import Grader
 from lit_opd.evaluation.history import Comparison, Flip, difference, flips, reached, read_comparison
 from lit_opd.evaluation.reward import AnswerReward, Reward
@@ -31,6 +31,7 @@ __all__ = [
     "PastEvaluation",
     "Problem",
     "Reward",
+    "SampledBatch",
     "SetEvaluation",
     "ValidationSettings",
     "decoder",

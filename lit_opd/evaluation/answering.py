@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,21 @@ from torch import nn
 
 from lit_opd.rollout.base import Sampler, SamplingSettings
 from lit_opd.types import PromptBatch, Rollout, TokenSignal
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """What a callback samples in one call, on a rank.
+
+    Args:
+        rows: responses.
+        prompt: tokens of the longest prompt.
+        response: tokens of the longest response.
+    """
+
+    rows: int
+    prompt: int
+    response: int
 
 
 class Answering(Protocol):

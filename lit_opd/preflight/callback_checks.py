@@ -61,11 +61,17 @@ def _check_monitor(callback: Callback, data: PromptDataModule | None) -> None:
 
 
 def check_batches(trainer: Trainer) -> None:
-    """The trainer's limits leave something to train on.
+    """The trainer's limits leave something to train on, and batches between validations.
 
     Raises:
         InputError: they leave nothing.
     """
+    interval = trainer.val_check_interval
+    if isinstance(interval, int | float) and interval <= 0:
+        raise InputError(
+            f"`trainer.val_check_interval` must be >= 1, got {interval}: it counts batches; for no validation leave out "
+            "`data.val`, or set `trainer.limit_val_batches` to 0"
+        )
     limit = trainer.limit_train_batches
     if limit == 0:
         raise InputError(f"`trainer.limit_train_batches` must be above 0, got {limit}: nothing would be trained")

@@ -21,11 +21,11 @@ from urllib.parse import urlsplit
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
-from lit_opd.preflight.estimate import estimate, shortage
+from lit_opd.preflight.estimate import estimate, shortage, trained_dtype
 from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.memory import ACCURACY, Budget
 from lit_opd.preflight.module_checks import (
@@ -50,6 +50,7 @@ from lit_opd.preflight.strategy_checks import check_ranks, check_strategy
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.checkpoint_files import FOLDER as CHECKPOINTS
+from lit_opd.run.checkpoint_files import counters
 from lit_opd.run.lightning import callbacks_of
 from lit_opd.servers.client import Servers
 from lit_opd.teacher import AlignedTeacher
@@ -213,7 +214,7 @@ def signals(run: PlannedRun) -> Finding:
     check_scorers(run.module)
     check_reward(run.module, run.data)
     check_hindsight(run.module, run.data)
-    check_rollout_stop(run.module, sharded=run.plan.shards > 1)
+    check_rollout_stop(run.module, sharded=run.plan.shards > 1 or isinstance(run.plan.strategy, FSDPStrategy))
     check_replay(run.module, run.data)
     said = [_split("warning", warning) for warning in setting_warnings(run.module)]
     if said:
@@ -331,7 +332,7 @@ def run_folder(run: PlannedRun) -> Finding:
 
 
 def disk(run: PlannedRun) -> Finding:
-    """Room for the checkpoints a run keeps, and the exported student, beside what it deletes of former ones."""
+    """Room for the checkpoints a run keeps, and the exported students, beside what it deletes of former ones."""
     try:
         written = _written(run)
     except NotEstimated as error:
@@ -389,11 +390,11 @@ CHECKS: dict[str, Check] = {
     "context window": window,
     "token budget": token_budget,
     "servers": servers,
+    "callbacks": callbacks,  # before the memory of what they sample
     "memory": memory,
     "run folder": run_folder,
     "disk": disk,
     "W&B": wandb,
-    "callbacks": callbacks,
     "log-probs": logprobs,
     "own teacher": own_teacher,
 }
@@ -446,12 +447,23 @@ def _split(status: Status, message: str) -> Finding:
 def _written(run: PlannedRun) -> dict[Path, float]:
     """Bytes that the run keeps, by folder."""
     checkpoint, weights = _checkpoint_bytes(run), _weight_bytes(run)
-    written = {run.run_dir: weights}  # the exported student
+    written: dict[Path, float] = {}
+    for folder in _exports(run):
+        written[folder.parent] = written.get(folder.parent, 0.0) + weights
     for callback in (callback for callback in callbacks_of(run.trainer) if isinstance(callback, ModelCheckpoint)):
         folder = Path(callback.dirpath or run.run_dir / CHECKPOINTS)
         count = max(callback.save_top_k, 0) + bool(callback.save_last) + 1  # one is written before one goes
         written[folder] = written.get(folder, 0.0) + checkpoint * count
     return written
+
+
+def _exports(run: PlannedRun) -> list[Path]:
+    """Folders of exported students, by callbacks that say so; the run's own where none does."""
+    path, last = run.settings.get("ckpt_path"), max(run.trainer.max_steps, 0)
+    first = int(counters(Path(path))["global_step"]) + 1 if path and Path(path).exists() else 1
+    says = [say for callback in callbacks_of(run.trainer) if (say := getattr(callback, "exports", None)) is not None]
+    found = [folder for say in says for folder in say(run.run_dir, range(first, last + 1))]
+    return found or [run.run_dir / "student"]
 
 
 def _crowded(run: PlannedRun) -> bool:
@@ -468,7 +480,7 @@ def _weight_bytes(run: PlannedRun) -> float:
 def _checkpoint_bytes(run: PlannedRun) -> float:
     """Of one checkpoint: the weights, with adapters those alone, and the optimizer's state."""
     settings, size = run.module.student_settings, _size(run)
-    dtype = getattr(torch, settings.dtype)
+    dtype = getattr(torch, trained_dtype(settings, run.plan))
     kept = size.parameters if settings.lora is None else size.num_trainable
     return float(kept * dtype.itemsize) + float(optimizer_bytes(run.module.optimizer_factory, size.trainable, dtype))
 

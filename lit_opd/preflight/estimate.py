@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from lit_opd.errors import InputError
+from lit_opd.evaluation import SampledBatch
 from lit_opd.models.loading import load_config
+from lit_opd.models.student import StudentSettings
 from lit_opd.preflight.memory import (
     ACCURACY,
     DIVERGENCE_TILES,
@@ -25,6 +27,7 @@ from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimiz
 from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.rollout import DecodeSampler
+from lit_opd.run.lightning import attached_trainer, callbacks_of
 from lit_opd.shipped import program
 from lit_opd.step.lists import asked_of, reads_head, required_beside, states_of, whose_lists
 from lit_opd.step.recipe import Recipe
@@ -33,6 +36,7 @@ from lit_opd.teacher.self_teacher import SelfTeacher, self_teachers
 from lit_opd.types import LIST_LENGTH
 
 FLOAT32 = 4  # bytes
+HALVES = ("bfloat16", "float16")
 _FORCED = {"64-true": "float64", "bf16-true": "bfloat16"}  # precisions that convert every weight
 HEAD_READERS = frozenset({"teacher_entropy", "teacher_topk", "token_kl", "teacher_distribution"})
 _STATISTICS = (
@@ -61,7 +65,8 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
     if settings.quantization is not None:
         raise NotEstimated("the student is quantised")
     size = _named("student", module.student_config, lora=settings.lora, trust_remote_code=code)
-    student = Held(size, width=_width(dtype))
+    trained = trained_dtype(settings, plan)
+    student = Held(size, width=_width(dtype), trained_width=_width(trained))
     held = {role: [_held(role, part, plan) for part in _local(scorer)] for role, scorer in module.scorers.items()}
     return Rank(
         student,
@@ -69,13 +74,9 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
         plan,
         frozen=[
             *(model for models in held.values() for model in models),
-            *(
-                _kept(size, _width(dtype) if settings.lora is None else FLOAT32)
-                for part in self_teachers(module.scorers).values()
-                if part.update != "live"
-            ),
+            *(_kept(size, _width(trained)) for part in self_teachers(module.scorers).values() if part.update != "live"),
         ],
-        state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, dtype)),
+        state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, trained)),
         compared=[*held["teacher"], *_own(student, module.teacher, plan)],
     ).budget()
 
@@ -138,7 +139,24 @@ def _workload(module: Subject, data: PromptDataModule, plan: Plan) -> Workload:
             for recipe in module.recipes
         ),
         val_compares=module.validation.divergence and "token_kl" in module.teacher.provides,
+        sampled=tuple(_sampled_beside(module, plan)),
     )
+
+
+def _sampled_beside(module: Subject, plan: Plan) -> Iterator[SampledBatch]:
+    """What callbacks sample that say so by a method ``sampled_batch``."""
+    trainer = attached_trainer(module)  # type: ignore[arg-type]  # a module before its run
+    for callback in callbacks_of(trainer) if trainer is not None else ():
+        say = getattr(callback, "sampled_batch", None)
+        found = say(module, ranks=plan.ranks) if say is not None else None
+        if found is not None:
+            yield found
+
+
+def trained_dtype(settings: StudentSettings, plan: Plan) -> str:
+    """Of the weights that an optimizer gets: peft keeps adapters in float32 on a base in 16 bits, a precision may convert all."""
+    whole = settings.lora is None or settings.dtype not in HALVES
+    return _FORCED.get(plan.precision, settings.dtype if whole else "float32")
 
 
 def _compares(recipe: Recipe, teacher: Teacher, *, scored: bool) -> bool:

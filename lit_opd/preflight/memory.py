@@ -12,7 +12,8 @@ padded. What a phase holds comes on top of what a rank always holds; the peak is
 - these four: the lists of likely tokens that something reads; scoring and head: every head of a ``MixedTeacher`` that is read;
 - these four, where the teacher's whole distribution is compared with the student's: its hidden states while they are kept, its
   output head, and an offloaded teacher that runs again; scoring then counts gradients where it runs between two micro-batches;
-- validation: sampling and scoring of a whole validation batch.
+- validation: sampling and scoring of a whole validation batch;
+- evaluation: sampling of the largest batch that a callback draws, such as ``EarlyAIMEEvaluation``.
 
 The counts below are the tensors that transformers' decoder blocks keep (RMSNorm, gated MLP, rotary attention through sdpa); a
 test counts them in real models. H hidden, Q = heads x head size, K = key/value heads x head size, I MLP width, V vocabulary.
@@ -22,8 +23,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from lit_opd.evaluation import SampledBatch
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize
 from lit_opd.rollout.decoding.buckets import Buckets
@@ -41,7 +43,7 @@ FLOAT32, HALF, INT64 = 4, 2, 8  # bytes
 LISTED = "lists of likely tokens"
 MIXED = "heads of several teachers"
 STATES, TEACHER_HEAD, OFFLOADED = "teacher's hidden states", "teacher's output head", "offloaded models"
-PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation")
+PHASES = ("rollout", "scoring", "head", "layers", "optimizer", "validation", "evaluation")
 ACCURACY = 0.2  # of the estimate, as measured on a CPU by tests/preflight/test_preflight.py
 
 # of the scoring and sampling code
@@ -53,7 +55,7 @@ FINAL_STATES = 5  # [tokens, H]: last norm's input and output, the valid rows, a
 GATHERED_BLOCKS = 2  # sharded: the running block, and the next one on its way
 
 # of the optimizers and devices
-UPDATE_TEMPORARIES = 2  # of the largest weight, in the optimizer's loop over weights on a CPU
+UPDATE_TEMPORARIES = 2  # of the largest trained weight, in the optimizer's loop over weights on a CPU
 CUDA_CONTEXT = 0.6 * GIB  # CUDA and NCCL; unmeasured here
 CUDA_FRAGMENTATION = 0.05  # of everything else; unmeasured here
 
@@ -80,6 +82,21 @@ REMEDIES = {
     "frozen models": "set the teacher's dtype to bfloat16, shard over more ranks, or put it on servers (RemoteTeacher)",
 }
 _DEFAULT_REMEDY = "shard over more ranks, or take smaller models"
+OWN_BATCH = {  # phases with a batch of their own, whose parts other settings make smaller
+    "validation": "lower data.val_batch or model.validation.max_new_tokens",
+    "evaluation": "lower EarlyAIMEEvaluation.batch or EarlyAIMEEvaluation.max_new_tokens",
+}
+_OF_THE_BATCH = frozenset(
+    [
+        "key/value cache",
+        "decoding",
+        "logits of a step",
+        "forward pass",
+        "tiles of logits",
+        "final hidden states",
+        STATES,
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +108,25 @@ class Held:
         width: bytes of a weight.
         offload: kept in host memory between uses.
         copied: its output head is copied when it is read beside the student's.
+        trained_width: bytes of a trained weight, of its gradient and of an entry of its update; None where it is ``width``
+            (adapters are float32 on a base in 16 bits).
     """
 
     size: ModelSize
     width: int
     offload: bool = False
     copied: bool = False
+    trained_width: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """Bytes of a trained weight."""
+        return self.width if self.trained_width is None else self.trained_width
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return self.width * self.size.parameters + (self.trained - self.width) * self.size.num_trainable
 
 
 @dataclass(frozen=True)
@@ -128,6 +158,7 @@ class Workload:
         keeps_scored: the teacher's hidden states of the whole batch are kept while it scores,
         keeps_states: and until the update has read them; else the teacher runs again in the update.
         val_compares: validation reads the teacher's output head too.
+        sampled: what callbacks sample beside, the largest batch of each.
     """
 
     rows: int
@@ -154,6 +185,7 @@ class Workload:
     keeps_scored: bool = False
     keeps_states: bool = False
     val_compares: bool = False
+    sampled: tuple[SampledBatch, ...] = ()
 
     @property
     def length(self) -> int:
@@ -221,7 +253,10 @@ class Budget:
     @property
     def remedy(self) -> str:
         """What makes the largest part smaller."""
-        return REMEDIES.get(self.largest_part[0], _DEFAULT_REMEDY)
+        part = self.largest_part[0]
+        if self.worst in OWN_BATCH and part in _OF_THE_BATCH:
+            return OWN_BATCH[self.worst]
+        return REMEDIES.get(part, _DEFAULT_REMEDY)
 
 
 @dataclass(frozen=True)
@@ -252,7 +287,7 @@ class Rank:
     @property
     def gradient_bytes(self) -> float:
         """Of this rank's share of the student."""
-        return self.student.width * self.size.num_trainable / self.plan.shards
+        return self.student.trained * self.size.num_trainable / self.plan.shards
 
     def budget(self) -> Budget:
         """All parts of all phases."""
@@ -274,13 +309,18 @@ class Rank:
         if work.mixes:
             phases["scoring"] |= self.heads(work.score_rows, work.score_tiles)
             phases["head"] |= self.heads(work.micro_rows, work.train_tiles)
+        if not work.val_rows:
+            del phases["validation"]
+        beside = [self.beside(batch) for batch in work.sampled]
+        if beside:
+            phases["evaluation"] = max(beside, key=lambda parts: sum(parts.values()))
         fragmentation = CUDA_FRAGMENTATION if self.plan.accelerator == "gpu" else 0.0
-        return Budget(self.always(), phases if work.val_rows else _without(phases, "validation"), fragmentation)
+        return Budget(self.always(), phases, fragmentation)
 
     def always(self) -> Parts:
         """What a rank holds from the first update on."""
         parts = {
-            "weights of the student": self.student.width * self.size.parameters / self.plan.shards,
+            "weights of the student": self.student.weights / self.plan.shards,
             "frozen models": sum(m.width * m.size.parameters / self.plan.shards for m in self.frozen if not m.offload),
             "optimizer state": self.state_bytes / self.plan.shards,
         }
@@ -371,7 +411,7 @@ class Rank:
         """The update itself."""
         temporaries = self.gradient_bytes  # on a device all weights are updated together
         if self.plan.accelerator == "cpu":
-            temporaries = UPDATE_TEMPORARIES * self.student.width * self.size.largest / self.plan.shards
+            temporaries = UPDATE_TEMPORARIES * self.student.trained * self.size.largest_trained / self.plan.shards
         return {"gradients": self.gradient_bytes, "temporaries": temporaries if self.state_bytes else 0.0}
 
     def lists(self) -> Parts:
@@ -435,6 +475,11 @@ class Rank:
             states = sum(rows * response * model.size.hidden * self._width(model) for model in self.compared)
             scored |= {STATES: float(states)} if states else {}
         return max(self.rollout(rows, response), scored, key=lambda parts: sum(parts.values()))
+
+    def beside(self, batch: SampledBatch) -> Parts:
+        """Sampling what a callback asks for, with prompts of its own."""
+        own = replace(self, work=replace(self.work, prompt=batch.prompt))
+        return own.rollout(batch.rows, batch.response)
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
@@ -546,7 +591,3 @@ class Rank:
     def _width(self, model: Held) -> int:
         """Bytes of an activation inside a block."""
         return HALF if self.plan.autocast else model.width
-
-
-def _without(phases: dict[str, Parts], name: str) -> dict[str, Parts]:
-    return {phase: parts for phase, parts in phases.items() if phase != name}

@@ -113,8 +113,20 @@ def _shards(strategy: Any, ranks: int, nodes: int) -> int:
     if isinstance(strategy, ModelParallelStrategy):
         size = data_parallel_size(strategy)
         return nodes if size == "auto" else int(size)
+    if isinstance(strategy, FSDPStrategy):
+        return _fsdp1_shards(strategy, ranks, nodes)
     named = strategy if isinstance(strategy, str) else ""
-    return ranks if isinstance(strategy, FSDPStrategy) or named.startswith("fsdp") else 1
+    return ranks if named.startswith("fsdp") else 1
+
+
+def _fsdp1_shards(strategy: FSDPStrategy, ranks: int, nodes: int) -> int:
+    """NO_SHARD keeps all on each rank; the hybrid ones share over the second dimension of a mesh, by default over a node."""
+    name, mesh = strategy.sharding_strategy.name, strategy.kwargs.get("device_mesh")
+    if name == "NO_SHARD":
+        return 1
+    if "HYBRID" not in name:
+        return ranks
+    return int(mesh[1]) if isinstance(mesh, tuple | list) else ranks // nodes
 
 
 def _memory(accelerator: str, local_ranks: int) -> tuple[int | None, str]:

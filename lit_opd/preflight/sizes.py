@@ -30,7 +30,6 @@ class ModelSize:
         trainable: shapes of the weights an optimizer gets.
         layer: weights of the largest repeated block.
         outside: weights outside the repeated blocks: embedding, last norm, head.
-        largest: the largest single weight.
         layers: repeated blocks.
         vocabulary: V, rows of the head.
         hidden: H, the residual stream.
@@ -48,7 +47,6 @@ class ModelSize:
     trainable: tuple[tuple[int, ...], ...]
     layer: int
     outside: int
-    largest: int
     layers: int
     vocabulary: int
     hidden: int
@@ -65,6 +63,11 @@ class ModelSize:
     def num_trainable(self) -> int:
         """Elements an optimizer gets."""
         return sum(_count(shape) for shape in self.trainable)
+
+    @property
+    def largest_trained(self) -> int:
+        """Elements of the largest weight that an optimizer gets."""
+        return max((_count(shape) for shape in self.trainable), default=0)
 
 
 def model_size(config: Any, *, lora: LoraSettings | None = None, trust_remote_code: bool = False) -> ModelSize:
@@ -104,7 +107,6 @@ def _read(config: Any, model: Any, layers: list[nn.Module], outside: int, head: 
         trainable=tuple(tuple(weight.shape) for weight in weights if weight.requires_grad),
         layer=max(_numel(layer.parameters()) for layer in layers),
         outside=outside,
-        largest=max(weight.numel() for weight in weights),
         layers=len(layers),
         vocabulary=head.shape[0],
         hidden=config.hidden_size,

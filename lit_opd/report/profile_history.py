@@ -10,7 +10,8 @@ import numpy as np
 from lit_opd.report.profile import TURN_AXES, ProfileWindow, Scale
 
 HEAT_QUANTITIES = ("disagreement", "weight", "survivor_fraction")
-COUNT = "count"  # sampled tokens, of the axes of conversations
+COUNT = "count"  # sampled tokens
+OF_TOKENS = ("disagreement", "weight")  # means over the tokens of a bin
 
 
 class ProfileHistory:
@@ -44,12 +45,11 @@ class ProfileHistory:
         self._steps.append((window.previous_step, window.step))
         for axis in edges:
             values = getattr(window, axis).values
-            if axis in TURN_AXES:
-                self._rows.setdefault((axis, COUNT), []).append(np.array(getattr(window, axis).count, dtype=np.float32))
-            for name in HEAT_QUANTITIES:
-                if name in values:
-                    row = np.array([np.nan if value is None else value for value in values[name]], dtype=np.float32)
-                    self._rows.setdefault((axis, name), []).append(row)
+            self._rows.setdefault((axis, COUNT), []).append(np.array(getattr(window, axis).count, dtype=np.float32))
+            for name in HEAT_QUANTITIES:  # a row a window, of one without a token too: columns stand at their steps
+                column = values.get(name, (None,) * (len(edges[axis]) - 1))
+                row = np.array([np.nan if value is None else value for value in column], dtype=np.float32)
+                self._rows.setdefault((axis, name), []).append(row)
 
     def has(self, axes: Sequence[str]) -> bool:
         """Whether the windows have these axes."""
@@ -65,13 +65,16 @@ class ProfileHistory:
         return np.array([groups[0][0, 0], *(group[-1, 1] for group in groups)])
 
     def table(self, axis: str, name: str, most: int) -> Any:
-        """[columns, bins], at most ``most`` columns: more windows are averaged in groups; NaN where nothing was counted."""
-        groups = np.array_split(np.stack(self._rows[axis, name]), min(most, len(self)))
-        return np.stack([_mean(group) for group in groups])
+        """[columns, bins], at most ``most`` columns: more windows are averaged in groups, means over tokens by their tokens; NaN
+        where nothing was counted."""
+        rows = np.stack(self._rows[axis, name])
+        sizes = np.stack(self._rows[axis, COUNT]) if name in OF_TOKENS else np.ones_like(rows)
+        groups = np.array_split(np.arange(len(rows)), min(most, len(self)))
+        return np.stack([_mean(rows[group], sizes[group]) for group in groups])
 
 
-def _mean(rows: Any) -> Any:
-    """[N, bins] -> [bins], over what is no NaN."""
-    seen = np.isfinite(rows)
+def _mean(rows: Any, sizes: Any) -> Any:
+    """[N, bins] -> [bins], over what is no NaN, each value as often as its size says."""
+    sizes = np.where(np.isfinite(rows), sizes, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(seen, rows, 0.0).sum(0) / seen.sum(0)
+        return (np.where(sizes > 0, rows, 0.0) * sizes).sum(0) / sizes.sum(0)

@@ -181,7 +181,7 @@ def _span(window: ProfileWindow) -> str:
 
 
 def _draw_panel(axes: Any, panel: Panel, now: ProfileWindow, start: ProfileWindow, axis: str) -> None:
-    present = [name for name in panel.quantities if name in getattr(now, axis).values]
+    present = [name for name in panel.quantities if any(name in getattr(w, axis).values for w in (now, start))]
     heights = [panel.reference]
     axes.axhline(panel.reference, color="0.6", lw=0.8)
     for name, colors in zip(present, ((NOW, START), (SECOND, SECOND_START)), strict=False):

@@ -9,8 +9,8 @@ from typing import Any
 from lit_opd.files import replace_whole
 from lit_opd.report import html
 from lit_opd.report.charts import Drawing
-from lit_opd.report.run_files import CONFIG, RunFiles, mean, read_run_files
-from lit_opd.report.run_panels import by_position, evaluated, heat_maps, last, over_training, throughput
+from lit_opd.report.run_files import CONFIG, Measured, RunFiles, mean, read_run_files
+from lit_opd.report.run_panels import by_position, evaluated, heat_maps, over_training, throughput
 from lit_opd.report.run_words import facts, figures, headline, state, what_next, where
 
 NAME = "report.html"
@@ -70,19 +70,25 @@ def _evaluations(run: RunFiles) -> list[dict[str, str]]:
     """A row a set: the newest avg@k and its difference from the start, with intervals over problems."""
     rows = []
     for name in evaluated(run):
-        mean_, low, high = (last(run.metric(f"eval/{name}/avg_at_k{end}")) for end in ENDS)
-        delta = [last(run.metric(f"eval/{name}/delta_start{end}")) for end in ENDS]
-        problems = last(run.metric(f"eval/{name}/problems"))
+        step = run.metric(f"eval/{name}/avg_at_k").steps[-1]
+        mean_, low, high = (_at(run.metric(f"eval/{name}/avg_at_k{end}"), step) for end in ENDS)
+        delta = [_at(run.metric(f"eval/{name}/delta_start{end}"), step) for end in ENDS]
+        problems = _at(run.metric(f"eval/{name}/problems"), step)
         rows.append(
             {
                 "set": name,
-                "step": f"{run.metric(f'eval/{name}/avg_at_k').steps[-1]:,}",
+                "step": f"{step:,}",
                 "problems": "–" if problems is None else f"{problems:,.0f}",
                 "average": _interval("{:.3f}", mean_, low, high),
                 "difference": _interval("{:+.3f}", *delta),
             }
         )
     return rows
+
+
+def _at(found: Measured, step: int) -> float | None:
+    """The value at a step, None where there is none: a difference may be missing that an earlier evaluation had."""
+    return dict(zip(found.steps, found.values, strict=True)).get(step)
 
 
 def _interval(form: str, value: float | None, low: float | None, high: float | None) -> str:

@@ -145,6 +145,11 @@ def throughput(run: RunFiles) -> list[Drawing]:
 # -- by position -------------------------------------------------------------------------------------------------------
 
 
+def first_window(run: RunFiles) -> ProfileWindow:
+    """The first window that has a token, as where not every response is cut; the first one where none has."""
+    return next((window for window in run.windows if window.tokens), run.windows[0])
+
+
 def weights_alike(run: RunFiles) -> bool:
     """Whether every weight is the same as far as the profile shows it, as with uniform weights."""
     values = [v for window in run.windows for v in finite(window.relative.values.get("weight", ()))]
@@ -177,7 +182,7 @@ def by_position(run: RunFiles) -> list[Drawing]:
 
 def _by_turn(run: RunFiles, *, weighted: bool) -> list[Chart]:
     """What conversations show beside; nothing where responses are one turn."""
-    if any(window.by_turn is None or window.in_turn is None for window in (run.windows[0], run.windows[-1])):
+    if any(window.by_turn is None or window.in_turn is None for window in (first_window(run), run.windows[-1])):
         return []
     charts = [
         _against(run, "by_turn", "Disagreement by turn", "nats/token", "disagreement"),
@@ -192,8 +197,8 @@ def _against(
     run: RunFiles, axis: str, title: str, unit: str, name: str, scale: float = 1.0, reference: float | None = None
 ) -> Chart:
     """One quantity now against the start."""
-    start, now = (with_shares(window) for window in (run.windows[0], run.windows[-1]))
-    shown = last_said((start, now), axis) + 1 if axis in TURN_AXES else len(getattr(now, axis).start)
+    start, now = (with_shares(window) for window in (first_window(run), run.windows[-1]))
+    shown = last_said((start, now), axis) + 1 if axis in TURN_AXES else None
     series = [] if start.step == now.step else [_profile(start, axis, name, scale, shown, dashed=True)]
     series = [_profile(now, axis, name, scale, shown), *series]
     logarithmic = axis == "absolute" and now.scale == "log"
@@ -204,9 +209,11 @@ def _against(
     )
 
 
-def _profile(window: ProfileWindow, axis: str, name: str, scale: float, shown: int, *, dashed: bool = False) -> Series:
-    """The first ``shown`` bins of a window; where few responses, or turns, are alive there is no value, as it would be of few
-    tokens."""
+def _profile(
+    window: ProfileWindow, axis: str, name: str, scale: float, shown: int | None, *, dashed: bool = False
+) -> Series:
+    """The first ``shown`` bins of a window, None for all; where few responses, or turns, are alive there is no value, as it would
+    be of few tokens."""
     binned: BinnedProfile = getattr(window, axis)
     values = binned.values.get(name, (None,) * len(binned.start))
     alive = binned.values.get("survivor_fraction", (1.0,) * len(binned.start))

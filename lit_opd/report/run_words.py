@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_opd.report.profile import ProfileWindow
 from lit_opd.report.run_files import CONFIG, RunFiles
-from lit_opd.report.run_panels import evaluated, first, last, span
+from lit_opd.report.run_panels import evaluated, first, first_window, last, span
 from lit_opd.report.settings import class_name, in_words, setting
 from lit_opd.shipped import program
 
@@ -186,7 +186,7 @@ def where(run: RunFiles) -> str:
     """Where in the response the models disagree now, and where that changed most; empty without a profile."""
     if not run.windows:
         return ""
-    start, now = run.windows[0], run.windows[-1]
+    start, now = first_window(run), run.windows[-1]
     values = _relative(now, "disagreement")
     if not values:
         return ""
@@ -250,7 +250,9 @@ def what_next(run: RunFiles) -> list[Advice]:
 
 def _from_validations(run: RunFiles) -> Iterable[Advice]:
     kl, greedy = run.metric("val/reverse_kl"), run.metric("val/greedy_accuracy")
-    if len(kl.values) > 1 and kl.values[-1] < STILL_FALLING * kl.values[-2]:
+    # before its end more steps come anyway
+    ended = run.summary is not None or run.planned is None or run.step >= run.planned
+    if ended and len(kl.values) > 1 and kl.values[-1] < STILL_FALLING * kl.values[-2]:
         yield Advice(
             f"KL still falls ({kl.values[-2]:.3f} to {kl.values[-1]:.3f} at the last two validations): train longer.",
             f"{_again(run)} --ckpt_path last --trainer.max_steps {2 * run.step}",

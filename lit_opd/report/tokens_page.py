@@ -35,6 +35,7 @@ class PredictedToken:
         turn: 0-based, of a conversation; None where a response is one turn.
         place: position in the turn, from 1.
         heard: what an environment answered right before it.
+        scored: False where a teacher with another tokenizer has no score, which is 0 then; None else.
     """
 
     id: int
@@ -45,6 +46,7 @@ class PredictedToken:
     turn: int | None = None
     place: int | None = None
     heard: str | None = None
+    scored: bool | None = None
 
     @property
     def disagreement(self) -> float:
@@ -82,13 +84,17 @@ class PredictedResponse:
 
     @property
     def mean_weight(self) -> float:
-        """0 without tokens."""
-        return _mean([token.weight for token in self.tokens])
+        """Over the tokens that have a score; 0 without any."""
+        return _mean([token.weight for token in _scored(self.tokens)])
 
     @property
     def mean_disagreement(self) -> float:
-        """Nats; 0 without tokens."""
-        return _mean([token.disagreement for token in self.tokens])
+        """Nats, over the same tokens."""
+        return _mean([token.disagreement for token in _scored(self.tokens)])
+
+
+def _scored(tokens: Iterable[PredictedToken]) -> list[PredictedToken]:
+    return [token for token in tokens if token.scored is not False]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -122,9 +128,10 @@ def _tokens(prediction: Prediction, row: int, tokenizer: Any) -> Iterable[Predic
     columns = (prediction.signal.student_logprobs, prediction.signal.teacher_logprobs, prediction.weights)
     numbers = zip(*(column[row][mask].tolist() for column in columns), strict=True)
     told = turns_of(prediction.rollout, row, tokenizer)
-    for token, text, values, where in zip(ids, token_texts(tokenizer, ids), numbers, told, strict=True):
+    scored = [None if there else False for there in prediction.signal.mask[row][mask].tolist()]
+    for token, text, values, where, has in zip(ids, token_texts(tokenizer, ids), numbers, told, scored, strict=True):
         student, teacher, weight = (round(value, DIGITS) for value in values)
-        yield PredictedToken(token, text, student, teacher, weight, *where)
+        yield PredictedToken(token, text, student, teacher, weight, *where, scored=has)
 
 
 def turns_of(rollout: Rollout, row: int, tokenizer: Any) -> list[tuple[int | None, int | None, str | None]]:
@@ -176,7 +183,7 @@ class _Scale:
 
     def weight(self, value: float) -> float:
         """In [0, 1]; the middle where all weights are equal."""
-        return 0.5 if self.most <= self.least else (value - self.least) / (self.most - self.least)
+        return 0.5 if self.most <= self.least else max(0.0, (value - self.least) / (self.most - self.least))
 
     def line(self, value: float) -> float:
         """In [0, 1]."""
@@ -224,7 +231,7 @@ def render(responses: Sequence[PredictedResponse], *, strategy: str, total: int 
 
 
 def _scale(responses: Sequence[PredictedResponse]) -> _Scale:
-    tokens = [token for response in responses for token in response.tokens]
+    tokens = _scored(token for response in responses for token in response.tokens)
     if not tokens:
         return _Scale(0.0, 0.0, 0.0)
     weights = [token.weight for token in tokens]
@@ -237,14 +244,21 @@ def _in_turn(token: PredictedToken) -> str:
     return "" if token.turn is None else f", {token.place} of turn {token.turn + 1}"
 
 
+def _numbers(token: PredictedToken) -> str:
+    if token.scored is False:
+        return "no score: the teacher's tokens end elsewhere"
+    return (
+        f"weight {token.weight:.4f}\nstudent {token.student_logprob:.4f}\nteacher {token.teacher_logprob:.4f}\n"
+        f"disagreement {token.disagreement:.4f} nats"
+    )
+
+
 def _spans(scale: _Scale, response: PredictedResponse) -> Iterator[_Span]:
     for place, token in enumerate(response.tokens, start=1):
         yield _Span(
             text=token.text.replace("\n", "\u21b5\n") or "\u00b7",
             heard=(token.heard or "").replace("\n", "\u21b5\n"),
-            numbers=f"position {place}{_in_turn(token)}: {token.text!r} (id {token.id})\nweight {token.weight:.4f}\n"
-            f"student {token.student_logprob:.4f}\nteacher {token.teacher_logprob:.4f}\n"
-            f"disagreement {token.disagreement:.4f} nats",
+            numbers=f"position {place}{_in_turn(token)}: {token.text!r} (id {token.id})\n{_numbers(token)}",
             shade=f"{scale.weight(token.weight):.3f}",
             line=f"{scale.line(token.disagreement):.3f}",
             faded=token.weight == 0,

@@ -218,6 +218,13 @@ def _checked(run: SweepRun, asked: Asked, callbacks: Callbacks) -> OPDCLI:
         raise InputError(
             f"`model.seed` must be null in a sweep, got {given}: all seeds would sample alike; leave it out"
         )
+    order = cli.settings["data"].get("seed")
+    if order is not None and "data.seed" not in asked.grid:
+        warnings.warn(
+            f"`data.seed` is {order}: all seeds see the prompts in one order, and the intervals leave out what another order "
+            "would change; leave it out, and --seeds moves the order too",
+            stacklevel=2,
+        )
     return cli
 
 

@@ -27,7 +27,7 @@ from lit_opd.report.profile_pictures import profile_figure
 from lit_opd.report.profile_sums import PositionProfileSums, position_edges
 from lit_opd.teacher import LocalTeacher
 from lit_opd.types import FinishReason, PromptBatch, Provenance, Replayed, Rollout, StepRecord
-from tests.helpers import cases, profiled, tiny, wandb_file
+from tests.helpers import cases, fixed, profiled, tiny, wandb_file
 from tests.helpers.signals import holey_mask, random_signal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -481,6 +481,24 @@ def test_pictures_on_the_way_wait_until_they_are_cheap(folders, tmp_path):
     watched._show = lambda trainer: drawn.append(trainer.global_step)  # type: ignore[method-assign]
     profiled.fit(folders, tmp_path, [watched], steps=4)
     assert drawn == [4]
+
+
+def test_a_run_whose_responses_are_all_cut_has_its_lines_and_no_picture_that_fails(folders, tmp_path, recwarn):
+    rollout = fixed.rollout(lengths=[9, 4], prompt_lengths=[3, 5], truncated={0, 1})
+    trained = fixed.module(folders, rollout, truncated="mask")
+    fixed.fit(trained, rollout.prompts, steps=2, watch=PositionProfile(length=12), default_root_dir=tmp_path)
+    assert [(window.step, window.tokens) for window in read_profile(tmp_path / "profile.jsonl")] == [(1, 0), (2, 0)]
+    assert not [str(told.message) for told in recwarn if "pictures" in str(told.message)]
+
+
+def test_pictures_that_fail_do_not_hide_why_a_run_ended(folders, tmp_path):
+    """Ctrl-C where a file stands in the way of the folder."""
+    watched = PositionProfile(pictures_every=None)
+    (tmp_path / "pictures").write_text("")
+    with pytest.warns(UserWarning, match="pictures could not be made"):
+        trainer = profiled.fit(folders, tmp_path, [watched], steps=1)
+    with pytest.warns(UserWarning, match="pictures could not be made"):
+        watched.on_exception(trainer, trainer.lightning_module, KeyboardInterrupt())
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from lit_opd.__main__ import main
 from lit_opd.cli.fit_help import HELP, WHAT, first_screen, without_all
+from lit_opd.prompts import PromptDataModule
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREEN_LINES, SCREEN_COLUMNS = 40, 80
@@ -127,3 +129,11 @@ def test_the_whole_list_is_what_the_parser_prints(capsys):
         main(["fit", "--help", "all"])
     listed = capsys.readouterr().out
     assert "--trainer.accumulate_grad_batches" in listed and len(listed.splitlines()) > 500
+
+
+def test_the_list_of_commands_knows_no_test_split():
+    """``test`` reads ``data.val`` as ``validate`` does; a config names no other prompts for it."""
+    from lit_opd.__main__ import HELP as COMMANDS
+
+    (line,) = (line for line in COMMANDS.splitlines() if line.startswith("  test "))
+    assert "split" not in line and "test" not in inspect.signature(PromptDataModule).parameters

@@ -278,6 +278,27 @@ def test_a_subclass_takes_the_place_of_a_default_callback(world):
     assert MyCheckpoint in found and RunCheckpoint not in found
 
 
+def test_the_interval_of_checkpoints_reaches_a_callback_of_the_users_own_or_is_said_to_have_no_effect(world):
+    own = ["--trainer.callbacks+=RunCheckpoint", "--trainer.callbacks.monitor", "val/reverse_kl"]
+
+    def interval(*words: str) -> int:
+        args = ["--config", str(world / "base.yaml"), "--checkpoint_every", "7", *words]
+        cli = OPDCLI(default_callbacks=default_callbacks, args=args, run=False)
+        return next(callback.every for callback in cli.trainer.callbacks if isinstance(callback, RunCheckpoint))
+
+    assert interval() == interval(*own) == 7
+    with pytest.warns(UserWarning, match="`--checkpoint_every` 7 has no effect: `RunCheckpoint.every` is 3"):
+        assert interval(*own, "--trainer.callbacks.every", "3") == 3
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "false"])
+def test_options_of_loggers_that_others_take_the_place_of_are_said_to_have_no_effect(world, tmp_path, logger):
+    own = ["--trainer.logger", logger, *(["--trainer.logger.save_dir", str(tmp_path)] if logger != "false" else [])]
+    options = ["--wandb.mode", "offline", "--wandb.project", "mine", "--tensorboard", "true", "--deep", "false"]
+    with pytest.warns(UserWarning, match="`--wandb.project, --tensorboard` has no effect beside `trainer.logger`"):
+        run(world, tmp_path / "run", *own, *options, command="preflight")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -351,6 +372,12 @@ def test_export_writes_the_checkpoint_that_is_named(half, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(default_callbacks, ["export", *words])
         assert stop.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_a_dtype_of_adapters_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(args=["export", "--run_dir", str(tmp_path), "--adapter", "true", "--dtype", "bfloat16"])
+    assert "`--dtype` must be left out with --adapter, got bfloat16" in capsys.readouterr().err
 
 
 def test_export_of_adapters_merged_and_alone_on_their_base_and_no_other(world, tmp_path, capsys):

@@ -576,6 +576,12 @@ COMMANDS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "no such time": (given("--trainer.max_time", "soon"), ["trainer", "soon"]),
     "float16": (given("--trainer.precision", "16-mixed"), ["trainer.precision", "16-mixed"]),
     "no checkpoints": (given("--checkpoint_every", "0"), ["checkpoint_every", "got 0"]),
+    "no batches between validations": (
+        given("--trainer.val_check_interval", "0"), ["trainer.val_check_interval", "got 0", "limit_val_batches"]
+    ),
+    "an unknown group of settings": (
+        given("--allow_change", "colour"), ["`allow_change` must be one of weighting, objective,", "got colour"]
+    ),
     "no threads": (given("--num_threads", "-3"), ["num_threads", "-3"]),
     "negative memory": (given("--memory_gb", "-1"), ["memory_gb", "-1"]),
     "negative seed": (given("--seed_everything", "-1"), ["seed_everything", "-1"]),

@@ -8,32 +8,41 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from callbacks import default_callbacks
+from callbacks import EarlyAIMEEvaluation, default_callbacks
 from lit_opd.cli.command import main
-from lit_opd.module import default_optimizer
-from lit_opd.preflight import read_plan
+from lit_opd.evaluation import SampledBatch
+from lit_opd.models.student import LoraSettings, StudentSettings, build_student
+from lit_opd.module import OPDModule, default_optimizer
+from lit_opd.preflight import estimate, read_plan
 from lit_opd.preflight.memory import ACCURACY, FLOAT32, Held, Rank, Workload
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
-from lit_opd.rollout import DecodeSampler, RatioStop, SamplingSettings
+from lit_opd.rollout import DecodeSampler, RatioStop, SamplingSettings, TransformersSampler
 from lit_opd.rollout.decoding import layers as decoder_layers
 from lit_opd.rollout.decoding.buckets import Buckets
 from lit_opd.rollout.decoding.plain_decoder import PlainDecoder
 from lit_opd.scoring.model import ScoringModel
+from lit_opd.teacher import LocalTeacher
 from lit_opd.types import PromptBatch
 from tests.helpers import fake_vllm as fake
 from tests.helpers import tiny
 from tests.helpers.memory_fit import Shape, build
 
 ROOT = Path(__file__).resolve().parents[2]
+FEW: Any = SimpleNamespace(
+    prompt_batch=4, samples_per_prompt=1, longest_prompt=4, val=None, val_fraction=None, val_batch=1
+)
 CPU = read_plan({"accelerator": "cpu", "devices": 1}, strategy="auto", memory_gb=1.0)
 SMALL = Shape("qwen3", 64, 48, 80, 2, 4, 2, prompt=4, response=6, batch=3, steps=1)
 
@@ -54,6 +63,62 @@ def test_sizes_on_the_meta_device_are_those_of_the_real_model(name):
     assert size.parameters == sum(weight.numel() for weight in weights)
     assert size.num_trainable == sum(weight.numel() for weight in weights if weight.requires_grad)
     assert size.trains_head == (lora is None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_adapters_count_as_they_are_kept(tmp_path, dtype):
+    """In float32 on a base in 16 bits; weights, gradients and optimizer state of a real student after a step."""
+    student, teacher = tiny.pair(tmp_path)
+    settings = StudentSettings(student, dtype=dtype, lora=LoraSettings(rank=4))
+    module = OPDModule(
+        settings, LocalTeacher(teacher), TransformersSampler(6), optimizer=partial(torch.optim.AdamW, lr=1e-3)
+    )
+    found = estimate(module, FEW, CPU)
+    model = build_student(settings)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer.step()
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    assert found.always["weights of the student"] == sum(weight.nbytes for weight in model.parameters())
+    assert found.always["optimizer state"] == sum(value.nbytes for value in state)
+    assert found.phases["optimizer"]["gradients"] == sum(weight.grad.nbytes for weight in trained)
+    assert found.phases["optimizer"]["temporaries"] == 2 * max(weight.nbytes for weight in trained)
+
+
+@pytest.mark.parametrize(("ranks", "batch", "rows"), [(1, 64, 15), (2, 64, 8), (1, 4, 4)])
+def test_the_batch_of_an_evaluation_is_counted(tmp_path, ranks, batch, rows):
+    """Five problems, three samples each, responses longer than in training: the cache that a real model leaves."""
+    student, teacher = tiny.pair(tmp_path)
+    lines = [json.dumps({"problem": f"{number} + 1 =", "answer": str(number + 1)}) for number in range(5)]
+    (tmp_path / "aime.jsonl").write_text("\n".join(lines))
+    given = {"samples": 3, "max_new_tokens": 20, "prompt_suffix": None, "batch": batch}
+    evaluation = EarlyAIMEEvaluation(str(tmp_path / "aime.jsonl"), **given)
+    module = OPDModule(StudentSettings(student), LocalTeacher(teacher), TransformersSampler(6))
+    module.trainer = Trainer(accelerator="cpu", callbacks=[evaluation], logger=False, enable_checkpointing=False)
+    assert "evaluation" not in estimate(module, FEW, CPU).phases
+    evaluation.check(module, None)
+    found = estimate(module, FEW, replace(CPU, local_ranks=ranks))
+    prompt = evaluation.sampled_batch(module, ranks=ranks).prompt
+    with torch.no_grad():
+        cache = build_student(module.student_settings)(torch.ones(rows, prompt + 20, dtype=torch.int64)).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert found.phases["evaluation"]["key/value cache"] == real
+
+
+def test_the_remedy_is_of_the_phase_that_needs_most():
+    """Fewer prompts a step would leave a validation or an evaluation as large as it is."""
+    size = model_size(build(SMALL, 1).config)
+
+    def remedy(rows: int = 1, **more: Any) -> str:
+        work = Workload(rows=rows, prompt=4, response=50, token_budget=64, **more)
+        return Rank(Held(size, FLOAT32), work, CPU).budget().remedy
+
+    assert remedy(val_rows=3000, val_response=50) == "lower data.val_batch or model.validation.max_new_tokens"
+    assert "EarlyAIMEEvaluation.batch" in remedy(sampled=(SampledBatch(3000, 4, 50),))
+    assert "data.prompt_batch" in remedy(rows=3000)
 
 
 def kept_bytes(model: torch.nn.Module, *, autocast: bool) -> int:
@@ -237,6 +302,22 @@ def test_sharding_divides_what_is_kept_and_not_what_is_gathered():
 )
 def test_ranks_are_read_from_the_config(asked, ranks):
     assert read_plan(asked, strategy="ddp", memory_gb=80.0).ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("how", "shards"),
+    [
+        ({"sharding_strategy": "FULL_SHARD"}, 32),
+        ({"sharding_strategy": "SHARD_GRAD_OP"}, 32),
+        ({"sharding_strategy": "NO_SHARD"}, 1),
+        ({"sharding_strategy": "HYBRID_SHARD", "process_group": (None, None)}, 8),
+        ({"sharding_strategy": "HYBRID_SHARD", "device_mesh": (8, 4)}, 4),
+    ],
+)
+def test_ranks_that_share_the_weights_follow_from_the_strategy_of_fsdp1(how, shards):
+    """Four nodes of eight: torch's own hybrid shares inside a node."""
+    asked = {"accelerator": "gpu", "devices": 8, "num_nodes": 4}
+    assert read_plan(asked, strategy=FSDPStrategy(**how), memory_gb=80.0).shards == shards
 
 
 def test_models_that_cannot_be_told_are_not_estimated():

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from callbacks import RunCheckpoint, default_callbacks
+from callbacks import ExportStudent, RunCheckpoint, default_callbacks
 from lit_opd.advantage import RewardExtrapolation
 from lit_opd.cli.command import main
 from lit_opd.preflight import CHECKS, Finding, PlannedRun, examine, read_plan
+from lit_opd.preflight.checks import _written
 from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.rollout import TransformersSampler
@@ -210,6 +211,22 @@ def test_checkpoints_are_looked_for_on_their_own_disk(config, tmp_path):
     assert found.status == "error" and "are free in /dev/shm" in found.found
     here = disk_row(config, tmp_path / "run", keep=1, dirpath=Path("/dev/shm/no/such/folder"))
     assert here.status == "ok" and here.found.count("are free in") == 2
+
+
+def test_students_exported_on_the_way_take_room_too(config, tmp_path):
+    """Ten steps, every fourth: after 4, 8 and at the end; a run that goes on from step 5 writes two of them."""
+    weights = 4 * sum(p.numel() for p in tiny.qwen3(seed=1).parameters())
+    run = run_of(config)
+    run.run_dir, run.trainer.fit_loop.epoch_loop.max_steps = tmp_path / "run", 10
+    assert _written(run) == {tmp_path / "run": weights}
+    run.trainer.callbacks.append(ExportStudent(every=4))
+    assert _written(run) == {tmp_path / "run": 3 * weights}
+    run.trainer.callbacks[-1] = ExportStudent(every=4, path=str(tmp_path / "other" / "model"))
+    assert _written(run) == {tmp_path / "other": 3 * weights}
+    assert [path.name for path in ExportStudent(every=4).exports(tmp_path, range(6, 11))] == [
+        "student-step-8",
+        "student",
+    ]
 
 
 def test_online_wandb_with_a_key_is_ok(config, monkeypatch):

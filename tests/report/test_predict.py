@@ -162,3 +162,18 @@ def test_characters_of_several_tokens_are_shown_once_and_whole():
     assert "".join(texts) == text and not any("\ufffd" in part for part in texts)
     broken = token_texts(tokenizer, tokenizer("\U0001f600")["input_ids"][:2] + tokenizer("abc")["input_ids"])
     assert "".join(broken).endswith("abc")
+
+
+def test_tokens_without_a_score_are_in_no_mean_and_say_so():
+    """A teacher with another tokenizer scores the second and the third of three tokens, at 0.5 and 1.5 nats."""
+    tokens = (
+        PredictedToken(1, "a", 0.0, 0.0, 0.0, scored=False),
+        PredictedToken(2, "b", -1.0, -1.5, 1.0),
+        PredictedToken(3, "c", -1.0, -2.5, 2.0),
+    )
+    made = response(tokens=tokens)
+    assert (made.mean_weight, made.mean_disagreement) == (1.5, 1.0)
+    page = render([made], strategy="Uniform")
+    assert "mean weight 1.500, mean disagreement 1.000 nats" in page and "1 to 2</label>" in page
+    assert [("no score" in said) for said in Reader(page).titles] == [True, False, False]
+    assert [token.get("scored") for token in made.to_json()["tokens"]] == [False, None, None]

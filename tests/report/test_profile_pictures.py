@@ -79,3 +79,50 @@ def test_legends_stand_beside_the_data():
 def test_the_letters_are_explained():
     text = profile_figure(window(2), window(1), "absolute").get_suptitle()
     assert "q, s: log-probs that teacher and student give" in text
+
+
+def test_columns_of_heat_maps_stand_at_their_steps_where_a_window_has_no_token():
+    """As in the second of four steps whose responses are all cut, with ``truncated: mask``."""
+    nothing = window(2)
+    nothing = replace(
+        nothing,
+        absolute=replace(nothing.absolute, values={"survivor_fraction": (0.0,) * 6}),
+        relative=replace(nothing.relative, values={}),
+    )
+    history = ProfileHistory()
+    for made in (
+        run_folder.window(1, level=1.0),
+        nothing,
+        run_folder.window(3, level=3.0),
+        run_folder.window(4, level=4.0),
+    ):
+        history.add(made)
+    assert history.step_edges(600).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    for axis in ("absolute", "relative"):
+        column = history.table(axis, "disagreement", 600)[:, 0]
+        assert np.isnan(column[1]) and column[[0, 2, 3]].tolist() == [1.0, 3.0, 4.0]
+    heat_map(history, "weight", "weight", "mean weight").canvas.draw()
+
+
+def test_the_start_is_drawn_where_the_last_window_has_no_token():
+    nothing = replace(window(2), absolute=replace(window(2).absolute, values={"survivor_fraction": (0.0,) * 6}))
+    figure = profile_figure(nothing, window(1), "absolute")
+    axes = next(axes for axes in figure.axes if axes.get_title().startswith("disagreement"))
+    lines = [line.get_ydata() for line in axes.lines if len(line.get_xdata()) == len(ALIVE)]
+    assert [bool(np.isfinite(line).any()) for line in lines] == [True, False]
+
+
+def test_windows_that_share_a_column_of_a_heat_map_count_by_their_tokens():
+    """Two windows in one column: 30 tokens at 1 nat and 10 at 5 are 2 nats a token; the alive share is that of the windows."""
+    history = ProfileHistory()
+    for step, level, count in ((1, 1.0, 30), (2, 5.0, 10)):
+        made = run_folder.window(step, level=level, alive=(1.0, 1.0, 0.5, 0.5, 0.5, 0.5 * step))
+        counted = {
+            axis: replace(getattr(made, axis), count=(count,) * len(getattr(made, axis).start))
+            for axis in ("absolute", "relative")
+        }
+        history.add(replace(made, **counted))
+    assert (
+        history.table("absolute", "disagreement", 1)[0, 0] == history.table("relative", "disagreement", 1)[0, 0] == 2.0
+    )
+    assert history.table("absolute", "survivor_fraction", 1)[0, -1] == 0.75

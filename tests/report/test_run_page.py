@@ -18,6 +18,7 @@ from lit_opd.__main__ import main
 from lit_opd.errors import InputError
 from lit_opd.report import html, run_files
 from lit_opd.report.charts import Chart, HeatMap, Series, spread
+from lit_opd.report.profile import BinnedProfile
 from lit_opd.report.run_files import read_run_files
 from lit_opd.report.run_page import render
 from lit_opd.run.csv_logger import RunCSVLogger
@@ -155,6 +156,19 @@ def test_evaluations_have_their_intervals(tmp_path):
     assert "0.500 [0.250, 0.750]" in found and "<td>+0.125</td>" in found and "<td>30</td>" in found
     (series,) = run_folder.drawings(found)["Evaluation: aime"]["series"]
     assert (series["y"], series["low"], series["high"]) == ([0.5], [0.25], [0.75])
+
+
+def test_a_difference_from_the_start_is_that_of_the_same_evaluation(tmp_path):
+    """At step 9 answers were sampled otherwise, so there is none from the start: that of step 3 is another evaluation's."""
+    first = {"avg_at_k": 0.5, "avg_at_k_low": 0.25, "avg_at_k_high": 0.75, "delta_start": 0.125, "problems": 30}
+    later = {"avg_at_k": 0.25, "avg_at_k_low": 0.0, "avg_at_k_high": 0.5}
+    logged = [
+        {"step": step, **{f"eval/aime/{name}": value for name, value in names.items()}}
+        for step, names in ((3, first), (9, later))
+    ]
+    found = page(run(tmp_path, metrics=[*METRICS, *logged]))
+    row = found[found.index("<td>aime</td>") :].partition("</tr>")[0]
+    assert row == "<td>aime</td><td>9</td><td>–</td><td>0.250 [0.000, 0.500]</td><td>–</td>"
 
 
 # -- what is missing ---------------------------------------------------------------------------------------------------
@@ -346,3 +360,35 @@ def test_other_bins_than_the_last_are_not_in_the_heat_map():
     halves = replace(first.relative, start=(0.0,), end=(1.0,))
     assert alike_windows([replace(first, relative=halves), first, second]) == [first, second]
     assert alike_windows([]) == []
+
+
+def test_a_start_of_more_bins_than_now_is_drawn_to_its_end(tmp_path):
+    start, now = run_folder.window(1), run_folder.window(2)
+    halves = BinnedProfile(
+        (1.0, 4.0), (3.0, 6.0), (24, 24), {"disagreement": (2.0, 5.0), "survivor_fraction": (1.0, 1.0)}
+    )
+    found = run_folder.drawings(page(run(tmp_path, windows=[start, replace(now, absolute=halves)])))
+    later, first = found["Disagreement by token"]["series"]
+    assert (later["x"], later["y"]) == ([2.0, 5.0], [2.0, 5.0])
+    assert first["x"] == first["y"] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_the_start_is_the_first_window_that_has_a_token(tmp_path):
+    """At the first step all responses were cut, and ``truncated: mask`` left no token."""
+    first, second, third = WINDOWS
+    nothing = replace(
+        first,
+        tokens=0,
+        relative=replace(first.relative, values={}),
+        absolute=replace(first.absolute, values={"survivor_fraction": (0.0,) * 6}),
+    )
+    folder = run(tmp_path, windows=[nothing, second, third])
+    now, start = run_folder.drawings(page(folder))["Disagreement by token"]["series"]
+    assert (now["name"], start["name"], start["y"][0]) == ("step 3", "step 2", 1.0)
+    assert "Since step 2 disagreement has changed" in page(folder)
+
+
+@pytest.mark.parametrize(("planned", "advised"), [(3, True), (40, False)])
+def test_a_run_that_is_on_its_way_is_not_told_to_train_longer(tmp_path, planned, advised):
+    config = CONFIG | {"trainer": {"max_steps": planned}}
+    assert ("train longer" in page(run(tmp_path, config=config, summary=None))) == advised

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -159,13 +160,19 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     write_files()
     words = ["--config", "quickstart", "--grid", "model.optimizer.lr=1e-4,2e-4", "--seeds", "1", "2", *SMALL.split()]
-    assert command.run([*words, "--dry_run"], parts.callbacks) == 0
+    words += ["--data.seed", "5"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in a process of its own
+        assert command.run([*words, "--dry_run"], parts.callbacks) == 0
     said = capsys.readouterr().out.splitlines()
     assert "4 runs (2 variants x 2 seeds), 2 steps each, 1 at a time, in runs/sweep" in said
     assert [line.split(":")[0].strip() for line in said[-4:]] == [
         f"lr={rate}/seed-{seed}" for seed in (1, 2) for rate in ("1e-4", "2e-4")
     ]
     assert any(line.startswith("warning: 2 seeds") for line in said) and not Path("runs").exists()
+    assert [
+        line for line in said if line.startswith("warning: `data.seed` is 5: all seeds see the prompts in one order")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -51,6 +52,26 @@ def test_the_configuration_of_the_page_trains(world):
     assert (
         yaml.safe_load((world / "run" / "config.yaml").read_text())["model"]["teacher"]["init_args"]["chunks"] == "sum"
     )
+
+
+def test_a_prediction_says_which_tokens_have_no_score(world):
+    """Its means are those of ``samples.jsonl``: over what the teacher scores."""
+    words = SMALL[2 : SMALL.index("--trainer.callbacks+")]
+    words += [
+        "--model.teacher.chunks",
+        "single",
+        "--model.teacher.min_aligned",
+        "0",
+        "--model.sampler.max_new_tokens",
+        "20",
+    ]
+    main(default_callbacks, ["predict", "--config", "config.yaml", *words, "--data.val", "prompts.jsonl"])
+    rows = [json.loads(line) for line in (world / "run" / "predictions.jsonl").read_text().splitlines()]
+    tokens = [token for row in rows for token in row["tokens"]]
+    unscored = [token for token in tokens if token.get("scored") is False]
+    assert len(rows) == 4 and 0 < len(unscored) < len(tokens)
+    assert all(token["student_logprob"] == token["teacher_logprob"] == token["weight"] == 0 for token in unscored)
+    assert all(token["weight"] > 0 for token in tokens if "scored" not in token)
 
 
 def test_too_little_in_common_is_one_line_before_anything_is_written(world, capsys):
