@@ -201,7 +201,7 @@ def log_settings(logger: TensorBoardLogger, settings: Mapping[str, Any], *, metr
         try:
             from torch.utils.tensorboard.summary import hparams
         except ModuleNotFoundError:
-            from tensorboardX.summary import hparams
+            from tensorboardX.summary import hparams  # type: ignore[no-redef]
         plain = logger._sanitize_params(_flatten_dict(dict(settings)))
         for part in hparams(plain, dict.fromkeys(metrics, 0.0)):  # of the metrics their names alone
             logger.experiment._get_file_writer().add_summary(part)

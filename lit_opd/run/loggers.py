@@ -51,7 +51,7 @@ def chosen_loggers(run_dir: Path, settings: Mapping[str, Any], saved: Mapping[st
     if settings.get("tensorboard"):
         try:
             # of a run that goes on, TensorBoard hides what was logged after the checkpoint
-            later = {"purge_step": int(saved["global_step"]) + 1} if saved else {}
+            later: dict[str, Any] = {"purge_step": int(saved["global_step"]) + 1} if saved else {}
             found.append(TensorBoardLogger(str(run_dir), name=TENSORBOARD, version="", **later))
         except ModuleNotFoundError as error:
             raise InputError(
