@@ -184,6 +184,8 @@ class Power(AdvantageTransform):
 
     Source: PowerOPD, reported in arXiv 2606.17199. Made from the log-probs, not from A: put it first.
 
+    Fails where both models find the right token unlikely: A' is next to 0, whichever of them is right.
+
     Args:
         alpha: > 0.
     Raises:
@@ -209,6 +211,8 @@ class RewardExtrapolation(AdvantageTransform):
 
     Source: ExOPD, reported in arXiv 2602.12125 (strength is its lambda). 1 is ``Identity``, 0 pulls to the reference. The
     reference, ``model.reference``, reads the student's prompt, also where the teacher has one of its own.
+
+    Fails far above 1 where the teacher's step from the reference is noise: it is amplified like the rest.
 
     Args:
         strength: >= 0.
@@ -282,6 +286,8 @@ class ValueBaseline(AdvantageTransform):
     and can be higher, most of all after ``Clip``, since -KL_t is not the mean of a clipped A.
 
     Source: vOPD, reported in arXiv 2605.07865.
+
+    Fails where one of the conditions above does not hold: the baseline then shifts the expected gradient.
     """
 
     @property
@@ -305,6 +311,8 @@ class RewardFloor(AdvantageTransform):
 
     Source: REOPOLD, arXiv 2603.11137, read in two public re-implementations (see the weighting ``REOPOLD``). The floor is -2.56
     nats at 0.1; 1 would be the limit -1.
+
+    Fails where a token is rightly held to be far worse than others: below the floor all count alike.
 
     Args:
         strength: the paper's lambda, in (0, 1); smaller clips less.
@@ -331,6 +339,8 @@ class InfluenceShrinkage(AdvantageTransform):
     leaves out less than 1/32^2 a token.
 
     Source: IDA-OPD, reported in arXiv 2608.29846; D as a public recipe has it, which agrees with the derivative of the entropy.
+
+    Fails where the student should become sure: what lowers its entropy is shrunk, right or wrong.
     """
 
     @property
@@ -352,12 +362,16 @@ class InfluenceShrinkage(AdvantageTransform):
 class NullAdvantage(AdvantageTransform):
     """A' = value on every token: the control without a teacher.
 
-    What it still does is push every sampled token down (for a value below 0), the unlikely ones furthest in logits: it sharpens
-    the student. What a run with a teacher gains must be compared with this. The teacher is asked all the same, because the run
-    measures disagreement; nothing of it reaches the loss unless the weighting reads it.
+    With ``LeastLikely`` it lowers what the student found unlikely (for a value below 0): it sharpens the student. On every token,
+    with a weighting such as ``Uniform``, it has no direction: E[grad log p] is 0 at each prefix, so that where responses have one
+    length the expected gradient is 0 and each step is noise. What a run with a teacher gains must be compared with both. The
+    teacher is asked all the same, because the run measures disagreement; nothing of it reaches the loss unless the weighting
+    reads it.
 
     Source: arXiv 2608.31046, fixed mode, read in its published code (repository DripNowhy/On-Policy-Self-Adaptation, ``opsa.py``
     at commit ebebe09), which trains the 20 % least likely tokens only: the weighting ``LeastLikely``.
+
+    Fails wherever the student's likeliest answer is wrong: with ``LeastLikely`` it becomes surer of it.
 
     Args:
         value: nats, not 0.
@@ -387,6 +401,8 @@ class EntropyNull(AdvantageTransform):
 
     Source: arXiv 2608.31046, entropy mode, read as for ``NullAdvantage``. The other tokens stay in the denominator unless the
     weighting is ``LeastLikely`` with the same fraction, as in the source. Scope "batch".
+
+    Fails as ``NullAdvantage`` does.
 
     Args:
         low: nats, at the highest entropy.
@@ -463,6 +479,8 @@ class GroupReward(_ComparesRewards):
 
     Source: GRPO, reported in arXiv 2402.03300; the 1e-4 and the sample standard deviation are TRL's.
 
+    Fails where all samples of a prompt are right, or all wrong: G is 0 there.
+
     Args:
         coefficient: of G; a teacher's advantage is in nats, G has unit variance where normalised.
         normalise: "std" or "none".
@@ -522,6 +540,8 @@ class ResidualReward(_ComparesRewards):
     Centred in the row, D moves weight between tokens and not between rows. Source: reported in arXiv 2610.11519 as a bounded
     probability residual, centred in the row, beside a verifier's advantage; that D is this difference is our reading.
 
+    Fails where all samples of a prompt have one reward: G is 0, and the centred residual says nothing of the row as a whole.
+
     Args:
         coefficient: of the centred residual, >= 0.
         normalise: as in ``GroupReward``.
@@ -557,6 +577,8 @@ class RewardGate(_ReadsReward):
     whatever stood before.
 
     Source: RA-OPD, reported in arXiv 2608.27960.
+
+    Fails where the reward is often wrong, and where it stops most rows: few are left to learn from.
 
     Args:
         how: "keep", "scale" or "drop".

@@ -49,6 +49,8 @@ class AnnealedPrefixWeight(_AnnealedPrefix):
     Source: published code of arXiv 2606.22600 (its curriculum baseline; start = end = 0.3 is the fixed prefix-30
     amplification). Values {weight, 1}; does not keep the mean weight. Reads n, hence "sequence".
 
+    Fails where the tokens after the prefix are those not yet learned: they count less, most of all at the start.
+
     Args:
         weight: weight inside the prefix, >= 0; 1 is ``Uniform``.
         start: fraction at progress 0, in (0, 1].
@@ -91,6 +93,8 @@ class AnnealedPrefixMask(_AnnealedPrefix):
     Source: published code of arXiv 2606.22600. Values {0, 1}. As published the tokens after the prefix stay in the
     denominator, so the mean weight is about ``ratio`` and the step grows over training; with ``shrink_denominator``
     they leave it and the mean weight over the kept tokens is 1. Reads n, hence "sequence".
+
+    Fails where the tokens after the prefix are those not yet learned: for much of the training they do not count.
 
     Args:
         start: fraction at progress 0, in (0, 1].

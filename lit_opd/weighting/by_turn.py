@@ -79,6 +79,8 @@ class TurnBalanced(_Wrapper):
     the constant is ours, so that a row keeps its total). The mean weight of each row is that of the inner strategy; a turn whose
     inner weights are all 0 stays 0. Range [0, n] times the inner one. Reads all turns, hence "sequence".
 
+    Fails where a short turn says little, such as a bare call: each of its tokens counts for many.
+
     Args:
         strategy: gives the inner weights.
     Raises:

@@ -22,6 +22,8 @@ class DASH(WeightingStrategy):
     differentiable sum of W times KL). Range [1, i_t]; does not keep the mean weight: combine with ``SequenceMeanOne``
     to compare shapes. The mean reads the whole row, hence "sequence".
 
+    Fails in long stretches of agreement, where the sum grows with the position whatever the teacher says.
+
     Args:
         kappa: sharpness, >= 0; 0 makes every lambda 1/2.
     Raises:

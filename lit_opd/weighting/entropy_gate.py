@@ -20,6 +20,8 @@ class EntropyGate(WeightingStrategy):
     {beta, 1}; does not keep the mean weight. H^T_t is the entropy of the distribution y_t is drawn from, known before
     y_t, hence "prefix".
 
+    Fails where high entropy is a wide choice of good wordings, and where a sure teacher is wrong.
+
     Args:
         threshold: nats, >= 0.
         beta: weight above the threshold, >= 0; 1 is ``Uniform``.

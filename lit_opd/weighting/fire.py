@@ -24,6 +24,8 @@ class FiRe(WeightingStrategy):
     maxima read the whole row, hence "sequence". Departure: copies of the published code take maxima and mean over all tokens of
     the batch. ``FiReRows`` is the method's first half.
 
+    Fails where a sure teacher is wrong, as after an error that it has never seen: such tokens count most.
+
     Args:
         alpha: pull of the teacher's confidence, >= 0.
         beta: pull of the student's uncertainty, >= 0; both 0 is ``Uniform``.

@@ -41,6 +41,8 @@ class FirstFraction(_Fraction):
     Source: arXiv 2606.22600 section 3 (the first 30 % do about as well as everything). Weight 1 where kept; keeps the
     mean weight over the kept tokens. Reads n, hence "sequence".
 
+    Fails where what is left to learn stands late in the response.
+
     Args:
         fraction: in (0, 1]; 1 is ``Uniform``.
     Raises:
@@ -60,6 +62,8 @@ class LastFraction(_Fraction):
 
     Source: arXiv 2606.22600 section 3 (the last 30 % barely learn). Weight 1 where kept; keeps the mean weight over the
     kept tokens. Reads n, hence "sequence".
+
+    Fails where late prefixes are wrong: the teacher judges what it would never have written.
 
     Args:
         fraction: in (0, 1]; 1 is ``Uniform``.
@@ -109,6 +113,8 @@ class FirstTokens(_Selection):
 
     Source: ESR, reported in arXiv 2605.27028. Weight 1 where kept; keeps the mean weight over the kept tokens.
     Departure: the source also stops generation there (a rollout budget); here the tokens were sampled and go unused.
+
+    Fails as ``FirstFraction`` does; a fixed count is all of a short response and little of a long one.
 
     Args:
         count: tokens a row, >= 1; at least the longest response is ``Uniform``.

@@ -27,6 +27,9 @@ class ImportanceWeighting(WeightingStrategy):
     steps. Departure: padding gets 0 here, where the published code leaves 1. The denominator reads the whole row, hence
     "sequence".
 
+    Fails where disagreement is no drift: divided by the row's own total, the weight falls to 1 in a healthy row as in a derailed
+    one.
+
     Args:
         w_max: weight of the first token, >= 1; 1 is ``Uniform``.
         signed: accumulate A_k = q_k - s_k in place of d_k (the paper's ablation).

@@ -22,6 +22,8 @@ class LateRising(WeightingStrategy):
     Source: PW-OPSD, reported in arXiv 2605.21606. Range [w_min, 1]; does not keep the mean weight. The opposite slope
     to ``ImportanceWeighting``. Reads n, hence "sequence".
 
+    Fails where the teacher's signal gets worse along the response, which is what IW-OPD assumes.
+
     Args:
         w_min: the floor, in [0, 1]; 1 is ``Uniform``.
         tau: relative position of the middle of the rise.

@@ -26,6 +26,8 @@ class TeacherConfidence(WeightingStrategy):
     Source: published code of arXiv 2606.22600 (teacher prefix confidence). Range [floor, 1], the first token has 1;
     does not keep the mean weight. Departure: the window counts valid tokens, holes in the mask are skipped.
 
+    Fails where a good continuation is one of many: a teacher with a wide choice finds each of them unlikely.
+
     Args:
         window: earlier tokens looked at, >= 1.
         quantile: share of the window that is ignored, in [0, 1]; 0 averages all of it, 1 takes the worst token.

@@ -23,6 +23,9 @@ class PrefixRatioTilt(WeightingStrategy):
     low <= 0 <= high. Does not keep the mean weight. Departure: the clip, which bounds the variance;
     alpha = 1, low = -inf, high = 0 is the truncated prefix ratio, the best of our prototype.
 
+    Fails in long responses: small disagreements add up, the weight goes to its lower end and does not come back, also where the
+    teacher has found its way again.
+
     Args:
         alpha: strength of the tilt in (0, 1], 1/(1 + lambda) in the paper.
         low: smallest exponent, -inf for none.

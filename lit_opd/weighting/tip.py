@@ -25,6 +25,8 @@ class TIP(_BatchSelection):
     that of all ranks, hence scope "batch". Token KL is there where an advantage transform or an objective asks for it. Row
     keys must differ: tokens that tie in score, position and row key share their fate.
 
+    Fails with outliers: one extreme entropy or divergence of the batch leaves the others' scores next to 0.
+
     Args:
         keep_fraction: in (0, 1]; 1 is ``Uniform``.
     Raises:

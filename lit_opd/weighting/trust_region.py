@@ -21,6 +21,8 @@ class TrustRegion(WeightingStrategy):
     samples it is 1 minus the total variation distance). The sampled variant has the plain one as its expectation; its
     zeros are weights, they stay in the denominator. Reads A_t itself, hence "token".
 
+    Fails where the student has to unlearn: the tokens that the teacher objects to most count least.
+
     Args:
         sample: draw a 0/1 mask in place of the weight.
         seed: names the draws of ``sample``; they come from (seed, row key, step).

@@ -26,6 +26,8 @@ class WindowedPrefixRatio(WeightingStrategy):
     Source: ours, found by the search of docs/search.md; docs/confirm.md has the evidence. The ratio is that of the theory of
     arXiv 2606.22600, see ``PrefixRatioTilt``. Range [floor, 1], the first token has 1; does not keep the mean weight.
 
+    Fails where disagreement does not grow with the position: then it takes weight from tokens whose signal is good.
+
     Args:
         window: earlier tokens looked at, >= 1; as many as a response has is ``PrefixRatioTilt(1.0, log(floor), 0.0)``.
         floor: smallest weight, in [0, 1]; 1 is ``Uniform``.

@@ -450,6 +450,11 @@ def test_the_page_of_an_unfinished_study_is_made_from_what_is_committed(tmp_path
     rows = [line[2:-2].split(" | ") for line in page.splitlines() if line.startswith("| last-30 | 2 |")]
     assert rows[0][2].startswith(f"{area_of('last-30'):.3f} [")
     assert rows[0][3].strip("*").startswith(f"{area_of('last-30') - area_of('uniform'):+.3f} [")
+    gaps = {key: np.mean([late - early for _, early, late in record["kl"]]) / 1000 for key, record in of.items()}
+    wider = np.mean([gaps["last-30", seed] - gaps["uniform", seed] for seed in (1000, 1001)])
+    narrows = page.split("### The gap (late minus early KL) minus that of uniform\n")[1].split("###")[0]
+    (row,) = [line[2:-2].split(" | ") for line in narrows.splitlines() if line.startswith("| last-30 |")]
+    assert row[1].strip("*").startswith(f"{wider:+.3f} [")
     assert all((out / name).is_file() for name in re.findall(r"\]\((pictures/.*?)\)", page))
     kept = (out / plan.kept).read_text()
     assert len(kept.splitlines()) == len(jobs) and '"learning_rate":0.0002' in kept and '"grad_norm":2.3333' in kept

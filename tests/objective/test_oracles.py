@@ -30,11 +30,12 @@ from lit_opd.weighting.fire import FiRe
 from lit_opd.weighting.fractions import FirstFraction, LastFraction
 from lit_opd.weighting.importance import ImportanceWeighting
 from lit_opd.weighting.late_rising import LateRising
+from lit_opd.weighting.least_likely import LeastLikely
 from lit_opd.weighting.tilt import PrefixRatioTilt
 from lit_opd.weighting.trust_region import TrustRegion
 from lit_opd.weighting.uniform import Uniform
 from lit_opd.weighting.windowed_ratio import WindowedPrefixRatio
-from tests.helpers.enumerated import Prefix, Tree, expected_gradient, gradient_of, kl, signal_of
+from tests.helpers.enumerated import Prefix, Tree, entropy, expected_gradient, gradient_of, kl, signal_of
 from tests.helpers.signals import all_examples
 
 EXACT = 1e-12
@@ -135,6 +136,19 @@ def test_a_discount_gives_the_policy_gradient_of_the_discounted_values(tree, dis
 def test_a_student_that_is_the_teacher_gets_no_gradient(tree):
     student, _ = policies(tree)
     assert gap(expected_gradient(tree, student, student), torch.zeros_like(student)) < EXACT
+
+
+@both_trees
+def test_a_null_advantage_on_every_token_trains_nothing_but_noise(tree):
+    """E[grad log p] is 0 at each prefix. On the least likely tokens, as its source has it, it makes the student surer."""
+    student, teacher = policies(tree)
+    null = [adv.NullAdvantage()]
+    assert gap(expected_gradient(tree, student, teacher, advantage=null), torch.zeros_like(student)) < EXACT
+    chosen = expected_gradient(tree, student, teacher, advantage=null, strategy=LeastLikely(0.2))
+    assert gap(chosen, torch.zeros_like(student)) > BIASED
+    reach, step = tree.reach(student), 1e-4
+    before, after = (float((reach * entropy(logits)).sum()) for logits in (student, student - step * chosen))
+    assert after < before
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -354,7 +354,73 @@ def test_the_overlay_of_an_objective_trains_a_step(tmp_path):
     assert ends["steps"] == 1 and "WindowedPrefixRatio" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", ["opsd", "sdft", pytest.param("sdpo", marks=pytest.mark.slow), "replay"])
+ADVANTAGES = sorted((ROOT / "configs" / "advantage").glob("*.yaml"))
+TRAINED_ADVANTAGES = {"null_advantage", "residual_reward"}  # one on the quickstart, one on the recipe with a reward
+FEW_ROWS = ["--trainer.max_steps", "1", "--data.prompt_batch", "4", "--data.val_batch", "4", "--data.val_limit", "4"]
+FEW_ROWS += ["--model.validation.samples", "1", "--wandb.mode", "disabled"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=() if p.stem in TRAINED_ADVANTAGES else pytest.mark.slow) for p in ADVANTAGES],
+)
+def test_the_overlay_of_an_advantage_trains_a_step(path, tmp_path):
+    """Laid over the config that its first line names; the page of strategies links to it beside its class."""
+    first, few = path.read_text().splitlines()[0], few_rows(tmp_path)
+    base = re.fullmatch(rf"# python train\.py fit --config (\S+) --config configs/advantage/{path.name}", first)[1]
+    (named,) = yaml.safe_load(path.read_text())["model"]["advantage"]
+    name = (named if isinstance(named, str) else named["class_path"]).rpartition(".")[2]
+    rows = (ROOT / "docs" / "strategies.md").read_text().splitlines()
+    assert [row for row in rows if row.startswith(f"| `{name}(") and f"(../configs/advantage/{path.name})" in row]
+    words = ["--config", str(ROOT / base), "--config", str(path), "--run_dir", str(tmp_path / "run"), *FEW_ROWS]
+    main(default_callbacks, ["fit", *words, "--data.train", str(few), "--data.val", str(few)])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    (used,) = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["advantage"]
+    assert used["class_path"].rpartition(".")[2] == name
+
+
+def test_every_advantage_of_this_half_year_has_an_overlay():
+    """Those of a paper of 2026 that are no part of the older set."""
+    named = {path.stem.replace("_", "") for path in ADVANTAGES}
+    found = {"NullAdvantage", "EntropyNull", "RewardFloor", "InfluenceShrinkage", "ResidualReward", "RewardGate"}
+    assert named == {name.lower() for name in found}
+
+
+@pytest.mark.slow
+def test_the_overlay_of_partial_rollouts_trains_a_step(tmp_path):
+    path, few = ROOT / "configs" / "sampling" / "partial.yaml", few_rows(tmp_path)
+    words = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(path), *FEW_ROWS]
+    main(
+        default_callbacks,
+        ["fit", *words, "--data.train", str(few), "--data.val", str(few), "--run_dir", str(tmp_path / "run")],
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert "PartialSampler" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_frozen_rollouts_are_written_and_trained_on_by_their_two_commands(tmp_path):
+    """What the untrained student wrote, with its log-probs, answers every prompt of the run; nothing is sampled for training."""
+    path, few = ROOT / "configs" / "sampling" / "frozen.yaml", few_rows(tmp_path)
+    assert "(../configs/sampling/frozen.yaml)" in (ROOT / "docs" / "strategies.md").read_text()
+    first, *_, writes = [line[1:].strip() for line in path.read_text().splitlines() if "python train.py" in line]
+    quick = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    assert first == "python train.py fit --config configs/quickstart.yaml --config configs/sampling/frozen.yaml"
+    given = shlex.split(writes)[5:]  # after fit --config FILE
+    (few.parent / "few.jsonl").write_text("".join(few.read_text().splitlines(keepends=True)[:8]))
+    data = ["--data.train", str(few), "--data.val", str(few)]
+    given[given.index("runs/untrained")] = str(tmp_path / "untrained")
+    main(default_callbacks, ["fit", *quick, *given, *FEW_ROWS, *data, "--trainer.max_steps", "2"])
+    replay = ["--config", str(path), "--model.sampler.paths", str(tmp_path / "untrained" / "rollouts")]
+    main(default_callbacks, ["fit", *quick, *replay, "--run_dir", str(tmp_path / "run"), *FEW_ROWS, *data])
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (gap,) = [row["train/replay_gap"] for row in rows if row.get("train/replay_gap")]
+    assert abs(float(gap)) < 1e-4  # the student has not moved yet: its log-probs are those that were saved
+
+
+@pytest.mark.parametrize(
+    "name", ["opsd", "sdft", "replay", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdpo", "reward"))]
+)
 def test_every_recipe_trains_a_step(name, tmp_path):
     """On the embedded task, with smaller batches of fewer rows; its command is on line 1 and its page names it."""
     path = ROOT / "configs" / "recipes" / f"{name}.yaml"

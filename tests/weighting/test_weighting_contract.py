@@ -14,6 +14,8 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
+from lit_opd import advantage
+from lit_opd.advantage import AdvantageTransform
 from lit_opd.errors import InputError
 from lit_opd.types import TokenSignal
 from lit_opd.weighting.base import WeightingStrategy
@@ -405,3 +407,14 @@ def test_docstrings_name_source_and_range():
         assert re.search(r"Source: ", cls.__doc__ or "") and re.search(r"mean\s+weight", cls.__doc__ or ""), (
             cls.__name__
         )
+
+
+def test_what_comes_from_a_paper_says_when_it_fails():
+    """Its source is a number of arXiv; docs/strategies.md promises the sentence. Controls of ours need none."""
+    transforms = [
+        cls for cls in vars(advantage).values() if isinstance(cls, type) and issubclass(cls, AdvantageTransform)
+    ]
+    read = [cls for cls in (*strategy_classes(), *transforms) if re.search(r"\b2\d{3}\.\d{5}\b", cls.__doc__ or "")]
+    assert len(read) > 30
+    silent = {cls.__name__ for cls in read if not re.search(r"^ +Fails ", cls.__doc__, flags=re.M)}
+    assert silent == {"LinearDecay", "RandomFraction"}  # controls, which name the paper that lacks them

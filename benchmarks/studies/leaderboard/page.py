@@ -25,7 +25,7 @@ PAPERS = {  # hypothesis of the plan -> whose claim it is; docs/references.md sa
     "H2": "IW-OPD, 2606.22600",
     "H3": "the ratio: IW-OPD's theory, 2606.22600; the window, and where it helps: ours",
     "H4": "one or two tokens a response, reported in 2609.04565; a tenth of them: ours",
-    "H5": "the null advantage, 2608.31046",
+    "H5": "ours, after the null advantage, 2608.31046, which is on the 20 % least likely tokens alone",
     "H6": "ours, a control",
     "H7": "ours, after what CDD (reported in 2609.11127) says against IW-OPD",
     "H8": "IW-OPD, 2606.22600: the gap persists; late against early: ours",
