@@ -83,6 +83,7 @@ class PositionProfile(Callback):
         self._drawn = 0  # windows when pictures were last drawn
         self._written = 0  # step of the last window
         self._pending = 0  # rollout batches since
+        self._end = math.inf  # last optimizer step of the run
         self._start: ProfileWindow | None = None  # the first window that has a token
         self._restored: dict[str, Any] | None = None
         self._drawing = Allowance(pictures_share)
@@ -116,6 +117,7 @@ class PositionProfile(Callback):
         )
         self.metric = metric.to(pl_module.device)
         self._pending, self._written = 0, trainer.global_step
+        self._end = float(getattr(pl_module, "total_steps", trainer.max_steps))
         self._reads_advantage = getattr(getattr(pl_module, "objective", None), "reads_advantage", True)
         self._drawing = Allowance(self.pictures_share)
         if self._restored is not None:
@@ -201,7 +203,7 @@ class PositionProfile(Callback):
             self._start = window
             if wandb_runs(trainer):
                 log_media(trainer, {"profile_bins": wandb_bins(window)}, step)
-        elif self._to_show and self._pictures_due() and step != trainer.max_steps and self._drawing.allowed():
+        elif self._to_show and self._pictures_due() and step != self._end and self._drawing.allowed():
             self._show(trainer)
 
     # -- charts and pictures -----------------------------------------------------------------------------------------

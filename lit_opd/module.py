@@ -257,10 +257,14 @@ class OPDModule(L.LightningModule):
     def total_steps(self) -> float:
         """Optimizer steps of the run, which ends at the first of ``trainer.max_steps`` and ``trainer.max_epochs``; infinite where
         it has neither. Epochs count from the start of training on, when their batches are known."""
-        trainer, epochs = self.trainer, self.trainer.max_epochs
+        return self.steps_of(self.trainer, batches=self.trainer.num_training_batches)
+
+    def steps_of(self, trainer: L.Trainer, *, batches: float) -> float:
+        """The same of a trainer with ``batches`` rollout batches an epoch."""
+        epochs = trainer.max_epochs
         # not estimated_stepping_batches: it takes each batch for one optimizer step
-        batches = math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
-        return total_steps(max_steps=trainer.max_steps, batches=batches, updates=self.recipe.updates)
+        all_batches = math.inf if epochs is None or epochs < 0 else epochs * batches
+        return total_steps(max_steps=trainer.max_steps, batches=all_batches, updates=self.recipe.updates)
 
     # -- Lightning: before the run -----------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.quickstart --seeds 0 1 2 3 4 --runs runs/seeds --out docs
 
-One process and one thread a run. A finished run folder is not run again.
+One process and one thread a run. A finished run folder is not run again, and refused where it has other settings.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from benchmarks.studies.cells import spread
 from benchmarks.studies.figures import plt, save
 from benchmarks.studies.run_folder import BANDS, curve, summary
 from lit_opd.compare.document import markdown_table
+from lit_opd.errors import InputError
 from lit_opd.sweep.crew import Crew, Report, Task
 from lit_opd.sweep.progress import Outcome, locked, run_tasks
 
@@ -31,10 +33,14 @@ def run_all(runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[
     """One fit a seed, one after the other; their summaries.
 
     Raises:
+        InputError: a finished one has other settings.
         SystemExit: some failed, or it was stopped.
     """
     folders = {seed: runs / f"seed-{seed}" for seed in seeds}
     kept = [folder.name for folder in folders.values() if (folder / "summary.json").exists()]
+    for seed, folder in folders.items():
+        if folder.name in kept:
+            _require_unchanged(folder, words_of(seed, folder, overrides))
     tasks = [_task(seed, folder, overrides) for seed, folder in folders.items() if folder.name not in kept]
     outcome, console = Outcome(kept=kept), Console(stderr=True)
 
@@ -51,6 +57,24 @@ def run_all(runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[
     return [summary(folder) for folder in folders.values()]
 
 
+def words_of(seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
+    """The command line of a run."""
+    words = ["fit", "--config", CONFIG, "--seed_everything", str(seed), "--run_dir", str(folder), "--overwrite", "true"]
+    return [*words, "--wandb.mode", "disabled", *overrides]
+
+
+def _require_unchanged(folder: Path, words: Sequence[str]) -> None:
+    from lit_opd.run.trained_settings import changes, shown
+    from lit_opd.sweep.checks import compared, settings_of
+
+    saved = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+    for name, before, after in changes(compared(saved), compared(settings_of(words))):
+        raise InputError(
+            f"`{name}` must be what {folder} was trained with, {shown(before)}, got {shown(after)}; give another --runs, or "
+            "remove the folder"
+        )
+
+
 def _task(seed: int, folder: Path, overrides: Sequence[str]) -> Task:
     log = folder.with_name(f"{folder.name}.log")
     return Task(folder.name, 1, log, functools.partial(_fit, seed, folder, log, tuple(overrides)), alone=True)
@@ -61,8 +85,7 @@ def _fit(seed: int, folder: Path, log: Path, overrides: Sequence[str], report: R
     from callbacks import default_callbacks
     from lit_opd.sweep.train import train
 
-    words = ["fit", "--config", CONFIG, "--seed_everything", str(seed), "--run_dir", str(folder), "--overwrite", "true"]
-    return train([*words, "--wandb.mode", "disabled", *overrides], folder, log, default_callbacks, lambda steps: None)
+    return train(words_of(seed, folder, overrides), folder, log, default_callbacks, lambda steps: None)
 
 
 def table(summaries: list[dict[str, float]]) -> str:
@@ -113,7 +136,10 @@ def main() -> None:
     given, overrides = parser.parse_known_args()
     folders = [given.runs / f"seed-{seed}" for seed in given.seeds]
     overrides = [word for word in overrides if word != "--"]
-    summaries = run_all(given.runs, given.seeds, overrides)
+    try:
+        summaries = run_all(given.runs, given.seeds, overrides)
+    except InputError as error:
+        parser.error(str(error))
     print(table(summaries))
     met = sum(
         s["greedy_end"] > MUST_GREEDY and s["reverse_kl_end"] <= MUST_RATIO * s["reverse_kl_start"] for s in summaries

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -30,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.cli.parse_errors import USAGE_ERROR, OneLineParser
 from lit_opd.cli.redaction import one_line, plain_values, redacted, with_references
-from lit_opd.distributed import is_rank_zero
+from lit_opd.distributed import is_rank_zero, shared_failure
 from lit_opd.errors import InputError, ServerError, Stopped, first_line, require
 from lit_opd.files import replace_or_refuse
 from lit_opd.module import OPDModule
@@ -49,6 +50,7 @@ from lit_opd.preflight.module_checks import check_before
 from lit_opd.preflight.trainer import PreflightTrainer
 from lit_opd.prompts.datamodule import PromptDataModule
 from lit_opd.run.checkpoint_files import best, counters, intact, newest, requeued, saved_by_this_job
+from lit_opd.run.former import set_later_aside
 from lit_opd.run.lightning import callbacks_of, set_callbacks
 from lit_opd.run.lightning_cli import PlainCLI
 from lit_opd.run.loggers import chosen_loggers, describe, label, own_loggers, rename_for_mlflow
@@ -58,8 +60,10 @@ from lit_opd.run.trained_settings import (
     Group,
     Settings,
     TrainedSettings,
+    differences,
     require_unchanged,
     settings_of,
+    shown,
     trained_settings,
 )
 from lit_opd.shipped import program, with_shipped_paths
@@ -113,17 +117,25 @@ class RunConfig(SaveConfigCallback):
         """Nothing yet: a later check may still refuse the run."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file on rank 0."""
-        if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            config = self.config.clone()
-            for name, value in HOW_STARTED.items():
-                if name in config:
-                    config[name] = value
-            text = self.parser.dump(config, skip_none=False)
-            replace_or_refuse(folder / "config.yaml", with_references(text).encode())
-            describe(trainer.loggers, plain_values(text), seed=getattr(pl_module, "seed", None))
+        """Set aside what is there of later steps, then write the file, on rank 0."""
+        with shared_failure():
+            if trainer.is_global_zero:
+                folder = Path(trainer.default_root_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                if trainer.ckpt_path:
+                    kept = (getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
+                    step = counters(Path(trainer.ckpt_path))["global_step"]
+                    set_later_aside(folder, step, checkpoints=[Path(place) for place in kept if place])
+                self._write(trainer, pl_module, folder)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
+        config = self.config.clone()
+        for name, value in HOW_STARTED.items():
+            if name in config:
+                config[name] = value
+        text = self.parser.dump(config, skip_none=False)
+        replace_or_refuse(folder / "config.yaml", with_references(text).encode())
+        describe(trainer.loggers, plain_values(text), seed=getattr(pl_module, "seed", None))
 
 
 class OPDCLI(PlainCLI):
@@ -316,6 +328,7 @@ class OPDCLI(PlainCLI):
                 f"`--ckpt_path` {checkpoint} does not say what it was trained with: see that the config is its run's"
             )
             return
+        self._require_own_folder(checkpoint, before)
         now, allowed = trained_settings(self.plain_config()), self.settings.get("allow_change") or []
         self._changed = require_unchanged(before, now, allowed=allowed, checkpoint=checkpoint)
         limit, step = self.settings["trainer"].get("max_steps") or -1, saved["global_step"]
@@ -323,6 +336,20 @@ class OPDCLI(PlainCLI):
             raise InputError(
                 f"`trainer.max_steps` must be above the checkpoint's step {step} to train with another "
                 f"{', '.join(self._changed)}, got {limit}"
+            )
+
+    def _require_own_folder(self, checkpoint: Path, before: Settings) -> None:
+        """Another run's lines up to the checkpoint's step would count as this run's."""
+        config, own = self.run_dir / "config.yaml", [self.run_dir, *_named_folders(self.plain_config().get("trainer"))]
+        if not config.is_file() or any(checkpoint.resolve().is_relative_to(place.resolve()) for place in own):
+            return
+        there = trained_settings(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
+        found = [change for changes in differences(there, before).values() for change in changes]
+        if found:
+            name, here, saved = found[0]
+            raise InputError(
+                f"`--run_dir` must be empty, new or the run of `--ckpt_path` {checkpoint}, got {self.run_dir} with another run: "
+                f"its `{name}` is {shown(here)}, that of the checkpoint {shown(saved)}; give another --run_dir"
             )
 
     def check_fit(self) -> None:
@@ -514,6 +541,15 @@ def _attach(trainer: Trainer, extra: list[Callback], users: list[Callback]) -> N
     replaced = tuple(kind for kind in (ProgressBar, Checkpoint) if any(isinstance(own, kind) for own in extra))
     kept = [found for found in callbacks_of(trainer) if found in users or not isinstance(found, replaced)]
     set_callbacks(trainer, kept + extra)
+
+
+def _named_folders(settings: Any) -> Iterator[Path]:
+    """Folders of checkpoints that the settings of a trainer name."""
+    if isinstance(settings, dict) and isinstance(settings.get("dirpath"), str):
+        yield Path(settings["dirpath"])
+    inner = settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
+    for part in inner:
+        yield from _named_folders(part)
 
 
 def _raised_by_a_parser(error: BaseException) -> bool:

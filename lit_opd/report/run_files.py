@@ -76,10 +76,14 @@ class RunFiles:
 
     @property
     def planned(self) -> int | None:
-        """Optimizer steps that the run was asked for."""
+        """Optimizer steps that the run was asked for; None where epochs may end it before, as its files do not say how many
+        batches one has."""
         trainer = self.config.get("trainer")
-        steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
-        return int(steps) if isinstance(steps, int) and steps > 0 else None
+        steps, epochs = (
+            trainer.get(name) if isinstance(trainer, dict) else None for name in ("max_steps", "max_epochs")
+        )
+        by_epochs = isinstance(epochs, int) and epochs >= 0
+        return int(steps) if isinstance(steps, int) and steps > 0 and not by_epochs else None
 
     def metric(self, name: str) -> Measured:
         """A logged quantity; empty where it was not."""

@@ -274,6 +274,13 @@ def numbered(folder: Path) -> dict[int, Path]:
     return {int(step): found[step] for step in sorted((name for name in found if name.isdigit()), key=int)}
 
 
+def newest_step(run_dir: Path) -> int | None:
+    """The step that ``last.ckpt`` points to, without a look into the file; None where nothing says it."""
+    last = run_dir / FOLDER / LAST
+    name = Path(os.readlink(last)).stem.removeprefix("step-") if last.is_symlink() else ""
+    return int(name) if name.isdigit() else None
+
+
 def counters(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, without its weights being read: global_step, validation_due and more.
 

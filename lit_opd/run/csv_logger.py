@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-
 from lit_opd.files import append_whole, replace_or_refuse, replace_whole, warn_unwritten
 from lit_opd.run.lightning import KeptFileWriter, OwnWriterLogger
 
@@ -23,12 +21,23 @@ def run_id(run_dir: Path) -> str | None:
 
 
 class _Writer(KeptFileWriter):
-    """Keeps an existing file, which Lightning's own writer deletes, and never leaves a part of it."""
+    """Keeps an existing file, which Lightning's own writer deletes, and never leaves a part of it.
 
-    def __init__(self, log_dir: str, *, continued: bool) -> None:
-        super().__init__(log_dir, continued=continued)
+    Lines of later steps go before the first new one: a run that is refused before that leaves the file as it was.
+    """
+
+    def __init__(self, log_dir: str, *, continued_from: int | None, validated: bool) -> None:
+        super().__init__(log_dir, continued=continued_from is not None)
+        self._continued_from, self._validated = continued_from, validated
         self._path, self._refused = Path(self.metrics_file_path), False
         self.metrics_keys = _names(self._path)
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Record metrics."""
+        if self._continued_from is not None:
+            drop_later_lines(self._path, self._continued_from, validated=self._validated)
+            self._continued_from = None
+        super().log_metrics(metrics_dict, step)
 
     def save(self) -> None:
         """Write what was recorded; what the disk does not take is written with the next lines, and a warning says so."""
@@ -64,10 +73,13 @@ class RunCSVLogger(OwnWriterLogger):
     def make_writer(self) -> KeptFileWriter:
         """Goes on with the file of the run that is continued."""
         os.makedirs(self.root_dir, exist_ok=True)
-        if self.continued_from is not None:
-            path = Path(self.root_dir) / ExperimentWriter.NAME_METRICS_FILE
-            drop_later_lines(path, self.continued_from, validated=self.validated)
-        return _Writer(self.log_dir, continued=self.continued_from is not None)
+        return _Writer(self.log_dir, continued_from=self.continued_from, validated=self.validated)
+
+
+def later_lines(path: Path, step: int) -> bytes:
+    """Header and lines of optimizer steps after ``step``; nothing where there are none."""
+    rows = [row for row in _rows(path) if _is_whole(row) and int(row["step"]) > step]
+    return _content(_names(path), rows) if rows else b""
 
 
 def drop_later_lines(path: Path, step: int, *, validated: bool = True) -> None:
@@ -87,10 +99,15 @@ def drop_later_lines(path: Path, step: int, *, validated: bool = True) -> None:
 
 
 def _stays(row: dict[str, Any], step: int, *, validated: bool) -> bool:
-    if None in row.values() or None in row or not row["step"].isdigit() or int(row["step"]) > step:
+    if not _is_whole(row) or int(row["step"]) > step:
         return False
     made_again = not validated and int(row["step"]) == step
     return not (made_again and any(value for name, value in row.items() if name.startswith("val/")))
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """False for a line that a kill cut short."""
+    return None not in row.values() and None not in row and row["step"].isdigit()
 
 
 def _names(path: Path) -> list[str]:

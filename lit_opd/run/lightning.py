@@ -6,14 +6,15 @@ Read and run with lightning 2.6; each function says what it relies on by its nam
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -189,6 +190,23 @@ class OwnWriterLogger(CSVLogger):
         return self._experiment  # type: ignore[return-value]
 
 
+def log_settings(logger: TensorBoardLogger, settings: Mapping[str, Any], *, metrics: Sequence[str]) -> None:
+    """Settings for ``hparams.yaml`` and TensorBoard's HPARAMS, which shows the newest values of ``metrics`` beside them; rank 0.
+
+    Lightning would log a metric of its own there, ``hp_metric``, which is -1 in every run unless somebody sets it.
+    """
+    shown, logger._default_hp_metric = logger._default_hp_metric, False
+    logger.log_hyperparams(dict(settings))
+    if shown:
+        try:
+            from torch.utils.tensorboard.summary import hparams
+        except ModuleNotFoundError:
+            from tensorboardX.summary import hparams  # type: ignore[no-redef]
+        plain = logger._sanitize_params(_flatten_dict(dict(settings)))
+        for part in hparams(plain, dict.fromkeys(metrics, 0.0)):  # of the metrics their names alone
+            logger.experiment._get_file_writer().add_summary(part)
+
+
 def wandb_settings(logger: WandbLogger) -> dict[str, Any]:
     """What the logger gives to ``wandb.init``; may be changed before its first use."""
     return logger._wandb_init
@@ -232,13 +250,14 @@ def begin_next_epoch(trainer: Trainer) -> None:
         loop.restarting = False
 
 
-def validation_due(trainer: Any, *, validated_at: int | None, at_start: bool) -> bool:
+def validation_due(trainer: Any, *, validated_at: int | None, at_start: bool, end: float) -> bool:
     """True where the validation that belongs to the trainer's step is still to be made.
 
     Args:
         trainer: in a fit.
         validated_at: optimizer step of the last validation.
         at_start: the run measures its start.
+        end: the run's last optimizer step, infinite where nothing bounds it.
     """
     step, loop = trainer.global_step, trainer.fit_loop.epoch_loop
     progress = loop.batch_progress.total
@@ -246,7 +265,7 @@ def validation_due(trainer: Any, *, validated_at: int | None, at_start: bool) ->
         return False
     if step == 0:
         return at_start
-    return 0 < trainer.max_steps <= step or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    return step >= end or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
 
 def at_batch_end(loops: dict[str, Any], *, validating: bool) -> None:

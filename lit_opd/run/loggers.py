@@ -11,11 +11,13 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 from lit_opd.errors import InputError, first_line
 from lit_opd.run.csv_logger import RunCSVLogger, run_id
-from lit_opd.run.lightning import wandb_settings
+from lit_opd.run.lightning import log_settings, wandb_settings
 from lit_opd.run.trained_settings import strategy_name, trained_settings
 from lit_opd.run.wandb_logger import RunWandbLogger
 
 TENSORBOARD = "tensorboard"  # folder in the run folder
+# beside the settings of each run in TensorBoard's HPARAMS; those that a run does not log are empty there
+SHOWN_WITH_SETTINGS = ("val/greedy_accuracy", "val/avg_at_k", "val/reverse_kl", "train/reverse_kl_k1", "train/reward")
 
 
 def own_loggers(run_dir: Path, saved: Mapping[str, Any]) -> list[Logger]:
@@ -48,7 +50,9 @@ def chosen_loggers(run_dir: Path, settings: Mapping[str, Any], saved: Mapping[st
         found.append(RunWandbLogger(name=run_dir.name, save_dir=str(run_dir), id=identity, offline=offline, **named))
     if settings.get("tensorboard"):
         try:
-            found.append(TensorBoardLogger(str(run_dir), name=TENSORBOARD, version=""))
+            # of a run that goes on, TensorBoard hides what was logged after the checkpoint
+            later: dict[str, Any] = {"purge_step": int(saved["global_step"]) + 1} if saved else {}
+            found.append(TensorBoardLogger(str(run_dir), name=TENSORBOARD, version="", **later))
         except ModuleNotFoundError as error:
             raise InputError(
                 f"`--tensorboard` needs the package tensorboard or tensorboardX ({first_line(error)}); "
@@ -69,7 +73,9 @@ def describe(loggers: Sequence[Logger], config: Mapping[str, Any], *, seed: int 
     strategy, objective = strategy_name(trained), _class_name(config, "objective", "PolicyLoss")
     labels = {"strategy": strategy, "objective": objective, "seed": seed, "learning_rate": _rate(config)}
     for logger in loggers:
-        if not isinstance(logger, RunCSVLogger):
+        if isinstance(logger, TensorBoardLogger):
+            log_settings(logger, {**labels, **config}, metrics=SHOWN_WITH_SETTINGS)
+        elif not isinstance(logger, RunCSVLogger):
             logger.log_hyperparams({**labels, **config})
 
 

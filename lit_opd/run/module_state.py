@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -93,7 +94,10 @@ class ModuleState:
         trainer = module.trainer
         pairs = zip(checkpoint.get("optimizer_states", []), trainer.optimizers, strict=False)
         checkpoint["optimizer_states"] = [by_name(state, module, optimizer, whole=whole) for state, optimizer in pairs]
-        checkpoint["validation_due"] = validation_due(trainer, validated_at=self.validated_at, at_start=at_start)
+        end = float(getattr(module, "total_steps", math.inf))
+        checkpoint["validation_due"] = validation_due(
+            trainer, validated_at=self.validated_at, at_start=at_start, end=end
+        )
         checkpoint["validated_at"], checkpoint["optimizer_options"] = self.validated_at, self._options
         at_batch_end(checkpoint["loops"], validating=trainer.validating)
         checkpoint["trained_settings"] = self.trained.state()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -22,7 +24,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lit_opd.cli.command import OPDCLI, input_error, quieten
 from lit_opd.cli.redaction import one_line
 from lit_opd.errors import InputError
-from lit_opd.run.checkpoint_files import FOLDER, counters, newest, numbered
+from lit_opd.run.checkpoint_files import FOLDER, counters, newest, newest_step, numbered
 from lit_opd.run.trained_settings import changes, shown
 from lit_opd.shipped import PACKAGE, with_config_files
 from lit_opd.sweep.logs import last_error
@@ -173,7 +175,7 @@ def _together(
     threads = {setting.get("num_threads") for setting in settings}
     return Checked(
         runs=list(runs),
-        steps=max([int(setting["trainer"].get("max_steps") or 0) for setting in settings] or [0]),
+        steps=max([_steps(cli) for cli in made] or [0]),
         alone=any(cli.trainer.world_size > 1 for cli in made) or any(cards),
         devices=max(cards or [0]),
         threads=threads.pop() if len(threads) == 1 else None,
@@ -182,13 +184,40 @@ def _together(
     )
 
 
+def _steps(cli: OPDCLI) -> int:
+    """Optimizer steps of a run, which ends at the first of its bounds; 0 where it has none."""
+    trainer, batches = cli.trainer, math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        whole, limit = len(cli.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+    total = cli.model.steps_of(trainer, batches=batches)
+    return int(total) if math.isfinite(total) else 0
+
+
 def _seen(run: SweepRun) -> SweepRun:
     """With what is there of it."""
-    if (run.folder / SUMMARY).is_file():
+    ended = (run.folder / SUMMARY).is_file()
+    if ended and not _left_its_end(run.folder):
         return replace(run, state=FINISHED)
     if not numbered(run.folder / FOLDER):
         return run
     return replace(run, state=GOES_ON, step=int(counters(newest(run.folder))["global_step"]))
+
+
+def _left_its_end(folder: Path) -> bool:
+    """Whether the newest checkpoint is of another step than the summary: the run went on or back after its end, and was stopped.
+    Earlier versions left the summary there."""
+    step = newest_step(folder)
+    return step is not None and _summary(folder).get("steps", step) != step
+
+
+def _summary(folder: Path) -> Config:
+    """Empty where there is none that can be read; the comparison says what is wrong with it."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _named(run: SweepRun, config: Config) -> SweepRun:
@@ -267,10 +296,25 @@ def _require_unchanged(run: SweepRun, wanted: Config, known: dict[str, Any]) -> 
         raise InputError(
             f"`{name}` must be what {run.name} was begun with, {shown(old)}, got {shown(new)}{more}; {remedy}"
         )
+    spans = _trained(run)
+    if len(spans) > 1:
+        raise InputError(
+            f"{run.name} must be trained with the same settings from its first step to its last, got others from step "
+            f"{spans[1]} on (--allow_change, or an optimizer's options); {remedy}"
+        )
     code = own_code(wanted)
     for file, value in known.get("code", {}).items():
         if code.get(file) != value:
             raise InputError(f"`{file}` must hold the code that {run.name} was begun with, got another; {remedy}")
+
+
+def _trained(run: SweepRun) -> list[int]:
+    """First steps of the parts that were trained with settings of their own, as a finished run or its checkpoint says."""
+    if run.state == FINISHED:
+        return [int(part["steps"][0]) for part in _summary(run.folder).get("trained") or []]
+    checkpoint = numbered(run.folder / FOLDER).get(run.step)  # which ``_seen`` has found whole
+    saved = counters(checkpoint).get("trained_settings") if checkpoint is not None else None
+    return [int(part["start"]) + 1 for part in saved or []]
 
 
 def compared(config: Config) -> Config:

@@ -221,7 +221,23 @@ def test_tensorboard_has_numbers_config_and_pictures_beside_the_csv_file(world, 
     assert shown and all(images[f"profile_pictures/{name}"].height > 100 for name in shown)
     parameters = yaml.safe_load((folder / "tensorboard" / "hparams.yaml").read_text())
     assert (parameters["strategy"], parameters["seed"]) == ("ImportanceWeighting", 7)
-    assert any(value.tag == "_hparams_/session_start_info" for value in values)
+    about = {value.tag: value.metadata.plugin_data.content for value in values if value.tag.startswith("_hparams_/")}
+    assert "_hparams_/session_start_info" in about and b"val/reverse_kl" in about["_hparams_/experiment"]
+    assert not any(value.tag == "hp_metric" for value in values)  # Lightning's, which is -1 unless somebody sets it
+
+
+@pytest.mark.slow
+def test_tensorboard_hides_what_was_logged_after_the_checkpoint_that_a_run_goes_back_to(world):
+    """A start of a session at step 2 in the newer file: what the older one has from there on is not shown."""
+    pytest.importorskip("tensorboardX")
+    folder = world / "board-back"
+    options = ["--tensorboard", "true", "--checkpoint_every", "1", "--data.val", "null", "--trainer.max_steps"]
+    run(world, folder, *options, "2")
+    (first,) = folder.rglob("*tfevents*")
+    first.rename(world / first.name)
+    run(world, folder, *options, "3", "--ckpt_path", str(folder / "checkpoints" / "step-1.ckpt"))
+    starts = [event.step for event in events(folder / "tensorboard") if event.HasField("session_log")]
+    assert starts[0] == 2
 
 
 # -- callbacks and limits of the user's own ----------------------------------------------------------------------------

@@ -134,6 +134,12 @@ def test_it_says_how_far_the_run_is(tmp_path, steps, summary, said):
     assert said in text and "Stale" not in text
 
 
+def test_steps_that_epochs_may_leave_out_are_not_said_to_come(tmp_path):
+    by_epochs = CONFIG | {"trainer": {"max_steps": 10, "max_epochs": 1}}
+    assert "At step 3: it trains" in Reader(page(run(tmp_path / "trains", config=by_epochs, summary=None))).text
+    assert "Ended at step 3." in Reader(page(run(tmp_path / "ended", config=by_epochs, summary=SUMMARY))).text
+
+
 def test_a_run_that_went_on_with_other_settings_says_which_trained_what(tmp_path):
     spans = [
         {"steps": [1, 2], "strategy": "Uniform", "changed": []},

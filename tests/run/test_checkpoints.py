@@ -264,7 +264,7 @@ def test_a_full_disk_where_a_run_goes_on_leaves_its_files_whole(whole, tmp_path,
     assert error_of(whole[0], run, "--ckpt_path", "last", callbacks=lambda: [Full(), *default_callbacks()]) == 2
     assert "config.yaml could not be written: [Errno 27]" in capsys.readouterr().err
     file_limit(None)
-    (run / "metrics.csv").write_bytes(before["metrics.csv"])  # its lines of later steps were cut
+    assert before == {name: (run / name).read_bytes() for name in before} and not (run / "former").exists()
     file_limit(100)
     with pytest.raises(InputError, match=r"--run_dir.*metrics\.csv could not be written: \[Errno 27\]"):
         drop_later_lines(run / "metrics.csv", 2)

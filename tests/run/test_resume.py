@@ -305,6 +305,7 @@ def test_a_finished_run_that_goes_back_and_is_killed_is_unfinished(models, tmp_p
         read_run(run)
     assert _seen(sweep).state == GOES_ON and (run / "summary.json.previous").read_bytes() == former
     (run / "summary.json").write_bytes(former)  # as earlier versions left the folder
+    assert _seen(sweep).state == GOES_ON
     with pytest.raises(InputError, match="must be finished runs, got .*metrics.csv is at step 3 and whose .* at 4"):
         read_run(run)
     fit(config, run, "--ckpt_path", "last")
@@ -312,6 +313,80 @@ def test_a_finished_run_that_goes_back_and_is_killed_is_unfinished(models, tmp_p
     assert _seen(sweep).state == FINISHED
     fit(config, run, "--ckpt_path", "last")  # no step is left: it stays finished
     assert read_run(run).summary["steps"] == 4
+
+
+def later_than(step: int, run: Path) -> dict[str, list[int]]:
+    """File -> the steps above ``step`` that it has, of files that have some."""
+    found = {"metrics.csv": [int(row["step"]) for row in metrics(run)]} if (run / "metrics.csv").exists() else {}
+    for name in ("profile.jsonl", "samples.jsonl"):
+        found[name] = [line["step"] for line in lines(run, name)]
+    for name in ("rollouts", "faults", "."):
+        found[name] = [int(path.name.split(".")[0].rpartition("step-")[2]) for path in (run / name).glob("*step-*")]
+    return {name: kept for name, steps in found.items() if (kept := sorted(at for at in steps if at > step))}
+
+
+def test_what_a_run_has_of_later_steps_is_set_aside_where_it_goes_back(models, tmp_path, caplog):
+    """Steps 3 to 8 are of the former past, though not all are made again: no reader of the folder takes both for one."""
+    config = write_config(tmp_path, models, **{"trainer.val_check_interval": 2})
+    settings = yaml.safe_load(config.read_text())
+    samples = {"class_path": "callbacks.RolloutSamples", "init_args": {"every": 1, "save_rollouts_every": 1}}
+    export = {"class_path": "callbacks.ExportStudent", "init_args": {"every": 4}}
+    settings["trainer"]["callbacks"][2:3] = [samples, export]
+    config.write_text(yaml.safe_dump(settings))
+    run = fit(config, tmp_path / "run")
+    (run / "faults").mkdir()
+    (run / "faults" / "step-7.json").write_text("[]")  # as a skipped step leaves it
+    before = later_than(2, run)
+    assert before["rollouts"] == [3, 4, 5, 6, 7, 8] and before["."] == [4, 8] and before["faults"] == [7]
+    weights, saved = (run / "student" / "model.safetensors").read_bytes(), (run / "config.yaml").read_bytes()
+    rollout, whole = (run / "rollouts" / "step-3.safetensors").read_bytes(), metrics(run)
+    words = ["fit", "--config", str(config), "--run_dir", str(run), "--ckpt_path", str(run / "checkpoints/step-2.ckpt")]
+    words += ["--model.optimizer.lr", "1e-2"]
+    with caplog.at_level("INFO"), pytest.raises(SystemExit, match="9"):
+        main(lambda: [*default_callbacks(), Dies(3)], words)
+    former = run / "former" / "1"
+    assert f"the run goes on from step 2: what it had of later steps is in {former} now" in caplog.text
+    made_again = later_than(2, run)
+    assert set(sum(made_again.values(), [])) == {3} and "faults" not in made_again
+    assert not (run / "student").exists() and "At step 3 of 8" in (run / "report.html").read_text()
+    assert "Finished." in (former / "report.html").read_text()
+    assert later_than(2, former) == before
+    assert [row for row in whole if int(row["step"]) > 2] == metrics(former)
+    assert (former / "student" / "model.safetensors").read_bytes() == weights
+    assert (former / "config.yaml").read_bytes() == saved != (run / "config.yaml").read_bytes()
+    assert json.loads((former / "summary.json").read_text())["steps"] == 8
+    assert (former / "rollouts" / "step-3.safetensors").read_bytes() == rollout
+    assert (run / "rollouts" / "step-3.safetensors").read_bytes() != rollout  # by the new learning rate
+    fit(config, run, "--ckpt_path", "last", "--model.optimizer.lr", "1e-2")  # from step 2 once more
+    assert later_than(2, run).keys() == before.keys() - {"faults"} and later_than(2, run / "former" / "2")
+    assert later_than(2, former) == before
+
+
+def test_a_checkpoint_of_another_run_does_not_go_on_in_a_run_folder(models, tmp_path, capsys):
+    """Lines up to its step would be of the run that was there; a new folder, or a copy of the run's own, is fine."""
+    config = write_config(tmp_path, models, **{"trainer.max_steps": 1, "data.val": None})
+    first = fit(config, tmp_path / "first")
+    other = Path(shutil.copytree(first, tmp_path / "other", symlinks=True))
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.002"))
+    words = ["--ckpt_path", str(first / "checkpoints" / "step-1.ckpt"), "--trainer.max_steps", "2"]
+    before = (other / "metrics.csv").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        fit(config, other, *words)
+    said = capsys.readouterr().err
+    assert "`--run_dir` must be empty, new or the run of `--ckpt_path`" in said
+    assert "its `model.optimizer.lr` is 0.002, that of the checkpoint 0.001" in said
+    assert (other / "metrics.csv").read_bytes() == before
+    (other / "config.yaml").write_text(text)
+    fit(config, other, *words)
+    assert {row["step"] for row in metrics(other)} == {"1", "2"}
+
+
+def test_a_run_that_goes_on_at_its_newest_step_sets_nothing_aside(models, tmp_path):
+    config = write_config(tmp_path, models, **{"trainer.max_steps": 2, "data.val": None})
+    run = fit(config, tmp_path / "run")
+    fit(config, run, "--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert not (run / "former").exists() and {row["step"] for row in metrics(run)} == {"1", "2", "3"}
 
 
 def test_a_run_that_ended_with_its_epoch_goes_on_with_the_next(models, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from callbacks import PositionProfile
 from lit_opd.rollout import LengthBudget, TransformersSampler
 from tests.helpers import fixed, tiny
 
@@ -48,6 +50,19 @@ def test_a_schedule_ends_with_the_epochs(folders):
     sampler = TransformersSampler(max_new_tokens=8, stop_token_ids=[0])
     _, records = fit(folders, steps=100, epochs=1, sampler=sampler, length_budget=LengthBudget(2, 8))
     assert [int(record.rollout.lengths.max()) for record in records] == [2, 5, 8]
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(BATCHES, -1), (100, 1)])
+def test_the_end_is_drawn_once_and_its_validation_is_due(folders, tmp_path, steps, epochs):
+    """Whichever bound ends the run: pictures of the last step come at the end alone, and its checkpoint, saved before the last
+    validation, says that this is still to be made."""
+    trained, shown = fixed.module(folders, ROLLOUT, dtype="float32"), []
+    profile = PositionProfile(pictures_every=1, pictures_share=None)
+    profile._show = lambda trainer: shown.append(trainer.global_step)  # type: ignore[method-assign]
+    bounds = {"steps": steps, "max_epochs": epochs, "limit_train_batches": BATCHES, "default_root_dir": tmp_path}
+    fixed.fit(trained, ROLLOUT.prompts, watch=profile, save=tmp_path / "end.ckpt", **bounds)
+    assert shown == [2, 3]
+    assert torch.load(tmp_path / "end.ckpt", weights_only=True)["validation_due"]
 
 
 class Endless(IterableDataset):

@@ -156,6 +156,28 @@ def test_a_run_that_was_begun_with_other_code_is_refused(here, tmp_path, monkeyp
     refused(BASE, "mine.py` must hold the code that Mine/seed-3 was begun with, got another; give another --out, or")
 
 
+@pytest.mark.slow
+def test_a_run_whose_settings_changed_on_the_way_is_refused(here, tmp_path, monkeypatch):
+    """Its config is that of its last part, and its label would be: half of it was trained at another learning rate."""
+    shutil.copytree(here, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    uniform, rate = Path("runs/sweep/Uniform/seed-3"), ["--model.optimizer.lr", "5e-4"]
+    words = [
+        "fit",
+        "--config",
+        "quickstart",
+        *SMALL.split(),
+        "--seed_everything",
+        "3",
+        "--model.weighting",
+        "Uniform",
+        *rate,
+    ]
+    words += ["--run_dir", str(uniform), "--ckpt_path", str(uniform / "checkpoints" / "step-1.ckpt")]
+    main(parts.callbacks, shipped.with_config_files(words))
+    refused([*BASE, *rate], "Uniform/seed-3 must be trained with the same settings .*, got others from step 2 on")
+
+
 def test_a_dry_run_lists_the_runs_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_files()
@@ -173,6 +195,12 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(tmp_path, monkeypatch, caps
     assert [
         line for line in said if line.startswith("warning: `data.seed` is 5: all seeds see the prompts in one order")
     ]
+    epochs = ["--trainer.max_steps", "100", "--trainer.max_epochs", "2"]  # of 4 batches
+    assert (
+        command.run(["--config", "quickstart", "--seeds", "1", *SMALL.split(), *epochs, "--dry_run"], parts.callbacks)
+        == 0
+    )
+    assert "8 steps each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
