@@ -54,6 +54,7 @@ class Part:
         """An argparse type: a folder whose ``page`` has the part, so that another is refused before anything is measured."""
 
         def folder(text: str) -> Path:
+            """The path of ``text``, refused without the part in its ``page``."""
             try:
                 self.require(Path(text) / page)
             except InputError as error:

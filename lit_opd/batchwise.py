@@ -77,7 +77,7 @@ def rank_shares(score: Tensor) -> Tensor:
 
 
 def batch_quantiles(values: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """Quantiles of all ranks' values with linear interpolation, float64 [len(shares)]; 0 where there is no value.
+    """Quantiles of all ranks' ``values`` [N] with linear interpolation, float64 [len(shares)]; 0 where there is no value.
 
     ``torch.quantile`` takes no more than 2^24 values; this is its formula, and a place that is whole but for its last bits is
     whole (0.28 * 25 is 7).

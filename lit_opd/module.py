@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_opd.advantage import AdvantageTransform
-from lit_opd.distributed import is_rank_zero, shared_failure
+from lit_opd.distributed import shared_failure
 from lit_opd.errors import InputError, memory_for
 from lit_opd.evaluation import Evaluator, Reward, ValidationSettings
 from lit_opd.models.base import base_mark
-from lit_opd.models.export import export_folder
-from lit_opd.models.export_check import ExportCheck, unsharded
 from lit_opd.models.lazy import fill
-from lit_opd.models.loading import load_config, load_generation_config, load_tokenizer
-from lit_opd.models.sharding import compile_layers, full_state, gathered, is_sharded, placement
+from lit_opd.models.loading import load_config, load_tokenizer
+from lit_opd.models.sharding import compile_layers, gathered, is_sharded, placement
 from lit_opd.models.student import StudentSettings, adapter_names, build_student
 from lit_opd.models.vocabulary import agree_vocabularies, configured_stops, unused_ids
 from lit_opd.models.weights import StudentWeights
@@ -208,7 +206,7 @@ class OPDModule(L.LightningModule):
 
     @cached_property
     def scorer_tokenizers(self) -> dict[str, list[Any]]:
-        """(tokenizer, embedding rows) of the models behind each scorer, by role."""
+        """(tokenizer, embedding rows) of each scorer's models, by role."""
         return {role: scorer.tokenizers() for role, scorer in self.scorers.items()}
 
     @cached_property
@@ -293,7 +291,10 @@ class OPDModule(L.LightningModule):
         student.choose_path("student")
         student.freeze_unused()
         self.student = student
-        self._note_student(trains)
+        base = None if trains is None else base_mark(settings.path, "model.student.path")
+        self.state.note_student(
+            {name: value.shape for name, value in self.state_dict().items()}, adapters=trains, base=base
+        )
         if settings.compile:
             compile_layers(student)
         place = placement(trainer.strategy, mesh) if trainer else None
@@ -319,18 +320,6 @@ class OPDModule(L.LightningModule):
         """What a run that goes on must find as it was: files of frozen models, and saved responses."""
         found, saved = revisions(self.scorers.values()), self.sampler.revision()
         return found if saved is None else {**found, "model.sampler.paths": saved}
-
-    def _note_student(self, adapters: frozenset[str] | None) -> None:
-        """What checkpoints will hold: all weights, of a student with adapters those and the mark of the base."""
-        shapes = {name: value.shape for name, value in self.state_dict().items()}
-        if adapters is None:
-            self.state.note_student(shapes)
-            return
-        frozen = {
-            name for name in shapes if name.startswith("student.") and name.removeprefix("student.") not in adapters
-        }
-        base = base_mark(self.student_settings.path, "model.student.path")
-        self.state.note_student(shapes, trains=frozenset(shapes.keys() - frozen), base=base)
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over trainable parameters, and its schedule."""
@@ -631,32 +620,9 @@ class OPDModule(L.LightningModule):
         Raises:
             InputError: on every rank, the folder is not the student.
         """
-        return self._export(path, compared=True)
+        return self.student_weights().export(path, compared=True)
 
     def student_weights(self) -> StudentWeights:
-        """The student for a sampler's engine, whose samples are compared with the student anyway, and so no export is."""
-        return StudentWeights(
-            self.student,
-            self.student_settings,
-            self.tokenizer,
-            generation=self._generation_config,
-            export=partial(self._export, compared=False),
-        )
-
-    def _generation_config(self) -> Any:
-        generation = load_generation_config(self.student_settings.path)
-        generation.eos_token_id = self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)
-        return generation
-
-    def _export(self, path: str | Path, *, compared: bool) -> Path:
+        """The student for a sampler's engine, and for an export."""
         assert self.student is not None
-        settings = self.student_settings
-        check = ExportCheck.of(self.student, self.tokenizer, settings) if compared else None
-        state = full_state(self.student) if is_sharded(self.student) else None
-        with shared_failure():
-            if is_rank_zero():
-                model, state = unsharded(self.student, settings, state)
-                generation = self._generation_config()
-                export_folder(model, self.tokenizer, path, state=state, generation=generation, check=check)
-        self.trainer.strategy.barrier("export_student")
-        return Path(path)
+        return StudentWeights(self.student, self.student_settings, self.tokenizer, stop_ids=self.stop_ids)

@@ -72,6 +72,7 @@ def parity(bench: Bench) -> None:
     for weights, policy, context in policies(bench):
 
         def run() -> dict[str, Any]:
+            """Mean and largest gap of each sampler from the scorer, nats, and how often both drew the same token."""
             found: dict[str, Any] = {}
             ids = []
             for kind in SAMPLERS:
@@ -100,6 +101,7 @@ def profile(bench: Bench) -> None:
             continue
 
         def run() -> dict[str, Any]:
+            """Launches of a rollout, its milliseconds on device and CPU, and its slowest operations with their counts."""
             sampler, batch = DecodeSampler(max_new_tokens=PROFILE_TOKENS), prompts(bench, rows)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
             with context:  # noqa: B023

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.decoding import GAPS, HALF, asked, prompts
-from benchmarks.gpu.sizes import random_model
-from lit_opd.models import StudentSettings, load_generation_config, load_tokenizer
+from benchmarks.gpu.sizes import EOS, random_model
+from lit_opd.models import StudentSettings, load_tokenizer
 from lit_opd.models.weights import StudentWeights
 from lit_opd.rollout import VLLMEngine
 from lit_opd.rollout.weights import Way
@@ -48,13 +47,7 @@ def measured(bench: Bench, folder: Path, options: dict[str, Any], way: Way) -> d
     sampler.check(tokens=TOKENS + 64, vocabulary=bench.sizes.vocabulary)
 
     source = str(folder / "student")
-    student = StudentWeights(
-        policy,
-        StudentSettings(source),
-        load_tokenizer(source, "student"),
-        generation=lambda: load_generation_config(source),
-        export=lambda target: shutil.copytree(source, target, dirs_exist_ok=True),
-    )
+    student = StudentWeights(policy, StudentSettings(source), load_tokenizer(source, "student"), stop_ids=(EOS,))
     found: dict[str, Any] = {}
 
     def timed(name: str, call: Any) -> Any:

@@ -26,6 +26,7 @@ def run(bench: Bench) -> None:
         for kind, values in WAYS.items():
 
             def measure() -> dict[str, Any]:
+                """Time and memory of a gradient; of all ways after plain logits also the distance from theirs."""
                 nonlocal truth
                 found = _gradient(values, hidden, weight, targets)  # noqa: B023
                 row = _figures(bench, lambda: _gradient(values, hidden, weight, targets))  # noqa: B023

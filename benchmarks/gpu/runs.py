@@ -125,6 +125,7 @@ def resume(bench: Bench) -> None:
     for name, options in (("deterministic", ("--trainer.deterministic", "true")), ("default", ())):
 
         def compare() -> dict[str, Any]:
+            """Whether both students' files are the same bytes, and the largest difference of two weights."""
             whole, cut = f"resume-{name}-whole", f"resume-{name}-cut"  # noqa: B023
             todo = [(whole, words(bench, whole, options, steps)), (cut, words(bench, cut, options, steps // 2))]  # noqa: B023
             with ThreadPoolExecutor(2) as pool:

@@ -30,6 +30,7 @@ class Timed:
         inner: Callable[..., Any] = getattr(owner, hook)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            """What the hook returns; its seconds and its end are kept."""
             start = time.perf_counter()
             result = inner(*args, **kwargs)
             self.ends.append(time.perf_counter())

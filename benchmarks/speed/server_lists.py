@@ -40,6 +40,7 @@ def listed(k: int, response: list[int]) -> bytes:
     draw = random.Random(k)
 
     def entry(own: int) -> dict[str, dict[str, object]]:
+        """By token id: log-prob, rank and text of the sampled token ``own`` and of ``k`` random ones."""
         ids = [own, *draw.sample(range(VOCABULARY), k)]
         logprobs = sorted((-draw.uniform(6.0, 20.0) for _ in ids[1:]), reverse=True)
         values = zip([-20.5, *logprobs], [k + 7, *range(1, k + 1)], strict=True)

@@ -79,7 +79,7 @@ def _lengths(longest: int, rows: int) -> list[int]:
 
 
 def spoken(talk: Conversation, sizes: Sizes) -> list[Tensor]:
-    """Ids of every turn."""
+    """Ids of every turn, int64 [R, n] each."""
     said, rows = [], range(sizes.rows)
     draw = torch.Generator().manual_seed(2)
     for turn in range(sizes.turns):

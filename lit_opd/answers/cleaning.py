@@ -12,7 +12,25 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
-from lit_opd.answers import tables
+from lit_opd.answers.tables import (
+    CENT_SIGN,
+    COMMAND_WORDS,
+    CURRENCIES,
+    GREEK,
+    INVISIBLE,
+    LEADING_WORDS,
+    LOWERED,
+    NO_MEASURE,
+    NOT_IN_UNITS,
+    PERCENT_WORDS,
+    PLAIN_WORDS,
+    RAISED,
+    SAME_PHRASES,
+    SIGNS,
+    SMALL_WORDS,
+    SPEEDS,
+    UNIT_NAMES,
+)
 
 MAX_CHARS = 1000  # a longer text is no short answer and stays as it is: the steps take time that grows with its square
 MAX_WRAPPERS = 40  # nested commands around an answer that are taken off
@@ -95,7 +113,7 @@ _NAMED = frozenset("\\text \\begin \\end \\mathbb \\choice".split())  # what is 
 _PER = re.compile(r"(?<=[0-9}) ])(m|g|L)\s*/\s*(s|h|L|m)(?![a-zA-Z])")
 _LEAD = re.compile(r"^(?:\s*\\text\{[a-zA-Z]+\})+\s*[:=]?\s*")
 _WORD_IN_LEAD = re.compile(r"\\text\{([a-zA-Z]+)\}")
-_KNOWN_WORDS = tables.NOT_IN_UNITS | tables.LEADING_WORDS | tables.PLAIN_WORDS
+_KNOWN_WORDS = NOT_IN_UNITS | LEADING_WORDS | PLAIN_WORDS
 _SHORT_WORDS = frozenset("is no so to we".split())
 _VOWEL = re.compile("[aeiou]")
 
@@ -131,7 +149,7 @@ def compact(text: str) -> str:
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])", r"\1@", text)  # \pi r is no command \pir
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).replace("+\\infty", "\\infty")
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text).replace("@", " ")
-    return tables.SAME_PHRASES.get(text, text)
+    return SAME_PHRASES.get(text, text)
 
 
 def enclosed(text: str, start: int, opening: str = "{", closing: str = "}") -> int:
@@ -152,12 +170,12 @@ def enclosed(text: str, start: int, opening: str = "{", closing: str = "}") -> i
 
 
 def _from_unicode(text: str) -> str:
-    text = unicodedata.normalize("NFC", text).translate(tables.INVISIBLE)
+    text = unicodedata.normalize("NFC", text).translate(INVISIBLE)
     if text.isascii():
         return text
     text = _COMBINING.sub(lambda found: "\\overline{" + found[1].replace("\u0305", "") + "}", text)
-    text = _script(text, tables.RAISED, "^")
-    text = _script(text, tables.LOWERED, "_")
+    text = _script(text, RAISED, "^")
+    text = _script(text, LOWERED, "_")
     text = re.sub(
         "[\u221a\u221b\u221c]",
         lambda sign: {"\u221a": "\\sqrt ", "\u221b": "\\sqrt[3] "}.get(sign[0], "\\sqrt[4] "),
@@ -166,9 +184,9 @@ def _from_unicode(text: str) -> str:
     text = re.sub(r"(\\sqrt(?:\[[34]\])?) *([0-9.]{2,})", r"\1{\2}", text)
     out = []
     for sign in text:
-        if sign in tables.SIGNS or sign in tables.GREEK:
-            out.append(tables.SIGNS.get(sign) or f"\\{tables.GREEK[sign]} ")
-        elif sign in tables.CURRENCIES or sign == tables.CENT_SIGN or sign.isascii():
+        if sign in SIGNS or sign in GREEK:
+            out.append(SIGNS.get(sign) or f"\\{GREEK[sign]} ")
+        elif sign in CURRENCIES or sign == CENT_SIGN or sign.isascii():
             out.append(sign)
         else:
             out.append(_plain(sign))
@@ -183,9 +201,7 @@ def _plain(sign: str) -> str:
         return f"\\frac{{{over}}}{{{under}}}" if over and under else plain
     if plain == sign:
         return sign
-    return "".join(
-        tables.SIGNS.get(one) or (f"\\{tables.GREEK[one]} " if one in tables.GREEK else one) for one in plain
-    )
+    return "".join(SIGNS.get(one) or (f"\\{GREEK[one]} " if one in GREEK else one) for one in plain)
 
 
 def _script(text: str, table: dict[str, str], mark: str) -> str:
@@ -265,9 +281,9 @@ def _marked(found: re.Match[str]) -> str:
     word = found[0]
     if word[0] in "\\\x02":
         return word
-    if word in tables.COMMAND_WORDS and word not in tables.UNIT_NAMES:
-        return tables.COMMAND_WORDS[word]
-    if len(word) > 1 or word in tables.UNIT_NAMES:
+    if word in COMMAND_WORDS and word not in UNIT_NAMES:
+        return COMMAND_WORDS[word]
+    if len(word) > 1 or word in UNIT_NAMES:
         return f" \x02{word}\x03 " if len(word) > 1 else f"\x02{word}\x03"
     return word
 
@@ -326,16 +342,14 @@ def _bare(word: str, before: str, behind: str) -> str:
         return word
     if word in ("sec", "min") and re.search(r"[0-9}]\s*$", before) and not re.match(r"\s*[\w({\\]", behind):
         return f" \\text{{{word}}} "
-    if word in tables.COMMAND_WORDS:
-        return tables.COMMAND_WORDS[word]
+    if word in COMMAND_WORDS:
+        return COMMAND_WORDS[word]
     lower = word.lower()
     behind_number = re.search(r"[0-9}).]\s*$|\\text\{[^}]*\}\s*$|/\s*$|\\pi\s*$", before) is not None
-    known = (
-        word in tables.UNIT_NAMES or word in tables.SPEEDS or word in tables.NO_MEASURE or lower in tables.PERCENT_WORDS
-    )
+    known = word in UNIT_NAMES or word in SPEEDS or word in NO_MEASURE or lower in PERCENT_WORDS
     if (known and word != "in" and behind_number) or lower in ("and", "or"):
         return f" \\text{{{word}}} "
-    if re.match(r"\s*\\text\{", behind) and lower in tables.SMALL_WORDS | tables.LEADING_WORDS:
+    if re.match(r"\s*\\text\{", behind) and lower in SMALL_WORDS | LEADING_WORDS:
         return f" \\text{{{word}}} "
     if len(word) >= 3 and lower in _KNOWN_WORDS:
         return f" \\text{{{word}}} "
@@ -390,7 +404,7 @@ def _without_lead(text: str) -> str:
     found = _LEAD.match(text)
     if found and text[found.end() :].strip():
         words = [word.lower() for word in _WORD_IN_LEAD.findall(found[0])]
-        if all(word in tables.LEADING_WORDS for word in words) or found[0].rstrip().endswith((":", "=")):
+        if all(word in LEADING_WORDS for word in words) or found[0].rstrip().endswith((":", "=")):
             text = text[found.end() :]
     return _stripped(text)
 

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from lit_opd.answers import arithmetic, reading
+from lit_opd.answers.arithmetic import rounds_to, value
 from lit_opd.answers.cleaning import canonical, cleaned, compact
 from lit_opd.answers.reading import (
+    INFINITY,
     Based,
     Choice,
     Clock,
@@ -25,7 +26,9 @@ from lit_opd.answers.reading import (
     Region,
     Residue,
     Shape,
+    clock_like,
     read,
+    region,
 )
 from lit_opd.answers.units import Quantity, quantity
 
@@ -73,7 +76,7 @@ def exact_value(answer: str) -> Fraction | None:
     if not isinstance(shape, Expression):
         return None
     found = quantity(shape.text)
-    number = arithmetic.value(found.text)
+    number = value(found.text)
     return None if number is None else number * found.times
 
 
@@ -134,7 +137,7 @@ class _Comparison:
         return theirs.named and self.same(answer, theirs.value)
 
     def _regions(self, ours: Shape, theirs: Shape, answer: str, reference: str) -> bool:
-        one, two = reading.region(ours), reading.region(theirs)
+        one, two = region(ours), region(theirs)
         if one is None or two is None:
             return self._solved(one or answer, two or reference)
         if one.name and two.name and compact(one.name) != compact(two.name):
@@ -151,7 +154,7 @@ class _Comparison:
         return closed and self._ends(ours.low, theirs.low) and self._ends(ours.high, theirs.high)
 
     def _ends(self, ours: str, theirs: str) -> bool:
-        if reading.INFINITY in ours or reading.INFINITY in theirs:
+        if INFINITY in ours or INFINITY in theirs:
             return compact(ours) == compact(theirs)
         return self.same(ours, theirs)
 
@@ -183,7 +186,7 @@ class _Comparison:
         assert isinstance(listing, Listing)
         if listing.opening == "{" and len(listing.items) == 1 and isinstance(other, Expression):
             return self.same(listing.items[0], other.text)
-        if isinstance(other, Expression) and (line := reading.region(other)) and (span := reading.region(listing)):
+        if isinstance(other, Expression) and (line := region(other)) and (span := region(listing)):
             return self._matched(span.intervals, line.intervals, self._intervals)
         return False
 
@@ -249,18 +252,18 @@ class _Comparison:
         assert isinstance(ratio, Ratio)
         if len(ratio.parts) != 2 or not isinstance(other, Expression):
             return False
-        values = [arithmetic.value(part) for part in ratio.parts]
+        values = [value(part) for part in ratio.parts]
         fraction = re.fullmatch(r"\\frac\{[0-9]+\}\{[0-9]+\}|[0-9]+\s*/\s*[0-9]+", other.text)
         if fraction is None or values[0] is None or not values[1]:
             return False
-        return values[0] / values[1] == arithmetic.value(other.text)
+        return values[0] / values[1] == value(other.text)
 
     def _same_ratio(self, ours: Ratio, theirs: Ratio) -> bool:
         if len(ours.parts) != len(theirs.parts):
             return False
-        if all(reading.clock_like(":".join(ratio.parts)) for ratio in (ours, theirs)):
+        if all(clock_like(":".join(ratio.parts)) for ratio in (ours, theirs)):
             return [int(part) for part in ours.parts] == [int(part) for part in theirs.parts]
-        one, two = ([arithmetic.value(part) for part in ratio.parts] for ratio in (ours, theirs))
+        one, two = ([value(part) for part in ratio.parts] for ratio in (ours, theirs))
         if all(one) and all(two):
             shares = {a / b for a, b in zip(one, two, strict=True) if a is not None and b is not None}
             return len(shares) == 1
@@ -279,13 +282,13 @@ class _Comparison:
         return any(self._values(*pair) for pair in _scaled(ours, theirs))
 
     def _values(self, answer: tuple[str, Fraction], reference: tuple[str, Fraction]) -> bool:
-        one, two = arithmetic.value(answer[0]), arithmetic.value(reference[0])
+        one, two = value(answer[0]), value(reference[0])
         if one is not None and two is not None:
             if one * answer[1] == two * reference[1]:
                 return True
             if answer[1] != reference[1]:
                 return False
-            return arithmetic.rounds_to(answer[0], two) or arithmetic.rounds_to(reference[0], one)
+            return rounds_to(answer[0], two) or rounds_to(reference[0], one)
         return self._asked(_times(*answer), _times(*reference))
 
     def _asked(self, answer: str, reference: str) -> bool:
@@ -311,7 +314,7 @@ def _times(text: str, factor: Fraction) -> str:
 
 def _states(equation: Equation) -> bool:
     """The last side is the answer: not of 2 + 2 = 5, and not of x - 5 = 0, whose answer is not 0."""
-    left, right = arithmetic.value(equation.left), arithmetic.value(equation.value)
+    left, right = value(equation.left), value(equation.value)
     if left is not None and right is not None:
         return left == right
     return right != 0 or not (re.search(r"[0-9]", equation.left) and re.search(r"[-+]", equation.left))
@@ -323,7 +326,7 @@ def _is_relation(text: str) -> bool:
 
 def _to_solve(one: Shape, other: Shape) -> bool:
     """An inequality without a bound to read off, |x| < 2, beside a part of the line."""
-    return isinstance(one, Expression) and _is_relation(one.text) and reading.region(other) is not None
+    return isinstance(one, Expression) and _is_relation(one.text) and region(other) is not None
 
 
 def _as_set(region: Region) -> str:

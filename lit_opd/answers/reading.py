@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lit_opd.answers import tables
 from lit_opd.answers.arithmetic import value
 from lit_opd.answers.cleaning import compact, enclosed
+from lit_opd.answers.tables import BASES
 
 INFINITY = "\\infty"
 MAX_SIGNS = 4  # of \pm in one answer; 2 to this power values
@@ -396,7 +396,7 @@ def based(text: str) -> Based | None:
     if found is None:
         return None
     name = re.sub(r"\\text\{|\}", "", found["base"] or found["base2"]).lower()
-    base = tables.BASES.get(name) or (int(name) if name.isdigit() else 0)
+    base = BASES.get(name) or (int(name) if name.isdigit() else 0)
     digits = (found["sign"] or found["sign2"] or "") + (found["digits"] or found["digits2"])
     if not 2 <= base <= 16 or not re.search("[0-9]", digits) and base <= 10:
         return None

@@ -10,7 +10,23 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lit_opd.answers import tables
+from lit_opd.answers.tables import (
+    AFTER_INCH,
+    ANY_MEASURE,
+    BEFORE_INCH,
+    CENT_SIGN,
+    CURRENCIES,
+    MAGNITUDES,
+    NO_MEASURE,
+    NOT_IN_UNITS,
+    PER_WORDS,
+    PERCENT_WORDS,
+    POWERS_BEFORE,
+    POWERS_BEHIND,
+    SMALL_WORDS,
+    SPEEDS,
+    UNIT_NAMES,
+)
 
 _MARKED = r"\\text\{[a-zA-Z]+\}"
 _POWER = r"(?:\^(?:\{?-?[0-9]\}?))?"
@@ -32,8 +48,8 @@ _DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the scale may go
 _PER_CENT = re.compile(r"\\text\{[pP]er\}\s*\\text\{cent\}")
 # "in" before a word, as in "cm in length", but not in "square in of paper" or "in long"
 _PREPOSITION = re.compile(
-    rf"(?P<measure>(?:/|\\text\{{(?:{'|'.join(tables.BEFORE_INCH)})\}})\s*)?\\text\{{in\}}"
-    rf"(?=\s*\\text\{{(?!(?:{'|'.join(tables.AFTER_INCH)})\}}))"
+    rf"(?P<measure>(?:/|\\text\{{(?:{'|'.join(BEFORE_INCH)})\}})\s*)?\\text\{{in\}}"
+    rf"(?=\s*\\text\{{(?!(?:{'|'.join(AFTER_INCH)})\}}))"
 )
 _CURRENCY = re.compile(
     r"^(?P<sign>-?\s*)(?P<mark>\\\$|[\u20ac\u00a3\u00a5\u20b9]|(?:\\text\{(?:Rs|USD|EUR|GBP|INR)\}\.?))\s*(?=[0-9.\\(-])"
@@ -97,9 +113,9 @@ def _without_currency(text: str, names: dict[str, int]) -> str:
     money = _CURRENCY.match(text)
     if money:
         mark = re.sub(r"\\text\{|\}|\.", "", money["mark"])
-        names[tables.CURRENCIES.get(mark) or tables.UNIT_NAMES[mark]] = 1
+        names[CURRENCIES.get(mark) or UNIT_NAMES[mark]] = 1
         return money["sign"] + text[money.end() :]
-    for sign, name in (*tables.CURRENCIES.items(), (tables.CENT_SIGN, "cent")):
+    for sign, name in (*CURRENCIES.items(), (CENT_SIGN, "cent")):
         if text.endswith(sign):
             names[name] = 1
             return text[: -len(sign)].rstrip()
@@ -144,31 +160,31 @@ class _Suffix:
                 self._count({"C": "celsius", "F": "fahrenheit"}.get(found["scale"] or "", "degree"), 1)
             elif found["short"]:
                 self._sign = -1
-                self._count(tables.UNIT_NAMES[found["short"]], _power(found["spow"]))
+                self._count(UNIT_NAMES[found["short"]], _power(found["spow"]))
             else:
                 self._word(found["word"], _power(found["power"]), first=number == 0)
 
     def _word(self, word: str, power: int, *, first: bool) -> None:
         lower = word.lower()
-        unit = tables.UNIT_NAMES.get(word) or tables.UNIT_NAMES.get(lower if len(word) > 1 else "")
-        if lower in tables.MAGNITUDES and first:
-            self.times = tables.MAGNITUDES[lower]
-        elif lower in tables.PERCENT_WORDS:
+        unit = UNIT_NAMES.get(word) or UNIT_NAMES.get(lower if len(word) > 1 else "")
+        if lower in MAGNITUDES and first:
+            self.times = MAGNITUDES[lower]
+        elif lower in PERCENT_WORDS:
             self.percent = True
-        elif lower in tables.PER_WORDS:
+        elif lower in PER_WORDS:
             self._sign, self.plain = -1, self.plain or lower != "per"
-        elif lower in tables.POWERS_BEFORE:
-            self._power = tables.POWERS_BEFORE[lower]
-        elif lower in tables.POWERS_BEHIND:
+        elif lower in POWERS_BEFORE:
+            self._power = POWERS_BEFORE[lower]
+        elif lower in POWERS_BEHIND:
             self.unit = self.unit and bool(self._last)  # "3 squared" is 9
-            self.names[self._last] = self.names.get(self._last, 0) * tables.POWERS_BEHIND[lower]
-        elif word in tables.SPEEDS:
-            self.names.update(zip(tables.SPEEDS[word], (1, -1), strict=True))
+            self.names[self._last] = self.names.get(self._last, 0) * POWERS_BEHIND[lower]
+        elif word in SPEEDS:
+            self.names.update(zip(SPEEDS[word], (1, -1), strict=True))
         elif unit is not None:
             if self._sign < 0 or not self._described:
                 self._count(unit, power)
-        elif lower in tables.NO_MEASURE or _is_plain(word):
-            self.counted = self.counted or (lower in tables.ANY_MEASURE and self._sign > 0 and not self.names)
+        elif lower in NO_MEASURE or _is_plain(word):
+            self.counted = self.counted or (lower in ANY_MEASURE and self._sign > 0 and not self.names)
             self.plain, self._power, self._described = True, 1, bool(self.names)  # "days of the week" are days
         else:
             self.unit = False
@@ -184,9 +200,9 @@ class _Suffix:
 
 def _is_plain(word: str) -> bool:
     lower = word.lower()
-    if lower in tables.NOT_IN_UNITS:
+    if lower in NOT_IN_UNITS:
         return False
-    return lower in tables.SMALL_WORDS or (len(word) >= 3 and (word.islower() or word.istitle()))
+    return lower in SMALL_WORDS or (len(word) >= 3 and (word.islower() or word.istitle()))
 
 
 def _power(text: str | None) -> int:

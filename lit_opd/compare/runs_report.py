@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lit_opd.compare import verdict
 from lit_opd.compare.curves import LABELS, TITLES, curve_chart, position_charts
 from lit_opd.compare.differences import QUANTITIES, Cell, ProblemCell, RunsComparison
 from lit_opd.compare.document import Document, Section, Table, show
 from lit_opd.compare.pictures import draw_curves, draw_positions
+from lit_opd.compare.verdict import caution, headline, measured, others, sentence
+from lit_opd.compare.verdict import data as verdict_data
+from lit_opd.compare.verdict import table as verdict_table
 
 COLUMNS = {
     "end": "end",
@@ -42,10 +44,10 @@ _PROBLEMS = (
 def runs_document(found: RunsComparison, folder: Path) -> Document:
     """Draws the pictures into ``folder`` and puts everything together, the verdict first."""
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = verdict.measured(found)
-    about = (*verdict.caution(found), *found.notes)
-    sections = [Section("Verdict", about, verdict.table(found, metrics[0]) if metrics else None)]
-    sections += [Section(f"{TITLES[metric]} at the end", (), verdict.table(found, metric)) for metric in metrics[1:]]
+    metrics = measured(found)
+    about = (*caution(found), *found.notes)
+    sections = [Section("Verdict", about, verdict_table(found, metrics[0]) if metrics else None)]
+    sections += [Section(f"{TITLES[metric]} at the end", (), verdict_table(found, metric)) for metric in metrics[1:]]
     sections += _positions(found, folder)
     if found.problems:
         sections.append(Section("By problem", (_PROBLEMS,), _problems(found)))
@@ -60,16 +62,16 @@ def runs_document(found: RunsComparison, folder: Path) -> Document:
         f"Runs compared with {found.baseline}",
         sections,
         _data(found),
-        headline=verdict.headline(found),
+        headline=headline(found),
         brief=_brief(found),
     )
 
 
 def _brief(found: RunsComparison) -> list[str]:
     """For the terminal: a sentence a variant unless the headline is the only one, and the notes."""
-    names = verdict.others(found)
-    sentences = [verdict.sentence(found, name) for name in names] if len(names) > 1 else []
-    return [*sentences, *verdict.caution(found), *found.notes]
+    names = others(found)
+    sentences = [sentence(found, name) for name in names] if len(names) > 1 else []
+    return [*sentences, *caution(found), *found.notes]
 
 
 def _positions(found: RunsComparison, folder: Path) -> list[Section]:
@@ -170,8 +172,8 @@ def _data(found: RunsComparison) -> dict[str, Any]:
     return {
         "kind": "runs",
         "baseline": found.baseline,
-        "headline": verdict.headline(found),
-        "verdict": verdict.data(found),
+        "headline": headline(found),
+        "verdict": verdict_data(found),
         "targets": found.targets,
         "starts": {f"{metric}/{axis}": value for (metric, axis), value in found.starts.items()},
         "horizons": {f"{metric}/{axis}": value for (metric, axis), value in found.horizons.items()},

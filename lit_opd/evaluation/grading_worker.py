@@ -118,11 +118,12 @@ def _verifier() -> Callable[[str, str], bool]:
     logging.disable(logging.CRITICAL)
 
     def ask(answer: str, reference: str) -> bool:
+        """Whether mathematics finds both equal; what cannot be parsed or solved equals nothing."""
         try:
             return equal(answer, reference)
         except MemoryError:
             raise
-        except Exception:  # what cannot be parsed or solved equals nothing; the parser and sympy raise many types
+        except Exception:  # the parser and sympy raise many types
             return False
 
     def verdict(answer: str, reference: str) -> bool:

@@ -151,6 +151,7 @@ def _speller(steps: list[dict[str, Any]], field: str) -> Speller:
         )
 
     def literal(token: str) -> bytes:
+        """The bytes that a token adds to a text: its byte where it names one, else its text as the decoder writes it."""
         byte = _BYTE.fullmatch(token) if "ByteFallback" in kinds else None
         if byte is not None:
             return bytes([int(byte[1], 16)])

@@ -7,7 +7,7 @@ gathered for the moment in which their unit is handed over and dropped again, so
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lit_opd.distributed import is_rank_zero, shared_failure
 from lit_opd.errors import InputError
-from lit_opd.models.export import export_adapter, export_frame
-from lit_opd.models.sharding import transformer_layers
+from lit_opd.models.export import export_adapter, export_folder, export_frame
+from lit_opd.models.export_check import ExportCheck, unsharded
+from lit_opd.models.loading import load_generation_config
+from lit_opd.models.sharding import full_state, is_sharded, transformer_layers
 from lit_opd.models.student import StudentSettings
 
 Unit = list[tuple[str, Tensor]]  # names and whole tensors
@@ -31,27 +33,17 @@ FSDP1_WRAPPER = "_fsdp_wrapped_module."  # what FSDP1 puts into names
 
 
 class StudentWeights:
-    """The student for a sampler with weights of its own. Every method is a collective.
+    """The student for what reads it outside this process: an engine, or a folder. Every method is a collective.
 
     Args:
         policy: the student's ``ScoringModel``, sharded or not.
         settings: how it was loaded.
         tokenizer: saved in folders.
-        generation: makes the generation config of folders.
-        export: writes all of it as a Hugging Face folder, adapters merged.
+        stop_ids: ids that end a response, for the generation config of folders.
     """
 
-    def __init__(
-        self,
-        policy: Any,
-        settings: StudentSettings,
-        tokenizer: Any,
-        *,
-        generation: Callable[[], Any],
-        export: Callable[[Path], Any],
-    ) -> None:
-        self.policy, self.settings, self.tokenizer = policy, settings, tokenizer
-        self.generation, self.export = generation, export
+    def __init__(self, policy: Any, settings: StudentSettings, tokenizer: Any, *, stop_ids: Sequence[int]) -> None:
+        self.policy, self.settings, self.tokenizer, self.stop_ids = policy, settings, tokenizer, stop_ids
 
     @property
     def path(self) -> str:
@@ -64,14 +56,37 @@ class StudentWeights:
         return None if self.settings.lora is None else self.settings.lora.rank
 
     def __call__(self, folder: Path) -> Any:
-        """All of it as a Hugging Face folder."""
-        return self.export(folder)
+        """All of it as a folder; a sampler's responses are compared with the student anyway, so the folder is not."""
+        return self.export(folder, compared=False)
+
+    def export(self, folder: str | Path, *, compared: bool) -> Path:
+        """Write all of it as a Hugging Face folder, adapters merged, by rank 0; returns on every rank when it is there.
+
+        Args:
+            folder: appears whole or not at all; replaced when it exists.
+            compared: rank 0 loads it again on the CPU and compares its log-probs on a few tokens with the student's.
+        Raises:
+            InputError: on every rank, the folder is not the student.
+        """
+        check = ExportCheck.of(self.policy, self.tokenizer, self.settings) if compared else None
+        state = full_state(self.policy) if is_sharded(self.policy) else None
+        with shared_failure():
+            if is_rank_zero():
+                model, state = unsharded(self.policy, self.settings, state)
+                export_folder(model, self.tokenizer, folder, state=state, generation=self._generation(), check=check)
+        return Path(folder)
+
+    def _generation(self) -> Any:
+        """The base's generation config with this student's ends."""
+        found = load_generation_config(self.settings.path)
+        found.eos_token_id = self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)
+        return found
 
     def frame(self, folder: Path) -> None:
         """The folder without weights, by rank 0; returns on every rank when it is there."""
         with shared_failure():
             if is_rank_zero():
-                export_frame(self.policy.causal_lm, self.tokenizer, folder, generation=self.generation())
+                export_frame(self.policy.causal_lm, self.tokenizer, folder, generation=self._generation())
 
     def adapter(self, folder: Path) -> None:
         """The adapter as a PEFT folder, by rank 0; returns on every rank when it is there."""

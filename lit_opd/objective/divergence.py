@@ -136,7 +136,7 @@ class _FullTerm(TokenTerm):
         """D [N] nats, and ``centre`` [N]."""
 
     def teacher_logits(self, rows: slice, columns: slice) -> Tensor:
-        """[n, v]."""
+        """The teacher's temperature-scaled logits of a tile, [n, v] of [N, V]."""
         return self.teacher.logits(rows, self.temperature, columns)
 
 
@@ -148,7 +148,7 @@ class _ReverseTerm(_FullTerm):
         return sums.reverse_kl, sums.reverse_kl
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        """[n, v]."""
+        """dD/dlogits of a tile, [n, v] of [N, V]."""
         student = logits.sub_(self.student_log[rows])
         centred = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows] - self.centre[rows])
         gap = torch.sub(student, centred, out=centred)
@@ -163,7 +163,7 @@ class _ForwardTerm(_FullTerm):
         return sums.forward_kl, torch.zeros_like(sums.student)
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        """[n, v]."""
+        """dD/dlogits of a tile, [n, v] of [N, V]."""
         teacher = exp_(self.teacher_logits(rows, columns).sub_(self.teacher_log[rows]))
         return exp_(logits.sub_(self.student_log[rows])).sub_(teacher)
 
@@ -183,7 +183,7 @@ class _JsdTerm(_FullTerm):
         return self.spec.beta * of_teacher + (1.0 - self.spec.beta) * of_student, of_student
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        """[n, v]."""
+        """dD/dlogits of a tile, [n, v] of [N, V]."""
         student = logits.sub_(self.student_log[rows])
         teacher = self.teacher_logits(rows, columns).sub_(self.teacher_log[rows])
         gap = student - _mixture(student, teacher, self.spec.beta).add_(self.centre[rows])
@@ -204,7 +204,7 @@ class _TopKTerm(WholeTerm):
         self.spec, self.teacher, self.temperature = spec, teacher, temperature
 
     def value(self, logits: Tensor, rows: slice) -> Tensor:
-        """[n] nats."""
+        """D of the tokens ``rows``, [n] nats, from their ``logits``, [n, V] of [N, V]."""
         assert self.spec.top_k is not None
         with torch.no_grad():
             teacher = self.teacher.logits(rows, self.temperature).log_softmax(-1)
@@ -220,7 +220,7 @@ class _SharedTerm(WholeTerm):
         self.spec, self.teacher, self.temperature = spec, teacher, temperature
 
     def value(self, logits: Tensor, rows: slice) -> Tensor:
-        """[n] nats."""
+        """D of the tokens ``rows``, [n] nats, from their ``logits``, [n, V] of [N, V]."""
         student = self.teacher.student(logits.log_softmax(-1))
         teacher = self.teacher.teacher(rows, self.temperature).to(student.dtype)
         pairs, k = len(self.teacher.student_ids), self.spec.top_k
@@ -247,7 +247,7 @@ class _ListTerm(WholeTerm):
         self.spec, self.teacher = spec, teacher
 
     def value(self, logits: Tensor, rows: slice) -> Tensor:
-        """[n] nats."""
+        """D of the tokens ``rows``, [n] nats, from their ``logits``, [n, V] of [N, V]."""
         student = self.teacher.buckets_of(logits.log_softmax(-1), rows)
         return _between(self.spec, student, self.teacher.buckets(rows).to(student.dtype))
 

@@ -17,8 +17,8 @@ from lit_opd.preflight.memory import (
     STATISTIC_TILES,
     Budget,
     Held,
+    Rank,
     Workload,
-    budget,
 )
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize, NotEstimated, model_size, optimizer_bytes
@@ -63,8 +63,10 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
     size = _named("student", module.student_config, lora=settings.lora, trust_remote_code=code)
     student = Held(size, width=_width(dtype))
     held = {role: [_held(role, part, plan) for part in _local(scorer)] for role, scorer in module.scorers.items()}
-    return budget(
-        student=student,
+    return Rank(
+        student,
+        _workload(module, data, plan),
+        plan,
         frozen=[
             *(model for models in held.values() for model in models),
             *(
@@ -74,10 +76,8 @@ def estimate(module: Subject, data: PromptDataModule, plan: Plan) -> Budget:
             ),
         ],
         state_bytes=optimizer_bytes(module.optimizer_factory, size.trainable, getattr(torch, dtype)),
-        work=_workload(module, data, plan),
-        plan=plan,
         compared=[*held["teacher"], *_own(student, module.teacher, plan)],
-    )
+    ).budget()
 
 
 def require_memory(found: Budget, plan: Plan) -> None:

@@ -224,63 +224,58 @@ class Budget:
         return REMEDIES.get(self.largest_part[0], _DEFAULT_REMEDY)
 
 
-def budget(
-    *,
-    student: Held,
-    frozen: list[Held],
-    state_bytes: int,
-    work: Workload,
-    plan: Plan,
-    compared: Sequence[Held] = (),
-) -> Budget:
-    """The budget of one rank.
+@dataclass(frozen=True)
+class Rank:
+    """What one rank holds and does, and the parts of memory that follow; each public method gives one phase's.
 
     Args:
         student: what is trained.
-        frozen: teacher(s) and reference in this process.
-        state_bytes: optimizer state of the whole student.
         work: what the rank does.
         plan: where it does it.
+        frozen: teacher(s) and reference in this process.
+        state_bytes: optimizer state of the whole student.
         compared: models whose output heads can be read beside the student's: those of the teacher, maybe the student itself.
     """
-    formula = _Formula(student, frozen, state_bytes, work, plan, compared)
-    phases = {
-        "rollout": formula.rollout(work.rows, work.response) | formula.reading(),
-        "scoring": formula.scoring(),
-        "head": formula.head(),
-        "layers": formula.layers(),
-        "optimizer": formula.optimizer(),
-        "validation": formula.validation(),
-    }
-    for phase in ("scoring", "head", "layers", "optimizer"):
-        phases[phase] |= formula.lists() | formula.states(phase)
-    for phase in ("head", "layers", "optimizer"):
-        phases[phase] |= formula.comparison(phase)
-    if work.compares and not work.keeps_states and work.accumulates:
-        phases["scoring"] |= {"gradients": formula.gradient_bytes}
-    if work.mixes:
-        phases["scoring"] |= formula.heads(work.score_rows, work.score_tiles)
-        phases["head"] |= formula.heads(work.micro_rows, work.train_tiles)
-    fragmentation = CUDA_FRAGMENTATION if plan.accelerator == "gpu" else 0.0
-    return Budget(formula.always(), phases if work.val_rows else _without(phases, "validation"), fragmentation)
 
+    student: Held
+    work: Workload
+    plan: Plan
+    frozen: Sequence[Held] = ()
+    state_bytes: int = 0
+    compared: Sequence[Held] = ()
 
-class _Formula:
-    """The parts of ``budget``; each method gives one phase's."""
+    @property
+    def size(self) -> ModelSize:
+        """Of the student."""
+        return self.student.size
 
-    def __init__(
-        self,
-        student: Held,
-        frozen: list[Held],
-        state_bytes: int,
-        work: Workload,
-        plan: Plan,
-        compared: Sequence[Held] = (),
-    ) -> None:
-        self.student, self.frozen, self.state_bytes, self.compared = student, frozen, state_bytes, compared
-        self.work, self.plan = work, plan
-        self.size = student.size
-        self.gradient_bytes = student.width * self.size.num_trainable / plan.shards
+    @property
+    def gradient_bytes(self) -> float:
+        """Of this rank's share of the student."""
+        return self.student.width * self.size.num_trainable / self.plan.shards
+
+    def budget(self) -> Budget:
+        """All parts of all phases."""
+        work = self.work
+        phases = {
+            "rollout": self.rollout(work.rows, work.response) | self.reading(),
+            "scoring": self.scoring(),
+            "head": self.head(),
+            "layers": self.layers(),
+            "optimizer": self.optimizer(),
+            "validation": self.validation(),
+        }
+        for phase in ("scoring", "head", "layers", "optimizer"):
+            phases[phase] |= self.lists() | self.states(phase)
+        for phase in ("head", "layers", "optimizer"):
+            phases[phase] |= self.comparison(phase)
+        if work.compares and not work.keeps_states and work.accumulates:
+            phases["scoring"] |= {"gradients": self.gradient_bytes}
+        if work.mixes:
+            phases["scoring"] |= self.heads(work.score_rows, work.score_tiles)
+            phases["head"] |= self.heads(work.micro_rows, work.train_tiles)
+        fragmentation = CUDA_FRAGMENTATION if self.plan.accelerator == "gpu" else 0.0
+        return Budget(self.always(), phases if work.val_rows else _without(phases, "validation"), fragmentation)
 
     def always(self) -> Parts:
         """What a rank holds from the first update on."""

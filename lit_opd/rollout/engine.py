@@ -16,9 +16,9 @@ import torch
 
 from lit_opd.distributed import is_rank_zero, shared_failure
 from lit_opd.errors import InputError, ServerError, require
-from lit_opd.rollout import ipc
 from lit_opd.rollout.base import Sampler, SamplingSettings, Seconds
 from lit_opd.rollout.engine_output import Output, reason, remedy
+from lit_opd.rollout.ipc import IPC_CONFIG, IPC_ENVIRONMENT, IPCTransfer
 from lit_opd.rollout.vllm import as_rollout, only_tokens, row_seeds, row_texts, sampled_tokens
 from lit_opd.rollout.weights import (
     ADAPTER_RANKS,
@@ -104,7 +104,7 @@ class VLLMEngine(Sampler):
         self.seconds = Seconds("engine_start", "weights", "engine_sleep", "engine_wake")
         self._llm: Any = None
         self._way: Way | None = None  # "auto" settled
-        self._transfer: ipc.IPCTransfer | None = None
+        self._transfer: IPCTransfer | None = None
         self._adapter: Any = None  # vLLM's name for the student's adapter
         self._num_adapters = 0  # that it was given
         self._output, self._asleep, self._stays_awake = Output(), False, False
@@ -205,7 +205,7 @@ class VLLMEngine(Sampler):
     def _take(self, student: StudentWeights) -> None:
         """The engine's weights become the student's; by IPC all ranks take part to the end, whoever fails."""
         if self._way == "ipc":
-            self._transfer = self._transfer or ipc.IPCTransfer(self._llm, installed_version())
+            self._transfer = self._transfer or IPCTransfer(self._llm, installed_version())
             self._transfer.send(student)
         elif self._way == "adapter":
             request = importlib.import_module(f"{PACKAGE}.lora.request").LoRARequest
@@ -242,8 +242,8 @@ class VLLMEngine(Sampler):
     def _way_options(self, student: StudentWeights) -> dict[str, Any]:
         """Arguments of ``vllm.LLM`` that the way of the weights needs."""
         if self._way == "ipc":
-            os.environ.update(ipc.ENVIRONMENT)
-            return {"load_format": "dummy", "weight_transfer_config": dict(ipc.CONFIG)}
+            os.environ.update(IPC_ENVIRONMENT)
+            return {"load_format": "dummy", "weight_transfer_config": dict(IPC_CONFIG)}
         if self._way == "adapter":
             rank = student.adapter_rank or 0
             most = next(allowed for allowed in ADAPTER_RANKS if allowed >= rank)

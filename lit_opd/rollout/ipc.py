@@ -20,10 +20,10 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from lit_opd.rollout.weights import PACKED_AT_INIT, StudentWeights, Unit, release
 
-ENVIRONMENT = {
+IPC_ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"
 }  # handles are pickled; they pass between us and our own child only
-CONFIG = {"backend": "ipc"}  # of `weight_transfer_config`
+IPC_CONFIG = {"backend": "ipc"}  # of `weight_transfer_config`
 COLLECTS = (0, 28)  # from here on a buffer can be freed after its transfer; before, one is kept for all of them
 
 Handle = Callable[[Tensor], dict[str, tuple[Any, ...]]]  # how another process opens a tensor, by the name of the device

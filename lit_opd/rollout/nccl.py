@@ -176,7 +176,7 @@ class NCCLTransfer(WeightSync):
         """Queue a unit's weights on a stream of its own, so that a transfer that never ends holds nothing else up.
 
         Returns:
-            the tensors sent, which must live until ``settle``.
+            the tensors sent, each [...] as its weight, which must live until ``settle``.
         """
         sent = [value.contiguous() for _, value in unit]
         if sent[0].is_cuda:
@@ -230,6 +230,7 @@ def _in_thread(work: Callable[[], Any]) -> Future[Any]:
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def run() -> None:
+        """Do the work; its result, or a RuntimeError with what it raised, is ``done``'s."""
         try:
             if device is not None:
                 torch.cuda.set_device(device)

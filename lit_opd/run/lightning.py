@@ -73,8 +73,8 @@ def dump_checkpoint(trainer: Trainer, *, weights_only: bool) -> dict[str, Any]:
 
 
 def log_now(trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
-    """Scalars by name to the loggers, where this step is one to log. Lightning would do so after the batch's checkpoint: a kill
-    in between lost the line."""
+    """Give the loggers each scalar by its name, where this step is one to log. Lightning would do so after the batch's
+    checkpoint: a kill in between lost the line."""
     connector = trainer._logger_connector
     if connector.should_update_logs:
         connector.log_metrics(dict(metrics))

@@ -20,6 +20,7 @@ from lit_opd.run.lightning import at_batch_end, count_epoch, validation_due
 from lit_opd.run.optimizer_state import by_name, plain_name
 from lit_opd.run.trained_settings import TrainedSettings
 
+STUDENT = "student."  # in front of its weights' names
 FROZEN = ("teacher", "reference")  # loaded from their own folders, in no checkpoint
 
 
@@ -42,17 +43,22 @@ class ModuleState:
         self,
         shapes: Mapping[str, torch.Size],
         *,
-        trains: frozenset[str] | None = None,
+        adapters: frozenset[str] | None = None,
         base: dict[str, str] | None = None,
     ) -> None:
         """Remember what a checkpoint holds of the student.
 
         Args:
             shapes: of all its weights, by their names in the module.
-            trains: the names of those that a checkpoint holds where the rest is read from a base model; None for all.
+            adapters: names, in the student, of what a checkpoint holds where the rest is read from a base model; None for all.
             base: that base's mark, see ``lit_opd.models.base``.
         """
-        self.shapes, self.trains, self.base = dict(shapes), trains, base
+        self.shapes, self.trains, self.base = dict(shapes), None, base
+        if adapters is not None:
+            frozen = {
+                name for name in shapes if name.startswith(STUDENT) and name.removeprefix(STUDENT) not in adapters
+            }
+            self.trains = frozenset(shapes.keys() - frozen)
 
     def note_options(self, optimizer: Optimizer, scheduler: Any | None) -> None:
         """Remember what was configured."""
@@ -100,7 +106,7 @@ class ModuleState:
     def drop_base(self, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         """Take the frozen base's weights out of a state dict, in place; with them go the tables of a quantised base."""
         if self.trains is not None:
-            of_student = [name for name in state if name.startswith(f"{prefix}student.")]
+            of_student = [name for name in state if name.startswith(f"{prefix}{STUDENT}")]
             for name in of_student:
                 if plain_name(name.removeprefix(prefix)) not in self.trains:
                     del state[name]

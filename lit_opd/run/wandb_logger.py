@@ -72,6 +72,7 @@ class RunWandbLogger(WandbLogger):
         from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            """What ``call`` returns; None where W&B is lost, by this call or before."""
             if self._lost:
                 return None
             try:

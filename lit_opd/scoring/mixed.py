@@ -51,7 +51,7 @@ class MixedHead(Head):
         return found
 
     def logits(self, rows: slice, temperature: float, columns: slice = ALL) -> Tensor:
-        """Logits of the tokens ``rows`` and the entries ``columns``: a new [n, v]; of a mixture its log-probs."""
+        """Logits of the tokens ``rows`` and the entries ``columns``: a new [n, v] of [N, V]; of a mixture its log-probs."""
         total: Tensor | None = None
         for number, weight in enumerate(self.weights):
             part = self._part(number, weight, rows, temperature, columns)

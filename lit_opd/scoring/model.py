@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from lit_opd.errors import InputError, first_line
 from lit_opd.masked import at_least_float32
-from lit_opd.scoring import heads
-from lit_opd.scoring.heads import token_entropy, token_kl, token_listed, token_logprobs, token_topk
+from lit_opd.scoring.heads import Code, choice, code, token_entropy, token_kl, token_listed, token_logprobs, token_topk
 from lit_opd.scoring.listed import Listed
 from lit_opd.scoring.places import FLASH, Packing, Places
 from lit_opd.scoring.shared import SharedHead
@@ -78,8 +77,8 @@ class ScoringModel(nn.Module):
         self.full_logits = False  # True: the head is not a plain linear map, use the model's own logits
         self.packs = False  # True: rows stand one after the other, without padding
         self.soft_cap = _soft_cap(self.causal_lm)
-        self.head_code: heads.Code | None = None  # what met the head last; None before the first score
-        heads.choice()  # a wrong one is refused before the run
+        self.head_code: Code | None = None  # what met the head last; None before the first score
+        choice()  # a wrong one is refused before the run
         self._unprobed: str | None = None  # set while ``choose_path`` waits for weights
         self.eval()
 
@@ -147,7 +146,7 @@ class ScoringModel(nn.Module):
         self._be_probed(rollout)
         places = Places.of(rollout, own_template=own_template, packed=self.packs)
         head = self._head(rollout, places, own_template=own_template) if head is None else head
-        self.head_code = heads.code(head)
+        self.head_code = code(head)
         targets = rollout.response_ids.flatten().index_select(0, places.tokens)
         if against is None and ("token_kl" in wants or divergence is not None):
             raise InputError("`ScoringModel.forward` needs `against` for a divergence; the teacher gave no full head")

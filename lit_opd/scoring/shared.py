@@ -40,13 +40,14 @@ class SharedHead:
         return max(self.student_tokens, self.head.num_tokens) > len(self.student_ids)
 
     def teacher(self, rows: slice, temperature: float) -> Tensor:
-        """The teacher's log-probs [n, S + 1] at the student's tokens ``rows``, without gradient."""
+        """The teacher's log-probs of the pairs at the student's tokens ``rows``, without gradient: [n, S], and [n, S + 1] where
+        there is a rest."""
         with torch.no_grad():
             read = replace(self.head, hidden=self.head.hidden.index_select(0, self.places[rows]))
             return self._paired(read.logits(slice(None), temperature).log_softmax(-1), self.teacher_ids)
 
     def student(self, logprobs: Tensor) -> Tensor:
-        """[n, V] of the student in the same form, with its gradient."""
+        """The student's ``logprobs``, [n, V] of [N, V], in the same form, with their gradient."""
         return self._paired(logprobs, self.student_ids)
 
     def _paired(self, logprobs: Tensor, ids: Tensor) -> Tensor:

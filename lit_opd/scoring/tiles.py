@@ -80,7 +80,8 @@ class Head:
         return at_least_float32(self.hidden[:0]).dtype
 
     def logits(self, rows: slice, temperature: float, columns: slice = ALL) -> Tensor:
-        """Temperature-scaled logits of the tokens ``rows`` and the entries ``columns``: a new [n, v], at least float32."""
+        """Temperature-scaled logits of the tokens ``rows`` and the entries ``columns``: a new [n, v] of [N, V], at least
+        float32."""
         columns = slice(*columns.indices(self.vocabulary))
         if self.weight is None:
             logits = self.hidden[rows, columns].to(self.dtype, copy=True)
@@ -93,7 +94,7 @@ class Head:
         return logits if self.unused is None else self._without_unused(logits, columns)
 
     def bend(self, logits: Tensor, temperature: float) -> Tensor | None:
-        """d capped/d uncapped [n, v] at ``logits`` as this head gave them; None without a cap."""
+        """d capped/d uncapped, [n, v] of [N, V], at ``logits`` as this head gave them; None without a cap."""
         if self.soft_cap is None:
             return None
         share = logits.mul(temperature / self.soft_cap).masked_fill_(logits == NEVER, 0.0)
@@ -166,7 +167,7 @@ class TokenTerm(ABC):
 
     @abstractmethod
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        """d value/d logits [n, v] of a tile, from its temperature-scaled ``logits``, which it may overwrite."""
+        """d value/d logits of a tile, [n, v] of [N, V], from its temperature-scaled ``logits``, which it may overwrite."""
 
     def blocks(self, head: Head) -> Iterator[tuple[slice, slice]]:
         """The (rows, columns) that ``slope`` is asked for."""
@@ -178,7 +179,7 @@ class WholeTerm(TokenTerm):
 
     @abstractmethod
     def value(self, logits: Tensor, rows: slice) -> Tensor:
-        """[n] from temperature-scaled ``logits`` [n, V] of the tokens ``rows``."""
+        """The values [n] of the tokens ``rows``, from their temperature-scaled ``logits``, [n, V] of [N, V]."""
 
     def values(self, head: Head, temperature: float) -> Tensor:
         """[N], a block of rows at a time."""
@@ -188,7 +189,7 @@ class WholeTerm(TokenTerm):
         return out
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        """[n, V]."""
+        """d value/d logits of whole rows, [n, V] of [N, V]."""
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             total = self.value(leaf, rows).sum()
@@ -212,6 +213,7 @@ class _PerToken(torch.autograd.Function):
         term: TokenTerm,
         temperature: float,
     ) -> Tensor:
+        """The term's numbers [N] of hidden states [N, H], weight [V, H] and bias [V]; see ``Head``."""
         with _unrounded(hidden):
             out = term.values(Head(hidden, weight, bias, *form), temperature)
         ctx.save_for_backward(hidden, weight, bias)
@@ -220,6 +222,7 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of hidden states [N, H], weight [V, H] and bias [V] from ``upstream`` [N], None where none is wanted."""
         head = Head(*ctx.saved_tensors, *ctx.form)
         with _unrounded(head.hidden):
             sums = _HeadGradient(head, upstream / ctx.temperature, ctx.needs_input_grad[:3])
@@ -246,7 +249,7 @@ class _HeadGradient:
         self.scaled = None if self.weight is None else (head.hidden * upstream.unsqueeze(-1)).to(head.hidden.dtype)
 
     def add(self, slope: Tensor, rows: slice, columns: slice) -> None:
-        """Add a tile, whose values have the gradient ``slope`` [n, v] in the temperature-scaled logits."""
+        """Add a tile, whose values have the gradient ``slope``, [n, v] of [N, V], in the temperature-scaled logits."""
         if self.bias is not None:
             self.bias[columns].addmv_(slope.T, self.upstream[rows])
         head = self.head
@@ -305,7 +308,7 @@ class VocabularySums:
         self.mass, self.weighted = torch.zeros_like(self.top), torch.zeros_like(self.top)
 
     def add(self, rows: slice, logits: Tensor, values: Tensor | None = None) -> None:
-        """Add a tile of ``logits`` [n, v], which is overwritten, and of the ``values`` [n, v] to average."""
+        """Add a tile of ``logits``, [n, v] of [N, V], which is overwritten, and of the ``values`` [n, v] to average."""
         top = logits.amax(-1, keepdim=True).clamp_(min=self.lowest)
         masses = exp_(logits.sub_(top))
         old, top = self.top[rows], top.squeeze(-1).double()
@@ -348,7 +351,7 @@ class _Surprisal(TokenTerm):
         return (log_normaliser - picked).to(head.dtype)
 
     def slope(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        """[n, v]."""
+        """softmax - onehot(target) of a tile, [n, v] of [N, V]."""
         index, inside = self._place(rows, columns)
         return exp_(logits.sub_(self.log_normaliser[rows])).scatter_add_(-1, index, -inside.to(logits.dtype))
 

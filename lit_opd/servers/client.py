@@ -363,6 +363,7 @@ class Servers:
         """
 
         async def post(http: Http, server: _Server) -> None:
+            """One try; returns where the server did it, or answered with the status ``done``."""
             try:
                 data = await self._exchange(http, server, "POST", path, body, as_json=False)
             except _Refused as error:

@@ -130,6 +130,7 @@ def _merged(parts: list[tuple[Tensor, TokenScores]], count: int, *, list_size: i
     teachers these rows have, since those of other rows join them."""
 
     def spread(values: list[Tensor]) -> Tensor:
+        """[B, ...] from the same field of every part: each part's rows in their places, 0 where no part has the row."""
         dtype = torch.promote_types(values[0].dtype, values[-1].dtype)
         out = values[0].new_zeros((count, *values[0].shape[1:]), dtype=dtype)
         for (rows, _), value in zip(parts, values, strict=True):

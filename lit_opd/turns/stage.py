@@ -70,6 +70,7 @@ class _Threads:
         self.results: dict[int, Any] = {}
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
+        """Results in the order of ``calls``."""
         _require_few_left(self.timeout)
         self.waiting.extend(range(len(calls)))
         for _ in range(min(self.workers, len(calls))):

@@ -69,7 +69,7 @@ def test_an_export_that_fails_at_the_end_comes_after_the_last_checkpoint(folders
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("a library's own")
 
-    monkeypatch.setattr("lit_opd.module.export_folder", fails)
+    monkeypatch.setattr("lit_opd.models.weights.export_folder", fails)
     with pytest.raises(RuntimeError, match="a library's own"):
         profiled.fit(folders, tmp_path, [ExportStudent(), RunCheckpoint(every=100)], steps=3, enable_checkpointing=True)
     assert (tmp_path / "checkpoints" / "step-3.ckpt").exists() and not (tmp_path / "student").exists()

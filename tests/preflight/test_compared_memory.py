@@ -24,8 +24,8 @@ from lit_opd.preflight.memory import (
     STATES,
     TEACHER_HEAD,
     Held,
+    Rank,
     Workload,
-    budget,
 )
 from lit_opd.preflight.plan import GIB, Plan
 from lit_opd.preflight.sizes import ModelSize, model_size
@@ -400,10 +400,10 @@ HEAD_WEIGHT = ENTRIES * 4096  # elements
 
 def held(sizes: dict[str, ModelSize], work: Workload, teacher: Held, plan: Plan = BF16) -> dict[str, dict[str, float]]:
     """What the comparison adds, by phase and part."""
-    models = {"student": Held(sizes["student"], 4), "frozen": [teacher], "state_bytes": 0, "plan": plan}
-    with_it = budget(**models, work=work, compared=[teacher])
+    rank = Rank(Held(sizes["student"], 4), work, plan, frozen=[teacher], compared=[teacher])
+    with_it = rank.budget()
     plain = replace(work, compares=False, differentiates=False, keeps_scored=False, keeps_states=False)
-    without = budget(**models, work=plain, compared=[teacher])
+    without = replace(rank, work=plain).budget()
     return {
         phase: {name: size - without.phases[phase].get(name, 0) for name, size in with_it.phases[phase].items()
                 if size != without.phases[phase].get(name, 0)}
@@ -456,12 +456,8 @@ def test_float32_teachers_have_a_copy_in_16_bits_and_self_teachers_one_of_their_
 
 def test_validation_counts_the_states_of_its_batch(sizes):
     work = replace(WORK, val_rows=32, val_response=4096)
-    models = {"student": Held(sizes["student"], 4), "frozen": [], "state_bytes": 0, "plan": BF16}
-    compared = [Held(sizes["teacher"], 2)]
-    parts = [
-        budget(**models, work=replace(work, val_compares=on), compared=compared).phases["validation"]
-        for on in (True, False)
-    ]
+    rank = Rank(Held(sizes["student"], 4), work, BF16, compared=[Held(sizes["teacher"], 2)])
+    parts = [replace(rank, work=replace(work, val_compares=on)).budget().phases["validation"] for on in (True, False)]
     assert parts[0].pop(STATES) == 32 * 4096 * 4096 * 2 and parts[0] == parts[1]
 
 

@@ -21,7 +21,7 @@ from callbacks import default_callbacks
 from lit_opd.cli.command import main
 from lit_opd.module import default_optimizer
 from lit_opd.preflight import read_plan
-from lit_opd.preflight.memory import ACCURACY, FLOAT32, Held, Workload, _Formula, budget
+from lit_opd.preflight.memory import ACCURACY, FLOAT32, Held, Rank, Workload
 from lit_opd.preflight.sizes import NotEstimated, model_size, optimizer_bytes
 from lit_opd.rollout import DecodeSampler, RatioStop, SamplingSettings
 from lit_opd.rollout.decoding import layers as decoder_layers
@@ -91,8 +91,8 @@ def test_activations_are_what_autograd_saves(family, checkpointing, autocast):
         size = model_size(model.config)
     work = Workload(rows=SMALL.batch, prompt=4, response=6, checkpointing=checkpointing)
     plan = replace(CPU, precision="bf16-mixed") if autocast else CPU
-    formula = _Formula(Held(size, FLOAT32), [], 0, work, plan)
-    assert formula._kept(gradients=0.0)["activations"] == pytest.approx((saved[0] - saved[1]) / 2, rel=0.02)
+    rank = Rank(Held(size, FLOAT32), work, plan)
+    assert rank._kept(gradients=0.0)["activations"] == pytest.approx((saved[0] - saved[1]) / 2, rel=0.02)
 
 
 def test_the_teachers_cache_is_what_reading_along_leaves():
@@ -108,8 +108,8 @@ def test_the_teachers_cache_is_what_reading_along_leaves():
         watch.collapsed(torch.arange(3), torch.ones(3, 6, dtype=torch.int64), torch.zeros(3, 6), columns)
     real = sum(held.nbytes for layer in watch.teacher.layers for held in layer.held)
     work = Workload(rows=3, prompt=4, response=6, read_along=True)
-    rollout = budget(student=Held(size, FLOAT32), frozen=[Held(size, FLOAT32)], state_bytes=0, work=work, plan=CPU)
-    assert rollout.phases["rollout"]["teacher's key/value cache"] == real
+    rank = Rank(Held(size, FLOAT32), work, CPU, frozen=[Held(size, FLOAT32)])
+    assert rank.budget().phases["rollout"]["teacher's key/value cache"] == real
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -121,7 +121,7 @@ def test_the_cache_is_what_generation_leaves(autocast):
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     plan = replace(CPU, precision="bf16-mixed") if autocast else CPU
     work = Workload(rows=3, prompt=4, response=6)
-    assert _Formula(Held(model_size(model.config), FLOAT32), [], 0, work, plan).rollout(3, 6)["key/value cache"] == real
+    assert Rank(Held(model_size(model.config), FLOAT32), work, plan).rollout(3, 6)["key/value cache"] == real
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -152,7 +152,7 @@ def test_the_cache_and_the_cast_weights_are_what_the_decode_loop_holds(monkeypat
         DecodeSampler().sample(policy, prompts, settings)
     plan = replace(CPU, accelerator="gpu" if fixed else "cpu", precision="bf16-mixed" if autocast else "32-true")
     work = Workload(rows=3, prompt=4, response=6, decodes=True)
-    found = _Formula(Held(model_size(model.config), FLOAT32), [], 0, work, plan).rollout(3, 6)
+    found = Rank(Held(model_size(model.config), FLOAT32), work, plan).rollout(3, 6)
     assert found["key/value cache"] == held[-1]
     assert found.get("weights cast to 16 bits", 0) == pytest.approx(
         autocast * sum(w.nbytes for w in cast), rel=0.01
@@ -163,7 +163,7 @@ def test_fsdp2_gathers_bf16_and_casts_nothing_more():
     size, work = model_size(build(SMALL, 1).config), Workload(rows=4, prompt=4, response=6, decodes=True)
     strategies = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "fsdp"
     two, one = (
-        _Formula(Held(size, 4), [], 0, work, replace(CPU, shards=2, strategy=s, precision="bf16-mixed")).rollout(4, 6)
+        Rank(Held(size, 4), work, replace(CPU, shards=2, strategy=s, precision="bf16-mixed")).rollout(4, 6)
         for s in strategies
     )
     assert size.lookup == 64 * 48  # embedding and head are two
@@ -177,8 +177,8 @@ def test_an_engine_that_sleeps_counts_while_it_samples_and_another_always():
     totals = {}
     for sleeps in (True, False):
         work = Workload(rows=3, prompt=4, response=6, local_sampler=False, engine=1e6, engine_sleeps=sleeps)
-        found = budget(student=Held(size, 4), frozen=[], state_bytes=0, work=work, plan=CPU)
-        none = budget(student=Held(size, 4), frozen=[], state_bytes=0, work=replace(work, engine=0.0), plan=CPU)
+        found = Rank(Held(size, 4), work, CPU).budget()
+        none = Rank(Held(size, 4), replace(work, engine=0.0), CPU).budget()
         totals[sleeps] = {name: found.total(name) - none.total(name) for name in found.phases}
     assert totals[True] == {name: 1e6 * (name == "rollout") for name in totals[True]}
     assert set(totals[False].values()) == {1e6}
@@ -220,9 +220,7 @@ def test_sharding_divides_what_is_kept_and_not_what_is_gathered():
     size = model_size(build(SMALL, 1).config)
     work = Workload(rows=4, prompt=4, response=6)
     plans = [CPU, replace(CPU, local_ranks=4, shards=4)]
-    one, four = (
-        budget(student=Held(size, 4), frozen=[Held(size, 2)], state_bytes=800, work=work, plan=p) for p in plans
-    )
+    one, four = (Rank(Held(size, 4), work, p, frozen=[Held(size, 2)], state_bytes=800).budget() for p in plans)
     assert {part: value / 4 for part, value in one.always.items()} == four.always
     assert four.phases["rollout"]["whole student"] == 4 * size.parameters
     assert four.phases["rollout"]["key/value cache"] == one.phases["rollout"]["key/value cache"]

@@ -167,6 +167,14 @@ def test_no_two_files_import_each_other_by_any_way():
     assert all(name not in found for name, found in below.items())
 
 
+def test_no_file_asks_its_package_for_what_a_neighbour_defines():
+    """Where the package's own ``__init__`` imports that file, it is half made by then; the neighbour is not."""
+    for name, path in MODULES.items():
+        for node in nodes(path):
+            package = node.module if isinstance(node, ast.ImportFrom) else None
+            assert name not in graph().get(package or "", ()), f"{path}:{node.lineno}: from {package} import ..."
+
+
 def test_lit_opd_never_imports_callbacks():
     """But for the file that starts the command line with them."""
     others = [name for name in MODULES if room(name) not in ("callbacks", "__main__")]

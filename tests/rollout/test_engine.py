@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from lit_opd.errors import InputError, ServerError
-from lit_opd.models import LoraSettings, StudentSettings, build_student, load_generation_config, load_tokenizer
+from lit_opd.models import LoraSettings, StudentSettings, build_student, load_tokenizer
 from lit_opd.models.weights import StudentWeights
 from lit_opd.rollout import PartialSampler, SamplingSettings, VLLMEngine, engine, ipc, weights
 from lit_opd.rollout.weights import settled_way
@@ -47,8 +46,7 @@ def student(path: str, *, lora: LoraSettings | None = None, seed: int = 0) -> St
         ScoringModel(model, vocabulary=64),
         settings,
         load_tokenizer(path, "path"),
-        generation=lambda: load_generation_config(path),
-        export=lambda folder: shutil.copytree(path, folder, dirs_exist_ok=True),
+        stop_ids=(1,),
     )
 
 
@@ -90,7 +88,6 @@ def test_by_ipc_every_weight_arrives_and_no_file_holds_one(version, folders, by_
 def test_another_run_brings_its_weights_under_a_version_that_was_there(way, folders, by_ipc, monkeypatch, tmp_path):
     """Two checkpoints that one process evaluates are both of version 0."""
     fake_llm.install(monkeypatch)
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: True)
     lora = LoraSettings(rank=4) if way == "adapter" else None
     sampler = PartialSampler(made(tmp_path, way), budget=2)  # what stands around an engine passes it on
     for number, path in enumerate(folders):

@@ -14,7 +14,7 @@ import torch
 
 from lit_opd.errors import InputError
 from lit_opd.objective import Divergence
-from lit_opd.preflight.memory import LOGPROB_TILES, STATISTIC_TILES, Held, Workload, _Formula
+from lit_opd.preflight.memory import LOGPROB_TILES, STATISTIC_TILES, Held, Rank, Workload
 from lit_opd.preflight.plan import Plan
 from lit_opd.scoring import heads, tiles
 from lit_opd.scoring.model import ScoringModel
@@ -295,13 +295,13 @@ def test_a_large_batch_holds_tiles_and_never_its_logits(monkeypatch):
     assert held / 2**20 < 410  # of it 361 are both gradients, the hidden states' in float32
     gpu = Plan("gpu", 1, 1, 1, "auto", "bf16-mixed", None, "")
     size = SimpleNamespace(vocabulary=151_936, hidden=1024, num_trainable=0)
-    formula = _Formula(Held(size, 4), [], 0, Workload(rows=1, prompt=1, response=1), gpu)
+    rank = Rank(Held(size, 4), Workload(rows=1, prompt=1, response=1), gpu)
     wide = SimpleNamespace(vocabulary=151_936, hidden=8192)
-    assert formula._tiles(size, 16_384, LOGPROB_TILES) == 2**26
-    assert formula._tiles(wide, 16_384, LOGPROB_TILES) == 2**25 + 8 * sums.slice.nbytes
-    assert formula._tiles(wide, 4096, STATISTIC_TILES) == 2 * 2**26  # two heads; one row of tiles sums in place
+    assert rank._tiles(size, 16_384, LOGPROB_TILES) == 2**26
+    assert rank._tiles(wide, 16_384, LOGPROB_TILES) == 2**25 + 8 * sums.slice.nbytes
+    assert rank._tiles(wide, 4096, STATISTIC_TILES) == 2 * 2**26  # two heads; one row of tiles sums in place
     monkeypatch.setenv(heads.VARIABLE, "tiles")
-    assert formula._tiles(size, 16_384, LOGPROB_TILES) == 2 * 2**27
+    assert rank._tiles(size, 16_384, LOGPROB_TILES) == 2 * 2**27
 
 
 def test_a_step_allocates_nothing_as_large_as_its_logits(monkeypatch):

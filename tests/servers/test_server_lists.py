@@ -18,7 +18,7 @@ from lit_opd.errors import InputError, ServerError
 from lit_opd.evaluation import Reward
 from lit_opd.objective import Divergence
 from lit_opd.preflight.estimate import _listed
-from lit_opd.preflight.memory import LISTED, Held, Workload, budget
+from lit_opd.preflight.memory import LISTED, Held, Rank, Workload
 from lit_opd.preflight.module_checks import require_scored
 from lit_opd.preflight.plan import read_plan
 from lit_opd.preflight.sizes import model_size
@@ -490,6 +490,6 @@ def test_preflight_counts_the_lists_that_are_kept(folders, server, rows, whose):
     real = sum(value.nbytes for value in scores.buffer.values.values() if value.ndim == 3)
     size = Held(model_size(student.causal_lm.config), 4)
     work = Workload(rows=len(rows), prompt=6, response=9, listed=_listed(recipe, teacher))
-    found = budget(student=size, frozen=[], state_bytes=0, work=work, plan=CPU)
+    found = Rank(size, work, CPU).budget()
     assert all(found.phases[phase][LISTED] == real > 0 for phase in ("scoring", "head", "layers", "optimizer"))
     assert LISTED not in found.phases["rollout"]

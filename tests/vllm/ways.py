@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from lit_opd.errors import ServerError
-from lit_opd.models import LoraSettings, StudentSettings, build_student, load_generation_config, load_tokenizer
+from lit_opd.models import LoraSettings, StudentSettings, build_student, load_tokenizer
 from lit_opd.models.weights import StudentWeights
 from lit_opd.rollout import SamplingSettings, VLLMEngine, engine, ipc
 from lit_opd.scoring.model import ScoringModel
@@ -43,8 +42,7 @@ def student(path: str, lora: LoraSettings | None = None, seed: int = 0) -> Stude
         ScoringModel(model, vocabulary=64),
         settings,
         load_tokenizer(path, "path"),
-        generation=lambda: load_generation_config(path),
-        export=lambda folder: shutil.copytree(path, folder, dirs_exist_ok=True),
+        stop_ids=(1,),
     )
 
 

@@ -115,6 +115,7 @@ class Steps:
         """A ``stop`` for ``warm_up`` that asks ``reached`` every few steps, in evaluation mode."""
 
         def stop(model: Qwen3ForCausalLM, step: int) -> bool:
+            """Whether ``reached`` says so; between the steps at which it is asked, False."""
             self.made = step
             if reached is None or step % PROBE_EVERY:
                 return False

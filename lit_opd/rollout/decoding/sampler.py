@@ -252,7 +252,7 @@ class _Probe(Responses):
     """Keeps the logits of the last draw, and goes on with token 0."""
 
     def draw(self, logits: Tensor) -> None:
-        """See ``Responses``."""
+        """Keep the logits [R, V]; the model reads token 0 next, whatever was drawn."""
         super().draw(logits)
         self.logits = logits
         self.token.zero_()

@@ -46,6 +46,7 @@ class _Fused(torch.autograd.Function):
         rule: Rule,
         temperature: float,
     ) -> Tensor:
+        """The rule's numbers, float32 [N], of hidden states [N, H], weight [V, H] and bias [V]; see ``Head``."""
         with _on(hidden):
             out = rule.values(Head(hidden, weight, bias, *form), temperature)
         ctx.save_for_backward(hidden, weight, bias)
@@ -54,6 +55,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of hidden states [N, H], weight [V, H] and bias [V] from ``upstream`` [N], None where none is wanted."""
         head = Head(*ctx.saved_tensors, *ctx.form)
         with _on(head.hidden):
             factor = (upstream.float() / ctx.temperature).contiguous()

@@ -166,13 +166,13 @@ class Gradients:
             self.bias = torch.zeros_like(head.bias, dtype=torch.float32)
 
     def out(self, tile: Tile, rows: slice, columns: slice) -> Tensor:
-        """Where the slopes of a tile are to be written, [n, v]."""
+        """Where the slopes of a tile are to be written, [n, v] of [N, V]."""
         if self.head.weight is None and self.hidden is not None:
             return self.hidden[rows, columns]
         return tile.logits if self.head.weight is not None else torch.empty_like(tile.logits)
 
     def add(self, slopes: Tensor, rows: slice, columns: slice) -> None:
-        """Add a tile [n, v]; the tiles of ``columns`` come one after the other."""
+        """Add the slopes of a tile, [n, v] of [N, V]; the tiles of ``columns`` come one after the other."""
         head = self.head
         if self.bias is not None:
             self.bias[columns] += slopes.sum(0, dtype=torch.float32)
