@@ -72,7 +72,7 @@ BY_HAND = (
     ("`VLLMEngine` with `weights: ipc` on several ranks, under FSDP2 too", "the same on every rank"),
     ("`VLLMEngine` with `weights: adapter`, asleep between rollouts", "the same"),
     ("time-outs and killed ranks under NCCL", "the others stop within `trainer.strategy.timeout`"),
-    ("the three `qwen3` configurations", "a step of each at full size"),
+    ("the `qwen3` configurations", "a step of each at full size"),
 )
 TARGETS = {  # of the figures on one H100
     ("decode", "bf16-mixed, DecodeSampler, 1 rows"): ("ms", 1.5),

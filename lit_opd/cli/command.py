@@ -410,8 +410,7 @@ class OPDCLI(PlainCLI):
         """The module's checks, then those of callbacks that have some."""
         path, training = self.settings.get("ckpt_path"), self.subcommand == "fit"
         if training:
-            own_code = (self.model.weighting, self.model.objective, *self.model.advantage)
-            check_callbacks(self.trainer, self.datamodule, own_code=own_code)
+            check_callbacks(self.model, self.trainer, self.datamodule)
         check_before(self.model, self.trainer, self.datamodule, ckpt_path=path, training=training)
         for callback in callbacks_of(self.trainer):
             check = getattr(callback, "check", None)

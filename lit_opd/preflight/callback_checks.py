@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from lit_opd.errors import InputError
+from lit_opd.preflight.subject import Subject
 from lit_opd.prompts import PromptDataModule
 from lit_opd.run.lightning import callbacks_of
 
@@ -25,13 +25,13 @@ REFUSED: dict[str, str] = {  # class of Lightning's -> why not, and what to do
 }
 
 
-def check_callbacks(trainer: Trainer, data: PromptDataModule | None, *, own_code: Iterable[Any] = ()) -> None:
+def check_callbacks(module: Subject, trainer: Trainer, data: PromptDataModule | None) -> None:
     """Every callback can do here what it is for.
 
     Args:
+        module: of the run; what its validation measures, and parts that may log names of their own.
         trainer: whose callbacks.
         data: of the run.
-        own_code: further parts of the run that may log names of their own.
     Raises:
         InputError: a callback that cannot work, or one that monitors a name that nobody logs.
     """
@@ -40,12 +40,14 @@ def check_callbacks(trainer: Trainer, data: PromptDataModule | None, *, own_code
         for name in (base.__name__ for base in type(callback).__mro__ if base.__module__.startswith("lightning.")):
             if name in REFUSED:
                 raise InputError(f"`trainer.callbacks` must do without {type(callback).__name__}: {REFUSED[name]}")
+    recipe = module.recipe
+    own_code: tuple[Any, ...] = (recipe.weighting, recipe.objective, *recipe.advantage)
     if all(type(part).__module__.startswith(OWN_CODE) for part in (*callbacks, *own_code)):
         for callback in callbacks:
-            _check_monitor(callback, data)
+            _check_monitor(callback, module, data)
 
 
-def _check_monitor(callback: Callback, data: PromptDataModule | None) -> None:
+def _check_monitor(callback: Callback, module: Subject, data: PromptDataModule | None) -> None:
     """A name that can be known to be missing before anything is loaded."""
     monitor, own = getattr(callback, "monitor", None), type(callback).__name__
     if monitor is None or not getattr(callback, "strict", True):
@@ -58,6 +60,25 @@ def _check_monitor(callback: Callback, data: PromptDataModule | None) -> None:
     without = getattr(data, "val", None) is None and getattr(data, "val_fraction", None) is None
     if str(monitor).startswith("val/") and without:
         raise InputError(f"`{own}.monitor` must be a train/ metric where `data.val` is null, got {monitor!r}")
+    why = _unmeasured(str(monitor), module)
+    if why is not None:
+        raise InputError(
+            f"`{own}.monitor` must be a metric that this run's validation measures, got {monitor!r}: {why}"
+        )
+
+
+def _unmeasured(name: str, module: Subject) -> str | None:
+    """Why the validation does not measure it; None where it does, as far as that can be known before the data is read."""
+    validation = module.validation
+    if name == "val/greedy_accuracy" and not validation.greedy:
+        return "`model.validation.greedy` is false"
+    if name == "val/avg_at_k" and not validation.samples:
+        return "`model.validation.samples` is 0"
+    if name.startswith(("val/reverse_kl", "val/disagreement")) and not validation.divergence:
+        return "`model.validation.divergence` is false"
+    if name == "val/reverse_kl" and "token_kl" not in module.teacher.provides:
+        return f"{type(module.teacher).__name__} gives no whole distribution here; take val/disagreement"
+    return None
 
 
 def check_batches(trainer: Trainer) -> None:

@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 
 from lit_opd.errors import InputError, ServerError
 from lit_opd.preflight.aligned_checks import check_aligned, own_tokenizer
+from lit_opd.preflight.callback_checks import check_callbacks
 from lit_opd.preflight.estimate import estimate, shortage, trained_dtype
 from lit_opd.preflight.hindsight_checks import check_hindsight
 from lit_opd.preflight.memory import ACCURACY, Budget
@@ -369,7 +370,8 @@ def wandb(run: PlannedRun) -> Finding:
 
 
 def callbacks(run: PlannedRun) -> Finding:
-    """The callbacks' own checks."""
+    """What they are for can be done in this run; then their own checks."""
+    check_callbacks(run.module, run.trainer, run.data)
     checked = [callback for callback in callbacks_of(run.trainer) if hasattr(callback, "check")]
     for callback in checked:
         callback.check(run.module, run.data)

@@ -315,6 +315,27 @@ def test_options_of_loggers_that_others_take_the_place_of_are_said_to_have_no_ef
         run(world, tmp_path / "run", *own, *options, command="preflight")
 
 
+def monitors(name: str) -> list[str]:
+    return ["--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.monitor={name}"]
+
+
+WITHOUT_HEADS = """{"class_path": "CachedTeacher", "init_args": {"folder": "scores", "teacher": {"class_path": "LocalTeacher",
+    "init_args": {"path": "teacher"}}}}"""
+UNMEASURED = [
+    ([*monitors("val/greedy_accuracy"), "--model.validation.greedy=false"], "model.validation.greedy"),
+    ([*monitors("val/avg_at_k"), "--model.validation.samples=0"], "model.validation.samples"),
+    ([*monitors("val/reverse_kl"), "--model.validation.divergence=false"], "model.validation.divergence"),
+    ([*monitors("val/reverse_kl"), "--model.teacher", WITHOUT_HEADS], "take val/disagreement"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), UNMEASURED)
+def test_preflight_finds_what_a_callback_would_wait_for_in_vain(words, named, world, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(world, world / "checked", *words, command="preflight")
+    assert named in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -329,6 +350,7 @@ def test_options_of_loggers_that_others_take_the_place_of_are_said_to_have_no_ef
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/reverse_kl", "--data.val=null"],
             "data.val",
         ),
+        *UNMEASURED,
         (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches"),
         (["--ckpt_path", "best"], "there is no"),
     ],

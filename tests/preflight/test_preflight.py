@@ -536,7 +536,12 @@ BILLIONS = {
 
 
 # they sample with vLLM, which is not installed where the tests run
-WITH_VLLM = ("qwen3_1.7b_from_4b_1gpu", "qwen3_1.7b_from_8b_8gpu_fsdp", "iw_opd_qwen3_4b_from_30b_a3b_32gpu")
+WITH_VLLM = (
+    "qwen3_1.7b_from_4b_1gpu",
+    "qwen3_1.7b_from_8b_8gpu_fsdp",
+    "iw_opd_qwen3_4b_from_30b_a3b_32gpu",
+    "qwen3_4b_from_30b_a3b_own_data",
+)
 MISSING = dict.fromkeys(WITH_VLLM, {"servers"})
 
 
@@ -568,6 +573,8 @@ def test_every_experiment_is_checked_without_its_machine_or_weights(path, tmp_pa
     rows.append({"prompt": "a" * longest, "answer": "1", "difficulty": 9})
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = ["--run_dir", str(tmp_path / "run"), "--data.train", str(prompts), "--memory_gb", "80"]
+    if str(settings["data"].get("val")).startswith("/"):  # a place on the user's machine
+        overrides += ["--data.val", str(prompts)]
     if path.stem != "quickstart":
         models = settings["model"]
         teacher = models["teacher"]["init_args"]["path"]

@@ -12,7 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.studies import contrasts
+from benchmarks.studies.leaderboard import __main__ as leaderboard
 from lit_opd.__main__ import main
+from lit_opd.sweep.options import read
+from lit_opd.sweep.variants import variants
 from lit_opd.testbed import ASSETS
 from tests.helpers import signals
 
@@ -40,7 +44,7 @@ def written(guide: str, folder: Path) -> list[list[str]]:
         if title:
             (folder / title).write_text(text)
         elif language == "bash":
-            commands += [shlex.split(line, comments=True) for line in text.splitlines()]
+            commands += [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     return [words for words in commands if words]
 
 
@@ -86,8 +90,50 @@ def test_a_guides_files_and_commands_run(guide, tmp_path, monkeypatch):
 
 
 def test_every_guide_is_run_here_or_by_a_test_that_names_it():
-    others = {"lora", "wandb"}
+    others = {"lora", "wandb", "claim"}
     assert {path.stem for path in GUIDES.glob("*.md")} - others == set(RUN_HERE)
+
+
+@pytest.fixture
+def claim(tmp_path, monkeypatch):
+    """The commands of its guide, in a folder with the files of it and of the guide whose weighting it takes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    written("own-strategy", tmp_path)
+    yield written("claim", tmp_path)
+    sys.modules.pop("my_weighting", None)
+
+
+def sweeps(commands: list[list[str]]) -> list[list[str]]:
+    return [words[2:] for words in commands if words[:2] == ["lit-opd", "sweep"]]
+
+
+def test_a_claims_contrasts_name_what_its_sweeps_train_on_the_seeds_of_its_plan(claim):
+    plan = contrasts.read_claim(Path("claim.yaml"))
+    _, *claimed = [read(words) for words in sweeps(claim)]
+    names = [variant.name for asked in claimed for variant in variants(asked)]
+    assert {spec[side] for spec in plan["contrasts"] for side in ("variant", "minus")} <= set(names)
+    assert [asked.seeds for asked in claimed] == [tuple(plan["seeds"])] * 2
+    tested = next(words for words in claim if "benchmarks.studies.contrasts" in words)
+    assert tested[3:] == ["claim.yaml", *(str(asked.out) for asked in claimed)]
+
+
+@pytest.mark.slow
+def test_a_claim_is_tested_as_its_guide_says(claim, capsys):
+    """Two seeds of two steps on eight problems; the tuning is checked and listed, not trained."""
+    few = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.prompt_batch=2", "--data.val_limit=8"]
+    Path("lit_opd").symlink_to(ASSETS.parents[1])
+    leaderboard.main(claim[0][3:])
+    for words in sweeps(claim):
+        cut = [word for word in words if not re.fullmatch(r"100[2-9]", word)]
+        more = ["--dry_run"] if "runs/tuning" in words else [*few, "--model.sampler.max_new_tokens=12"]
+        assert status(["sweep", *cut, *more]) == 0
+    plan = Path("claim.yaml")
+    plan.write_text(re.sub(r"seeds: .*", "seeds: [1000, 1001]", plan.read_text()))
+    capsys.readouterr()
+    contrasts.main(["claim.yaml", "runs/mine", "runs/beside"])
+    said = capsys.readouterr().out
+    assert said.count("| 2 of 2 |") == 4 and "missing" not in said
 
 
 def test_the_callback_of_its_guide_logs_the_share_of_liked_tokens_in_each_half(tmp_path, monkeypatch):
