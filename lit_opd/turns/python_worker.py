@@ -104,7 +104,7 @@ def _start_nothing(libc: ctypes.CDLL) -> None:
     lines += [(_LOAD, 0, 0, _CALL), (_AT_LEAST, refused - 4, 0, _OTHER_ABI)]
     lines += [(_EQUAL, refused - 5 - place, 0, call) for place, call in enumerate(calls)]
     lines += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _NOT_PERMITTED)]
-    program = (_Instruction * len(lines))(*lines)
+    program = (_Instruction * len(lines))(*(_Instruction(*line) for line in lines))
     _check(libc.prctl(_SET_SECCOMP, _FILTERED, ctypes.byref(_Program(len(lines), program)), 0, 0), "seccomp")
 
 
