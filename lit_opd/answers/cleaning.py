@@ -86,8 +86,8 @@ _DECIMAL_COMMA = re.compile(r"(?<![0-9.,])([0-9]+)\{,\}(?=[0-9]+(?![0-9,{]))")
 _BAR = r"\\(?:overline|bar|overbar)\s*\{?\s*(?P<bar>[0-9]+)\s*\}?"
 _DOTS = r"(?P<dots>\\dot\s*\{?[0-9]\}?(?:\s*[0-9]*\s*\\dot\s*\{?[0-9]\}?)?)"
 _REPEATING = re.compile(rf"(?P<whole>[0-9]*)\.(?P<start>[0-9]*)\s*(?:{_BAR}|{_DOTS}|\((?P<round>[0-9]+)\))")
-_TRAILING_REPEAT = re.compile(
-    r"(?P<whole>[0-9]*)\.(?P<start>[0-9]*?)(?P<bar>[0-9]+?)(?P=bar){2,}\s*(?:\.\.\.|\\ldots(?![a-zA-Z]))"
+_TRAILING_REPEAT = re.compile(  # bounded: without a bound its time grows with the fourth power of the digits
+    r"(?<![0-9])(?P<whole>[0-9]*)\.(?P<start>[0-9]{0,60}?)(?P<bar>[0-9]{1,60}?)(?P=bar){2,}\s*(?:\.\.\.|\\ldots(?![a-zA-Z]))"
 )
 _COMBINING = re.compile(r"((?:[0-9]\u0305)+)")
 _MIXED = re.compile(
@@ -413,12 +413,19 @@ def _stripped(text: str) -> str:
     """Without braces around the whole, and without what ends a sentence."""
     while True:
         before = text
-        text = re.sub(r"(?<!\\)[\s.,;:]+$", "", text.strip())
-        text = re.sub(r"^[:=]\s*", "", text)
+        text = re.sub(r"^(?:[:=]\s*)+", "", _without_stop(text.strip()))
         if text.startswith("{") and enclosed(text, 0) == len(text) - 1:
             text = text[1:-1]
         if text == before:
             return text
+
+
+def _without_stop(text: str) -> str:
+    r"""Without the stops and spaces at its end; the sign after a backslash is a command's, as in ``\,``."""
+    end = len(text)
+    while end and (text[end - 1] in ".,;:" or text[end - 1].isspace()):
+        end -= 1
+    return text[: end + 1] if end and text[end - 1] == "\\" else text[:end]
 
 
 _STEPS: tuple[Callable[[str], str], ...] = (

@@ -30,11 +30,11 @@ from lit_opd.answers.tables import (
 
 _MARKED = r"\\text\{[a-zA-Z]+\}"
 _POWER = r"(?:\^(?:\{?-?[0-9]\}?))?"
-_RAISED_WORD = rf"\^\{{?\s*{_MARKED}\s*\}}?"
+_RAISED_WORD = rf"\^\{{?\s*{_MARKED}(?:\s*\}})?"
 _PIECES = rf"(?:\s|\\cdot|{_RAISED_WORD}|{_MARKED}{_POWER}|/\s*[smhgL](?![a-zA-Z]){_POWER}|/)"
 _FRACTION = rf"\\frac\{{(?:\s|\\cdot|{_MARKED}{_POWER})+\}}\{{(?:\s|\\cdot|{_MARKED}{_POWER})+\}}"
-_SUFFIX = re.compile(
-    rf"(?P<percent>\s*%)?(?:\s*\^\\circ\s*[CF]?(?![a-zA-Z])|{_PIECES}|{_FRACTION})*(?P<late>\s*%)?\s*$"
+_SUFFIX = re.compile(  # each space can be read in one way only, else the time doubles with every piece
+    rf"(?P<percent>\s*%)?(?:\^\\circ(?:\s*[CF])?(?![a-zA-Z])|{_PIECES}|{_FRACTION})*(?P<late>\s*%)?\s*$"
 )
 _TOKEN = re.compile(
     rf"\\text\{{(?P<word>[a-zA-Z]+)\}}(?P<power>{_POWER})|(?P<circle>\^\\circ\s*(?P<scale>[CF])?)|/\s*(?P<short>[smhgL])(?P<spow>{_POWER})"

@@ -136,7 +136,9 @@ def quick_outcome(response: str, reference: str) -> Outcome | None:
 def vote(answer: str) -> str:
     """The name under which equal wrong answers are counted in a majority vote."""
     value = number(answer)
-    return str(value) if value is not None else canonical(answer[:MAX_ANSWER_CHARS])
+    if value is not None:  # in hexadecimal: of 9^{5000} Python writes no decimal digits
+        return f"={value.numerator:x}/{value.denominator:x}"
+    return canonical(answer[:MAX_ANSWER_CHARS])
 
 
 def math_verify_available() -> bool:

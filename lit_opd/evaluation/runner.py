@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_opd.distributed import gather_objects, is_rank_zero, rank, world_size
+from lit_opd.distributed import gather_objects, is_rank_zero, rank, shared_failure, world_size
 from lit_opd.errors import InputError, memory_for
 from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grade, Grader, Outcome
@@ -164,7 +164,8 @@ class SetEvaluation:
             )
         texts = decoder(module.tokenizer)(rollout)[: len(share)]
         references = [self.problems.problems[problem].reference for problem, _ in share]
-        return self.grader.grade(texts, references, integers=self.problems.integers), rollout, texts
+        with shared_failure():
+            return self.grader.grade(texts, references, integers=self.problems.integers), rollout, texts
 
     def _prompts(self, module: Answering, pairs: list[Pair]) -> PromptBatch:
         prompts = [self.problems.problems[problem].prompt for problem, _ in pairs]

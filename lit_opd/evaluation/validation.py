@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_opd.distributed import largest
+from lit_opd.distributed import largest, shared_failure
 from lit_opd.errors import InputError
 from lit_opd.evaluation.answering import Answering
 from lit_opd.evaluation.grading import Grader, is_integer, math_verify_available
@@ -104,7 +104,7 @@ class Evaluator(nn.Module):
             student.phase("evaluating", sample + 1, drawn)
 
     def add_answers(self, name: str, rollout: Rollout, decode: Callable[[Rollout], list[str]]) -> None:
-        """Grade the responses of rows that have an answer and count.
+        """Grade the responses of rows that have an answer and count; called on every rank.
 
         Args:
             name: "greedy_accuracy" or "avg_at_k".
@@ -117,7 +117,8 @@ class Evaluator(nn.Module):
         texts, references = decode(rollout), [answer for answer in answers if answer is not None]
         self._say_how(references)
         graded = torch.zeros(len(answers), dtype=torch.float64)
-        grades = self.grader.grade([texts[row] for row in rows], references)
+        with shared_failure():
+            grades = self.grader.grade([texts[row] for row in rows], references)
         graded[rows] = torch.tensor([float(grade.correct) for grade in grades], dtype=torch.float64)
         has_answer = torch.tensor([answer is not None for answer in answers], device=counted.device)
         self._mean(name).update(graded.to(counted.device), has_answer & counted)

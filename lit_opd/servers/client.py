@@ -184,7 +184,7 @@ class Servers:
                 self.model = names[0]
             if self.model not in served:
                 raise InputError(
-                    f"`{self.field}.model` must be one of {names}, which {server.url} serves, got {self.model!r}; "
+                    f"`{self.field}.model` must be one of {self._hidden(names)}, which {server.url} serves, got {self.model!r}; "
                     "set it, or start the server with --served-model-name"
                 )
             window, _ = served[self.model]
@@ -233,7 +233,7 @@ class Servers:
             try:
                 parse(await ask(http, server, body))
             except _Refused as error:
-                refused.append((f"{server.url} {error}", error.status))
+                refused.append((f"{server.url} {self._hidden(error)}", error.status))
 
         for server in self.servers:
             self._asked_at_start(once, server, self.start_seconds)
@@ -275,6 +275,9 @@ class Servers:
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
             raise Malformed("has no list of models under /v1/models")
+        windows = [card.get("max_model_len") for card in cards]
+        if wrong := [window for window in windows if window is not None and type(window) is not int]:
+            raise Malformed(f"has a max_model_len that is no whole number, {str(wrong[0])[:SHOWN]!r}")
         return {str(card["id"]): (card.get("max_model_len"), card.get("parent") is not None) for card in cards}
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -346,7 +349,7 @@ class Servers:
         choices = answer["choices"]
         if not all(isinstance(choice, dict) for choice in choices):
             raise Malformed("has choices that are no objects")
-        by_index = {choice.get("index"): choice for choice in choices}
+        by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
         if len(choices) != count or set(by_index) != set(range(count)):
             raise Malformed(f"has {len(choices)} choices for {count} prompts, or their indices are wrong")
         return [by_index[index] for index in range(count)]
@@ -456,15 +459,19 @@ class Servers:
                 return await once(http, server)
             except _Refused as error:
                 self.num_lost += error.status == httpx.codes.NOT_FOUND
-                raise self._failure(server, str(error), tries + 1, advice) from error
+                raise self._failure(server, self._hidden(error), tries + 1, advice) from self._shareable(error)
             except (_Transient, Malformed) as error:
                 tries, malformed = tries + 1, malformed + isinstance(error, Malformed)
                 first_failure = min(first_failure, time.monotonic())
                 over = time.monotonic() + delay > first_failure + seconds
                 if over or malformed >= MALFORMED_TRIES:
-                    raise self._failure(server, str(error), tries, advice) from error
+                    raise self._failure(server, self._hidden(error), tries, advice) from self._shareable(error)
                 if announce and tries == 1 and is_rank_zero():
-                    print(f"{server.url} {error}; asking again for up to {seconds:g} s", file=sys.stderr, flush=True)
+                    print(
+                        f"{server.url} {self._hidden(error)}; asking again for up to {seconds:g} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 server.rests_until = time.monotonic() + 2 * delay
                 self.num_lost += isinstance(error, _Lost)
             finally:
@@ -567,8 +574,16 @@ class Servers:
 
     def _shown(self, text: str) -> str:
         """The start of what a server wrote, without the key."""
-        key = self._key()
-        return (text.replace(key, "***") if key else text)[:SHOWN]
+        return self._hidden(text)[:SHOWN]
+
+    def _hidden(self, what: object) -> str:
+        """As text, without the key, which a server may send back in any place of its answer."""
+        key, text = self._key(), str(what)
+        return text.replace(key, "***") if key else text
+
+    def _shareable(self, error: Exception) -> Exception | None:
+        """The cause that a traceback may show."""
+        return error if self._hidden(error) == str(error) else None
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
-from lit_opd.servers.client import CLAMPED, ROUNDING, Malformed, checked_logprob
+from lit_opd.servers.client import CLAMPED, ROUNDING, SHOWN, Malformed, checked_logprob
 
 MASS_ROUNDING = 1e-3  # that the mass of listed tokens may lie above 1; bfloat16 heads round that much
+NPY = b"\x93NUMPY"  # how such a file begins
+ID_DIGITS = 18  # of a token id, which an int64 holds
 ENTRY_BYTES, POSITION_BYTES = 80, 4  # of JSON, as vLLM 0.32 writes an entry of prompt_logprobs and what surrounds them
 
 
@@ -96,9 +97,9 @@ def _among(entry: dict[str, Any], token: int, k: int) -> bool:
 
 
 def _ids(names: list[str]) -> NDArray[numpy.int64]:
-    wrong = next((name for name in names if not (name.isascii() and name.isdigit())), None)
+    wrong = next((name for name in names if not (name.isascii() and name.isdigit() and len(name) <= ID_DIGITS)), None)
     if wrong is not None:
-        raise Malformed(f"lists {wrong!r}, which is no token id")
+        raise Malformed(f"lists {wrong[:SHOWN]!r}, which is no token id")
     return numpy.array([int(name) for name in names], numpy.int64)
 
 
@@ -128,8 +129,13 @@ def asked_logprobs(answer: dict[str, Any], shape: tuple[int, int]) -> NDArray[nu
     if not isinstance(text, str):
         raise Malformed("has no prompt_token_id_logprobs")
     try:
-        found = numpy.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
-    except (binascii.Error, ValueError, EOFError, OSError) as error:
+        data = base64.b64decode(text, validate=True)
+        if not data.startswith(NPY):  # numpy would unpack an archive
+            raise ValueError("no .npy file")
+        found = numpy.load(io.BytesIO(data), allow_pickle=False)
+    except (
+        Exception
+    ) as error:  # base64, numpy and Python's own reader of a header raise many types; memory: it says its own size
         raise Malformed(f"has prompt_token_id_logprobs that cannot be read ({type(error).__name__})") from error
     if not isinstance(found, numpy.ndarray) or found.shape != shape or found.dtype.kind != "f":
         raise Malformed(f"has prompt_token_id_logprobs that are no {shape[0]} x {shape[1]} numbers")

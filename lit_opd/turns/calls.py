@@ -24,11 +24,13 @@ class Call:
         name: of the tool; empty where it could not be read.
         arguments: by name; those of the form of Qwen 3 Coder are text unless they are JSON.
         wrong: why it cannot be called; None where it can be.
+        written: by name, in the form of Qwen 3 Coder alone: what stood there, for a parameter that is text.
     """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     wrong: str | None = None
+    written: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 def tool_calls(text: str) -> list[Call]:
@@ -51,7 +53,7 @@ def _call(body: str, *, closed: bool) -> Call:
         pairs = _PARAMETER.findall(function[2])
         if _PARAMETER.sub("", function[2]).strip():
             return Call(function[1], wrong="something stands between the parameters")
-        return Call(function[1], {name: _value(value) for name, value in pairs})
+        return Call(function[1], {name: _value(value) for name, value in pairs}, written=dict(pairs))
     return _json_call(body)
 
 

@@ -1,8 +1,8 @@
 """A tool that runs Python code, for those who ask for it: nothing runs code unless a config names this class.
 
-Each call is a process of its own without network, files or other processes; see ``python_worker.py``. It is a fence against what
-a model writes while it learns, made of what Linux offers to every user. Run untrusted models inside a container or a virtual
-machine all the same.
+Each call is a process of its own without network, files, threads or other processes; see ``python_worker.py``. It is a fence
+against what a model writes while it learns, made of what Linux offers to every user. Run untrusted models inside a container or a
+virtual machine all the same.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from lit_opd.turns.tools import Tool, ToolError
 
 WORKER = Path(__file__).with_name("python_worker.py")
 START_SECONDS = 30.0  # of wall time, for a busy machine to start a process
+END_SECONDS = 5.0  # the same to end one
+WALL_FACTOR = 6  # seconds by the clock for each of processor time
+_KILLED, _OUT_OF_TIME = 128 + signal.SIGKILL, 128 + signal.SIGXCPU  # exit statuses
 
 
 class PythonTool(Tool):
@@ -56,15 +59,24 @@ class PythonTool(Tool):
             self.call("1 + 1")
         except RuntimeError as error:
             raise InputError(
-                f"`PythonTool` must be able to fence code in, got {error}; it needs Linux with user namespaces (a container may "
-                "forbid them): leave the tool out, or run where they are allowed"
+                f"`PythonTool` must be able to fence code in, got {error}; it needs Linux with user namespaces and seccomp "
+                "(a container may forbid them): leave the tool out, or run where they are allowed"
             ) from error
 
     def call(self, code: str) -> str:
         """What the code printed, cut after ``characters``."""
         with tempfile.TemporaryDirectory(prefix="python-tool-") as root:
             os.chmod(root, 0o555)  # nothing is made in it
-            command = [sys.executable, "-I", "-B", str(WORKER), str(self.seconds), str(self.memory_mib), root]
+            command = [
+                sys.executable,
+                "-I",
+                "-B",
+                str(WORKER),
+                str(self.seconds),
+                str(self.memory_mib),
+                root,
+                str(os.getpid()),
+            ]
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                 env={"PYTHONIOENCODING": "utf-8"},
@@ -74,18 +86,17 @@ class PythonTool(Tool):
                 with suppress(BrokenPipeError):
                     process.stdin.write(code.encode("utf-8", "replace"))
                     process.stdin.close()
-                output, in_time = self._output(process)
+                output, cut = self._output(process)
             finally:
-                self._end(process)
+                said = self._end(process)
         if not output.startswith(READY):
-            raise RuntimeError(self._why(process) if in_time else "a process that did not start in time")
-        text = output.removeprefix(READY).decode("utf-8", "replace")
-        if not in_time:
-            raise ToolError(f"no result within {self.seconds} s of processor time")
-        return text[: self.characters].rstrip("\n")
+            raise RuntimeError(cut or said or f"exit status {process.returncode}")
+        if cut is not None:
+            raise ToolError(cut)
+        return output.removeprefix(READY).decode("utf-8", "replace")[: self.characters].rstrip("\n")
 
-    def _output(self, process: subprocess.Popen[bytes]) -> tuple[bytes, bool]:
-        """What was printed, and whether the process came to its end or to the output's in time."""
+    def _output(self, process: subprocess.Popen[bytes]) -> tuple[bytes, str | None]:
+        """What was printed, and why that is not all; None where it is, or as much as is kept."""
         assert process.stdout is not None
         found, most = b"", len(READY) + 4 * self.characters
         deadline = time.monotonic() + START_SECONDS
@@ -93,25 +104,30 @@ class PythonTool(Tool):
             selector.register(process.stdout, selectors.EVENT_READ)
             while len(found) < most:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return found, False
+                    return found, f"no result within {WALL_FACTOR * self.seconds} s" if found else "no start in time"
                 part = os.read(process.stdout.fileno(), 65536)
                 if not part:
-                    return found, process.wait() == 0 or not found.startswith(READY)
+                    return found, self._ended(process.wait()) if found else None
                 if not found:
-                    deadline = time.monotonic() + 6.0 * self.seconds
+                    deadline = time.monotonic() + WALL_FACTOR * self.seconds
                 found += part
-        return found, True
+        return found, None
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
+    def _ended(self, status: int) -> str | None:
+        """Why the code's process ended before the code did; None where it did not."""
+        if status in (_KILLED, _OUT_OF_TIME):
+            return f"no result within {self.seconds} s of processor time"
+        return None if status == 0 else f"the process ended with exit status {status}"
+
+    def _end(self, process: subprocess.Popen[bytes]) -> str:
+        """End it and the code's; the last line of what it said before it gave up."""
+        process.terminate()  # it kills the code's process, which nobody else can reach for sure
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-    def _why(self, process: subprocess.Popen[bytes]) -> str:
-        """The last line of what the worker said before it gave up."""
-        assert process.stderr is not None
-        with process.stderr:
+        assert process.stdout is not None and process.stderr is not None
+        with process.stdout, process.stderr:
             lines = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
-        return lines[-1] if lines else f"exit status {process.returncode}"
+        return lines[-1] if lines else ""

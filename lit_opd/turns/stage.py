@@ -75,12 +75,15 @@ class _Threads:
         self.waiting.extend(range(len(calls)))
         for _ in range(min(self.workers, len(calls))):
             self._hire(calls)
-        with self.changed:
-            while len(self.results) < len(calls):
-                for _ in range(self._give_up()):
-                    self._hire(calls)
-                self.changed.wait(self._patience())
-            return [self.results[number] for number in range(len(calls))]
+        try:
+            with self.changed:
+                while len(self.results) < len(calls):
+                    for _ in range(self._give_up()):
+                        self._hire(calls)
+                    self.changed.wait(self._patience())
+                return [self.results[number] for number in range(len(calls))]
+        finally:  # an interruption: what has not begun does not begin
+            self.waiting.clear()
 
     def _hire(self, calls: Sequence[Call]) -> None:
         threading.Thread(target=self._work, args=(calls,), name="environment", daemon=True).start()
@@ -139,15 +142,20 @@ class _Loop:
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """In a thread of its own: this one may have a loop already, as in a notebook."""
         future = asyncio.run_coroutine_threadsafe(self._all(calls), _event_loop(os.getpid()))
-        while not future.done():
-            before = len(self.results)
-            try:
-                future.result(self.timeout + _GRACE)
-            except TimeoutError:
-                if len(self.results) == before:  # each call that runs has ended by now, unless one holds all others up
-                    self.given_up = True
-                    _event_loop.cache_clear()
-                    break
+        try:
+            while not future.done():
+                before = len(self.results)
+                try:
+                    future.result(self.timeout + _GRACE)
+                except TimeoutError:
+                    # each call that runs has ended by now, unless one holds all others up
+                    if len(self.results) == before:
+                        self.given_up = True
+                        _event_loop.cache_clear()
+                        break
+        finally:
+            if not self.given_up:  # else the loop stops once they have ended
+                future.cancel()  # of no effect once it has ended
         return [self.results.get(number, _late(self.timeout)) for number in range(len(calls))]
 
     async def _all(self, calls: Sequence[Call]) -> None:
@@ -167,6 +175,10 @@ class _Loop:
     async def _called(self, call: Call) -> Any:
         try:
             return await self.function(*call)
+        except asyncio.CancelledError as error:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise  # by us: its time is over, or nobody waits for it
+            return failure(error)  # by the user's own code
         except (Exception, SystemExit) as error:  # a user's code may raise anything
             return failure(error)
 

@@ -7,7 +7,8 @@ import json
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lit_opd.answers import NeedsMathematics, arithmetic, last_box, same, undecided
 from lit_opd.errors import InputError, require
@@ -52,19 +53,58 @@ class Tool(ABC):
     @property
     def schema(self) -> dict[str, Any]:
         """As chat templates read it."""
-        parameters = inspect.signature(self.call).parameters.values()
-        properties = {part.name: {"type": _TYPES.get(str(part.annotation), "string")} for part in parameters}
+        parameters = _named(self.call)
+        hints = _hints(self.call)
+        properties = {part.name: _typed(hints.get(part.name, part.annotation)) for part in parameters}
         needed = [part.name for part in parameters if part.default is part.empty]
         described = " ".join((inspect.getdoc(type(self)) or self.name).partition("\n\n")[0].split())
         body = {"type": "object", "properties": properties, "required": needed}
         return {"type": "function", "function": {"name": self.name, "description": described, "parameters": body}}
 
 
-_TYPES = {
-    "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array",
-    "<class 'int'>": "integer", "<class 'float'>": "number", "<class 'bool'>": "boolean", "<class 'dict'>": "object",
-    "<class 'list'>": "array",
+_TYPES: dict[Any, str] = {
+    str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array", tuple: "array",
+    Mapping: "object", Sequence: "array",
 }  # fmt: skip
+_TEXT = {"type": "string"}
+_BY_NAME = {kind.__name__: name for kind, name in _TYPES.items()}
+
+
+def _named(call: Any) -> list[inspect.Parameter]:
+    """The parameters that have a name of their own: neither ``*args`` nor ``**kwargs``."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [part for part in inspect.signature(call).parameters.values() if part.kind not in variable]
+
+
+def _hints(call: Any) -> dict[str, Any]:
+    """Its annotations as types; none where a name in them cannot be found."""
+    try:
+        return get_type_hints(call)
+    except (NameError, TypeError):
+        return {}
+
+
+def _typed(annotation: Any) -> dict[str, Any]:
+    """A parameter's JSON schema: text where the annotation does not say, nothing where it says that all is allowed."""
+    kinds = _kinds(annotation)
+    kinds -= {"integer"} if "number" in kinds else set()
+    if len(kinds) > 1:
+        return {"type": sorted(kinds)}
+    return {"type": kinds.pop()} if kinds else {}
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """JSON's names of the types that an annotation allows, None aside."""
+    if annotation is Any:
+        return set()
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        parts = [_kinds(part) for part in get_args(annotation) if part is not NoneType]
+        return set().union(*parts) if all(parts) else set()
+    if origin is Literal:
+        return {_TYPES.get(type(value), "string") for value in get_args(annotation)}
+    kind = origin or annotation
+    return {_BY_NAME.get(kind, "string") if isinstance(kind, str) else _TYPES.get(kind, "string")}
 
 
 class Calculator(Tool):
@@ -77,7 +117,10 @@ class Calculator(Tool):
         value = arithmetic.value(expression.strip()) if len(expression) <= MOST_CHARACTERS else None
         if value is None:
             raise ToolError("not an arithmetic expression")
-        return str(value)
+        try:
+            return str(value)
+        except ValueError as error:  # Python writes no more than 4,300 digits
+            raise ToolError("the value has too many digits to be written") from error
 
 
 class LookUp(Tool):
@@ -163,14 +206,17 @@ class ToolEnvironment(Environment):
             if self.unknown == "end_row":
                 raise LookupError(f"the student called {call.name!r}, there is {', '.join(self.by_name)}")
             return f"error: no tool {call.name}"
+        wanted = tool.schema["function"]["parameters"]["properties"]
+        texts = {name: text for name, text in call.written.items() if wanted.get(name) == _TEXT}
+        arguments = call.arguments | texts
         try:
-            inspect.signature(tool.call).bind(**call.arguments)
+            inspect.signature(tool.call).bind(**arguments)
         except TypeError as error:
             return f"error: {error}"
-        if wrong := _wrong_type(tool, call):
+        if wrong := _wrong_type(tool, wanted, arguments):
             return f"error: {wrong}"
         try:
-            return str(tool.call(**call.arguments))
+            return str(tool.call(**arguments))
         except ToolError as error:
             return f"error: {error}"
 
@@ -180,11 +226,11 @@ def _whole_characters(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _wrong_type(tool: Tool, call: Call) -> str | None:
+def _wrong_type(tool: Tool, wanted: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
     """Which text argument is no text; others a tool checks itself."""
-    wanted = tool.schema["function"]["parameters"]["properties"]
-    for name, value in call.arguments.items():
-        if wanted.get(name, {}).get("type") == "string" and not isinstance(value, str):
+    empty = {part.name for part in _named(tool.call) if part.default is None}  # may be given as null
+    for name, value in arguments.items():
+        if wanted.get(name) == _TEXT and not isinstance(value, str) and not (value is None and name in empty):
             return f"{name} must be text"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import signal
 import time
 from fractions import Fraction
 
@@ -211,3 +212,31 @@ def test_a_repeated_problem_is_one_problem(tmp_path, capfd, caplog):
     }
     assert loaded.repeats
     assert "4 different problems in 10 rows" in caplog.text + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "1" * 400 + "." + "12" * 200,
+        ":" * 998 + "\\}",
+        "1" + "^\\circ \\text{a}" * 65 + "x",
+        "1" + "^{\\text{a}} \\text{a}" * 50 + "x",
+    ],
+)
+def test_text_and_numbers_are_read_in_bounded_time(answer):
+    """This process has no limit on time: an answer of 1,000 characters must not hold it."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 8.0)
+    try:
+        assert quick_verdict(answer, "5") is not True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_number_too_long_to_be_written_has_a_vote():
+    assert vote(r"9^{5000}") == vote(r"9^{4999}\cdot 9") != vote(r"9^{4999}")

@@ -27,7 +27,7 @@ from lit_opd.evaluation.grading import (
     vote,
 )
 from lit_opd.rollout import TransformersSampler
-from tests.helpers import fixed, tiny
+from tests.helpers import fixed, forks, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -344,3 +344,10 @@ def test_the_end_of_a_run_ends_the_processes_that_graded_in_it(tmp_path):
     trained = fixed.module(tiny.pair(tmp_path), rollout, dtype="float32", sampler=TransformersSampler(max_new_tokens=4))
     fixed.fit(trained, rollout.prompts, steps=1, watch=Grades())
     assert started and all(process.poll() is not None for process in started)
+
+
+@needs_math_verify
+def test_a_grader_that_cannot_start_on_one_rank_ends_both(tmp_path):
+    forks.succeed("tests.helpers.grading_ranks", str(tmp_path), logs=tmp_path, timeout=240.0)
+    for rank in (0, 1):
+        assert "`Grader.memory_mib` must let a worker start, got 1" in (tmp_path / f"ended-{rank}").read_text()

@@ -29,7 +29,7 @@ from lit_opd.step.recipe import Recipe
 from lit_opd.step.scores import Scores
 from lit_opd.step.token_budget import TokenBudget
 from lit_opd.teacher import CachedTeacher, LocalTeacher, RemoteTeacher, RoutedTeacher
-from lit_opd.teacher.answers import asked_logprobs
+from lit_opd.teacher.answers import asked_logprobs, top_lists
 from lit_opd.teacher.remote import _chosen_body, _read
 from lit_opd.types import LIST_LENGTH, Rollout
 from lit_opd.weighting.cdd import CDD
@@ -493,3 +493,29 @@ def test_preflight_counts_the_lists_that_are_kept(folders, server, rows, whose):
     found = Rank(size, work, CPU).budget()
     assert all(found.phases[phase][LISTED] == real > 0 for phase in ("scoring", "head", "layers", "optimizer"))
     assert LISTED not in found.phases["rollout"]
+
+
+def _file(header: bytes, content: bytes = b"") -> bytes:
+    """A .npy file of version 1.0 with this header."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"PK\x03\x04" + b"\0" * 40,
+        _file(b"{'descr': '<f8', 'fortran_order': False, 'shape': (9999999999999,), }\n"),
+        _file(b"(("),
+    ],
+    ids=["archive", "larger than memory", "no header"],
+)
+def test_a_file_that_is_none_is_no_answer(data):
+    with pytest.raises(Malformed, match="cannot be read"):
+        asked_logprobs({"prompt_token_id_logprobs": base64.b64encode(data).decode()}, (1, 2))
+
+
+@pytest.mark.parametrize("name", ["9" * 19, "9" * 5000])
+def test_a_listed_id_that_no_token_can_have_is_no_answer(name):
+    entries = [{"7": {"logprob": -1.0, "rank": 1}, name: {"logprob": -2.0, "rank": 2}}]
+    with pytest.raises(Malformed, match="is no token id"):
+        top_lists(entries, [7], 2, first=0)

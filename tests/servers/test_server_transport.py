@@ -206,10 +206,24 @@ def test_proxies_and_passwords_of_the_environment_and_cookies_are_left_alone(mon
         assert not any("authorization" in head or "cookie" in head for head in server.heads)
 
 
+@pytest.mark.parametrize("index", [[0], {}, True, 0.0, None, "0"])
+def test_an_index_that_is_no_number_is_no_answer(index):
+    answer = json.dumps({"model": "tiny", "choices": [{"index": index}]}).encode()
+    with listening(says(answer)) as server, pytest.raises(ServerError, match="their indices are wrong"):
+        ask(client(server.url))
+
+
+def test_a_window_that_is_no_number_is_no_answer():
+    answer = json.dumps({"data": [{"id": "tiny", "max_model_len": "4096"}]}).encode()
+    with listening(says(answer)) as server, pytest.raises(ServerError, match="max_model_len that is no whole number"):
+        client(server.url).check(tokens=10)
+
+
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
 ECHOES = {
+    "model": says(json.dumps({"model": f"key {SECRET}", "choices": [{"index": 0}]}).encode()),
     "body": says(SECRET.encode(), "401 Unauthorized"),
     "no JSON": says(f"{{{SECRET}".encode()),
     "encoding": says(b"", Content_Encoding=SECRET),
@@ -226,6 +240,14 @@ def test_a_key_that_comes_back_is_in_no_error_and_no_traceback(where, monkeypatc
         ask(client(server.url, api_key_env="THE_KEY"))
     assert f"authorization: bearer {SECRET}" in server.heads[0]
     assert SECRET not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
+def test_a_key_among_the_models_is_not_shown(monkeypatch):
+    monkeypatch.setenv("THE_KEY", SECRET)
+    with listening(says(json.dumps({"data": [{"id": SECRET}]}).encode())) as server:
+        with pytest.raises(InputError, match=r"must be one of \['\*\*\*'\]") as caught:
+            client(server.url, api_key_env="THE_KEY").check(tokens=None)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("key", [f"{SECRET}\n", f"{SECRET} ", f"{SECRET}é", f"a\r\nHost: {SECRET}"])

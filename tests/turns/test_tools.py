@@ -74,8 +74,17 @@ class Divide(Tool):
         return str(number / by)
 
 
+class Wide(Tool):
+    """Takes lists, and what may be left out."""
+
+    name = "wide"
+
+    def call(self, keys: list[str], count: int | None = None, note: str | None = None, size: int | float = 1) -> str:
+        return f"{keys} {count} {note}"
+
+
 def environment(**options: Any) -> ToolEnvironment:
-    return ToolEnvironment([Calculator(), LookUp({"a": "7", "b": "8"}), Divide()], **options)
+    return ToolEnvironment([Calculator(), LookUp({"a": "7", "b": "8", "7": "seven"}), Divide(), Wide()], **options)
 
 
 def answer(text: str, row: DataRow | None = None, **options: Any) -> Any:
@@ -86,12 +95,27 @@ def call(name: str, **arguments: Any) -> str:
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
+def coder(name: str, parameter: str, value: str) -> str:
+    """A call as Qwen 3 Coder writes it."""
+    written = f"<parameter={parameter}>\n{value}\n</parameter>"
+    return f"<tool_call>\n<function={name}>\n{written}\n</function>\n</tool_call>"
+
+
 @pytest.mark.parametrize(
     ("said", "heard"),
     [
         (call("calculator", expression="2^10 - (3+1)/8"), "2047/2"),
         (call("calculator", expression="041+1"), "42"),
         (call("calculator", expression="9^9^9^9"), "error: not an arithmetic expression"),
+        (call("calculator", expression="9^5000"), "error: the value has too many digits to be written"),
+        (coder("calculator", "expression", "12"), "12"),
+        (coder("lookup", "key", "7"), "seven"),
+        (coder("lookup", "key", '"b"'), "error: no such key"),
+        (coder("divide", "by", "4"), "0.25"),
+        (call("wide", keys=["a", "b"], count=2), "['a', 'b'] 2 None"),
+        (call("wide", keys=[], count=None, note=None), "[] None None"),
+        (coder("wide", "keys", '["7"]'), "['7'] None None"),
+        (call("wide", keys=[], note=1), "error: note must be text"),
         (call("calculator", expression="__import__('os')"), "error: not an arithmetic expression"),
         (call("calculator", expression="1+" * 400 + "1"), "error: not an arithmetic expression"),
         (call("calculator", expression=3), "error: expression must be text"),
@@ -117,7 +141,7 @@ def test_several_calls_have_a_message_each_up_to_a_number():
 def test_failures_of_a_tool_and_unknown_ones_as_configured_are_the_environments():
     with pytest.raises(OSError, match="bad luck"):
         answer(call("divide", by=13))
-    with pytest.raises(LookupError, match="'search', there is calculator, lookup, divide"):
+    with pytest.raises(LookupError, match="'search', there is calculator, lookup, divide, wide"):
         answer(call("search"), unknown="end_row")
 
 
@@ -146,6 +170,9 @@ def test_what_the_student_is_shown_is_made_of_docstring_and_annotations():
             },
         },
     }
+    assert shown[3]["function"]["parameters"]["properties"] == {
+        "keys": {"type": "array"}, "count": {"type": "integer"}, "note": {"type": "string"}, "size": {"type": "number"},
+    }  # fmt: skip
 
 
 def test_wrong_settings_are_one_line(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 import warnings
@@ -419,6 +420,46 @@ def test_a_coroutine_that_blocks_fails_with_those_that_wait_and_the_next_batch_h
     assert found[1].timed_out and found[2].timed_out
     assert stage.run_all(step, [(0,), (2,)], timeout=20.0, workers=1) == [0, 2]
     blocked.set()
+
+
+@pytest.mark.parametrize("kind", ["threads", "coroutines"])
+def test_an_interruption_begins_no_further_call(kind):
+    """Calls may have effects of their own: a file, a request, an account."""
+    begun: list[int] = []
+
+    def step(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.2)
+
+    async def awaited(number: int) -> None:
+        begun.append(number)
+        await asyncio.sleep(0.2)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run_all(step if kind == "threads" else awaited, [(n,) for n in range(100)], timeout=60.0, workers=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    then = len(begun)
+    time.sleep(1.0)
+    assert 0 < then < 10 and len(begun) <= then + 1  # that which was just taken
+
+
+def test_a_coroutine_that_is_cancelled_from_within_fails_alone():
+    async def step(number: int) -> int:
+        if number == 1:
+            raise asyncio.CancelledError("own")
+        await asyncio.sleep(0.1)
+        return number
+
+    found = stage.run_all(step, [(0,), (1,), (2,)], timeout=5.0, workers=3)
+    assert (found[0], found[2]) == (0, 2) and found[1].why.startswith("CancelledError") and not found[1].timed_out
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), TimeoutError("own")])
