@@ -170,3 +170,16 @@ def test_the_page_names_a_candidate_of_each_group_and_compares_with_every_refere
     assert "### Verdicts" not in page and (tmp_path / plan.kept).is_file()
     assert plan.kept.parts == ("benchmarks", "default-search", "runs.jsonl")
     assert missing(jobs, tmp_path)  # no model was built for this
+
+
+def test_the_plan_of_the_published_null_counts_the_referees_runs_and_trains_the_least_likely_tokens_beside():
+    referee, null = (read_plan(PLAN.parent / f"{name}.yaml") for name in ("referee", "referee-null"))
+    theirs = {job.name: job.settings_sha for job in referee.jobs(PARTS)}
+    jobs = null.jobs(PARTS)
+    new = [job for job in jobs if job.name not in theirs]
+    assert all(job.settings_sha == theirs[job.name] for job in jobs if job.name in theirs)
+    assert len(jobs) - len(new) == 40 and {job.variant for job in new} == {"null-20", "entropy-null", "least-likely-20"}
+    weightings = {(job.settings["model"]["weighting"]["class_path"]) for job in new}
+    assert weightings == {"lit_opd.weighting.LeastLikely"}
+    fixed = {job.variant for job in new if job.settings["model"].get("advantage")}
+    assert fixed == {"null-20", "entropy-null"} and len(new) == 3 * 2 * 10
