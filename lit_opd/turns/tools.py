@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lit_opd.answers import NeedsMathematics, arithmetic, last_box, same, undecided
+from lit_opd.answers.cleaning import MAX_CHARS
 from lit_opd.errors import InputError, require
 from lit_opd.turns.calls import Call, tool_calls
 from lit_opd.turns.environment import Answer, Environment, Episode, Response
@@ -236,11 +237,12 @@ def _wrong_type(tool: Tool, wanted: Mapping[str, Any], arguments: Mapping[str, A
 
 
 def answer_reward(text: str, row: DataRow) -> float | None:
-    """1 or 0: the last box of a text equals the row's answer; None where that cannot be said."""
+    """1 or 0: the last box of a text equals the row's answer; None where that cannot be said. A box that is too long for an
+    answer is wrong, as in validation."""
     if row.answer is None:
         return None
     answer, unclosed = last_box(text)
-    if answer is None or unclosed:
+    if answer is None or unclosed or len(answer) > MAX_CHARS:
         return 0.0
     try:
         return float(same(answer.strip(), row.answer, undecided))

@@ -148,7 +148,7 @@ def test_failures_of_a_tool_and_unknown_ones_as_configured_are_the_environments(
 @pytest.mark.parametrize(
     ("text", "reference", "reward"),
     [("so \\boxed{42}", "42.0", 1.0), ("\\boxed{41}", "42", 0.0), ("42", "42", 0.0), ("\\boxed{42", "42", 0.0), ("x", None, None),
-     ("\\boxed{\\sin(1)^2+\\cos(1)^2}", "1", None)],
+     ("\\boxed{\\sin(1)^2+\\cos(1)^2}", "1", None), (f"\\boxed{{{7:01200}}}", "7", 0.0)],
 )  # fmt: skip
 def test_a_turn_without_a_call_ends_with_its_reward(text, reference, reward):
     row = DataRow(answer=reference)
