@@ -420,7 +420,15 @@ def finished(place) -> Place:
     for variant, seeds in KLS.items():
         for seed, kl in seeds.items():
             job = here.plan.job("tiny", variant, seed, "cpu")
-            write(here.record(job), {**about, "settings": job.settings_sha, "seconds": 60.0, "end": made_up(kl)})
+            write(
+                here.record(job),
+                {
+                    **about,
+                    "settings": job.settings_sha,
+                    "seconds": 60.0,
+                    "end": {**made_up(kl), "distinct_2": 0.4 if seed == 11 else 0.6},
+                },
+            )
     start = {
         "settings": here.plan and here.start_sha("tiny"),
         "problems": ["How many?"],
@@ -448,7 +456,8 @@ def test_the_page_says_what_was_run_and_its_numbers_are_the_records(finished, tm
         uniform.split(" | ")[3] == "-1.000"
     )  # of the one problem that has a token in its first tenth, so without an interval
     assert uniform.split(" | ")[4:6] == ["2.500", "1.000"] and "-1.500 [" in uniform
-    assert "| tokens a response | ended by itself |" in page and "| 4 | 50 % |" in page
+    assert "| tokens a response | ended by itself | different bigrams |" in page
+    assert "| 4 | 50 % | 0.500 |" in page and "| 4 | 50 % | 0.500 (0.400 to 0.600) |" in page
     assert "- uniform, seed 11: `a 'b' | c`" in page and "> How many?" in page
     assert matplotlib.image.imread(tmp_path / "models_cpu.png").std() > 0.05
     assert not (tmp_path / "models_cuda.png").exists()

@@ -23,7 +23,7 @@ PAGE, PART = "models.md", part("healing-models")
 TITLE = "# Two real models healed"
 COLORS = ("#202020", "#1f5fa8", "#c4500c", "#2f7d32", "#8e44ad", "#b8860b", "#0f8b8d", "#d1478c")
 CHARS = 300  # of a sample that is shown
-LENGTHS = ("tokens a response", "ended by itself")
+RESPONSES = ("tokens a response", "ended by itself", "different bigrams")
 FIRST, LAST = 0, -1  # tenths of a response
 ROW_HEIGHT = 3.2  # inches of a model in the picture
 Problems = dict[str, float]  # problem -> value
@@ -114,25 +114,27 @@ def table(plan: Plan, results: Results, model: str) -> str:
     """A row a variant: levels, then differences from the reference."""
     of, start = results.runs.get(model, {}), results.starts.get(model)
     names = [title.split(",")[0] for title in MEASURES.values()]
-    header = ["", "seeds", *MEASURES.values(), *(f"{name} - {plan.reference}" for name in names), *LENGTHS]
+    header = ["", "seeds", *MEASURES.values(), *(f"{name} - {plan.reference}" for name in names), *RESPONSES]
     rows: list[list[str]] = []
     if start is not None:
         for who in ("teacher", "student"):
             means = [f"{fmean(start[who][name]):.3f}" if name in start[who] else "" for name in MEASURES]
             name = "(start)" if who == "student" else "(teacher)"
-            rows.append([name, "", *means, *[""] * len(names), *_lengths([start[who]])])
+            rows.append([name, "", *means, *[""] * len(names), *_responses([start[who]])])
     for variant, seeds in of.items():
         cells = [show(level(seeds, name)) for name in MEASURES]
         compared = variant != plan.reference and plan.reference in of
         cells += [interval(from_reference(seeds, of[plan.reference], name)) if compared else "" for name in MEASURES]
-        rows.append([variant, str(len(seeds)), *cells, *_lengths([record["end"] for record in seeds.values()])])
+        rows.append([variant, str(len(seeds)), *cells, *_responses([record["end"] for record in seeds.values()])])
     return markdown_table(header, rows)
 
 
-def _lengths(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Mean tokens of a response, and the share that ended by itself."""
+def _responses(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Mean tokens of a response; the share that ended by itself; that of different bigrams: mean, lowest and highest run."""
     tokens, ended = ([value for own in found for value in own[name]] for name in ("lengths", "ended"))
-    return [f"{fmean(tokens):.0f}", f"{100 * fmean(ended):.0f} %"]
+    distinct = [own["distinct_2"] for own in found]
+    spread = f" ({min(distinct):.3f} to {max(distinct):.3f})" if len(distinct) > 1 else ""
+    return [f"{fmean(tokens):.0f}", f"{100 * fmean(ended):.0f} %", f"{fmean(distinct):.3f}{spread}"]
 
 
 def contrasts_table(plan: Plan, results: Results, model: str) -> str:
@@ -229,7 +231,9 @@ def about(plan: Plan, results: Results) -> list[str]:
         f"training problems, sampling) and other problems of this kind would change, not another model, pruning or learning "
         f"rate. Differences are paired by seed and problem, bold where 0 lies outside. {compared} differences were looked at: "
         f"of so many, about {compared / 20:.1f} would be bold by chance. Right answers are greedy. A tenth is of the response's "
-        f"own length; a response without a token there is left out of it.",
+        f"own length; a response without a token there is left out of it. Different bigrams are the share of a run's sampled "
+        f"token pairs, all responses pooled, that are no repetition, with the lowest and highest seed; where it is near 0 the "
+        f"student repeats itself, and its reverse KL says little.",
     ]
 
 
