@@ -99,7 +99,7 @@ class Plan:
     Args:
         content: as in the file.
         path: the file.
-        below: the plan that it extends.
+        below: the plan that it extends; None before a plan with rates of its own is tuned.
     """
 
     content: dict[str, Any]
@@ -121,8 +121,8 @@ class Plan:
                 known = self.content["data" if role == "data" else "models"]
                 self._require_known(f"conditions.{name}.models", [role], ROLES)
                 self._require_known(f"conditions.{name}.models.{role}", [asset], known)
-        if self.below is None:  # a plan that extends another keeps rates that its variants are ``like``
-            self._require_known("learning_rates", self.content["learning_rates"], self.content["variants"])
+        kept = self.below.content["learning_rates"] if self.below else {}  # its variants may be ``like`` one of the other plan
+        self._require_known("learning_rates", self.content["learning_rates"], {**self.content["variants"], **kept})
 
     def _require_keys(self) -> None:
         if set(self.content) - OPTIONAL != KEYS:
@@ -264,5 +264,5 @@ def read_plan(path: Path = PLAN) -> Plan:
     if name is None:
         return Plan(content, path)
     below = read_plan(path.parent / name)
-    shares = "learning_rates" not in content  # a plan with rates of its own has no run in common with the other
-    return Plan(extended(below.content, content), path, below if shares else None)
+    untuned = content.get("learning_rates") == {}  # without a rate yet it has no run in common with the other
+    return Plan(extended(below.content, content), path, None if untuned else below)
