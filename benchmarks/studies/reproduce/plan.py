@@ -121,7 +121,7 @@ class Plan:
                 known = self.content["data" if role == "data" else "models"]
                 self._require_known(f"conditions.{name}.models", [role], ROLES)
                 self._require_known(f"conditions.{name}.models.{role}", [asset], known)
-        kept = self.below.content["learning_rates"] if self.below else {}  # its variants may be ``like`` one of the other plan
+        kept = self.below.content["learning_rates"] if self.below else {}  # which its variants may be ``like``
         self._require_known("learning_rates", self.content["learning_rates"], {**self.content["variants"], **kept})
 
     def _require_keys(self) -> None:
