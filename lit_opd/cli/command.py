@@ -337,6 +337,11 @@ class OPDCLI(PlainCLI):
                 f"`trainer.max_steps` must be above the checkpoint's step {step} to train with another "
                 f"{', '.join(self._changed)}, got {limit}"
             )
+        if 0 < limit < step:
+            raise InputError(
+                f"`trainer.max_steps` must be at least the checkpoint's step {step}, and above it to train further, got {limit}; "
+                "to start from an earlier step, name its checkpoint in --ckpt_path"
+            )
 
     def _require_own_folder(self, checkpoint: Path, before: Settings) -> None:
         """Another run's lines up to the checkpoint's step would count as this run's."""

@@ -73,6 +73,9 @@ def test_a_finished_run_does_not_go_on_under_another_label(half, world, capsys):
         capsys, world, half, *words, "--allow_change", "weighting", "--trainer.max_steps", "2"
     )
     assert "weighting" in refused(capsys, world, half, *words, "--allow_change", "wieghting")
+    assert "`trainer.max_steps` must be at least the checkpoint's step 2" in refused(
+        capsys, world, half, *words[:2], "--trainer.max_steps", "1"
+    )
     other = ("--data.prompt_batch", "4", "--seed_everything", "8")
     assert "--allow_change data seed" in refused(capsys, world, half, *words[:2], *other)
     assert ((half / "summary.json").read_bytes(), (half / "config.yaml").read_bytes()) == before
